@@ -1,0 +1,39 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(READY) ## Create .venv and install gcbench into it
+
+run: $(READY) ## Install and measure gpt2 at batch 16
+	$(BIN)/gcbench run --model gpt2 --batch 16
+
+test: $(READY) ## Install and run the tests
+	$(BIN)/python -m pytest
+
+lint: $(READY) ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(READY) ## Measure gcbench itself: start-up, overhead of the default job
+	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/overhead.py
+
+reference: $(READY) ## Make the committed results again (replaces results/reference/gpt2-cpu)
+	rm -rf results/reference/gpt2-cpu
+	$(BIN)/gcbench run --config configs/gpt2-cpu.toml --out results/reference/gpt2-cpu
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+
+.PHONY: help install run test lint bench reference clean

@@ -1,0 +1,6 @@
+"""`python -m gcbench`."""
+
+from gcbench.cli import main
+
+if __name__ == "__main__":
+    main()

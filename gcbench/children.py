@@ -1,0 +1,148 @@
+"""Child processes: one per task, started from a server that has torch imported, survived whatever they do."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing import connection as mp_connection
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+from typing import Protocol
+
+from gcbench import child_entry
+from gcbench.codec import decode
+from gcbench.records import Failure
+from gcbench.tasks import Answer, Event, Task
+from gcbench.units import format_seconds
+
+_LOG_TAIL = 4000
+
+
+class Children(Protocol):
+    """The one seam that a test of the scheduling replaces."""
+
+    def run(self, task: Task, *, on_event: Callable[[Event], None], timeout_s: float | None) -> Answer:
+        """Run `task` in a process of its own and return what it ended in; never raises for what a child does."""
+
+
+class ForkedChildren:
+    """Children forked from a server process that has imported torch and the model's module once.
+
+    A context manager: no child outlives it, whatever ends it.
+    """
+
+    def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
+        self._context = multiprocessing.get_context("forkserver")
+        self._preload = ["gcbench.worker", *preload]
+        self._process: ForkServerProcess | None = None
+        self._exitcode: int | None = None
+
+    def __enter__(self) -> ForkedChildren:
+        self._context.set_forkserver_preload(self._preload)
+        self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._kill()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def run(self, task: Task, *, on_event: Callable[[Event], None], timeout_s: float | None) -> Answer:
+        answer_path, log_path = self._folder / "answer.json", self._folder / "log.txt"
+        for path in (answer_path, log_path):
+            path.unlink(missing_ok=True)
+        killed_before = _kernel_kills()
+        ours, theirs = self._context.Pipe()
+        self._process = self._context.Process(
+            target=child_entry.main, args=(task, theirs, str(answer_path), str(log_path)), daemon=True
+        )
+        try:
+            self._process.start()
+            theirs.close()
+            in_time = self._follow(self._process, ours, on_event, timeout_s)
+        finally:
+            self._kill()
+            ours.close()
+        if answer_path.exists():
+            return decode(Answer, json.loads(answer_path.read_text(encoding="utf-8")))
+        log = log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:] if log_path.exists() else ""
+        if not in_time:
+            return Answer(failure=_timed_out(timeout_s or 0.0, log))
+        by_kernel = _kernel_kills() > killed_before
+        return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
+
+    def _follow(
+        self,
+        process: ForkServerProcess,
+        ours: mp_connection.Connection,
+        on_event: Callable[[Event], None],
+        timeout_s: float | None,
+    ) -> bool:
+        """Pass events on until the child ends; False when its time is up first."""
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        waiting: list[object] = [ours, process.sentinel]
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            ready = mp_connection.wait(waiting, timeout=left)  # type: ignore[arg-type]
+            if ours in ready:
+                try:
+                    on_event(ours.recv())
+                except (EOFError, OSError):
+                    waiting.remove(ours)
+            elif process.sentinel in ready:
+                return True
+            elif not ready:
+                return False
+
+    def _kill(self) -> None:
+        if self._process is None:
+            return
+        if self._process.pid is not None:
+            self._process.kill()
+            self._process.join()
+            self._exitcode = self._process.exitcode
+        self._process = None
+
+
+def _timed_out(timeout_s: float, log: str) -> Failure:
+    return Failure(
+        kind="timeout",
+        message=f"still running after {format_seconds(timeout_s)} and stopped; raise --timeout or shrink the cell",
+        detail=log,
+    )
+
+
+def _died(exitcode: int | None, log: str, *, by_kernel: bool) -> Failure:
+    """What the end of a child that left no answer means."""
+    if exitcode == -signal.SIGKILL and by_kernel:
+        return Failure(
+            kind="oom",
+            message="out of memory: the kernel killed the process; try a smaller --batch or --seq-len",
+            detail=log,
+        )
+    if exitcode is not None and exitcode < 0:
+        name = signal.Signals(-exitcode).name
+        return Failure(
+            kind="killed" if name in ("SIGKILL", "SIGTERM") else "crash",
+            message=f"the process was ended by {name}; run again, with a smaller cell if memory was short",
+            detail=log,
+        )
+    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
+    return Failure(
+        kind="crash",
+        message=f"the process ended with code {exitcode} and no result ({last[:200]}); see its output in report.json",
+        detail=log,
+    )
+
+
+def _kernel_kills() -> int:
+    """How often the kernel has killed for want of memory, on this machine; 0 where it does not say."""
+    try:
+        lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("oom_kill "))

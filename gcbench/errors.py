@@ -1,0 +1,52 @@
+"""What can go wrong in a way the user can mend, each with its exit code.
+
+GcbenchError
+├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
+├── UsageError          2   wrong flags, config file or output folder
+├── UnavailableError    3   a model or device that cannot be had
+├── ResultsError        4   stored results that cannot be read
+└── Interrupted       130   Ctrl-C; what was measured is kept
+"""
+
+from __future__ import annotations
+
+
+class GcbenchError(Exception):
+    """One sentence that says what was wrong and what to do; `cli.main` prints it and exits with `exit_code`."""
+
+    exit_code = 1
+
+
+class ThresholdBroken(GcbenchError):
+    """`compare --fail-on` found something worse."""
+
+    exit_code = 1
+
+
+class UsageError(GcbenchError):
+    """Flags, a config file or a folder that cannot be used as given."""
+
+    exit_code = 2
+
+    @classmethod
+    def of(cls, mistakes: list[str]) -> UsageError:
+        """All mistakes found at the edge, as one error."""
+        return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
+
+
+class UnavailableError(GcbenchError):
+    """A model or device that is not there."""
+
+    exit_code = 3
+
+
+class ResultsError(GcbenchError):
+    """A stored run that cannot be read."""
+
+    exit_code = 4
+
+
+class Interrupted(GcbenchError):
+    """Ctrl-C or SIGTERM."""
+
+    exit_code = 130

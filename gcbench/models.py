@@ -1,0 +1,182 @@
+"""From a model's config to the model: on the meta device, with random weights, or with pretrained ones."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gcbench import checkpointing
+from gcbench.errors import UnavailableError, UsageError
+from gcbench.records import Json, ModelFacts
+from gcbench.sources import ModelSource
+
+
+def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> PreTrainedConfig:
+    """The model's config with the user's changes applied.
+
+    Raises UnavailableError for a type that transformers cannot build as a causal LM, UsageError for a change of a
+    field that the config does not have or a value it refuses.
+    """
+    values = copy.deepcopy(source.config)
+    if source.trust_remote_code:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, trust_remote_code=True)
+        values = config.to_dict()
+        config_class: Any = type(config)
+    else:
+        config_class = _config_class(source, values)
+    if layers is not None:
+        _set_layers(values, config_class, layers)
+    for name, value in overrides.items():
+        _set(values, config_class, name, value)
+    try:
+        return config_class.from_dict(values)
+    except Exception as err:  # a config class may raise anything at values it cannot use
+        changed = "with --layers and --set as given " if overrides or layers is not None else ""
+        raise UsageError(f"the config of {source.name!r} {changed}is refused by transformers: {_line(err)}") from None
+
+
+def build_meta(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
+    """The model without storage: shapes, names and flags only."""
+    with torch.device("meta"):
+        return _from_config(config, **kwargs)
+
+
+def build(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    seed: int,
+) -> torch.nn.Module:
+    """The model on its device in training mode, with random weights drawn from `seed`, or pretrained ones."""
+    torch.manual_seed(seed)
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    if source.weights is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.weights, config=config, trust_remote_code=source.trust_remote_code, **kwargs
+        ).to(device)
+    else:
+        with torch.device(device) if device != "cpu" else nullcontext():
+            model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
+    model.train()
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
+    # A copy: building writes the choices it makes into the config.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)  # type: ignore[no-any-return]
+
+
+def facts(source: ModelSource, config: PreTrainedConfig, attn_implementation: str | None) -> ModelFacts:
+    """What the model is, read off the model built without storage.
+
+    Raises UsageError when the model refuses the attention implementation, UnavailableError when transformers
+    cannot build it.
+    """
+    kwargs: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    try:
+        model = build_meta(config, **kwargs)
+    except Exception as err:  # modelling code may raise anything
+        if attn_implementation is not None:
+            raise UsageError(
+                f"{source.name!r} refuses --attn-implementation {attn_implementation}: {_line(err)}; "
+                "leave the flag out to take the model's own choice"
+            ) from None
+        raise UnavailableError(f"transformers cannot build {source.name!r}: {_line(err)}; check its config") from None
+    return ModelFacts(
+        model=source.name,
+        model_type=config.model_type,
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_layers=len(checkpointing.checkpointable_layers(model)),
+        max_seq_len=_max_seq_len(config),
+        attn_implementation=_attention_in_use(model),
+        checkpointing_refusal=checkpointing.refusal(model),
+    )
+
+
+def _attention_in_use(model: torch.nn.Module) -> str | None:
+    if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return None
+    text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return getattr(text_config, "_attn_implementation", None)
+
+
+def _max_seq_len(config: PreTrainedConfig) -> int | None:
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise UnavailableError(
+            f"the config of {source.name!r} has model_type {model_type!r}, which this transformers does not know; "
+            "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
+        )
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnavailableError(
+            f"{source.name!r} is a {model_type} model, which transformers cannot build as a causal language model; "
+            "choose a causal LM (gcbench models lists some)"
+        )
+    return CONFIG_MAPPING[model_type]
+
+
+def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
+    """Change the depth, and with it every list that holds one entry per layer (`layer_types` and the like)."""
+    defaults = config_class()
+    text = values.get("text_config", values) if "num_hidden_layers" not in values else values
+    text_defaults = defaults.get_text_config()
+    name = text_defaults.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    name = "num_hidden_layers" if "num_hidden_layers" in text else name
+    depth = text.get(name, getattr(text_defaults, "num_hidden_layers", None))
+    if depth is None:
+        raise UsageError(f"--layers: {config_class.__name__} has no number of layers; change its fields with --set")
+    text[name] = layers
+    for field, value in text.items():
+        if isinstance(value, list) and len(value) == depth and depth > 1:
+            text[field] = [value[i % depth] for i in range(layers)]
+
+
+def _set(values: dict[str, Any], config_class: Any, name: str, value: Json) -> None:
+    """Set the field `name` (dots lead into nested configs) of a config's raw values."""
+    known = config_class().to_dict() | values
+    target, scope = values, known
+    *outer, last = name.split(".")
+    for part in outer:
+        if not isinstance(scope.get(part), dict):
+            raise _no_field(name, scope)
+        scope = scope[part]
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        target = target[part]
+    if last not in scope and last not in config_class.attribute_map:
+        raise _no_field(name, scope)
+    # The value goes under the native name (n_embd), or one spelling would silently win over the other.
+    target[config_class.attribute_map.get(last, last) if not outer else last] = value
+
+
+def _no_field(name: str, scope: Mapping[str, Any]) -> UsageError:
+    near = difflib.get_close_matches(name.rpartition(".")[2], list(scope), n=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    return UsageError(f"--set {name}: the model's config has no such field{hint}")
+
+
+def _line(err: BaseException) -> str:
+    """The first line of an error, short enough for a sentence."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+    return lines[0][:300].rstrip(".")

@@ -1,0 +1,391 @@
+"""Two pictures of a run: peak memory by phase, and memory saved against time paid."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcbench.records import PHASES, Phase, Report, Row, Workload
+from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.units import GIB, MIB, format_bytes
+from gcbench.words import FAILURES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.transforms import Bbox
+
+MEMORY = "memory.png"
+TRADEOFF = "tradeoff.png"
+LABEL = "strategy-label"
+"""The gid of the labels that must not overlap."""
+
+_DPI = 120
+_OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
+"""M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
+_PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#009E73"}
+_PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
+_GREY = "#555555"
+_LONGEST_LABEL = 28
+_MARGIN_PX = 2
+_FAR_PX = 18
+"""From this distance on a line leads from the point to its label."""
+
+
+def drawable(report: Report) -> tuple[str, ...]:
+    """The names of the files that `draw` makes of this report."""
+    table = rows(report)
+    names = [MEMORY] if any(row.peak_allocated_bytes is not None for row in table) else []
+    return (*names, TRADEOFF) if _panels(table) else tuple(names)
+
+
+def draw(report: Report, folder: Path) -> tuple[Path, ...]:
+    """Write the plots for which there are figures into `folder`, each in one step; raises OSError."""
+    figures = {MEMORY: memory_figure, TRADEOFF: tradeoff_figure}
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for name in drawable(report):
+        picture = io.BytesIO()
+        figures[name](report).savefig(picture, format="png", dpi=_DPI, metadata={"Software": None})
+        written.append(_replace(folder / name, picture.getvalue()))
+    return tuple(written)
+
+
+def memory_figure(report: Report) -> Figure:
+    """Bars of the peak in each phase, by strategy, a panel per workload; the bar that sets the peak says its size."""
+    from matplotlib.patches import Patch
+
+    groups = by_workload(rows(report))
+    figure, panels = _figure(groups, width=6.4, height=1.5 + 0.5 * max(map(len, groups.values())))
+    _head(figure, report, groups, "peak memory by phase")
+    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
+        _memory_panel(axes, workload, group)
+    handles, labels = panels[0].get_legend_handles_labels()
+    handles.append(Patch(facecolor="none", edgecolor="black", linewidth=1.3))
+    labels.append("the phase that sets the peak")
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    return figure
+
+
+def tradeoff_figure(report: Report) -> Figure:
+    """A point per strategy with its 95 % interval, `off` at the origin, a panel per workload."""
+    groups = _panels(rows(report))
+    figure, panels = _figure(groups, width=6.0, height=4.6)
+    _head(figure, report, groups, "memory saved against time paid")
+    styles: dict[str, int] = {}
+    for group in groups.values():
+        for row in group:
+            styles.setdefault(row.strategy, len(styles))
+    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
+        _tradeoff_panel(axes, workload, group, styles)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axes, group in zip(panels, groups.values(), strict=True):
+        _label_points(axes, [row for row in group if _has_tradeoff(row)], styles)
+    return figure
+
+
+def _panels(table: Sequence[Row]) -> dict[Workload, tuple[Row, ...]]:
+    """The workloads in which a strategy can be set against off."""
+    return {
+        workload: group
+        for workload, group in by_workload(table).items()
+        if any(_has_tradeoff(row) and row.strategy != OFF for row in group)
+    }
+
+
+def _has_tradeoff(row: Row) -> bool:
+    return row.memory_saved_frac is not None and row.time_overhead_frac is not None
+
+
+def _figure(groups: dict[Workload, tuple[Row, ...]], *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """A figure with a panel of `width` × `height` inches for each workload, in up to three columns."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    across = {1: 1, 2: 2, 4: 2}.get(len(groups), 3)
+    down = math.ceil(len(groups) / across)
+    figure = Figure(figsize=(max(width * across, 7.5), height * down + 0.9), dpi=_DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False)
+    panels = list(grid.flat)
+    for spare in panels[len(groups) :]:
+        spare.remove()
+    return figure, panels[: len(groups)]
+
+
+def _head(figure: Figure, report: Report, groups: dict[Workload, tuple[Row, ...]], subject: str) -> None:
+    precisions = ", ".join(dict.fromkeys(workload.precision for workload in groups))
+    where = f"{report.machine.device_name} ({report.machine.device}) · {precisions}"
+    figure.suptitle(f"{_shortened(report.model.model, 60)}: {subject}\n{_shortened(where, 80)}", fontsize=12)
+
+
+def _panel_title(axes: Axes, workload: Workload) -> None:
+    attention = f" · {workload.attn_implementation}" if workload.attn_implementation else ""
+    text = f"batch {workload.batch_size} × {workload.seq_len} tokens · {workload.optim}{attention}"
+    axes.set_title(text, fontsize=10, loc="left")
+
+
+def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
+    highest = max((row.peak_allocated_bytes or 0 for row in group), default=0)
+    unit, name = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
+    thickness = 0.26
+    for place, phase in enumerate(PHASES):
+        sizes = [(_of_phase(row, phase) or 0) / unit for row in group]
+        positions = [number + (place - 1) * thickness for number in range(len(group))]
+        axes.barh(
+            positions,
+            sizes,
+            thickness,
+            color=_PHASE_COLOURS[phase],
+            hatch=_PHASE_HATCHES[phase],
+            edgecolor="white",
+            linewidth=0,
+            label=f"{phase} pass" if phase != "optimizer" else "optimizer step",
+        )
+        for row, size, position in zip(group, sizes, positions, strict=True):
+            if row.peak_phase == phase:
+                axes.barh(position, size, thickness, facecolor="none", edgecolor="black", linewidth=1.3, zorder=3)
+                flaw = f" ({_absence(row)})" if row.status != "ok" or failed_proof(row) else ""
+                text, weight = f" {format_bytes(row.peak_allocated_bytes)}{flaw}", "normal" if flaw else "bold"
+                axes.annotate(text, (size, position), va="center", fontsize=8.5, fontweight=weight)
+    for number, row in enumerate(group):
+        if row.peak_allocated_bytes is None:
+            axes.annotate(f" {_absence(row)}", (0, number), va="center", fontsize=9, style="italic", color=_GREY)
+    axes.set_yticks(range(len(group)), [_shortened(row.strategy, _LONGEST_LABEL) for row in group], fontsize=9)
+    axes.set_ylim(len(group) - 0.5, -0.5)
+    axes.set_xlim(0, 1.4 * highest / unit if highest else 1)
+    axes.set_xlabel(f"peak allocated memory, {name}", fontsize=9)
+    if not highest:
+        axes.set_xticks([])
+    _panel_title(axes, workload)
+    _quiet(axes, "x")
+
+
+def _of_phase(row: Row, phase: Phase) -> int | None:
+    return {
+        "forward": row.peak_forward_bytes,
+        "backward": row.peak_backward_bytes,
+        "optimizer": row.peak_optimizer_bytes,
+    }[phase]
+
+
+def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles: dict[str, int]) -> None:
+    axes.axhline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="#bbbbbb", linewidth=0.8, zorder=0)
+    for row in group:
+        paid, saved = row.time_overhead_frac, row.memory_saved_frac
+        if paid is None or saved is None:
+            continue
+        style = styles[row.strategy]
+        low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
+        axes.errorbar(
+            [100 * paid],
+            [100 * saved],
+            xerr=None if low is None or high is None else [[100 * (paid - low)], [100 * (high - paid)]],
+            fmt=_MARKERS[style % len(_MARKERS)],
+            color=_OKABE_ITO[style % len(_OKABE_ITO)],
+            markersize=8,
+            markeredgecolor="white",
+            markeredgewidth=0.6,
+            elinewidth=1.1,
+            capsize=3,
+        )
+    _limits(axes, group)
+    axes.set_ylabel("peak memory saved, %", fontsize=9)
+    missing = [
+        f"{_shortened(row.strategy, _LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)
+    ]
+    note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
+    axes.set_xlabel("\n".join(filter(None, ("time paid per step, % (bars: 95 % interval)", note))), fontsize=9)
+    _panel_title(axes, workload)
+    _quiet(axes, "both")
+
+
+def _limits(axes: Axes, group: Sequence[Row]) -> None:
+    """Room for the labels, and centres that stay readable beside an interval that is many times wider."""
+    shown = [row for row in group if _has_tradeoff(row)]
+    centres = [100 * (row.time_overhead_frac or 0) for row in shown] + [0.0]
+    reach = max(max(centres) - min(centres), 5.0)
+    lows = [100 * row.time_overhead_low_frac for row in shown if row.time_overhead_low_frac is not None]
+    highs = [100 * row.time_overhead_high_frac for row in shown if row.time_overhead_high_frac is not None]
+    left = max(min([*lows, *centres]), min(centres) - reach)
+    right = min(max([*highs, *centres]), max(centres) + reach)
+    saved = [100 * (row.memory_saved_frac or 0) for row in shown] + [0.0]
+    tall = max(max(saved) - min(saved), 5.0)
+    axes.set_xlim(left - 0.12 * (right - left) - 0.5, right + 0.25 * (right - left) + 0.5)
+    axes.set_ylim(min(saved) - 0.15 * tall, max(saved) + 0.15 * tall)
+
+
+@dataclass(frozen=True)
+class _Box:
+    """A rectangle in pixels."""
+
+    left: float
+    bottom: float
+    right: float
+    top: float
+
+    @classmethod
+    def of(cls, extent: Bbox) -> _Box:
+        return cls(extent.x0, extent.y0, extent.x1, extent.y1)
+
+    def moved(self, x: float, y: float) -> _Box:
+        return _Box(self.left + x, self.bottom + y, self.right + x, self.top + y)
+
+    def grown(self, by: float) -> _Box:
+        return _Box(self.left - by, self.bottom - by, self.right + by, self.top + by)
+
+    def within(self, other: _Box) -> bool:
+        return (
+            other.left <= self.left
+            and self.right <= other.right
+            and other.bottom <= self.bottom
+            and self.top <= other.top
+        )
+
+    def holds(self, point: tuple[float, float]) -> bool:
+        return self.left <= point[0] <= self.right and self.bottom <= point[1] <= self.top
+
+    def overlap(self, other: _Box) -> float:
+        """Shared area, in square pixels."""
+        wide = min(self.right, other.right) - max(self.left, other.left)
+        high = min(self.top, other.top) - max(self.bottom, other.bottom)
+        return wide * high if wide > 0 and high > 0 else 0.0
+
+
+def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
+    """Names every point, beside it where there is room and otherwise at the end of a line."""
+    from matplotlib.lines import Line2D
+    from matplotlib.transforms import IdentityTransform
+
+    renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg's, set in _figure
+    frame = _Box.of(axes.get_window_extent(renderer)).grown(-3)
+    points, symbols = [], []
+    for row in group:
+        x, y = axes.transData.transform((100 * (row.time_overhead_frac or 0), 100 * (row.memory_saved_frac or 0)))
+        points.append((float(x), float(y)))
+        symbols.append(_Box(x, y, x, y).grown(9))
+        low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
+        if low is not None and high is not None:
+            start, end = (float(axes.transData.transform((100 * edge, 0))[0]) for edge in (low, high))
+            symbols.append(_Box(max(start, frame.left), y - 3, min(end, frame.right), y + 3))
+    placed: list[_Label] = []
+    for row, point in zip(group, points, strict=True):
+        text = axes.annotate(
+            _shortened(row.strategy, _LONGEST_LABEL),
+            point,
+            xycoords="figure pixels",
+            xytext=(0, 0),
+            textcoords="offset pixels",
+            fontsize=9,
+            annotation_clip=False,
+        )
+        text.set_gid(LABEL)
+        size = _Box.of(text.get_window_extent(renderer))
+        label = _place(size, point, frame, symbols, placed)
+        placed.append(label)
+        text.set_position((label.room.left + _MARGIN_PX - size.left, label.room.bottom + _MARGIN_PX - size.bottom))
+        if label.leader:
+            (x, y), (near_x, near_y) = label.leader[0], label.leader[-1]
+            colour = _OKABE_ITO[styles[row.strategy] % len(_OKABE_ITO)]
+            line = Line2D([x, near_x], [y, near_y], transform=IdentityTransform(), color=colour, linewidth=0.8)
+            axes.add_artist(line)
+
+
+@dataclass(frozen=True)
+class _Label:
+    """The room a label takes and points along the line that leads to it, in pixels; no line when it is near."""
+
+    room: _Box
+    leader: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, room: _Box, point: tuple[float, float]) -> _Label:
+        x, y = point
+        near_x, near_y = min(max(x, room.left), room.right), min(max(y, room.bottom), room.top)
+        steps = int(math.dist(point, (near_x, near_y)) // 4)
+        if 4 * steps <= _FAR_PX:
+            return cls(room, ())
+        return cls(room, tuple((x + (near_x - x) * i / steps, y + (near_y - y) * i / steps) for i in range(steps + 1)))
+
+    def conflict(self, other: _Label) -> float:
+        """Shared area, and as much again for each point of a line that runs through the other's text."""
+        crossings = sum(other.room.holds(p) for p in self.leader) + sum(self.room.holds(p) for p in other.leader)
+        return self.room.overlap(other.room) + 20 * crossings
+
+
+def _place(
+    size: _Box, point: tuple[float, float], frame: _Box, symbols: Sequence[_Box], placed: Sequence[_Label]
+) -> _Label:
+    """The nearest place for a label of this size that touches no symbol, label or line; the best where there is none.
+
+    Lying on another label weighs more than anything else, so labels keep apart even where lines must cross.
+    """
+    best, least = _Label.of(size, point), math.inf
+    for x, y in _places(size, point, frame):
+        label = _Label.of(size.moved(x - size.left, y - size.bottom).grown(_MARGIN_PX), point)
+        conflict = sum(label.room.overlap(symbol) for symbol in symbols)
+        conflict += sum(label.conflict(other) for other in placed)
+        conflict += 1e6 * any(label.room.overlap(other.room) for other in placed)
+        conflict += 1e9 * (not label.room.within(frame))
+        if conflict < least:
+            best, least = label, conflict
+        if conflict == 0:
+            break
+    return best
+
+
+def _places(size: _Box, point: tuple[float, float], frame: _Box) -> Iterator[tuple[float, float]]:
+    """Lower left corners to try: around the point, then all over the panel, the nearest first."""
+    x, y = point
+    wide, high = size.right - size.left, size.top - size.bottom
+    yield x + 12, y - high / 2
+    yield x - wide / 2, y + 13
+    yield x - wide / 2, y - high - 13
+    yield x - wide - 12, y - high / 2
+    step = high / 2 + 2
+    grid = [
+        (frame.left + 4 + column * 3 * step, frame.bottom + 4 + line * step)
+        for column in range(int((frame.right - frame.left) // (3 * step)) + 1)
+        for line in range(int((frame.top - frame.bottom) // step) + 1)
+    ]
+    yield from sorted(grid, key=lambda corner: math.dist((corner[0] + wide / 2, corner[1] + high / 2), point))
+
+
+def _absence(row: Row) -> str:
+    """Why a cell is not in the picture."""
+    if row.status != "ok":
+        return FAILURES[row.status]
+    return "failed the proof" if failed_proof(row) else "not measured"
+
+
+def _quiet(axes: Axes, grid: str) -> None:
+    axes.tick_params(labelsize=8.5)
+    axes.grid(axis=grid, color="#e5e5e5", linewidth=0.6, zorder=0)  # type: ignore[arg-type]  # one of its names
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _shortened(text: str, length: int) -> str:
+    """The text, with its middle left out when it is longer than `length`."""
+    half = (length - 1) // 2
+    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+
+
+def _replace(path: Path, content: bytes) -> Path:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path

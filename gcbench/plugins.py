@@ -1,0 +1,16 @@
+"""Finds the modules of a package, so that adding a strategy, optimizer or format is adding one file."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from functools import cache
+from types import ModuleType
+
+
+@cache
+def modules(package: str) -> tuple[ModuleType, ...]:
+    """Every module directly in `package` that is not private, imported, in name order."""
+    path = importlib.import_module(package).__path__
+    names = sorted(info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_"))
+    return tuple(importlib.import_module(f"{package}.{name}") for name in names)

@@ -1,0 +1,139 @@
+"""What the user sees on stderr while cells are measured: a live display, plain lines, or nothing."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from gcbench.records import Cell, Outcome
+from gcbench.tasks import Event
+from gcbench.units import format_bytes, format_seconds
+
+
+def label(cell: Cell) -> str:
+    """A cell as it is named while it runs."""
+    return f"{cell.strategy}, batch {cell.workload.batch_size} × {cell.workload.seq_len}"
+
+
+def figures(outcome: Outcome) -> str:
+    """The latest figures of a cell, or why there are none."""
+    if outcome.failure is not None:
+        return f"{outcome.failure.kind}: {outcome.failure.message}"
+    parts = []
+    memory = next((r.memory for r in outcome.rounds if r.memory is not None), None)
+    if memory is not None:
+        parts.append(f"peak {format_bytes(memory.allocated_bytes)} ({memory.peak_phase})")
+    if outcome.rounds and outcome.rounds[-1].step_times_s:
+        parts.append("steps " + ", ".join(format_seconds(s) for s in outcome.rounds[-1].step_times_s[-3:]))
+    return ", ".join(parts)
+
+
+class QuietProgress:
+    """Says nothing."""
+
+    def __enter__(self) -> QuietProgress:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        return None
+
+    def begin(self, *, num_steps: int, num_rounds: int) -> None:
+        return None
+
+    def enter(self, cell: Cell, *, round: int) -> None:
+        return None
+
+    def step(self, event: Event) -> None:
+        return None
+
+    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
+        return None
+
+
+class PlainProgress(QuietProgress):
+    """One line per round of a cell, for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._start = time.monotonic()
+
+    def __enter__(self) -> PlainProgress:
+        return self
+
+    def begin(self, *, num_steps: int, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        self._say(f"measuring: {num_steps} training steps to run in {num_rounds} rounds")
+
+    def enter(self, cell: Cell, *, round: int) -> None:
+        self._where = f"round {round + 1}/{self._num_rounds} {label(cell)}"
+
+    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
+        if not num_steps_skipped:
+            self._say(f"{self._where}: {figures(outcome)} [{format_seconds(time.monotonic() - self._start)} elapsed]")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class LiveProgress(QuietProgress):
+    """One Rich display: cell, round, step, elapsed, time left, last figures."""
+
+    def __init__(self, console: Console) -> None:
+        self._display = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TextColumn("steps"),
+            TimeElapsedColumn(),
+            TextColumn("elapsed,"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        self._console = console
+        self._total = 0
+
+    def __enter__(self) -> LiveProgress:
+        self._display.start()
+        self._task = self._display.add_task("importing torch, reading the model", total=None)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._display.stop()
+
+    def begin(self, *, num_steps: int, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        self._total = num_steps
+        self._display.reset(self._task, total=num_steps)
+
+    def enter(self, cell: Cell, *, round: int) -> None:
+        self._where = f"round {round + 1}/{self._num_rounds} · {label(cell)}"
+        self._expected = self._display.tasks[0].completed
+        self._display.update(self._task, description=f"{self._where} · building the model")
+
+    def step(self, event: Event) -> None:
+        self._display.update(
+            self._task,
+            advance=1,
+            description=f"{self._where} · {event.kind} step {format_seconds(event.seconds)}",
+        )
+
+    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
+        if num_steps_skipped:
+            self._total -= num_steps_skipped
+            self._display.update(self._task, total=self._total)
+            return
+        self._console.print(f"{self._where}: {figures(outcome)}", markup=False, highlight=False, soft_wrap=True)
+
+
+def choose(console: Console, *, quiet: bool) -> QuietProgress:
+    """The display that suits where stderr goes."""
+    if quiet:
+        return QuietProgress()
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console)

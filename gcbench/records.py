@@ -1,0 +1,233 @@
+"""The vocabulary: what a cell is, what it ended in, and the row that is made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+SCHEMA = 1
+
+Phase = Literal["forward", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+
+FailureKind = Literal["oom", "unsupported", "timeout", "killed", "crash"]
+
+Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """Everything but the strategy that decides memory and time."""
+
+    model: str
+    device: str
+    batch_size: int
+    seq_len: int
+    precision: str
+    optim: str
+    attn_implementation: str | None = None
+    """The attention kernel in use; None for a model without attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """One workload and one strategy: what gets one row."""
+
+    workload: Workload
+    strategy: str
+
+    @property
+    def key(self) -> str:
+        """Names the cell within a run, and in file names."""
+        w = self.workload
+        return f"b{w.batch_size}-s{w.seq_len}-{self.strategy.replace(':', '-')}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPeaks:
+    """Peaks of one training step after the first optimizer step, in bytes.
+
+    Attributes:
+        allocated_bytes: most bytes that tensors held at one time.
+        reserved_bytes: most bytes the caching allocator took from the device; None on the CPU.
+        process_bytes: most bytes the process held (resident set on the CPU); None where it cannot be read.
+        forward_bytes, backward_bytes, optimizer_bytes: the allocated peak within each phase.
+    """
+
+    allocated_bytes: int
+    reserved_bytes: int | None
+    process_bytes: int | None
+    forward_bytes: int
+    backward_bytes: int
+    optimizer_bytes: int
+
+    def of_phase(self, phase: Phase) -> int:
+        return {
+            "forward": self.forward_bytes,
+            "backward": self.backward_bytes,
+            "optimizer": self.optimizer_bytes,
+        }[phase]
+
+    @property
+    def peak_phase(self) -> Phase:
+        """The phase that sets the peak; the earliest where several reach it."""
+        return max(PHASES, key=self.of_phase)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """What one child process measured: one round of one cell.
+
+    Attributes:
+        round: 0-based.
+        memory: None in rounds that only time.
+        step_times_s: raw samples of the timed steps, in order.
+        layers_recomputed: layers really run a second time in one step.
+        params_without_grad: trainable parameters whose gradient was None after the first backward.
+        grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
+        grad_rel_diff: L2 norm of the difference of these gradients from `off` in round 0, relative to its norm;
+            0.0 when the checksums agree; None without a reference.
+        grad_worst_param: the parameter with the largest part in that difference; None when there is none.
+        num_alloc_retries: times the caching allocator had to flush and retry; None on the CPU.
+        num_steps: training steps run, warm-up and memory step included.
+        steps_s: seconds spent in them.
+        wall_s: seconds from the parent's start of the child to its end.
+    """
+
+    round: int
+    memory: MemoryPeaks | None
+    step_times_s: tuple[float, ...]
+    layers_recomputed: int
+    params_without_grad: int
+    grad_checksum: str
+    grad_rel_diff: float | None
+    grad_worst_param: str | None
+    num_alloc_retries: int | None
+    num_steps: int
+    steps_s: float
+    wall_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a cell has no full measurement, and the next thing to try."""
+
+    kind: FailureKind
+    message: str
+    detail: str = ""
+    """The end of what the child printed, for a bug report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a cell ended in, or has come to so far: its rounds, and a failure if one stopped it."""
+
+    cell: Cell
+    layers_checkpointed: int
+    """Layers in the plan's groups."""
+    rounds: tuple[RoundResult, ...] = ()
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What the model is, read off the built model (on the meta device).
+
+    Attributes:
+        num_params: distinct parameters, tied weights once.
+        num_layers: layers that can be checkpointed, in `modules()` order.
+        max_seq_len: the model's own maximum length; None where it has none.
+        attn_implementation: the kernel the model uses unless told otherwise.
+        checkpointing_refusal: why the model cannot checkpoint; None when it can.
+    """
+
+    model: str
+    model_type: str
+    num_params: int
+    num_layers: int
+    max_seq_len: int | None
+    attn_implementation: str | None
+    checkpointing_refusal: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the figures were made on.
+
+    Attributes:
+        device: "cpu" or "cuda:N".
+        device_name: the processor's or the card's own name.
+        device_memory_bytes: memory of that device.
+        versions: package or driver -> version.
+        settings: what else moves figures: threads, allocator settings, TF32, environment variables.
+    """
+
+    device: str
+    device_name: str
+    device_memory_bytes: int | None
+    platform: str
+    versions: dict[str, str] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """A run: a set of cells with everything needed to read and repeat them."""
+
+    schema: int
+    gcbench_version: str
+    command: str
+    created: str
+    """ISO 8601, UTC."""
+    settings: dict[str, Json]
+    """The resolved settings, under the names of the TOML keys."""
+    machine: Machine
+    model: ModelFacts
+    outcomes: tuple[Outcome, ...]
+    notices: tuple[str, ...] = ()
+    """What the run decided for the user, in sentences: defaults taken, strategies left out."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One cell as it appears in every table, CSV and JSON; the field order is the column order.
+
+    Unknown is None. New columns go at the end.
+    """
+
+    model: str
+    strategy: str
+    status: str
+    device: str
+    batch_size: int
+    seq_len: int
+    precision: str
+    optim: str
+    attn_implementation: str | None
+    num_params: int
+    num_layers: int
+    layers_checkpointed: int
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    peak_process_bytes: int | None
+    peak_phase: str | None
+    step_time_s: float | None
+    step_time_low_s: float | None
+    step_time_high_s: float | None
+    tokens_per_s: float | None
+    memory_saved_frac: float | None
+    time_overhead_frac: float | None
+    grad_rel_diff: float | None
+    source: str
+    message: str | None
+    layers_recomputed: int | None = None
+    params_without_grad: int | None = None
+    peak_forward_bytes: int | None = None
+    peak_backward_bytes: int | None = None
+    peak_optimizer_bytes: int | None = None
+    time_overhead_low_frac: float | None = None
+    time_overhead_high_frac: float | None = None
+    grad_noise_floor: float | None = None
+    """Largest difference between the gradients of two `off` rounds; 0.0 where kernels are deterministic."""
+    proof: str | None = None
+    """`identical`, `within noise`, `no reference` or, where a saving must not be shown, `FAILED: why`."""

@@ -1,0 +1,62 @@
+"""A run's report on disk: saved after every result, loaded with every fault named."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from gcbench.codec import decode, encode
+from gcbench.errors import ResultsError
+from gcbench.records import SCHEMA, Report
+
+REPORT_NAME = "report.json"
+
+
+def report_path(place: Path) -> Path:
+    """The report file of a run folder, or the file itself."""
+    return place if place.suffix == ".json" else place / REPORT_NAME
+
+
+def save(report: Report, folder: Path) -> None:
+    """Write `report.json` in one step, so that a reader or a crash never sees half of it; raises OSError."""
+    write_text(folder / REPORT_NAME, json.dumps(encode(report), indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def load(place: Path) -> Report:
+    """The report in a run folder or file.
+
+    Raises ResultsError when there is none, when it is damaged, or when a newer gcbench wrote it.
+    """
+    path = report_path(place)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ResultsError(f"there is no {path}; give a folder that gcbench run --out wrote") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise ResultsError(f"{path} cannot be read ({err}); check the path and its permissions") from None
+    except json.JSONDecodeError as err:
+        raise ResultsError(
+            f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or measure again into a new folder"
+        ) from None
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise ResultsError(
+            f"{path} has schema {schema} and this gcbench reads up to {SCHEMA}; upgrade gcbench to read it"
+        )
+    try:
+        return decode(Report, document)
+    except ValueError as err:
+        raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None

@@ -1,0 +1,109 @@
+"""From what the user asked for to what will be measured: defaults that depend on model and device, and cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from gcbench import strategies
+from gcbench.config import DEFAULT_STRATEGIES, Settings
+from gcbench.errors import UsageError
+from gcbench.records import Cell, Machine, ModelFacts, Workload
+from gcbench.strategies import Plan
+from gcbench.units import format_bytes
+
+_SEQ_LEN = {"cpu": 64, "cuda": 1024}
+_WARMUP = {"cpu": 1, "cuda": 2}
+_STEPS = {"cpu": 1, "cuda": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, fully decided.
+
+    Attributes:
+        settings: with every default filled in.
+        cells: in the order of the tables.
+        plans: strategy -> plan.
+        notices: what was decided for the user, in sentences.
+    """
+
+    settings: Settings
+    cells: tuple[Cell, ...]
+    plans: dict[str, Plan]
+    notices: tuple[str, ...]
+
+
+def resolve(wanted: Settings, facts: ModelFacts, machine: Machine) -> Job:
+    """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows."""
+    mistakes: list[str] = []
+    kind = machine.device.partition(":")[0]
+    notices = _device_notices(wanted, kind, machine)
+
+    limit = facts.max_seq_len
+    if wanted.seq_len is None:
+        seq_len: tuple[int, ...] = (min(_SEQ_LEN[kind], limit or _SEQ_LEN[kind]),)
+        notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
+    else:
+        seq_len = wanted.seq_len
+        mistakes += [
+            f"--seq-len {length} is beyond the {limit} positions of {facts.model}; shorten it, or change the model "
+            f"with --set max_position_embeddings={length}"
+            for length in seq_len
+            if limit is not None and length > limit
+        ]
+
+    specs = wanted.strategies or DEFAULT_STRATEGIES
+    plans: dict[str, Plan] = {}
+    for spec in specs:
+        try:
+            plans[spec] = strategies.parse(spec).plan_for(facts.num_layers)
+        except ValueError as err:
+            if facts.checkpointing_refusal is not None:
+                plans[spec] = Plan(num_layers=facts.num_layers)
+            elif wanted.strategies is None:
+                notices.append(f"Left out of the default strategies: {err}.")
+            else:
+                mistakes.append(f"--strategies: {err}")
+    if mistakes:
+        raise UsageError.of(mistakes)
+
+    settings = replace(
+        wanted,
+        device=machine.device,
+        seq_len=seq_len,
+        strategies=tuple(plans),
+        warmup=wanted.warmup or _WARMUP[kind],
+        steps=wanted.steps or _STEPS[kind],
+    )
+    if wanted.memory_limit is not None:
+        notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
+    if not wanted.pretrained:
+        notices.append("Weights are random: memory and time do not depend on their values.")
+    return Job(settings=settings, cells=_cells(settings, facts), plans=plans, notices=tuple(notices))
+
+
+def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
+    if kind != "cpu":
+        return [f"Measured on {machine.device_name} ({machine.device})."]
+    found = "No GPU was found, so these" if wanted.device == "auto" else "These"
+    return [f"{found} are CPU figures ({machine.device_name}): they do not stand for a GPU's times."]
+
+
+def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(
+            workload=Workload(
+                model=settings.model,
+                device=settings.device,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                precision=settings.precision,
+                optim=settings.optim,
+                attn_implementation=facts.attn_implementation,
+            ),
+            strategy=strategy,
+        )
+        for batch_size in settings.batch_size
+        for seq_len in settings.seq_len or ()
+        for strategy in settings.strategies or ()
+    )

@@ -1,0 +1,207 @@
+"""The parent: schedules the rounds of all cells, survives whatever a child does, saves after each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Protocol
+
+from gcbench import __version__, errors
+from gcbench.children import Children
+from gcbench.codec import decode, encode
+from gcbench.config import Settings, as_json
+from gcbench.errors import UnavailableError, UsageError
+from gcbench.fingerprint import Fingerprint, difference
+from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.resolve import Job, resolve
+from gcbench.sources import ModelSource
+from gcbench.store import Store
+from gcbench.strategies import OFF
+from gcbench.tasks import Answer, DescribeTask, Event, MeasureTask
+
+_DESCRIBE_TIMEOUT_S = 600.0
+
+
+class Progress(Protocol):
+    """What the user sees while cells are measured."""
+
+    def begin(self, *, num_steps: int, num_rounds: int) -> None: ...
+
+    def enter(self, cell: Cell, *, round: int) -> None: ...
+
+    def step(self, event: Event) -> None: ...
+
+    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None: ...
+
+
+def run(
+    wanted: Settings,
+    *,
+    source: ModelSource,
+    children: Children,
+    store: Store,
+    progress: Progress,
+    command: str,
+    previous: Report | None = None,
+) -> Report:
+    """Measure every round of every cell that `previous` lacks; the report is in `store` after each of them.
+
+    Raises UsageError or UnavailableError before anything is measured; afterwards a failure is a row.
+    """
+    machine, facts = describe(wanted, source, children)
+    job = resolve(wanted, facts, machine)
+    report = _continue(previous, job, machine) if previous else _begin(job, machine, facts, command)
+    store.save(report)
+    schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
+    todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
+    tasks = [_task(job, source, cell, number) for cell, number in todo]
+    progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=job.settings.rounds)
+    for task in tasks:
+        skipped = task.num_steps if _is_done(report, task.cell, task.round) else 0
+        if not skipped:
+            progress.enter(task.cell, round=task.round)
+            report = _measure(report, task, job, children, store, progress)
+        progress.leave(_outcome(report, task.cell), num_steps_skipped=skipped)
+    return report
+
+
+def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple[Machine, ModelFacts]:
+    """The machine and the model, asked of a child; raises what the child would have raised."""
+    answer = children.run(
+        DescribeTask(
+            device=wanted.device,
+            source=source,
+            layers=wanted.layers,
+            overrides=wanted.set or {},
+            attn_implementation=wanted.attn_implementation,
+        ),
+        on_event=lambda event: None,
+        timeout_s=_DESCRIBE_TIMEOUT_S,
+    )
+    raise_refusal(answer)
+    assert answer.machine is not None and answer.facts is not None
+    return answer.machine, answer.facts
+
+
+def raise_refusal(answer: Answer) -> None:
+    """Raise the error that stands in an answer, if one does."""
+    if answer.refusal is not None:
+        raise getattr(errors, answer.refusal.error)(answer.refusal.message)
+    if answer.failure is not None:
+        raise UnavailableError(f"the model cannot be built here: {answer.failure.message}\n{answer.failure.detail}")
+
+
+def _begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+    return Report(
+        schema=SCHEMA,
+        gcbench_version=__version__,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=as_json(job.settings),
+        machine=machine,
+        model=facts,
+        outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
+        notices=job.notices,
+    )
+
+
+def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
+    if facts.checkpointing_refusal is not None and cell.strategy != OFF:
+        return Outcome(
+            cell=cell,
+            layers_checkpointed=0,
+            failure=Failure(
+                kind="unsupported", message=f"{facts.checkpointing_refusal}; only off can be measured for it"
+            ),
+        )
+    return Outcome(cell=cell, layers_checkpointed=job.plans[cell.strategy].layers_checkpointed)
+
+
+def _continue(previous: Report, job: Job, machine: Machine) -> Report:
+    """The stored report, if what it holds can stand beside what will be measured now."""
+    now = as_json(job.settings)
+    # Neither decides what one round measures: more rounds add to what is there.
+    free = {"timeout", "rounds"}
+    changed = sorted(k for k in now | previous.settings if k not in free and now.get(k) != previous.settings.get(k))
+    if changed:
+        told = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
+        raise UsageError(f"--resume continues the stored run, and its settings differ: {told}; take a new --out")
+    for what, before, after in (
+        ("device", previous.machine.device_name, machine.device_name),
+        ("torch", previous.machine.versions.get("torch"), machine.versions.get("torch")),
+        ("transformers", previous.machine.versions.get("transformers"), machine.versions.get("transformers")),
+    ):
+        if before != after:
+            raise UsageError(
+                f"--resume needs the {what} of the stored run: that was {before} and this is {after}; take a new --out"
+            )
+    return replace(previous, settings=now)
+
+
+def _off_first(cells: Iterable[Cell]) -> list[Cell]:
+    """`off` before the others, so that their gradients have their reference at once; else the tables' order."""
+    return sorted(cells, key=lambda cell: cell.strategy != OFF)
+
+
+def _outcome(report: Report, cell: Cell) -> Outcome:
+    return next(outcome for outcome in report.outcomes if outcome.cell == cell)
+
+
+def _is_done(report: Report, cell: Cell, number: int) -> bool:
+    outcome = _outcome(report, cell)
+    return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
+
+
+def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+    settings = job.settings
+    assert settings.warmup is not None and settings.steps is not None
+    return MeasureTask(
+        cell=cell,
+        round=number,
+        source=source,
+        layers=settings.layers,
+        overrides=settings.set or {},
+        attn_implementation=settings.attn_implementation,
+        plan=job.plans[cell.strategy],
+        seed=settings.seed,
+        warmup=settings.warmup,
+        steps=settings.steps,
+        with_memory=number == 0,
+        memory_limit_bytes=settings.memory_limit,
+    )
+
+
+def _measure(
+    report: Report, task: MeasureTask, job: Job, children: Children, store: Store, progress: Progress
+) -> Report:
+    """The report with one more round, or one more failure, in it; saved."""
+    start = time.monotonic()
+    answer = children.run(task, on_event=progress.step, timeout_s=job.settings.timeout)
+    outcome = _outcome(report, task.cell)
+    if answer.result is None or answer.fingerprint is None:
+        outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message="the child gave no result"))
+    else:
+        result = replace(answer.result, wall_s=time.monotonic() - start)
+        store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
+        result = _judged(result, answer.fingerprint, task.cell, store)
+        outcome = replace(outcome, rounds=(*outcome.rounds, result))
+    outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
+    report = replace(report, outcomes=outcomes)
+    store.save(report)
+    return report
+
+
+def _judged(result: RoundResult, prints: Fingerprint, cell: Cell, store: Store) -> RoundResult:
+    """The result with its gradients' difference from those of `off` in round 0."""
+    stored = store.load_gradients(_reference_cell(cell.workload), 0)
+    if stored is None:
+        return result
+    compared = difference(prints, decode(Fingerprint, json.loads(stored)))
+    return replace(result, grad_rel_diff=compared.relative, grad_worst_param=compared.worst)
+
+
+def _reference_cell(workload: Workload) -> Cell:
+    return Cell(workload=workload, strategy=OFF)

@@ -1,0 +1,31 @@
+"""`every:K`: a stride over the layers, as transformers' `every_n_layers` counts it."""
+
+from __future__ import annotations
+
+from gcbench.strategies._base import Kind, Plan, Strategy
+
+
+def _parse(argument: str | None) -> Strategy:
+    if argument is None or not argument.isdecimal() or int(argument) < 1:
+        shown = "every" if argument is None else f"every:{argument}"
+        raise ValueError(f"{shown!r} needs a whole number of layers, 1 or more; write it like every:2")
+    stride = int(argument)
+
+    def plan_for(num_layers: int) -> Plan:
+        if stride > num_layers:
+            raise ValueError(
+                f"every:{stride} needs at least {stride} layers and the model has {num_layers}; "
+                f"take a stride from 1 to {num_layers}"
+            )
+        return Plan(num_layers=num_layers, groups=tuple((layer,) for layer in range(0, num_layers, stride)))
+
+    return Strategy(spec=f"every:{stride}", plan_for=plan_for)
+
+
+KIND = Kind(
+    syntax="every:K",
+    kept="the inputs of layers 0, K, 2K, …; everything in the layers between",
+    recomputed="layers 0, K, 2K, …, each on its own (a larger K saves less and costs less)",
+    elsewhere="transformers every_n_layers=K, torchtitan selective with a layer frequency",
+    parse=_parse,
+)

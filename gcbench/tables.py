@@ -1,0 +1,194 @@
+"""From a report to one row per cell: what it took, what it saves against `off`, and whether it is proven."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING
+
+from gcbench import stats
+from gcbench.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
+
+if TYPE_CHECKING:
+    import pandas  # type: ignore[import-untyped]  # its stubs are a package of their own
+
+OFF = "off"
+IDENTICAL, WITHIN_NOISE, NO_REFERENCE, FAILED = "identical", "within noise", "no reference", "FAILED"
+NOT_MEASURED_YET = "not measured: the run ended before this cell"
+
+_UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
+"""Half the gap between 1 and the next number (Higham, Accuracy and Stability of Numerical Algorithms, 2.1)."""
+_TOLERATED_ROUNDOFFS, _TOLERATED_NOISE = 4, 2
+
+
+def columns() -> tuple[str, ...]:
+    """The column names of every table, in order."""
+    return tuple(f.name for f in fields(Row))
+
+
+def rows(report: Report) -> tuple[Row, ...]:
+    """One row per outcome, in their order. Bytes, seconds and fractions; unknown is None."""
+    off = {outcome.cell.workload: _summary(outcome) for outcome in report.outcomes if outcome.cell.strategy == OFF}
+    return tuple(_row(report, outcome, off.get(outcome.cell.workload)) for outcome in report.outcomes)
+
+
+def by_workload(table: Iterable[Row]) -> dict[Workload, tuple[Row, ...]]:
+    """The rows of each workload, in the order of their first appearance."""
+    groups: dict[Workload, list[Row]] = {}
+    for row in table:
+        groups.setdefault(workload(row), []).append(row)
+    return {key: tuple(group) for key, group in groups.items()}
+
+
+def workload(row: Row) -> Workload:
+    """The workload of a row."""
+    return Workload(**{f.name: getattr(row, f.name) for f in fields(Workload)})
+
+
+def failed_proof(row: Row) -> bool:
+    """Whether the cell did not do what its strategy says, so that its saving must not be shown."""
+    return row.proof is not None and row.proof.startswith(FAILED)
+
+
+def frame(report: Report) -> pandas.DataFrame:
+    """The rows as a pandas data frame with nullable column types, for notebooks."""
+    import pandas
+
+    table, kinds = rows(report), typing.get_type_hints(Row)
+    return pandas.DataFrame(
+        {name: pandas.array([getattr(row, name) for row in table], dtype=_nullable(kinds[name])) for name in columns()}
+    )
+
+
+def _nullable(kind: object) -> str:
+    members = typing.get_args(kind) or (kind,)
+    return "Int64" if int in members else "Float64" if float in members else "string"
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Summary:
+    """What the rounds of a cell say together; counts are the worst over the rounds, None without rounds.
+
+    `agreed` is False when two rounds recomputed different numbers of layers. `noise` is the largest difference of the
+    rounds after the first from the reference: for `off`, what the kernels change from one run to the next.
+    """
+
+    rounds: tuple[RoundResult, ...]
+    memory: MemoryPeaks | None
+    layers_recomputed: int | None
+    agreed: bool
+    params_without_grad: int | None
+    grad_rel_diff: float | None
+    noise: float | None
+    alloc_retries: int
+    proof: str | None = None
+
+
+def _summary(outcome: Outcome) -> _Summary:
+    rounds = tuple(sorted(outcome.rounds, key=lambda r: r.round))
+    counts = [r.layers_recomputed for r in rounds]
+    diffs = [(r.round, r.grad_rel_diff) for r in rounds if r.grad_rel_diff is not None]
+    return _Summary(
+        rounds=rounds,
+        memory=next((r.memory for r in rounds if r.memory is not None), None),
+        layers_recomputed=min(counts, default=None),
+        agreed=len(set(counts)) <= 1,
+        params_without_grad=max((r.params_without_grad for r in rounds), default=None),
+        grad_rel_diff=_largest(diff for _, diff in diffs),
+        noise=_largest(diff for number, diff in diffs if number > 0) if len(diffs) > 1 else None,
+        alloc_retries=max((r.num_alloc_retries or 0 for r in rounds), default=0),
+    )
+
+
+def _largest(values: Iterable[float]) -> float | None:
+    """The largest, where not-a-number counts as larger than everything; None without values."""
+    return max(values, key=lambda value: (math.isnan(value), value), default=None)
+
+
+def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
+    w, mine, is_off = outcome.cell.workload, _summary(outcome), outcome.cell.strategy == OFF
+    proof = _proof(mine, off, w.precision, outcome.layers_checkpointed)
+    off_proof = _proof(off, off, w.precision, 0) if off else None
+    comparable = not any((verdict or FAILED).startswith(FAILED) for verdict in (proof, off_proof))
+    step = stats.step_time(mine.rounds)
+    paid = stats.overhead(mine.rounds, off.rounds) if off and comparable else None
+    if paid and is_off:
+        paid = stats.Estimate(centre=0.0, low=0.0, high=0.0, num_units=paid.num_units)
+    peak = mine.memory.allocated_bytes if mine.memory else None
+    off_peak = off.memory.allocated_bytes if off and off.memory and comparable else None
+    return Row(
+        model=w.model,
+        strategy=outcome.cell.strategy,
+        status=outcome.failure.kind if outcome.failure else "ok",
+        device=w.device,
+        batch_size=w.batch_size,
+        seq_len=w.seq_len,
+        precision=w.precision,
+        optim=w.optim,
+        attn_implementation=w.attn_implementation,
+        num_params=report.model.num_params,
+        num_layers=report.model.num_layers,
+        layers_checkpointed=outcome.layers_checkpointed,
+        peak_allocated_bytes=peak,
+        peak_reserved_bytes=mine.memory.reserved_bytes if mine.memory else None,
+        peak_process_bytes=mine.memory.process_bytes if mine.memory else None,
+        peak_phase=mine.memory.peak_phase if mine.memory else None,
+        step_time_s=step.centre if step else None,
+        step_time_low_s=step.low if step else None,
+        step_time_high_s=step.high if step else None,
+        tokens_per_s=w.batch_size * w.seq_len / step.centre if step else None,
+        memory_saved_frac=1 - peak / off_peak if peak is not None and off_peak else None,
+        time_overhead_frac=paid.centre if paid else None,
+        grad_rel_diff=mine.grad_rel_diff,
+        source="measured",
+        message=_message(outcome, mine, proof),
+        layers_recomputed=mine.layers_recomputed,
+        params_without_grad=mine.params_without_grad,
+        peak_forward_bytes=mine.memory.forward_bytes if mine.memory else None,
+        peak_backward_bytes=mine.memory.backward_bytes if mine.memory else None,
+        peak_optimizer_bytes=mine.memory.optimizer_bytes if mine.memory else None,
+        time_overhead_low_frac=paid.low if paid else None,
+        time_overhead_high_frac=paid.high if paid else None,
+        grad_noise_floor=off.noise if off else None,
+        proof=proof,
+    )
+
+
+def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpointed: int) -> str | None:
+    """Whether the cell recomputed what its plan says and changed nothing else; None when nothing was measured."""
+    if mine.layers_recomputed is None or mine.params_without_grad is None:
+        return None
+    if not mine.agreed or mine.layers_recomputed != layers_checkpointed:
+        rounds = "" if mine.agreed else " in a round"
+        return f"{FAILED}: recomputed {mine.layers_recomputed} of {layers_checkpointed} layers{rounds}"
+    if off and off.params_without_grad is not None and mine.params_without_grad > off.params_without_grad:
+        extra = mine.params_without_grad - off.params_without_grad
+        return f"{FAILED}: {extra} {'parameter' if extra == 1 else 'parameters'} got no gradient"
+    diff = mine.grad_rel_diff
+    if diff is None:
+        return NO_REFERENCE
+    if math.isnan(diff):
+        return f"{FAILED}: the gradients are not numbers"
+    if diff == 0:
+        return IDENTICAL
+    tolerated = _TOLERATED_ROUNDOFFS * _UNIT_ROUNDOFFS.get(precision.removesuffix("-mixed"), 2.0**-24)
+    if off and off.noise is not None and math.isfinite(off.noise):
+        tolerated = max(tolerated, _TOLERATED_NOISE * off.noise)
+    return WITHIN_NOISE if diff <= tolerated else f"{FAILED}: the gradients differ from off by {diff:.2g}"
+
+
+def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
+    parts = [outcome.failure.message] if outcome.failure else []
+    if proof and proof.startswith(FAILED):
+        parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}")
+    if mine.alloc_retries:
+        times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
+        parts.append(
+            f"the allocator had to flush and retry {times}: timings are pessimistic and the setting is near "
+            "out of memory"
+        )
+    if not outcome.rounds and not outcome.failure:
+        parts.append(NOT_MEASURED_YET)
+    return "; ".join(parts) or None

@@ -1,0 +1,78 @@
+"""What the parent asks of a child process, and what the child answers. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from gcbench.fingerprint import Fingerprint
+from gcbench.records import Cell, Failure, Json, Machine, ModelFacts, RoundResult
+from gcbench.sources import ModelSource
+from gcbench.strategies import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class DescribeTask:
+    """Say what `device` is and, when `source` is given, what the model is; measure nothing."""
+
+    device: str
+    source: ModelSource | None = None
+    layers: int | None = None
+    overrides: dict[str, Json] = field(default_factory=dict)
+    attn_implementation: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureTask:
+    """Measure one round of one cell."""
+
+    cell: Cell
+    round: int
+    source: ModelSource
+    layers: int | None
+    overrides: dict[str, Json]
+    attn_implementation: str | None
+    """As the user asked for it; None for the model's own choice."""
+    plan: Plan
+    seed: int
+    warmup: int
+    steps: int
+    with_memory: bool
+    memory_limit_bytes: int | None
+
+    @property
+    def num_steps(self) -> int:
+        return self.warmup + self.with_memory + self.steps
+
+
+Task = DescribeTask | MeasureTask
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """One training step done, for the progress display."""
+
+    kind: str
+    """`warm-up`, `memory` or `timed`."""
+    step: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refusal:
+    """A user's mistake or a missing thing that only the child could find: an error to raise in the parent."""
+
+    error: str
+    """Name of the class in `errors`."""
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a child wrote before it ended; exactly one of the kinds of content."""
+
+    machine: Machine | None = None
+    facts: ModelFacts | None = None
+    result: RoundResult | None = None
+    fingerprint: Fingerprint | None = None
+    failure: Failure | None = None
+    refusal: Refusal | None = None

@@ -1,0 +1,80 @@
+"""Bytes, seconds and fractions, to and from the forms that people read and type."""
+
+from __future__ import annotations
+
+import re
+
+KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
+_FACTORS = {
+    "": 1,
+    "b": 1,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
+    "kb": 10**3,
+    "mb": 10**6,
+    "gb": 10**9,
+    "tb": 10**12,
+}
+
+
+def parse_bytes(text: str) -> int:
+    """`"8GiB"`, `"24 GB"`, `"512MiB"` or a plain number of bytes; raises ValueError on anything else."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    factor = _FACTORS.get(match[2].lower()) if match else None
+    if match is None or factor is None:
+        raise ValueError(f"{text!r} is not an amount of memory; write it like 8GiB, 512MiB or 24GB")
+    return int(float(match[1]) * factor)
+
+
+def parse_fraction(text: str) -> float:
+    """`"5%"` or `"0.05"` as 0.05; raises ValueError on anything else or below zero."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a share; write it like 5% or 0.05")
+    return float(match[1]) / (100 if match[2] else 1)
+
+
+def format_bytes(count: int | None) -> str:
+    """Binary units with three or four significant digits: `"2.31 GiB"`; `"–"` for unknown."""
+    if count is None:
+        return "–"
+    for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+        if abs(count) >= factor:
+            return f"{count / factor:.2f} {unit}" if abs(count) < 100 * factor else f"{count / factor:.0f} {unit}"
+    return f"{count} B"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`"843 µs"`, `"84.3 ms"`, `"1.24 s"`, `"3 min 05 s"`; `"–"` for unknown."""
+    if seconds is None:
+        return "–"
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f} µs"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    if seconds < 120:
+        return f"{seconds:.2f} s" if seconds < 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_percent(fraction: float | None, *, sign: bool = False) -> str:
+    """0.413 as `"41 %"` (`"+41 %"` with sign); below 10 % one decimal; `"–"` for unknown."""
+    if fraction is None:
+        return "–"
+    percent = 100 * fraction
+    decimals = 1 if 0 < abs(percent) < 9.95 else 0
+    text = f"{percent:+.{decimals}f}" if sign else f"{percent:.{decimals}f}"
+    return f"{text.replace('-', '−')} %"
+
+
+def format_count(count: int | None) -> str:
+    """124439808 as `"124 M"`, 8030261248 as `"8.03 B"`; `"–"` for unknown."""
+    if count is None:
+        return "–"
+    for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):
+        if count >= 0.9995 * factor:
+            return f"{count / factor:.3g} {unit}"
+    return str(count)

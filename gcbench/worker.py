@@ -1,0 +1,241 @@
+"""The child process: builds the model, applies the plan, runs the steps, writes the answer. Imports torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from gcbench import checkpointing, devices, models, sketch
+from gcbench.codec import encode
+from gcbench.devices import Device
+from gcbench.errors import GcbenchError
+from gcbench.fingerprint import Fingerprint
+from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
+from gcbench.report import write_text
+from gcbench.tasks import Answer, DescribeTask, Event, MeasureTask, Refusal, Task
+from gcbench.training import TrainingStep, parameter_dtype, random_batch
+from gcbench.units import format_bytes
+
+_MAX_SKIPPED_STEPS = 24
+"""An fp16 scaler starts at 2**16 and halves at each overflow, so it has settled long before."""
+_UNSUPPORTED = ("not implemented for", "not supported", "does not support", "unsupported", "Could not run")
+
+
+class LimitExceeded(Exception):
+    """The exact peak is above the emulated device's memory."""
+
+
+def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
+    """Entry point of a child process; never raises."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _redirect_output(log_path)
+    _offer_to_the_kernel()
+    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+
+    def tell(event: Event) -> None:
+        with suppress(OSError):
+            connection.send(event)
+
+    answer = describe(task) if isinstance(task, DescribeTask) else measure(task, tell)
+    write_text(Path(answer_path), json.dumps(encode(answer)))
+
+
+def describe(task: DescribeTask) -> Answer:
+    """The device and the model of a run, or why there is none."""
+    try:
+        device = devices.open_device(devices.choose(task.device))
+        if task.source is None:
+            return Answer(machine=device.describe())
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        facts = models.facts(task.source, config, task.attn_implementation)
+        return Answer(machine=device.describe(), facts=facts)
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    except Exception as err:
+        return Answer(failure=_crash(err))
+
+
+def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
+    """One round of one cell, or the failure that it ended in."""
+    measurement: _Measurement | None = None
+    device: Device | None = None
+    try:
+        device = devices.open_device(task.cell.workload.device)
+        measurement = _Measurement(task, device, tell)
+        return measurement.run()
+    except BaseException as err:
+        where = measurement.where if measurement is not None else "the model was being built"
+        return Answer(failure=_failure(err, task=task, device=device, where=where))
+
+
+class _Measurement:
+    """The steps of one round, in order."""
+
+    def __init__(self, task: MeasureTask, device: Device, tell: Callable[[Event], None]) -> None:
+        self.task = task
+        self.device = device
+        self.tell = tell
+        self.where = "the model was being built"
+        self.fingerprint: Fingerprint | None = None
+        self.steps_s = 0.0
+
+    def run(self) -> Answer:
+        task, workload = self.task, self.task.cell.workload
+        self.device.limit_memory(task.memory_limit_bytes)
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        self.model = models.build(
+            task.source,
+            config,
+            device=workload.device,
+            dtype=parameter_dtype(workload.precision),
+            attn_implementation=task.attn_implementation,
+            seed=task.seed,
+        )
+        self.counter = checkpointing.apply(self.model, task.plan)
+        batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
+        self.step = TrainingStep(
+            self.model, batch=batch, precision=workload.precision, optim=workload.optim, seed=task.seed
+        )
+        memory = None
+        if task.with_memory:
+            memory = self._warm_up_and_probe()
+        else:
+            self._warm_up()
+        times, process_bytes = self._timed()
+        if memory is not None:
+            memory = MemoryPeaks(**(vars(memory) | {"process_bytes": process_bytes}))
+        assert self.fingerprint is not None
+        return Answer(
+            result=RoundResult(
+                round=task.round,
+                memory=memory,
+                step_times_s=tuple(times),
+                layers_recomputed=len(self.counter.layers),
+                params_without_grad=len(self.fingerprint.missing),
+                grad_checksum=self.fingerprint.checksum,
+                grad_rel_diff=None,
+                grad_worst_param=None,
+                num_alloc_retries=self.device.num_alloc_retries(),
+                num_steps=self.step.num_steps,
+                steps_s=self.steps_s,
+                wall_s=0.0,
+            ),
+            fingerprint=self.fingerprint,
+        )
+
+    def _warm_up(self) -> None:
+        """Steps until the optimizer has its state; gradients are fingerprinted in the first finite one."""
+        while self.step.num_steps < self.task.warmup or not self.step.has_optimizer_state:
+            self._one("warm-up", self._fingerprint)
+            if self.step.num_steps > self.task.warmup + _MAX_SKIPPED_STEPS:
+                raise FloatingPointError("every step overflowed and was skipped by the gradient scaler")
+
+    def _fingerprint(self, phase: Phase) -> None:
+        self._note(phase)
+        if phase == "optimizer" and (self.fingerprint is None or not self.fingerprint.is_finite):
+            self.fingerprint = sketch.take(self.model, step=self.step.num_steps, seed=self.task.seed)
+
+    def _warm_up_and_probe(self) -> MemoryPeaks:
+        """The warm-up, with the probe watching from its last step on, and the step whose peaks are read."""
+        while self.step.num_steps < self.task.warmup - 1:
+            self._one("warm-up", self._fingerprint)
+        self.device.settle()
+        with self.device.probe_memory() as probe:
+
+            def on_phase(phase: Phase) -> None:
+                self._note(phase)
+                probe.on_phase(phase)
+
+            self._warm_up()
+            self.device.settle()
+            self._one("memory", on_phase)
+        peaks = probe.peaks()
+        limit = self.task.memory_limit_bytes
+        if limit is not None and peaks.allocated_bytes > limit:
+            self.where = f"{peaks.peak_phase} phase"
+            raise LimitExceeded(
+                f"the step needs {format_bytes(peaks.allocated_bytes)} and the limit is {format_bytes(limit)}"
+            )
+        return peaks
+
+    def _timed(self) -> tuple[list[float], int | None]:
+        self.device.settle()
+        self.device.start_timing()
+        times = [self._one("timed", self._note) for _ in range(self.task.steps)]
+        return times, self.device.process_bytes()
+
+    def _note(self, phase: Phase) -> None:
+        self.where = f"{phase} phase"
+
+    def _one(self, kind: str, on_phase: Callable[[Phase], None]) -> float:
+        self.counter.reset()
+        start = time.perf_counter()
+        seconds = self.device.time(lambda: self.step(on_phase))
+        self.steps_s += time.perf_counter() - start
+        self.tell(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
+        return seconds
+
+
+def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, where: str) -> Failure:
+    """What an exception in a measurement means."""
+    text = str(err).strip() or type(err).__name__
+    first_line = text.splitlines()[0][:300].rstrip(".")
+    if isinstance(err, LimitExceeded) or (device is not None and device.is_out_of_memory(err)):
+        why = f" ({text})" if isinstance(err, LimitExceeded) else ""
+        moves = "a smaller --batch or --seq-len" + ("" if task.plan.groups else ", a checkpointing strategy")
+        return Failure(
+            kind="oom", message=f"out of memory in the {where}{why}; try {moves} or a smaller precision", detail=text
+        )
+    if isinstance(err, NotImplementedError) or (
+        isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)
+    ):
+        return Failure(
+            kind="unsupported",
+            message=f"not possible here: {first_line}; try another --precision, --attn-implementation or --device",
+            detail=traceback.format_exc(),
+        )
+    return _crash(err)
+
+
+def _crash(err: BaseException) -> Failure:
+    text = str(err).strip() or type(err).__name__
+    return Failure(
+        kind="crash",
+        message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}; the whole trace is in report.json",
+        detail="".join(traceback.format_exception(err)),
+    )
+
+
+def _redirect_output(log_path: str) -> None:
+    """Libraries print what they like; it goes to the log, which is read only when the child fails."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)
+
+
+def _offer_to_the_kernel() -> None:
+    """When memory runs out, this process goes first: not the parent, which holds the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _die_with_parent(connection: Connection) -> None:
+    """End this process when the other end of the pipe closes: nobody is left to want the answer."""
+    with suppress(OSError):
+        try:
+            connection.recv()
+        except EOFError:
+            os._exit(1)
