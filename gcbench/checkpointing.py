@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -44,6 +45,25 @@ class RecomputeCounter:
 def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
     """The layers that `every_n_layers` counts, in its order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def layers_run(model: torch.nn.Module) -> Iterator[set[int]]:
+    """The numbers of the layers that a forward pass inside the context runs."""
+    ran: set[int] = set()
+
+    def note(layer: int, module: torch.nn.Module, inputs: object) -> None:
+        ran.add(layer)
+
+    hooks = [
+        layer.register_forward_pre_hook(partial(note, number))
+        for number, layer in enumerate(checkpointable_layers(model))
+    ]
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def refusal(model: torch.nn.Module) -> str | None:

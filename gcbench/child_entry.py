@@ -2,13 +2,38 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 
-from gcbench.tasks import Task
+from gcbench.codec import encode
+from gcbench.report import write_text
+from gcbench.tasks import Answer, Refusal, Task
 
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     """Run `worker.main`, whose imports the server process has done already."""
-    from gcbench import worker
+    try:
+        _redirect_output(log_path)
+    except FileNotFoundError:  # the run was interrupted before its server was ready to start this child
+        return
+    try:
+        from gcbench import worker
+    except ImportError as err:
+        message = f"a library is missing or broken ({err}); install gcbench again, torch and transformers with it"
+        answer = Answer(refusal=Refusal(error="UnavailableError", message=message))
+        write_text(Path(answer_path), json.dumps(encode(answer)))
+        return
+    worker.main(task, connection, answer_path)
 
-    worker.main(task, connection, answer_path, log_path)
+
+def _redirect_output(log_path: str) -> None:
+    """Libraries print what they like; it goes to the log, which is read only when the child fails."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    os.close(log)

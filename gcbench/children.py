@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from multiprocessing import connection as mp_connection
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Protocol
@@ -44,6 +45,7 @@ class ForkedChildren:
 
     def __enter__(self) -> ForkedChildren:
         self._context.set_forkserver_preload(self._preload)
+        _start_server()
         self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
         return self
 
@@ -106,6 +108,20 @@ class ForkedChildren:
             self._process.join()
             self._exitcode = self._process.exitcode
         self._process = None
+
+
+def _start_server() -> None:
+    """Start the server deaf to Ctrl-C, which a terminal sends to all processes and which is for the parent alone.
+
+    Caught while it imports torch, the server would print a trace. Blocked and not ignored, because the parent still
+    wants a signal that comes meanwhile.
+    """
+    resource_tracker.ensure_running()  # first, because it unblocks the signal once it has started
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _timed_out(timeout_s: float, log: str) -> Failure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -9,15 +10,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from gcbench import __version__
-from gcbench.errors import GcbenchError, Interrupted
+from gcbench.errors import GcbenchError, Interrupted, UsageError
 
 app = typer.Typer(
     name="gcbench",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    # One rule for every long flag: underscores are hyphens.
-    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": lambda t: t.replace("_", "-")},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        # One rule for every long flag: underscores are hyphens.
+        "token_normalize_func": lambda token: token.replace("_", "-"),
+        # A flag that is unset rather than False makes Typer import pydantic, half of the time of a wrong flag.
+        "default_map": {"help": False},
+    },
     help="Which gradient (activation) checkpointing settings to use, measured on the real model.",
     epilog="Start with: gcbench run --model gpt2 --batch 16",
 )
@@ -130,7 +136,9 @@ def run(
     ] = None,
     steps: Annotated[
         str | None,
-        typer.Option("--steps", metavar="N", rich_help_panel=_MEASURING, help="Timed steps a round (GPU 5, CPU 1)."),
+        typer.Option(
+            "--steps", metavar="N", rich_help_panel=_MEASURING, help="Timed steps a round (one second of them)."
+        ),
     ] = None,
     rounds: Annotated[
         str | None,
@@ -262,7 +270,7 @@ def env(
 def main() -> NoReturn:
     """Run the command line; the one place where errors become sentences and exit codes."""
     try:
-        app()
+        sys.exit(_parse_and_run())
     except GcbenchError as err:
         _tell(err)
         sys.exit(err.exit_code)
@@ -270,9 +278,27 @@ def main() -> NoReturn:
         _tell(Interrupted("interrupted"))
         sys.exit(Interrupted.exit_code)
     except BrokenPipeError:  # the reader of our output has gone (gcbench … | head)
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
-    sys.exit(0)
+
+
+def _parse_and_run() -> int:
+    """The exit code of a command that ended by itself; raises UsageError for a wrong flag or command."""
+    try:
+        # Not standalone: then a wrong flag is told like every other mistake, and at once (Typer's own panel takes
+        # as long to import as everything else here together).
+        code = app(prog_name="gcbench", standalone_mode=False)
+    except Exception as err:
+        # Whichever click Typer uses, its own or the package, its errors have these two.
+        if not (hasattr(err, "format_message") and hasattr(err, "exit_code")):
+            raise
+        message = str(err.format_message()).strip().rstrip(".")
+        if not message:  # help was shown in place of a missing command
+            return int(err.exit_code)
+        context = getattr(err, "ctx", None)
+        command = context.command_path if context is not None else "gcbench"
+        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
+    return code if isinstance(code, int) else 0
 
 
 def _tell(err: GcbenchError) -> None:

@@ -4,29 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
-
-from rich.console import Console
 
 from gcbench import config as configs
-from gcbench import formats, progress, runner, sources
+from gcbench import formats
 from gcbench import report as reports
-from gcbench.children import ForkedChildren
-from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
+from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.records import SCHEMA, Report
 from gcbench.report import write_text
-from gcbench.store import Store, default_folder
-from gcbench.tasks import DescribeTask
 from gcbench.units import format_count
-
-FAILED_STATUSES = ("crash", "timeout", "killed")
-"""Those that make `run` exit with 1: out of memory and unsupported are results."""
 
 
 def run(
@@ -44,108 +33,19 @@ def run(
     if resume:
         if out is None:
             raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
-        store, previous = Store.reopen(out)
-    given = {
-        **(previous.settings if previous else {}),
-        **(configs.read_toml(config) if config else {}),
-        **{key: value for key, value in flags.items() if value is not None},
-    }
-    wanted = configs.settings(given)
-    source = sources.resolve(wanted.model, pretrained=wanted.pretrained, trust_remote_code=wanted.trust_remote_code)
-    if previous is None:
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        store = Store.create(out or default_folder(sources.slug(wanted.model), now))
-    command = shlex.join(["gcbench", *argv])
-    err = Console(stderr=True)
-    with _interruptible(store):
-        try:
-            with ForkedChildren(preload=_preload(source)) as children, progress.choose(err, quiet=quiet) as display:
-                report = runner.run(
-                    wanted,
-                    source=source,
-                    children=children,
-                    store=store,
-                    progress=display,
-                    command=command,
-                    previous=previous,
-                )
-        except GcbenchError:
-            store.discard_if_empty()
-            raise
-        _publish(report, store)
-    _show(report, store, as_json=as_json, quiet=quiet, err=err)
-    store.close()
-    broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
-    if broken:
-        raise GcbenchError(
-            f"{len(broken)} of {len(report.outcomes)} cells crashed, timed out or were killed; "
-            f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
-        )
-
-
-def _preload(source: sources.ModelSource) -> tuple[str, ...]:
-    """The module of the model's own code, for the server process to import once for all children."""
-    model_type = str(source.config["model_type"]).replace("-", "_")
-    return (f"transformers.models.{model_type}.modeling_{model_type}",)
-
-
-@contextmanager
-def _interruptible(store: Store) -> Iterator[None]:
-    """Make Ctrl-C and a polite kill end the run with what was measured kept."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the last save short
-        raise Interrupted(_kept(store)) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _kept(store: Store) -> str:
-    """After an interruption: what there is, and how to go on."""
-    try:
-        report = reports.load(store.folder)
-    except GcbenchError:
-        store.discard_if_empty()
-        return "interrupted before anything was measured"
-    _publish(report, store, plots=False)
-    done = sum(len(outcome.rounds) for outcome in report.outcomes)
-    return (
-        f"interrupted; {done} measured rounds are kept in {store.folder}; "
-        f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
+        previous = reports.reopen(out)
+    wanted = configs.settings(
+        {
+            **(previous.settings if previous else {}),
+            **(configs.read_toml(config) if config else {}),
+            **{key: value for key, value in flags.items() if value is not None},
+        }
     )
+    from gcbench import session  # only now: a wrong value is told before anything else is imported
 
-
-def _publish(report: Report, store: Store, *, plots: bool = True) -> None:
-    """Write the tables and plots beside the report; a full disk is told by the store."""
-    with store.forgiving(report):
-        if plots:
-            from gcbench.plots import draw
-
-            draw(report, store.folder / "plots")
-        for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
-            write_text(store.folder / file, formats.get(name).render(report))
-
-
-def _show(report: Report, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
-    if as_json:
-        print(formats.get("json").render(report), end="")
-    else:
-        from gcbench.formats.terminal import tables
-
-        out = Console()
-        for table in tables(report):
-            out.print(table)
-    if quiet:
-        return
-    for notice in report.notices:
-        err.print(notice, markup=False, highlight=False, soft_wrap=True)
-    err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
+    session.measure(
+        wanted, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+    )
 
 
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
@@ -166,6 +66,8 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
     if as_json:
         _print_rows(comparing.to_rows(comparison))
     else:
+        from rich.console import Console
+
         out = Console()
         for part in comparing.render(comparison):
             out.print(part)
@@ -193,6 +95,8 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
             write_text(out, formats.get(format).render(stored))
         return
     if format == "terminal":
+        from rich.console import Console
+
         from gcbench.formats.terminal import tables
 
         console = Console()
@@ -218,13 +122,15 @@ def models(*, as_json: bool) -> None:
     if as_json:
         _print_rows([{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in known])
         return
+    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for header in ("model", "parameters", "family", "Hub id"):
-        table.add_column(header, justify="right" if header == "parameters" else "left", no_wrap=header != "Hub id")
+    table.add_column("model", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("Hub id", overflow="fold")
     for entry in known:
-        table.add_row(entry.name, format_count(entry.published_params), entry.family, entry.hub_id)
+        table.add_row(entry.name, format_count(entry.published_params), entry.hub_id)
     console = Console()
     console.print(table)
     console.print(
@@ -244,18 +150,26 @@ def strategies(*, as_json: bool) -> None:
     if as_json:
         _print_rows(listed)
         return
+    from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 1, 0), header_style="bold")
-    for header in ("strategy", "kept in the forward pass", "recomputed in the backward", "called elsewhere"):
-        table.add_column(header, no_wrap=header == "strategy")
+    console = Console()
     for row in listed:
-        table.add_row(*row.values())
-    Console().print(table)
+        spec, *said = row.items()
+        console.print(Text(spec[1], style="bold"))
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        for name, text in said:
+            grid.add_row(f"  {name}", text)
+        console.print(grid)
 
 
 def env(*, device: str, as_json: bool) -> None:
     """Describe the machine, asked of a child process."""
+    from gcbench import runner
+    from gcbench.children import ForkedChildren
+    from gcbench.tasks import DescribeTask
+
     wanted = configs.parse_device(device)
     with ForkedChildren() as children:
         answer = children.run(DescribeTask(device=wanted), on_event=lambda event: None, timeout_s=120)

@@ -102,8 +102,8 @@ class _Side:
 def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     """Match the cells of two runs and judge each.
 
-    Raises UsageError when the runs differ in device or precision, unless `force`, which takes both out of the
-    comparison; and when no cell matches.
+    Raises UsageError when the runs differ in device, precision or the model's size, unless `force`, which takes
+    them out of the comparison; and when no cell matches.
     """
     clashes = _clashes(a, b)
     if clashes and not force:
@@ -256,7 +256,7 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         time_verdict=state or _time_verdict(paid),
         peak_allocated_a_bytes=peak_a,
         peak_allocated_b_bytes=peak_b,
-        memory_change_frac=peak_b / peak_a - 1 if peak_a and peak_b and state is None else None,
+        memory_change_frac=(peak_b - peak_a) / peak_a if peak_a and peak_b and state is None else None,
         step_time_a_s=a.row.step_time_s if a else None,
         step_time_b_s=b.row.step_time_s if b else None,
         time_change_frac=paid.centre if paid else None,
@@ -293,12 +293,14 @@ def _time_verdict(paid: stats.Estimate | None) -> Verdict:
 
 
 def _clashes(a: Report, b: Report) -> dict[str, str]:
-    """What makes figures incomparable, by the part of the key it concerns."""
+    """What makes figures incomparable, by name; device and precision are also the parts of the key they concern."""
     devices = [f"{report.machine.device_name} ({words.device_type(report.machine.device)})" for report in (a, b)]
     precisions = [
         ", ".join(dict.fromkeys(outcome.cell.workload.precision for outcome in report.outcomes)) for report in (a, b)
     ]
     pairs = {"device": devices, "precision": precisions}
+    if a.model.model == b.model.model:  # the same name, changed by --layers or --set
+        pairs["number of parameters"] = [f"{report.model.num_params:,}" for report in (a, b)]
     return {name: _differ(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1] and all(pair)}
 
 
@@ -317,7 +319,6 @@ def _facts(report: Report) -> dict[str, str]:
     settings = {name: value for name, value in report.settings.items() if name not in _IN_THE_KEY}
     return {
         "gcbench": report.gcbench_version,
-        "parameters": str(report.model.num_params),
         "platform": report.machine.platform,
         **report.machine.versions,
         **report.machine.settings,

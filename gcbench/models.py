@@ -22,8 +22,8 @@ from gcbench.sources import ModelSource
 def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> PreTrainedConfig:
     """The model's config with the user's changes applied.
 
-    Raises UnavailableError for a type that transformers cannot build as a causal LM, UsageError for a change of a
-    field that the config does not have or a value it refuses.
+    Raises UnavailableError for a type that transformers cannot build as a causal LM and for values it refuses,
+    UsageError for a change of a field that the config does not have or to a value that is refused.
     """
     values = copy.deepcopy(source.config)
     if source.trust_remote_code:
@@ -39,8 +39,14 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
     try:
         return config_class.from_dict(values)
     except Exception as err:  # a config class may raise anything at values it cannot use
-        changed = "with --layers and --set as given " if overrides or layers is not None else ""
-        raise UsageError(f"the config of {source.name!r} {changed}is refused by transformers: {_line(err)}") from None
+        if overrides or layers is not None:
+            raise UsageError(
+                f"transformers refuses the config of {source.name!r} with --layers and --set as given: {_line(err)}; "
+                "change them"
+            ) from None
+        raise UnavailableError(
+            f"transformers refuses the config of {source.name!r}: {_line(err)}; mend it, or change it with --set"
+        ) from None
 
 
 def build_meta(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
@@ -177,6 +183,7 @@ def _no_field(name: str, scope: Mapping[str, Any]) -> UsageError:
 
 
 def _line(err: BaseException) -> str:
-    """The first line of an error, short enough for a sentence."""
+    """The first line of an error, with the next where it ends in a colon, short enough for a sentence."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-    return lines[0][:300].rstrip(".")
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told[:300].rstrip(".:")

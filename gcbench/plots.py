@@ -6,11 +6,11 @@ import io
 import math
 import os
 import textwrap
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcbench.labels import MARGIN, Box, Label, place
 from gcbench.records import PHASES, Phase, Report, Row, Workload
 from gcbench.tables import OFF, by_workload, failed_proof, rows
 from gcbench.units import GIB, MIB, format_bytes
@@ -34,9 +34,6 @@ _PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00",
 _PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
 _GREY = "#555555"
 _LONGEST_LABEL = 28
-_MARGIN_PX = 2
-_FAR_PX = 18
-"""From this distance on a line leads from the point to its label."""
 
 
 def drawable(report: Report) -> tuple[str, ...]:
@@ -71,6 +68,9 @@ def memory_figure(report: Report) -> Figure:
     handles.append(Patch(facecolor="none", edgecolor="black", linewidth=1.3))
     labels.append("the phase that sets the peak")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
+    figure.draw_without_rendering()
+    for axes in panels:
+        _make_room(axes)
     return figure
 
 
@@ -137,9 +137,9 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
     highest = max((row.peak_allocated_bytes or 0 for row in group), default=0)
     unit, name = (GIB, "GiB") if highest >= GIB else (MIB, "MiB")
     thickness = 0.26
-    for place, phase in enumerate(PHASES):
+    for slot, phase in enumerate(PHASES):
         sizes = [(_of_phase(row, phase) or 0) / unit for row in group]
-        positions = [number + (place - 1) * thickness for number in range(len(group))]
+        positions = [number + (slot - 1) * thickness for number in range(len(group))]
         axes.barh(
             positions,
             sizes,
@@ -161,12 +161,20 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
             axes.annotate(f" {_absence(row)}", (0, number), va="center", fontsize=9, style="italic", color=_GREY)
     axes.set_yticks(range(len(group)), [_shortened(row.strategy, _LONGEST_LABEL) for row in group], fontsize=9)
     axes.set_ylim(len(group) - 0.5, -0.5)
-    axes.set_xlim(0, 1.4 * highest / unit if highest else 1)
+    axes.set_xlim(0, 1.05 * highest / unit if highest else 1)
     axes.set_xlabel(f"peak allocated memory, {name}", fontsize=9)
     if not highest:
         axes.set_xticks([])
     _panel_title(axes, workload)
     _quiet(axes, "x")
+
+
+def _make_room(axes: Axes) -> None:
+    """Extends the panel to the right until what is written after the bars fits into it."""
+    width = axes.get_window_extent().width
+    for text in axes.texts:
+        end, needed = text.get_position()[0], min(text.get_window_extent().width + 6, 0.8 * width)
+        axes.set_xlim(0, max(axes.get_xlim()[1], end / (1 - needed / width)))
 
 
 def _of_phase(row: Row, phase: Phase) -> int | None:
@@ -219,46 +227,9 @@ def _limits(axes: Axes, group: Sequence[Row]) -> None:
     left = max(min([*lows, *centres]), min(centres) - reach)
     right = min(max([*highs, *centres]), max(centres) + reach)
     saved = [100 * (row.memory_saved_frac or 0) for row in shown] + [0.0]
-    tall = max(max(saved) - min(saved), 5.0)
+    margin = max(0.15 * (max(saved) - min(saved)), 2.0)
     axes.set_xlim(left - 0.12 * (right - left) - 0.5, right + 0.25 * (right - left) + 0.5)
-    axes.set_ylim(min(saved) - 0.15 * tall, max(saved) + 0.15 * tall)
-
-
-@dataclass(frozen=True)
-class _Box:
-    """A rectangle in pixels."""
-
-    left: float
-    bottom: float
-    right: float
-    top: float
-
-    @classmethod
-    def of(cls, extent: Bbox) -> _Box:
-        return cls(extent.x0, extent.y0, extent.x1, extent.y1)
-
-    def moved(self, x: float, y: float) -> _Box:
-        return _Box(self.left + x, self.bottom + y, self.right + x, self.top + y)
-
-    def grown(self, by: float) -> _Box:
-        return _Box(self.left - by, self.bottom - by, self.right + by, self.top + by)
-
-    def within(self, other: _Box) -> bool:
-        return (
-            other.left <= self.left
-            and self.right <= other.right
-            and other.bottom <= self.bottom
-            and self.top <= other.top
-        )
-
-    def holds(self, point: tuple[float, float]) -> bool:
-        return self.left <= point[0] <= self.right and self.bottom <= point[1] <= self.top
-
-    def overlap(self, other: _Box) -> float:
-        """Shared area, in square pixels."""
-        wide = min(self.right, other.right) - max(self.left, other.left)
-        high = min(self.top, other.top) - max(self.bottom, other.bottom)
-        return wide * high if wide > 0 and high > 0 else 0.0
+    axes.set_ylim(min(saved) - margin, max(saved) + margin)
 
 
 def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
@@ -267,18 +238,18 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
     from matplotlib.transforms import IdentityTransform
 
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg's, set in _figure
-    frame = _Box.of(axes.get_window_extent(renderer)).grown(-3)
+    frame = _box(axes.get_window_extent(renderer)).grown(-3)
     points, symbols = [], []
     for row in group:
         x, y = axes.transData.transform((100 * (row.time_overhead_frac or 0), 100 * (row.memory_saved_frac or 0)))
         points.append((float(x), float(y)))
-        symbols.append(_Box(x, y, x, y).grown(9))
+        symbols.append(Box(x, y, x, y).grown(9))
         low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
         if low is not None and high is not None:
             start, end = (float(axes.transData.transform((100 * edge, 0))[0]) for edge in (low, high))
-            symbols.append(_Box(max(start, frame.left), y - 3, min(end, frame.right), y + 3))
-    placed: list[_Label] = []
-    for row, point in zip(group, points, strict=True):
+            symbols.append(Box(max(start - 14, frame.left), y - 3, min(end + 14, frame.right), y + 3))
+    placed: list[Label] = []
+    for number, (row, point) in enumerate(zip(group, points, strict=True)):
         text = axes.annotate(
             _shortened(row.strategy, _LONGEST_LABEL),
             point,
@@ -289,10 +260,10 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
             annotation_clip=False,
         )
         text.set_gid(LABEL)
-        size = _Box.of(text.get_window_extent(renderer))
-        label = _place(size, point, frame, symbols, placed)
+        size = _box(text.get_window_extent(renderer))
+        label = place(size, number, points, frame, symbols, placed)
         placed.append(label)
-        text.set_position((label.room.left + _MARGIN_PX - size.left, label.room.bottom + _MARGIN_PX - size.bottom))
+        text.set_position((label.room.left + MARGIN - size.left, label.room.bottom + MARGIN - size.bottom))
         if label.leader:
             (x, y), (near_x, near_y) = label.leader[0], label.leader[-1]
             colour = _OKABE_ITO[styles[row.strategy] % len(_OKABE_ITO)]
@@ -300,64 +271,8 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
             axes.add_artist(line)
 
 
-@dataclass(frozen=True)
-class _Label:
-    """The room a label takes and points along the line that leads to it, in pixels; no line when it is near."""
-
-    room: _Box
-    leader: tuple[tuple[float, float], ...]
-
-    @classmethod
-    def of(cls, room: _Box, point: tuple[float, float]) -> _Label:
-        x, y = point
-        near_x, near_y = min(max(x, room.left), room.right), min(max(y, room.bottom), room.top)
-        steps = int(math.dist(point, (near_x, near_y)) // 4)
-        if 4 * steps <= _FAR_PX:
-            return cls(room, ())
-        return cls(room, tuple((x + (near_x - x) * i / steps, y + (near_y - y) * i / steps) for i in range(steps + 1)))
-
-    def conflict(self, other: _Label) -> float:
-        """Shared area, and as much again for each point of a line that runs through the other's text."""
-        crossings = sum(other.room.holds(p) for p in self.leader) + sum(self.room.holds(p) for p in other.leader)
-        return self.room.overlap(other.room) + 20 * crossings
-
-
-def _place(
-    size: _Box, point: tuple[float, float], frame: _Box, symbols: Sequence[_Box], placed: Sequence[_Label]
-) -> _Label:
-    """The nearest place for a label of this size that touches no symbol, label or line; the best where there is none.
-
-    Lying on another label weighs more than anything else, so labels keep apart even where lines must cross.
-    """
-    best, least = _Label.of(size, point), math.inf
-    for x, y in _places(size, point, frame):
-        label = _Label.of(size.moved(x - size.left, y - size.bottom).grown(_MARGIN_PX), point)
-        conflict = sum(label.room.overlap(symbol) for symbol in symbols)
-        conflict += sum(label.conflict(other) for other in placed)
-        conflict += 1e6 * any(label.room.overlap(other.room) for other in placed)
-        conflict += 1e9 * (not label.room.within(frame))
-        if conflict < least:
-            best, least = label, conflict
-        if conflict == 0:
-            break
-    return best
-
-
-def _places(size: _Box, point: tuple[float, float], frame: _Box) -> Iterator[tuple[float, float]]:
-    """Lower left corners to try: around the point, then all over the panel, the nearest first."""
-    x, y = point
-    wide, high = size.right - size.left, size.top - size.bottom
-    yield x + 12, y - high / 2
-    yield x - wide / 2, y + 13
-    yield x - wide / 2, y - high - 13
-    yield x - wide - 12, y - high / 2
-    step = high / 2 + 2
-    grid = [
-        (frame.left + 4 + column * 3 * step, frame.bottom + 4 + line * step)
-        for column in range(int((frame.right - frame.left) // (3 * step)) + 1)
-        for line in range(int((frame.top - frame.bottom) // step) + 1)
-    ]
-    yield from sorted(grid, key=lambda corner: math.dist((corner[0] + wide / 2, corner[1] + high / 2), point))
+def _box(extent: Bbox) -> Box:
+    return Box(extent.x0, extent.y0, extent.x1, extent.y1)
 
 
 def _absence(row: Row) -> str:

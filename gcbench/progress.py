@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
+from statistics import median
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from gcbench.records import Cell, Outcome
 from gcbench.tasks import Event
@@ -27,7 +30,7 @@ def figures(outcome: Outcome) -> str:
     if memory is not None:
         parts.append(f"peak {format_bytes(memory.allocated_bytes)} ({memory.peak_phase})")
     if outcome.rounds and outcome.rounds[-1].step_times_s:
-        parts.append("steps " + ", ".join(format_seconds(s) for s in outcome.rounds[-1].step_times_s[-3:]))
+        parts.append(f"step {format_seconds(median(outcome.rounds[-1].step_times_s))}")
     return ", ".join(parts)
 
 
@@ -43,13 +46,16 @@ class QuietProgress:
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
         return None
 
-    def enter(self, cell: Cell, *, round: int) -> None:
+    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         return None
 
     def step(self, event: Event) -> None:
         return None
 
-    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
+    def leave(self, outcome: Outcome) -> None:
+        return None
+
+    def skip(self, *, num_steps: int) -> None:
         return None
 
 
@@ -65,28 +71,35 @@ class PlainProgress(QuietProgress):
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
         self._num_rounds = num_rounds
-        self._say(f"measuring: {num_steps} training steps to run in {num_rounds} rounds")
+        self._say(f"measuring: {num_steps} training steps or more, in {num_rounds} rounds")
 
-    def enter(self, cell: Cell, *, round: int) -> None:
+    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         self._where = f"round {round + 1}/{self._num_rounds} {label(cell)}"
 
-    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
-        if not num_steps_skipped:
-            self._say(f"{self._where}: {figures(outcome)} [{format_seconds(time.monotonic() - self._start)} elapsed]")
+    def leave(self, outcome: Outcome) -> None:
+        self._say(f"{self._where}: {figures(outcome)} [{format_seconds(time.monotonic() - self._start)} elapsed]")
 
     def _say(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Display(Progress):
+    """The description on a line of its own: beside the bar it would push the figures off a narrow screen."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.description, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)
 
 
 class LiveProgress(QuietProgress):
     """One Rich display: cell, round, step, elapsed, time left, last figures."""
 
     def __init__(self, console: Console) -> None:
-        self._display = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+        self._display = _Display(
+            BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("steps"),
+            TextColumn("steps,"),
             TimeElapsedColumn(),
             TextColumn("elapsed,"),
             TimeRemainingColumn(),
@@ -98,6 +111,8 @@ class LiveProgress(QuietProgress):
         )
         self._console = console
         self._total = 0
+        self._before = 0
+        self._num_steps = 0
 
     def __enter__(self) -> LiveProgress:
         self._display.start()
@@ -112,24 +127,27 @@ class LiveProgress(QuietProgress):
         self._total = num_steps
         self._display.reset(self._task, total=num_steps)
 
-    def enter(self, cell: Cell, *, round: int) -> None:
+    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         self._where = f"round {round + 1}/{self._num_rounds} · {label(cell)}"
-        self._expected = self._display.tasks[0].completed
+        self._num_steps = num_steps
         self._display.update(self._task, description=f"{self._where} · building the model")
 
     def step(self, event: Event) -> None:
         self._display.update(
             self._task,
-            advance=1,
+            # A round may take more steps than announced; the bar waits for the next.
+            completed=self._before + min(event.step, self._num_steps),
             description=f"{self._where} · {event.kind} step {format_seconds(event.seconds)}",
         )
 
-    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None:
-        if num_steps_skipped:
-            self._total -= num_steps_skipped
-            self._display.update(self._task, total=self._total)
-            return
+    def leave(self, outcome: Outcome) -> None:
+        self._before += self._num_steps
+        self._display.update(self._task, completed=self._before)
         self._console.print(f"{self._where}: {figures(outcome)}", markup=False, highlight=False, soft_wrap=True)
+
+    def skip(self, *, num_steps: int) -> None:
+        self._total -= num_steps
+        self._display.update(self._task, total=self._total)
 
 
 def choose(console: Console, *, quiet: bool) -> QuietProgress:

@@ -82,6 +82,9 @@ class RoundResult:
         round: 0-based.
         memory: None in rounds that only time.
         step_times_s: raw samples of the timed steps, in order.
+        layers_run: layers that can be checkpointed and that the forward pass ran (a multimodal model owns layers
+            that training on text never calls).
+        layers_planned: those of them in the plan's groups.
         layers_recomputed: layers really run a second time in one step.
         params_without_grad: trainable parameters whose gradient was None after the first backward.
         grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
@@ -97,6 +100,8 @@ class RoundResult:
     round: int
     memory: MemoryPeaks | None
     step_times_s: tuple[float, ...]
+    layers_run: int
+    layers_planned: int
     layers_recomputed: int
     params_without_grad: int
     grad_checksum: str
@@ -124,7 +129,7 @@ class Outcome:
 
     cell: Cell
     layers_checkpointed: int
-    """Layers in the plan's groups."""
+    """Layers in the plan's groups, before it is known which of them the model runs."""
     rounds: tuple[RoundResult, ...] = ()
     failure: Failure | None = None
 

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from gcbench.codec import decode, encode
-from gcbench.errors import ResultsError
+from gcbench.errors import ResultsError, UsageError
 from gcbench.records import SCHEMA, Report
 
 REPORT_NAME = "report.json"
@@ -60,3 +60,10 @@ def load(place: Path) -> Report:
         return decode(Report, document)
     except ValueError as err:
         raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+
+
+def reopen(folder: Path) -> Report:
+    """A stored run to continue; raises UsageError when there is none, ResultsError when it is damaged."""
+    if not (folder / REPORT_NAME).exists():
+        raise UsageError(f"--resume: {folder} holds no run; give the --out of one that was begun")
+    return load(folder)

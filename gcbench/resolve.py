@@ -13,7 +13,9 @@ from gcbench.units import format_bytes
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
 _WARMUP = {"cpu": 1, "cuda": 2}
-_STEPS = {"cpu": 1, "cuda": 5}
+_LEAST_STEPS = {"cpu": 1, "cuda": 5}
+LEAST_TIMED_S = 1.0
+"""Timed steps go on until they have taken this long in a round, unless their number is given."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +26,14 @@ class Job:
         settings: with every default filled in.
         cells: in the order of the tables.
         plans: strategy -> plan.
+        least_steps: timed steps of a round, at least, where the settings do not give their number.
         notices: what was decided for the user, in sentences.
     """
 
     settings: Settings
     cells: tuple[Cell, ...]
     plans: dict[str, Plan]
+    least_steps: int
     notices: tuple[str, ...]
 
 
@@ -73,13 +77,18 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine) -> Job:
         seq_len=seq_len,
         strategies=tuple(plans),
         warmup=wanted.warmup or _WARMUP[kind],
-        steps=wanted.steps or _STEPS[kind],
     )
     if wanted.memory_limit is not None:
         notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
     if not wanted.pretrained:
         notices.append("Weights are random: memory and time do not depend on their values.")
-    return Job(settings=settings, cells=_cells(settings, facts), plans=plans, notices=tuple(notices))
+    return Job(
+        settings=settings,
+        cells=_cells(settings, facts),
+        plans=plans,
+        least_steps=_LEAST_STEPS[kind],
+        notices=tuple(notices),
+    )
 
 
 def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:

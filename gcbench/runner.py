@@ -16,7 +16,7 @@ from gcbench.config import Settings, as_json
 from gcbench.errors import UnavailableError, UsageError
 from gcbench.fingerprint import Fingerprint, difference
 from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
-from gcbench.resolve import Job, resolve
+from gcbench.resolve import LEAST_TIMED_S, Job, resolve
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OFF
@@ -30,11 +30,13 @@ class Progress(Protocol):
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None: ...
 
-    def enter(self, cell: Cell, *, round: int) -> None: ...
+    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None: ...
 
     def step(self, event: Event) -> None: ...
 
-    def leave(self, outcome: Outcome, *, num_steps_skipped: int) -> None: ...
+    def leave(self, outcome: Outcome) -> None: ...
+
+    def skip(self, *, num_steps: int) -> None: ...
 
 
 def run(
@@ -53,18 +55,19 @@ def run(
     """
     machine, facts = describe(wanted, source, children)
     job = resolve(wanted, facts, machine)
-    report = _continue(previous, job, machine) if previous else _begin(job, machine, facts, command)
+    report = _continue(previous, job, machine, facts) if previous else _begin(job, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
     tasks = [_task(job, source, cell, number) for cell, number in todo]
     progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=job.settings.rounds)
     for task in tasks:
-        skipped = task.num_steps if _is_done(report, task.cell, task.round) else 0
-        if not skipped:
-            progress.enter(task.cell, round=task.round)
-            report = _measure(report, task, job, children, store, progress)
-        progress.leave(_outcome(report, task.cell), num_steps_skipped=skipped)
+        if _is_done(report, task.cell, task.round):  # it failed in an earlier round
+            progress.skip(num_steps=task.num_steps)
+            continue
+        progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
+        report = _measure(report, task, job, children, store, progress)
+        progress.leave(_outcome(report, task.cell))
     return report
 
 
@@ -91,7 +94,8 @@ def raise_refusal(answer: Answer) -> None:
     if answer.refusal is not None:
         raise getattr(errors, answer.refusal.error)(answer.refusal.message)
     if answer.failure is not None:
-        raise UnavailableError(f"the model cannot be built here: {answer.failure.message}\n{answer.failure.detail}")
+        reason, _, _ = answer.failure.message.partition("; ")  # what follows speaks of a report, and there is none
+        raise UnavailableError(f"the model cannot be built here ({reason}); try another model or transformers version")
 
 
 def _begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
@@ -120,7 +124,7 @@ def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
     return Outcome(cell=cell, layers_checkpointed=job.plans[cell.strategy].layers_checkpointed)
 
 
-def _continue(previous: Report, job: Job, machine: Machine) -> Report:
+def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -> Report:
     """The stored report, if what it holds can stand beside what will be measured now."""
     now = as_json(job.settings)
     # Neither decides what one round measures: more rounds add to what is there.
@@ -138,6 +142,11 @@ def _continue(previous: Report, job: Job, machine: Machine) -> Report:
             raise UsageError(
                 f"--resume needs the {what} of the stored run: that was {before} and this is {after}; take a new --out"
             )
+    if facts != previous.model:
+        raise UsageError(
+            f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "
+            "transformers' code for it has changed; take a new --out"
+        )
     return replace(previous, settings=now)
 
 
@@ -157,7 +166,7 @@ def _is_done(report: Report, cell: Cell, number: int) -> bool:
 
 def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
     settings = job.settings
-    assert settings.warmup is not None and settings.steps is not None
+    assert settings.warmup is not None
     return MeasureTask(
         cell=cell,
         round=number,
@@ -168,7 +177,8 @@ def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask
         plan=job.plans[cell.strategy],
         seed=settings.seed,
         warmup=settings.warmup,
-        steps=settings.steps,
+        steps=settings.steps or job.least_steps,
+        least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
         with_memory=number == 0,
         memory_limit_bytes=settings.memory_limit,
     )

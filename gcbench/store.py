@@ -43,13 +43,6 @@ class Store:
             raise UsageError(f"--out {folder} cannot be written ({err.strerror}); take another --out") from None
         return cls(folder)
 
-    @classmethod
-    def reopen(cls, folder: Path) -> tuple[Store, Report]:
-        """A stored run to continue; raises UsageError when there is none, ResultsError when it is damaged."""
-        if not (folder / REPORT_NAME).exists():
-            raise UsageError(f"--resume: {folder} holds no run; give the --out of one that was begun")
-        return cls(folder), reports.load(folder)
-
     def save(self, report: Report) -> None:
         """Write the report; a failure is told on stderr and does not stop the run."""
         try:

@@ -71,14 +71,16 @@ def _nullable(kind: object) -> str:
 class _Summary:
     """What the rounds of a cell say together; counts are the worst over the rounds, None without rounds.
 
-    `agreed` is False when two rounds recomputed different numbers of layers. `noise` is the largest difference of the
-    rounds after the first from the reference: for `off`, what the kernels change from one run to the next.
+    `layers_recomputed` is the fewest, so it differs from the most when rounds disagree. `noise` is the largest
+    difference of the rounds after the first from the reference: for `off`, what the kernels change from run to run.
     """
 
     rounds: tuple[RoundResult, ...]
     memory: MemoryPeaks | None
+    layers_run: int | None
+    layers_planned: int | None
     layers_recomputed: int | None
-    agreed: bool
+    most_layers_recomputed: int | None
     params_without_grad: int | None
     grad_rel_diff: float | None
     noise: float | None
@@ -93,8 +95,10 @@ def _summary(outcome: Outcome) -> _Summary:
     return _Summary(
         rounds=rounds,
         memory=next((r.memory for r in rounds if r.memory is not None), None),
+        layers_run=max((r.layers_run for r in rounds), default=None),
+        layers_planned=max((r.layers_planned for r in rounds), default=None),
         layers_recomputed=min(counts, default=None),
-        agreed=len(set(counts)) <= 1,
+        most_layers_recomputed=max(counts, default=None),
         params_without_grad=max((r.params_without_grad for r in rounds), default=None),
         grad_rel_diff=_largest(diff for _, diff in diffs),
         noise=_largest(diff for number, diff in diffs if number > 0) if len(diffs) > 1 else None,
@@ -109,7 +113,8 @@ def _largest(values: Iterable[float]) -> float | None:
 
 def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
     w, mine, is_off = outcome.cell.workload, _summary(outcome), outcome.cell.strategy == OFF
-    proof = _proof(mine, off, w.precision, outcome.layers_checkpointed)
+    planned = outcome.layers_checkpointed if mine.layers_planned is None else mine.layers_planned
+    proof = _proof(mine, off, w.precision, planned)
     off_proof = _proof(off, off, w.precision, 0) if off else None
     comparable = not any((verdict or FAILED).startswith(FAILED) for verdict in (proof, off_proof))
     step = stats.step_time(mine.rounds)
@@ -129,8 +134,8 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         optim=w.optim,
         attn_implementation=w.attn_implementation,
         num_params=report.model.num_params,
-        num_layers=report.model.num_layers,
-        layers_checkpointed=outcome.layers_checkpointed,
+        num_layers=mine.layers_run if mine.layers_run is not None else report.model.num_layers,
+        layers_checkpointed=planned,
         peak_allocated_bytes=peak,
         peak_reserved_bytes=mine.memory.reserved_bytes if mine.memory else None,
         peak_process_bytes=mine.memory.process_bytes if mine.memory else None,
@@ -160,9 +165,10 @@ def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpoi
     """Whether the cell recomputed what its plan says and changed nothing else; None when nothing was measured."""
     if mine.layers_recomputed is None or mine.params_without_grad is None:
         return None
-    if not mine.agreed or mine.layers_recomputed != layers_checkpointed:
-        rounds = "" if mine.agreed else " in a round"
-        return f"{FAILED}: recomputed {mine.layers_recomputed} of {layers_checkpointed} layers{rounds}"
+    fewest, most = mine.layers_recomputed, mine.most_layers_recomputed
+    if not fewest == most == layers_checkpointed:
+        other = "" if fewest == most else f" in one round and {most} in another"
+        return f"{FAILED}: recomputed {fewest} of {layers_checkpointed} layers{other}"
     if off and off.params_without_grad is not None and mine.params_without_grad > off.params_without_grad:
         extra = mine.params_without_grad - off.params_without_grad
         return f"{FAILED}: {extra} {'parameter' if extra == 1 else 'parameters'} got no gradient"

@@ -9,6 +9,9 @@ from gcbench.records import Cell, Failure, Json, Machine, ModelFacts, RoundResul
 from gcbench.sources import ModelSource
 from gcbench.strategies import Plan
 
+MAX_TIMED_STEPS = 20
+"""Where their number is not given."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeTask:
@@ -36,11 +39,15 @@ class MeasureTask:
     seed: int
     warmup: int
     steps: int
+    """Timed steps, at least."""
+    least_timed_s: float
+    """Timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run."""
     with_memory: bool
     memory_limit_bytes: int | None
 
     @property
     def num_steps(self) -> int:
+        """Training steps, at least."""
         return self.warmup + self.with_memory + self.steps
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 from fixtures_report import OUT_OF_MEMORY, mixed_report, outcome, peaks, report, round_result, steady, workload
@@ -121,20 +121,32 @@ def test_fewer_layers_recomputed_than_planned_fails_the_proof():
     assert row.peak_allocated_bytes == 250 * MIB
 
 
-def test_rounds_that_disagree_fail_the_proof_with_the_smallest_count():
-    """One lucky round must not cover for another."""
-    uneven = Outcome(
-        cell=Cell(workload=workload(), strategy="per-layer"),
-        layers_checkpointed=12,
-        rounds=(
-            round_result(0, [0.6], recomputed=12, memory=HALF_PEAKS),
-            round_result(1, [0.6], recomputed=0),
-            round_result(2, [0.6], recomputed=12),
-        ),
+@pytest.mark.parametrize(
+    ("counts", "fewest", "why"),
+    [
+        ((12, 0, 12), 0, "recomputed 0 of 12 layers in one round and 12 in another"),
+        ((12, 13, 12), 12, "recomputed 12 of 12 layers in one round and 13 in another"),
+    ],
+)
+def test_rounds_that_disagree_fail_the_proof_with_the_smallest_count(counts, fewest, why):
+    """One lucky round must not cover for another, nor the smallest count for a larger one."""
+    rounds = tuple(
+        round_result(number, [0.6], planned=12, recomputed=count, memory=None if number else HALF_PEAKS)
+        for number, count in enumerate(counts)
     )
+    uneven = Outcome(cell=Cell(workload=workload(), strategy="per-layer"), layers_checkpointed=12, rounds=rounds)
     row = row_of(off(), uneven)
-    assert row.layers_recomputed == 0
-    assert row.proof == "FAILED: recomputed 0 of 12 layers in a round"
+    assert row.layers_recomputed == fewest
+    assert row.proof == f"FAILED: {why}"
+
+
+def test_layers_that_training_never_runs_are_not_missed_in_the_proof():
+    """The trap: a multimodal model owns vision layers; a plan over all layers would never be fulfilled on text."""
+    rounds = (replace(round_result(0, [0.6], planned=2, recomputed=2, memory=HALF_PEAKS), layers_run=2),)
+    multimodal = Outcome(cell=Cell(workload=workload(), strategy="per-layer"), layers_checkpointed=29, rounds=rounds)
+    row = row_of(off(), multimodal)
+    assert (row.layers_recomputed, row.layers_checkpointed, row.num_layers) == (2, 2, 2)
+    assert row.proof == "identical"
 
 
 def test_a_parameter_that_lost_its_gradient_fails_the_proof():

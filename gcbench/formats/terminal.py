@@ -152,7 +152,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
             header="overhead (95 %)",
             cells=of(overhead),
             short_header="overhead",
-            short=of(_overhead_alone),
+            short=of(_overhead_shortly),
             shorten=3,
         ),
         Column(header="tokens/s", cells=of(lambda r: tokens(r.tokens_per_s)), drop=1),
@@ -215,6 +215,13 @@ def _table(group: Sequence[Row]) -> Table:
 
 def _recomputed(row: Row) -> str:
     return UNKNOWN if row.layers_recomputed is None else f"{row.layers_recomputed}/{row.num_layers}"
+
+
+def _overhead_shortly(row: Row) -> str:
+    """The centre alone, unless its interval, for which there is no room, takes the difference back."""
+    low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
+    unsure = low is not None and high is not None and low <= 0 <= high and row.strategy != OFF
+    return "none shown" if unsure else _overhead_alone(row)
 
 
 def _overhead_alone(row: Row) -> str:
