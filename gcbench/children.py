@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
@@ -44,6 +45,8 @@ class ForkedChildren:
         self._exitcode: int | None = None
 
     def __enter__(self) -> ForkedChildren:
+        # Asked through CUDA's runtime, "is there a GPU" would bar every process forked afterwards from using it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context.set_forkserver_preload(self._preload)
         _start_server()
         self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))

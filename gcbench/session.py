@@ -63,8 +63,8 @@ def measure(
 
 def _preload(source: sources.ModelSource) -> tuple[str, ...]:
     """The module of the model's own code, for the server process to import once for all children."""
-    model_type = str(source.config["model_type"]).replace("-", "_")
-    return (f"transformers.models.{model_type}.modeling_{model_type}",)
+    family = str(source.config["model_type"]).replace("-", "_").removesuffix("_text")
+    return (f"transformers.models.{family}.modeling_{family}",)
 
 
 @contextmanager

@@ -172,8 +172,7 @@ class _Measurement:
         return peaks
 
     def _timed(self) -> tuple[list[float], int | None]:
-        self.device.settle()
-        self.device.start_timing()
+        self.device.start_timing()  # and no settling: a step would pay for taking its memory from the device anew
         times: list[float] = []
         while len(times) < self.task.steps or (sum(times) < self.task.least_timed_s and len(times) < MAX_TIMED_STEPS):
             times.append(self._one("timed", self._note))

@@ -9,6 +9,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import misbehaving
@@ -19,7 +20,7 @@ from gcbench import children
 from gcbench import report as reports
 from gcbench.records import Report
 
-QUICK = ("--batch", 1, "--seq-len", 16, "--device", "cpu")
+QUICK = ("--batch", 1, "--seq-len", 16, "--device", "cpu", "--steps", 1)
 THREE = ("--strategies", "off,per-layer,every:2")
 
 
@@ -34,7 +35,7 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], Non
 
 def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
     """The trap: a limit that is only checked by the address space lets through what the card would refuse."""
-    big = ("run", "-m", model(), "--batch", 8, "--seq-len", 64, "--device", "cpu", "--rounds", 2)
+    big = ("run", "-m", model(), "--batch", 8, "--seq-len", 64, "--device", "cpu", "--rounds", 2, "--steps", 1)
     free = cli(*big, "--strategies", "off,per-layer", "--json")
     peaks = {strategy: row["peak_allocated_bytes"] for strategy, row in free.rows.items()}
     limit = (peaks["off"] + peaks["per-layer"]) // 2
@@ -60,7 +61,7 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
 def test_an_allocation_that_fails_is_a_row(cli, model):
     """4 GiB of logits under a limit of 64 MiB: an exception in the child, not the kernel's killer."""
     result = cli(
-        *("run", "-m", model(vocab_size=2**15), "--batch", 256, "--seq-len", 128, "--device", "cpu", "--rounds", 1),
+        *("run", "-m", model(vocab_size=2**15), "--batch", 256, "--seq-len", 128, "--device", "cpu", "--rounds", 1, "--steps", 1),
         *("--strategies", "off", "--memory-limit", "64MiB", "--json"),
     )
     assert result.code == 0, result.err
@@ -196,12 +197,13 @@ def test_a_child_that_dies_before_anything_is_known(cli, model, fate, tmp_path):
 
 
 STEPS = ("--rounds", 3, "--steps", 3)
+IMPORTING = "the server imports torch"
 
 
 @pytest.mark.parametrize(
     ("moment", "kept"),
     [
-        ("the server has started", 0),
+        (IMPORTING, 0),
         ("measuring:", 0),
         ("round 1/3 off", 1),
         ("round 1/3 every:2", 3),
@@ -214,9 +216,9 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_finishes(popen, cli, model, t
     printing its trace, and a resumed run that measures again what it had."""
     folder = tmp_path / "run"
     process = popen("run", "-m", model(), *QUICK, *THREE, *STEPS, "--out", folder)
-    if moment == "the server has started":
-        await_members(process, at_least=3)
-        lines = []
+    lines = []
+    if moment == IMPORTING:
+        await_import(process)
     else:
         lines = await_line(process, moment)
     os.killpg(process.pid, signal.SIGINT)
@@ -346,6 +348,15 @@ def await_line(process: subprocess.Popen[str], start: str) -> list[str]:
 def await_members(process: subprocess.Popen[str], *, at_least: int) -> list[int]:
     """The processes of the run's session once there are so many: the parent, its two helpers, then a child."""
     return _await(lambda: session_members(process.pid), lambda members: len(members) >= at_least)
+
+
+def await_import(process: subprocess.Popen[str]) -> None:
+    """Until the server is in the middle of importing torch: its library is mapped, its Python half is not read yet."""
+
+    def importing(members: list[int]) -> bool:
+        return any("libtorch_cpu" in Path("/proc", str(pid), "maps").read_text() for pid in members)
+
+    _await(lambda: session_members(process.pid), importing)
 
 
 def await_nobody(process: subprocess.Popen[str]) -> None:

@@ -19,7 +19,7 @@ from gcbench import session, store
 from gcbench.codec import encode
 from gcbench.records import SCHEMA
 
-QUICK = ("--batch", 1, "--seq-len", 16, "--rounds", 1, "--device", "cpu", "--strategies", "off,per-layer")
+QUICK = ("--batch", 1, "--seq-len", 16, "--rounds", 1, "--steps", 1, "--device", "cpu", "--strategies", "off,per-layer")
 
 
 # The model

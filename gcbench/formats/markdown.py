@@ -23,16 +23,22 @@ def render(report: Report) -> str:
     if report.notices:
         blocks.append(_bullets(report.notices))
     for workload, group in by_workload(table).items():
-        blocks += [f"## {_escaped(words.title(workload, model=False))}", _table(table_columns(group))]
-        if messages := notes(group):
-            blocks.append(_bullets(messages))
-        blocks.append(_escaped(words.summary(group)))
+        blocks += [f"## {_escaped(words.title(workload, model=False))}", answer(group)]
     blocks += _plots(report)
     blocks += ["## What was not measured", _bullets(not_measured(table))]
     blocks += ["## Repeat it", f"```sh\n{report.command}\n```"]
     blocks += ["## Settings", _pairs("setting", {name: _plain(value) for name, value in report.settings.items()})]
     blocks += ["## Machine", _machine(report.machine)]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def answer(group: Sequence[Row]) -> str:
+    """The table of one workload's rows, notes on single rows, and what it says in words."""
+    return "\n\n".join(
+        block
+        for block in (_table(table_columns(group)), _bullets(notes(group)), _escaped(words.summary(group)))
+        if block
+    )
 
 
 def not_measured(table: Sequence[Row]) -> tuple[str, ...]:

@@ -1,0 +1,41 @@
+"""The README shows what the committed run says, and speaks of every command and exit code there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from gcbench import catalogue, cli, errors
+from gcbench import report as reports
+from gcbench.formats.markdown import answer
+from gcbench.tables import rows
+
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+TABLE = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def test_tables_are_those_of_the_committed_runs():
+    """The trap: a table pasted by hand goes stale. GCBENCH_REWRITE_GOLDEN=1 writes it anew."""
+    text = README.read_text(encoding="utf-8")
+    fresh = TABLE.sub(lambda m: f"{m[1]}\n{answer(rows(reports.load(ROOT / m[2])))}\n\n{m[3]}", text)
+    if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
+        README.write_text(fresh, encoding="utf-8")
+    assert TABLE.search(text)
+    assert fresh == README.read_text(encoding="utf-8")
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_every_command_and_exit_code_is_there():
+    text = README.read_text(encoding="utf-8")
+    for command in cli.app.registered_commands:
+        assert f"gcbench {command.callback.__name__}" in text
+    codes = {kind.exit_code for kind in vars(errors).values() if hasattr(kind, "exit_code")}
+    for code in codes:
+        assert f"| {code} |" in text
+    assert f"{len(catalogue.architectures())} architectures" in text
