@@ -26,7 +26,7 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
     UsageError for a change of a field that the config does not have or to a value that is refused.
     """
     values = copy.deepcopy(source.config)
-    if source.trust_remote_code:
+    if source.trust_remote_code and "auto_map" in values:
         config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, trust_remote_code=True)
         values = config.to_dict()
         config_class: Any = type(config)
@@ -129,10 +129,15 @@ def _max_seq_len(config: PreTrainedConfig) -> int | None:
 
 def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
     model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING and "auto_map" in values:
+        raise UnavailableError(
+            f"{source.name!r} brings its own code for model_type {model_type!r}, which is not run unless asked for; "
+            "read that code, then add --trust-remote-code"
+        )
     if model_type not in CONFIG_MAPPING:
         raise UnavailableError(
             f"the config of {source.name!r} has model_type {model_type!r}, which this transformers does not know; "
-            "upgrade transformers, or pass --trust-remote-code if the model brings its own code"
+            "upgrade transformers, or mend the config"
         )
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         raise UnavailableError(
