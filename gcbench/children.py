@@ -19,10 +19,11 @@ from typing import Protocol
 from gcbench import child_entry
 from gcbench.codec import decode
 from gcbench.records import Failure
-from gcbench.tasks import Answer, Event, Task
+from gcbench.tasks import Answer, Event, Refusal, Task
 from gcbench.units import format_seconds
 
 _LOG_TAIL = 4000
+_SERVER_LOG = "server.txt"
 
 
 class Children(Protocol):
@@ -48,8 +49,8 @@ class ForkedChildren:
         # Asked through CUDA's runtime, "is there a GPU" would bar every process forked afterwards from using it.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context.set_forkserver_preload(self._preload)
-        _start_server()
         self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
+        _start_server(self._folder / _SERVER_LOG)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -66,7 +67,10 @@ class ForkedChildren:
             target=child_entry.main, args=(task, theirs, str(answer_path), str(log_path)), daemon=True
         )
         try:
-            self._process.start()
+            try:
+                self._process.start()
+            except EOFError:
+                return Answer(refusal=_no_server(self._folder / _SERVER_LOG))
             theirs.close()
             in_time = self._follow(self._process, ours, on_event, timeout_s)
         finally:
@@ -113,18 +117,34 @@ class ForkedChildren:
         self._process = None
 
 
-def _start_server() -> None:
-    """Start the server deaf to Ctrl-C, which a terminal sends to all processes and which is for the parent alone.
+def _start_server(log_path: Path) -> None:
+    """Start the server with its output in a log, and deaf to Ctrl-C.
 
-    Caught while it imports torch, the server would print a trace. Blocked and not ignored, because the parent still
-    wants a signal that comes meanwhile.
+    What libraries print when they are imported must not stand in the parent's output. A terminal sends Ctrl-C to all
+    processes and it is for the parent alone; it is blocked and not ignored, because the parent still wants one that
+    comes meanwhile.
     """
     resource_tracker.ensure_running()  # first, because it unblocks the signal once it has started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
+        for stream in kept:
+            os.dup2(log, stream)
         forkserver.ensure_running()
     finally:
+        os.close(log)
+        for stream, original in kept.items():
+            os.dup2(original, stream)
+            os.close(original)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _no_server(log_path: Path) -> Refusal:
+    """Why the server ended before it could start a child: an import raised something else than ImportError."""
+    why = _last_line(log_path.read_text(encoding="utf-8", errors="replace"))
+    message = f"a library is missing or broken ({why}); install gcbench again, torch and transformers with it"
+    return Refusal(error="UnavailableError", message=message)
 
 
 def _timed_out(timeout_s: float, log: str) -> Failure:
@@ -140,7 +160,7 @@ def _died(exitcode: int | None, log: str, *, by_kernel: bool) -> Failure:
     if exitcode == -signal.SIGKILL and by_kernel:
         return Failure(
             kind="oom",
-            message="out of memory: the kernel killed the process; try a smaller --batch or --seq-len",
+            message="memory ran out and the kernel killed the process; try a smaller --batch or --seq-len",
             detail=log,
         )
     if exitcode is not None and exitcode < 0:
@@ -150,12 +170,16 @@ def _died(exitcode: int | None, log: str, *, by_kernel: bool) -> Failure:
             message=f"the process was ended by {name}; run again, with a smaller cell if memory was short",
             detail=log,
         )
-    last = next((line.strip() for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
     return Failure(
         kind="crash",
-        message=f"the process ended with code {exitcode} and no result ({last[:200]}); see its output in report.json",
+        message=f"the process ended with code {exitcode} and no result ({_last_line(log)}); "
+        "see its output in report.json",
         detail=log,
     )
+
+
+def _last_line(log: str) -> str:
+    return next((line.strip()[:200] for line in reversed(log.splitlines()) if line.strip()), "it printed nothing")
 
 
 def _kernel_kills() -> int:

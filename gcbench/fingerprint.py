@@ -86,7 +86,7 @@ def unpack(text: str) -> array.array[float]:
 def difference(prints: Fingerprint, reference: Fingerprint) -> Difference:
     """The difference of two fingerprints of the same model and step."""
     if prints.checksum == reference.checksum:
-        return Difference(relative=0.0, worst=None)
+        return Difference(relative=0.0 if prints.is_finite else math.nan, worst=None)
     ours, theirs = ({p.name: p for p in f.parameters} for f in (prints, reference))
     lacking = sorted(set(ours) ^ set(theirs))
     if lacking or prints.step != reference.step:

@@ -115,6 +115,16 @@ def facts(source: ModelSource, config: PreTrainedConfig, attn_implementation: st
     )
 
 
+def check_layers(source: ModelSource, changed: ModelFacts, layers: int) -> None:
+    """Raise UsageError when `--layers` did not change the depth, as in a model that derives it from other fields."""
+    original = facts(source, build_config(source, layers=None, overrides={}), None)
+    if original.num_layers and changed.num_layers == original.num_layers != layers:
+        raise UsageError(
+            f"--layers {layers} has no effect on {source.name!r}, which has {original.num_layers} layers from other "
+            "fields of its config; change those with --set"
+        )
+
+
 def _attention_in_use(model: torch.nn.Module) -> str | None:
     if not any("attention" in type(module).__name__.lower() for module in model.modules()):
         return None
@@ -150,14 +160,17 @@ def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
 def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
     """Change the depth, and with it every list that holds one entry per layer (`layer_types` and the like)."""
     defaults = config_class()
-    text = values.get("text_config", values) if "num_hidden_layers" not in values else values
     text_defaults = defaults.get_text_config()
-    name = text_defaults.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    name = "num_hidden_layers" if "num_hidden_layers" in text else name
+    part = next((name for name, value in vars(defaults).items() if value is text_defaults), None)
+    text = values if part is None else values.setdefault(part, {})
+    native = text_defaults.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    name = "num_hidden_layers" if "num_hidden_layers" in text else native
     depth = text.get(name, getattr(text_defaults, "num_hidden_layers", None))
     if depth is None:
         raise UsageError(f"--layers: {config_class.__name__} has no number of layers; change its fields with --set")
     text[name] = layers
+    if hasattr(text_defaults, "decoder_layers"):  # the half of an encoder-decoder that is a causal LM
+        text["decoder_layers"] = layers
     for field, value in text.items():
         if isinstance(value, list) and len(value) == depth and depth > 1:
             text[field] = [value[i % depth] for i in range(layers)]

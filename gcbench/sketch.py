@@ -32,6 +32,9 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
     place = torch.arange(min(_CHUNK, len(flat)), device=device, dtype=torch.int64)
     weights = (place * 0x1E3779B97F4A7C15) | 1
     checksum = len(flat)
+    # One random sign for each row of buckets is cheap; that of the place keeps neighbours from sharing theirs, or a
+    # difference that is the same everywhere would cancel out of all buckets at once.
+    place_signs = _signs(place)
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=device)
     for start in range(0, len(flat), _CHUNK):
         chunk = flat[start : start + _CHUNK]
@@ -42,9 +45,17 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
         rows = -(-len(chunk) // SKETCH_SIZE)
         signs = torch.randint(2, (rows,), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
         padded = torch.zeros(rows * SKETCH_SIZE, dtype=torch.float32, device=device)
-        padded[: len(chunk)] = chunk
+        padded[: len(chunk)] = chunk * place_signs[: len(chunk)]
         sketch += (signs @ padded.view(rows, SKETCH_SIZE)).double()
     return ParameterPrint(name=name, checksum=f"{checksum:016x}", sketch=pack(sketch.tolist()))
+
+
+def _signs(place: torch.Tensor) -> torch.Tensor:
+    """+1 or -1 for each place, by a mixing of its bits (the finaliser of Steele, Lea and Flood's SplitMix, 2014)."""
+    mixed = place * 0x1E3779B97F4A7C15
+    mixed = (mixed ^ (mixed >> 30)) * 0x3F58476D1CE4E5B9
+    mixed = (mixed ^ (mixed >> 27)) * 0x14D049BB133111EB
+    return ((mixed >> 40) & 1).float().mul_(2).sub_(1)
 
 
 def _flat(grad: torch.Tensor) -> torch.Tensor:

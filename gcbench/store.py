@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -114,6 +115,8 @@ class Store:
 
 
 def default_folder(model_slug: str, created: str) -> Path:
-    """`results/MODEL-DATE-TIME` below the current folder."""
+    """`results/MODEL-DATE-TIME` below the current folder, with a number behind it when that is taken."""
     stamp = created[:19].replace("-", "").replace(":", "").replace("T", "-")
-    return Path("results") / f"{model_slug}-{stamp}"
+    first = Path("results") / f"{model_slug}-{stamp}"
+    others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))
+    return next(folder for folder in itertools.chain([first], others) if not folder.exists())

@@ -58,6 +58,8 @@ def describe(task: DescribeTask) -> Answer:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         facts = models.facts(task.source, config, task.attn_implementation)
+        if task.layers is not None:
+            models.check_layers(task.source, facts, task.layers)
         return Answer(machine=device.describe(), facts=facts)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
@@ -74,7 +76,7 @@ def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
         measurement = _Measurement(task, device, tell)
         return measurement.run()
     except BaseException as err:
-        where = measurement.where if measurement is not None else "the model was being built"
+        where = measurement.where if measurement is not None else "while the model was being built"
         return Answer(failure=_failure(err, task=task, device=device, where=where))
 
 
@@ -85,7 +87,7 @@ class _Measurement:
         self.task = task
         self.device = device
         self.tell = tell
-        self.where = "the model was being built"
+        self.where = "while the model was being built"
         self.fingerprint: Fingerprint | None = None
         self.layers_run: set[int] = set()
         self.steps_s = 0.0
@@ -165,7 +167,7 @@ class _Measurement:
         peaks = probe.peaks()
         limit = self.task.memory_limit_bytes
         if limit is not None and peaks.allocated_bytes > limit:
-            self.where = f"{peaks.peak_phase} phase"
+            self.where = f"in the {peaks.peak_phase} phase"
             raise LimitExceeded(
                 f"the step needs {format_bytes(peaks.allocated_bytes)} and the limit is {format_bytes(limit)}"
             )
@@ -179,7 +181,7 @@ class _Measurement:
         return times, self.device.process_bytes()
 
     def _note(self, phase: Phase) -> None:
-        self.where = f"{phase} phase"
+        self.where = f"in the {phase} phase"
 
     def _one(self, kind: str, on_phase: Callable[[Phase], None]) -> float:
         self.counter.reset()
@@ -200,7 +202,7 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
         why = f" ({text})" if isinstance(err, LimitExceeded) else ""
         moves = "a smaller --batch or --seq-len" + ("" if task.plan.groups else ", a checkpointing strategy")
         return Failure(
-            kind="oom", message=f"out of memory in the {where}{why}; try {moves} or a smaller precision", detail=text
+            kind="oom", message=f"memory ran out {where}{why}; try {moves} or a smaller precision", detail=text
         )
     if isinstance(err, NotImplementedError) or (
         isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)

@@ -43,7 +43,7 @@ class Result:
         return {row["strategy"]: row for row in self.document["rows"]}
 
     def refused(self, code: int, *words: str) -> None:
-        """Assert that it ended with `code` and one error on stderr that holds each of `words`: no traceback, no table."""
+        """Assert that it ended with `code` and one sentence on stderr that holds each of `words`, and with no more."""
         assert self.code == code, self
         assert self.out == "", self
         assert "Traceback" not in self.err and "\n  File " not in self.err, self.err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -35,7 +36,7 @@ def fate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], Non
 
 def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
     """The trap: a limit that is only checked by the address space lets through what the card would refuse."""
-    big = ("run", "-m", model(), "--batch", 8, "--seq-len", 64, "--device", "cpu", "--rounds", 2, "--steps", 1)
+    big = ("run", "-m", model(), *QUICK, "--batch", 8, "--seq-len", 64, "--rounds", 2)
     free = cli(*big, "--strategies", "off,per-layer", "--json")
     peaks = {strategy: row["peak_allocated_bytes"] for strategy, row in free.rows.items()}
     limit = (peaks["off"] + peaks["per-layer"]) // 2
@@ -61,12 +62,12 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
 def test_an_allocation_that_fails_is_a_row(cli, model):
     """4 GiB of logits under a limit of 64 MiB: an exception in the child, not the kernel's killer."""
     result = cli(
-        *("run", "-m", model(vocab_size=2**15), "--batch", 256, "--seq-len", 128, "--device", "cpu", "--rounds", 1, "--steps", 1),
+        *("run", "-m", model(vocab_size=2**15), *QUICK, "--batch", 256, "--seq-len", 128, "--rounds", 1),
         *("--strategies", "off", "--memory-limit", "64MiB", "--json"),
     )
     assert result.code == 0, result.err
     assert result.rows["off"]["status"] == "oom"
-    assert "out of memory in the forward phase; try a smaller --batch" in result.rows["off"]["message"]
+    assert "memory ran out in the forward phase; try a smaller --batch" in result.rows["off"]["message"]
     assert result.rows["off"]["step_time_s"] is None
 
 
@@ -191,6 +192,19 @@ def test_a_child_that_dies_before_anything_is_known(cli, model, fate, tmp_path):
     result = cli("run", "-m", model(), *QUICK, "--out", tmp_path / "run")
     result.refused(3, "SIGKILL")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_server_costs_one_row_at_most(popen, model):
+    """Children are forked from it: the one that runs is lost, and the next ones get another server."""
+    process = popen("run", "-m", model(), *QUICK, *THREE, "--rounds", 2, "--json")
+    await_line(process, "round 1/2 off")
+    (server,) = (pid for pid in session_members(process.pid) if is_server(pid))
+    os.kill(server, signal.SIGKILL)
+    out, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
+    assert "Traceback" not in err, err
+    statuses = [row["status"] for row in json.loads(out)["rows"]]
+    assert statuses in (["ok", "crash", "ok"], ["ok", "ok", "ok"]), err  # all of them when it fell between two children
+    assert process.returncode == (1 if "crash" in statuses else 0)
 
 
 # Interruption
@@ -343,6 +357,13 @@ def await_line(process: subprocess.Popen[str], start: str) -> list[str]:
     finally:
         watchdog.cancel()
     raise AssertionError(f"{start!r} was never said: {''.join(lines)}")
+
+
+def is_server(pid: int) -> bool:
+    """Whether a process is the one that children are forked from, and not one of them, which have its command line."""
+    command = Path("/proc", str(pid), "cmdline").read_bytes()
+    parent = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1]
+    return b"forkserver" in command and b"forkserver" not in Path("/proc", parent, "cmdline").read_bytes()
 
 
 def await_members(process: subprocess.Popen[str], *, at_least: int) -> list[int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import table
+from conftest import ROOT, table
 from fixtures_report import mixed_report
 
 from gcbench import report as reports
@@ -279,6 +279,20 @@ def test_a_device_that_is_not_there(cli, model):
 def test_no_gpu(cli, model, tmp_path, command):
     asked = ("run", "-m", model(), *QUICK, "--out", tmp_path / "run") if command == "run" else ("env",)
     cli(*asked, "--device", "cuda").refused(3, "cuda", "--device cpu")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", ["ImportError", "OSError"])
+def test_a_library_that_is_broken(cli_process, model, tmp_path, error):
+    """The traps: what a library prints when it is imported in the middle of a JSON document, and the trace of a process
+    that the user has never heard of."""
+    (tmp_path / "path" / "torch").mkdir(parents=True)
+    (tmp_path / "path" / "torch" / "__init__.py").write_text(
+        f"print('a greeting')\nraise {error}('libfoo.so.1: cannot open shared object file')\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path / 'path'}:{ROOT}"}
+    result = cli_process("run", "-m", model(), *QUICK, "--json", "--out", tmp_path / "run", env=env)
+    result.refused(3, "libfoo.so.1: cannot open shared object file", "install gcbench again")
     assert not (tmp_path / "run").exists()
 
 

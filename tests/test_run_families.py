@@ -16,6 +16,7 @@ COLUMNS = (
     "step_time_low_s,step_time_high_s,tokens_per_s,memory_saved_frac,time_overhead_frac,grad_rel_diff,source,message"
 )
 """Those that people's scripts rely on, in this order; new ones go behind."""
+QUICK = ("--rounds", 1, "--steps", 1, "--device", "cpu")
 RECOMPUTED = {"off": 0, "per-layer": 4, "every:2": 2}
 
 
@@ -25,7 +26,7 @@ def test_every_family_is_measured_and_proven(cli, model, tmp_path, family):
     folder = tmp_path / "run"
     result = cli(
         *("run", "--model", model(family), "--batch", 8, "--seq-len", 64, "--strategies", "off,per-layer,every:2"),
-        *("--rounds", 2, "--steps", 1, "--device", "cpu", "--json", "--out", folder),
+        *(*QUICK, "--rounds", 2, "--json", "--out", folder),
     )
     assert result.code == 0, result.err
     rows = result.rows
@@ -58,8 +59,8 @@ def test_every_family_is_measured_and_proven(cli, model, tmp_path, family):
 def test_every_precision_is_proven(cli, model, precision):
     """The trap: fp16's scaler skips its first steps, so a memory step read too early has no optimizer state in it."""
     result = cli(
-        *("run", "-m", model("gpt2"), "-b", 4, "--seq-len", 32, "--strategies", "off,per-layer", "--rounds", 1, "--steps", 1),
-        *("--device", "cpu", "--precision", precision, "--json"),
+        *("run", "-m", model("gpt2"), *QUICK, "-b", 4, "--seq-len", 32, "--strategies", "off,per-layer"),
+        *("--precision", precision, "--json"),
     )
     assert result.code == 0, result.err
     assert [row["proof"] for row in result.rows.values()] == ["identical", "identical"]
@@ -71,8 +72,8 @@ def test_every_precision_is_proven(cli, model, precision):
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "sgd", "adafactor"])
 def test_every_optimizer_runs(cli, model, optim):
     result = cli(
-        *("run", "-m", model(), "-b", 2, "--seq-len", 16, "--strategies", "off,per-layer", "--rounds", 1, "--steps", 1),
-        *("--device", "cpu", "--optim", optim, "--json"),
+        *("run", "-m", model(), *QUICK, "-b", 2, "--seq-len", 16, "--strategies", "off,per-layer"),
+        *("--optim", optim, "--json"),
     )
     assert result.code == 0, result.err
     assert [row["optim"] for row in result.rows.values()] == [optim, optim]
@@ -81,8 +82,8 @@ def test_every_optimizer_runs(cli, model, optim):
 def test_the_model_can_be_changed_and_its_lists_follow(cli, model):
     """The trap: `layer_types` of Gemma 2 has one entry a layer; left alone, six layers find four."""
     result = cli(
-        *("run", "-m", model("gemma2"), "-b", 1, "--seq-len", 16, "--strategies", "off,every:6", "--rounds", 1, "--steps", 1),
-        *("--device", "cpu", "--layers", 6, "--set", "intermediate_size=128", "--json"),
+        *("run", "-m", model("gemma2"), *QUICK, "-b", 1, "--seq-len", 16, "--strategies", "off,every:6"),
+        *("--layers", 6, "--set", "intermediate_size=128", "--json"),
     )
     assert result.code == 0, result.err
     off = result.rows["off"]
@@ -101,8 +102,8 @@ def test_pretrained_weights_are_the_ones_that_are_trained(cli, model, tmp_path):
     for extra in ([], ["--pretrained"], ["--pretrained"]):
         folder = tmp_path / f"run-{len(checksums)}"
         result = cli(
-            *("run", "-m", model(), "-b", 1, "--seq-len", 16, "--strategies", "off", "--rounds", 1, "--steps", 1),
-            *("--device", "cpu", "--out", folder, *extra),
+            *("run", "-m", model(), *QUICK, "-b", 1, "--seq-len", 16, "--strategies", "off"),
+            *("--out", folder, *extra),
         )
         assert result.code == 0, result.err
         assert ("Weights are random" in result.err) == (not extra)
@@ -113,7 +114,7 @@ def test_pretrained_weights_are_the_ones_that_are_trained(cli, model, tmp_path):
 def test_what_was_decided_for_the_user_is_said(cli, model, tmp_path):
     """Defaults that depend on the device or the model, and strategies left out, are told and kept in the report."""
     folder = tmp_path / "run"
-    result = cli("run", "-m", model(num_hidden_layers=2), "-b", 1, "--rounds", 1, "--steps", 1, "--device", "cpu", "--out", folder)
+    result = cli("run", "-m", model(num_hidden_layers=2), *QUICK, "-b", 1, "--out", folder)
     assert result.code == 0, result.err
     for said in ("64 tokens, the default", "CPU figures", "Weights are random", "every:4 needs at least 4 layers"):
         assert said in result.err, result.err
@@ -127,8 +128,7 @@ def test_what_was_decided_for_the_user_is_said(cli, model, tmp_path):
 
 def test_the_default_length_never_exceeds_the_models(cli, model):
     result = cli(
-        *("run", "-m", model(max_position_embeddings=24), "-b", 1, "--rounds", 1, "--steps", 1, "--device", "cpu"),
-        *("--strategies", "off", "--json"),
+        *("run", "-m", model(max_position_embeddings=24), *QUICK, "-b", 1, "--strategies", "off", "--json"),
     )
     assert result.code == 0, result.err
     assert result.rows["off"]["seq_len"] == 24
@@ -137,7 +137,7 @@ def test_the_default_length_never_exceeds_the_models(cli, model):
 def test_several_batches_and_lengths_make_a_table_each(cli, model):
     result = cli(
         *("run", "-m", model(), "--batch", "1,2", "--seq-len", "16,32", "--strategies", "off,per-layer"),
-        *("--rounds", 1, "--steps", 1, "--device", "cpu", "--json"),
+        *(*QUICK, "--json"),
     )
     assert result.code == 0, result.err
     cells = [(row["batch_size"], row["seq_len"], row["strategy"]) for row in result.document["rows"]]
@@ -150,7 +150,7 @@ def test_a_model_that_cannot_checkpoint_keeps_its_off_row(cli, model, family):
     """Unsupported is a result: exit 0, and what can be measured is measured."""
     result = cli(
         *("run", "-m", model(family), "-b", 2, "--seq-len", 16, "--strategies", "off,per-layer,every:2"),
-        *("--rounds", 1, "--steps", 1, "--device", "cpu", "--json"),
+        *(*QUICK, "--json"),
     )
     assert result.code == 0, result.err
     assert [row["status"] for row in result.rows.values()] == ["ok", "unsupported", "unsupported"]
