@@ -187,7 +187,16 @@ def _one_of(legal: tuple[str, ...]) -> Callable[[object], str]:
 
 
 def _strategies(raw: object) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(strategies.parse(str(item)).spec for item in _listed(raw)))
+    specs: dict[str, None] = {}
+    mistakes: list[str] = []
+    for item in _listed(raw):
+        try:
+            specs[strategies.parse(str(item)).spec] = None
+        except ValueError as err:
+            mistakes.append(str(err))
+    if mistakes:
+        raise ValueError("; ".join(mistakes))
+    return tuple(specs)
 
 
 def _device(raw: object) -> str:

@@ -86,11 +86,13 @@ def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
     return AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)  # type: ignore[no-any-return]
 
 
-def facts(source: ModelSource, config: PreTrainedConfig, attn_implementation: str | None) -> ModelFacts:
+def facts(
+    source: ModelSource, config: PreTrainedConfig, attn_implementation: str | None, *, changed: bool = False
+) -> ModelFacts:
     """What the model is, read off the model built without storage.
 
-    Raises UsageError when the model refuses the attention implementation, UnavailableError when transformers
-    cannot build it.
+    Raises UsageError when the model refuses the attention implementation, or when it cannot be built and its config
+    was `changed` by the user; UnavailableError when transformers cannot build it as it is.
     """
     kwargs: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if attn_implementation is not None:
@@ -102,6 +104,10 @@ def facts(source: ModelSource, config: PreTrainedConfig, attn_implementation: st
             raise UsageError(
                 f"{source.name!r} refuses --attn-implementation {attn_implementation}: {_line(err)}; "
                 "leave the flag out to take the model's own choice"
+            ) from None
+        if changed:
+            raise UsageError(
+                f"transformers cannot build {source.name!r} with --layers and --set as given: {_line(err)}; change them"
             ) from None
         raise UnavailableError(f"transformers cannot build {source.name!r}: {_line(err)}; check its config") from None
     return ModelFacts(
@@ -201,7 +207,7 @@ def _no_field(name: str, scope: Mapping[str, Any]) -> UsageError:
 
 
 def _line(err: BaseException) -> str:
-    """The first line of an error, with the next where it ends in a colon, short enough for a sentence."""
+    """The first sentence of an error, with the next line where its line ends in a colon."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
     told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return told[:300].rstrip(".:")
+    return told.partition(". ")[0][:300].rstrip(".:")

@@ -9,6 +9,7 @@ import torch
 from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, ParameterPrint, pack
 
 _ROWS = 2**13
+_TILE_ROWS = 2**6
 _CHUNK = _ROWS * SKETCH_SIZE
 """Elements handled at a time: bounds the temporaries to some 25 MB."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -32,9 +33,9 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
     place = torch.arange(min(_CHUNK, len(flat)), device=device, dtype=torch.int64)
     weights = (place * 0x1E3779B97F4A7C15) | 1
     checksum = len(flat)
-    # One random sign for each row of buckets is cheap; that of the place keeps neighbours from sharing theirs, or a
-    # difference that is the same everywhere would cancel out of all buckets at once.
-    place_signs = _signs(place)
+    # A sign for each row alone would be shared by all buckets: a difference that is the same everywhere would then
+    # cancel out of all of them at once. So each sign is one of its row times one of its place in a tile.
+    tile = _signs(_TILE_ROWS, SKETCH_SIZE, generator=generator, device=device)
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=device)
     for start in range(0, len(flat), _CHUNK):
         chunk = flat[start : start + _CHUNK]
@@ -42,20 +43,17 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
         # Integer sums wrap modulo 2**64 and are exact in any order, unlike sums of floats.
         part = int((bits * weights[: len(chunk)]).sum().item()) % 2**64
         checksum = (checksum * 0x100000001B3 + part) % 2**64
-        rows = -(-len(chunk) // SKETCH_SIZE)
-        signs = torch.randint(2, (rows,), generator=generator).mul_(2).sub_(1).to(device, torch.float32)
-        padded = torch.zeros(rows * SKETCH_SIZE, dtype=torch.float32, device=device)
-        padded[: len(chunk)] = chunk * place_signs[: len(chunk)]
-        sketch += (signs @ padded.view(rows, SKETCH_SIZE)).double()
+        tiles = -(-len(chunk) // tile.numel())
+        padded = torch.zeros(tiles * tile.numel(), dtype=torch.float32, device=device)
+        padded[: len(chunk)] = chunk
+        signed = padded.view(tiles, *tile.shape).mul_(tile).view(-1, SKETCH_SIZE)
+        sketch += (_signs(len(signed), generator=generator, device=device) @ signed).double()
     return ParameterPrint(name=name, checksum=f"{checksum:016x}", sketch=pack(sketch.tolist()))
 
 
-def _signs(place: torch.Tensor) -> torch.Tensor:
-    """+1 or -1 for each place, by a mixing of its bits (the finaliser of Steele, Lea and Flood's SplitMix, 2014)."""
-    mixed = place * 0x1E3779B97F4A7C15
-    mixed = (mixed ^ (mixed >> 30)) * 0x3F58476D1CE4E5B9
-    mixed = (mixed ^ (mixed >> 27)) * 0x14D049BB133111EB
-    return ((mixed >> 40) & 1).float().mul_(2).sub_(1)
+def _signs(*shape: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """+1 and -1 at random, drawn on the CPU so that every device gets the same."""
+    return torch.randint(2, shape, generator=generator).mul_(2).sub_(1).to(device, torch.float32)
 
 
 def _flat(grad: torch.Tensor) -> torch.Tensor:

@@ -57,7 +57,8 @@ def describe(task: DescribeTask) -> Answer:
         if task.source is None:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
-        facts = models.facts(task.source, config, task.attn_implementation)
+        changed = task.layers is not None or bool(task.overrides)
+        facts = models.facts(task.source, config, task.attn_implementation, changed=changed)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
         return Answer(machine=device.describe(), facts=facts)
