@@ -66,6 +66,7 @@ def warm_server() -> None:
     context.set_forkserver_preload(["gcbench.worker", *tiny.MODEL_MODULES])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as a run does it, for the same reason
         forkserver.ensure_running()
 
 

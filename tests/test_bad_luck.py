@@ -262,6 +262,14 @@ def test_ctrl_c_keeps_what_was_measured_and_resume_finishes(popen, cli, model, t
     assert len(re.findall(r"^round ", resumed.err, flags=re.MULTILINE)) == 9 - num_rounds(before)
 
 
+def test_ctrl_c_is_for_the_parent_alone(popen, model):
+    """The trap: a server that ends of it by itself, which the parent then takes for a broken library."""
+    process = popen("run", "-m", model(), *QUICK, "--strategies", "off", "--rounds", 1)
+    os.kill(await_import(process), signal.SIGINT)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
+    assert process.returncode == 0, err
+
+
 @pytest.mark.parametrize("to_group", [False, True])
 def test_a_polite_kill_is_like_ctrl_c(popen, model, tmp_path, to_group):
     """A batch system's warning before its time is up, sent to the parent or to all of its processes."""
@@ -361,9 +369,16 @@ def await_line(process: subprocess.Popen[str], start: str) -> list[str]:
 
 def is_server(pid: int) -> bool:
     """Whether a process is the one that children are forked from, and not one of them, which have its command line."""
-    command = Path("/proc", str(pid), "cmdline").read_bytes()
-    parent = Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[1]
-    return b"forkserver" in command and b"forkserver" not in Path("/proc", parent, "cmdline").read_bytes()
+    parent = int(_read(pid, "stat").rpartition(b")")[2].split()[1])
+    return b"forkserver" in _read(pid, "cmdline") and b"forkserver" not in _read(parent, "cmdline")
+
+
+def _read(pid: int, name: str) -> bytes:
+    """A file of /proc; empty when the process has ended."""
+    try:
+        return Path("/proc", str(pid), name).read_bytes()
+    except OSError:
+        return b""
 
 
 def await_members(process: subprocess.Popen[str], *, at_least: int) -> list[int]:
@@ -371,13 +386,13 @@ def await_members(process: subprocess.Popen[str], *, at_least: int) -> list[int]
     return _await(lambda: session_members(process.pid), lambda members: len(members) >= at_least)
 
 
-def await_import(process: subprocess.Popen[str]) -> None:
-    """Until the server is in the middle of importing torch: its library is mapped, its Python half is not read yet."""
+def await_import(process: subprocess.Popen[str]) -> int:
+    """The server, once it is in the middle of importing torch: its library is mapped, its Python half is not read."""
 
-    def importing(members: list[int]) -> bool:
-        return any("libtorch_cpu" in Path("/proc", str(pid), "maps").read_text() for pid in members)
+    def importing() -> list[int]:
+        return [pid for pid in session_members(process.pid) if b"libtorch_cpu" in _read(pid, "maps")]
 
-    _await(lambda: session_members(process.pid), importing)
+    return _await(importing, bool)[0]
 
 
 def await_nobody(process: subprocess.Popen[str]) -> None:

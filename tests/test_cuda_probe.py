@@ -85,9 +85,7 @@ def test_out_of_memory_is_told_from_other_errors(error, verdict):
 def test_the_memory_limit_is_a_fraction_of_the_card(monkeypatch):
     said = []
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: said.append(args))
-    monkeypatch.setattr(
-        torch.cuda, "get_device_properties", lambda index: type("Card", (), {"total_memory": 80 * GIB})
-    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: type("Card", (), {"total_memory": 80 * GIB}))
     device = object.__new__(cuda.CudaDevice)
     device.index = 0
     device.limit_memory(20 * GIB)

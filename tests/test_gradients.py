@@ -15,7 +15,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from gcbench import checkpointing, sketch, sources, strategies, tables, worker
 from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
-from gcbench.records import SCHEMA, Cell, Machine, Outcome, Report, Workload
+from gcbench.records import SCHEMA, Cell, Outcome, Report, Workload
 from gcbench.tasks import Answer, DescribeTask, MeasureTask
 
 SHAPES = {"embedding.weight": (300, 64), "layer.weight": (64, 256), "layer.bias": (256,), "norm.weight": (64,)}
@@ -92,9 +92,8 @@ def test_other_types_are_read_bit_by_bit(dtype):
     changed = grad.clone()
     changed.view(sketch._WORDS[dtype.itemsize])[299] ^= 1
     assert fingerprint({"w": changed}).checksum != ours.checksum
-    assert math.isclose(
-        sum(x * x for x in unpack(ours.parameters[0].sketch)), float(grad.double().square().sum()), rel_tol=0.6
-    )
+    squared = sum(x * x for x in unpack(ours.parameters[0].sketch))
+    assert squared == pytest.approx(float(grad.double().square().sum()), rel=0.6)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,574 @@
+"""The model of CUDA's caching allocator against sequences worked out by hand from torch's rules."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+
+from gcbench.simulate.allocator import NULL, CachingAllocator, OutOfMemory
+
+MIB = 1 << 20
+BOTH = pytest.mark.parametrize("expandable", [False, True], ids=["segments", "expandable"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    address: int
+    size: int
+    allocated: bool
+    is_small: bool
+
+
+def layout(allocator: CachingAllocator) -> list[list[Piece]]:
+    """Every contiguous range of reserved memory as the blocks in it, by walking the links from its first block."""
+    blocks = [*allocator._small.free, *allocator._large.free, *allocator._live.values()]
+    ranges = []
+    for head in blocks:
+        if head.prev is None or not head.prev.mapped:
+            pieces, block = [], head
+            while block is not None and block.mapped:
+                pieces.append(
+                    Piece(
+                        address=block.address,
+                        size=block.size,
+                        allocated=block.allocated,
+                        is_small=block.pool.is_small,
+                    )
+                )
+                block = block.next
+            ranges.append(pieces)
+    assert sum(map(len, ranges)) == len(blocks), "a block is in no segment, or in two"
+    return sorted(ranges, key=lambda pieces: pieces[0].address)
+
+
+def held(allocator: CachingAllocator) -> tuple[float, float]:
+    """Allocated and reserved, in MiB."""
+    return allocator.allocated_bytes / MIB, allocator.reserved_bytes / MIB
+
+
+# Sizes and segments
+
+
+@pytest.mark.parametrize(("nbytes", "rounded"), [(1, 512), (511, 512), (512, 512), (513, 1024), (5000, 5120)])
+def test_sizes_round_up_to_512(nbytes: int, rounded: int) -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(nbytes)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (rounded, 2 * MIB)
+
+
+@BOTH
+def test_zero_bytes_take_nothing(expandable: bool) -> None:
+    """The trap is rounding 0 up to 512."""
+    allocator = CachingAllocator(expandable_segments=expandable)
+    handle = allocator.malloc(0)
+    allocator.free(handle)
+    assert handle == NULL
+    assert (allocator.allocated_bytes, allocator.reserved_bytes, allocator.peak_reserved_bytes) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "allocated", "reserved"),
+    [
+        (MIB - 100, MIB, 2 * MIB),  # rounds to 1 MiB: still the small pool
+        (MIB, MIB, 2 * MIB),
+        (MIB + 1, MIB + 512, 20 * MIB),  # rounds to 1 MiB + 512: the large pool
+        (10 * MIB - 512, 10 * MIB - 512, 20 * MIB),
+        (10 * MIB - 511, 10 * MIB, 10 * MIB),  # rounds to 10 MiB first, which gets a segment of its own
+        (10 * MIB, 10 * MIB, 10 * MIB),
+        (10 * MIB + 1, 10 * MIB + 512, 12 * MIB),  # 2 MiB - 512 are left: split off
+        (1000 * MIB, 1000 * MIB, 1000 * MIB),
+    ],
+)
+def test_segment_of_a_first_request(nbytes: int, allocated: int, reserved: int) -> None:
+    allocator = CachingAllocator()
+    allocator.malloc(nbytes)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (allocated, reserved)
+
+
+def test_small_requests_share_a_segment_of_2_mib() -> None:
+    """Two of 1 MiB fill it; the third opens another."""
+    allocator = CachingAllocator()
+    assert allocator.malloc(MIB) + MIB == allocator.malloc(MIB)
+    assert held(allocator) == (2, 2)
+    allocator.malloc(1)
+    assert allocator.reserved_bytes == 4 * MIB
+
+
+def test_requests_below_10_mib_share_a_segment_of_20_mib() -> None:
+    """9 + 9 leave 2: 1.5 fits, and leaves 0.5, which goes with it. 9 again needs a segment."""
+    allocator = CachingAllocator()
+    allocator.malloc(9 * MIB)
+    allocator.malloc(9 * MIB)
+    assert held(allocator) == (18, 20)
+    allocator.malloc(3 * MIB // 2)
+    assert held(allocator) == (20, 20)
+    allocator.malloc(9 * MIB)
+    assert held(allocator) == (29, 40)
+
+
+def test_the_pools_do_not_lend_to_each_other() -> None:
+    """A free large segment does not serve 512 B, nor a free small one 1 MiB + 512."""
+    allocator = CachingAllocator()
+    allocator.free(allocator.malloc(20 * MIB))
+    allocator.free(allocator.malloc(512))
+    assert allocator.reserved_bytes == 22 * MIB
+    small = allocator.malloc(512)
+    assert allocator.reserved_bytes == 22 * MIB
+    large = allocator.malloc(2 * MIB)
+    assert large < small
+    assert allocator.reserved_bytes == 22 * MIB
+
+
+# Splitting
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "allocated"),
+    [
+        (11 * MIB, 12 * MIB),  # the rest is exactly 1 MiB: not split, and counted
+        (11 * MIB + 512, 12 * MIB),
+        (11 * MIB - 512, 11 * MIB - 512),  # the rest is 1 MiB + 512: split
+    ],
+)
+def test_large_blocks_split_only_above_1_mib(nbytes: int, allocated: int) -> None:
+    allocator = CachingAllocator()
+    handle = allocator.malloc(nbytes)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (allocated, 12 * MIB)
+    allocator.free(handle)
+    assert held(allocator) == (0, 12)
+
+
+def test_small_blocks_split_from_512_on() -> None:
+    """1 MiB and 1 MiB - 512 leave 512 of 2 MiB, enough for one byte; a rule of "more than 512" would lose it."""
+    allocator = CachingAllocator()
+    allocator.malloc(MIB)
+    allocator.malloc(MIB - 512)
+    assert allocator.allocated_bytes == 2 * MIB - 512
+    allocator.malloc(1)
+    assert held(allocator) == (2, 2)
+
+
+def test_an_unsplit_rest_is_given_back_with_its_block() -> None:
+    """11 MiB hold 12; freed and asked for 12, the same block serves without a new segment."""
+    allocator = CachingAllocator()
+    first = allocator.malloc(11 * MIB)
+    allocator.free(first)
+    assert allocator.malloc(12 * MIB) == first
+    assert held(allocator) == (12, 12)
+
+
+# Which block
+
+
+def test_best_fit_is_the_smallest_that_suffices() -> None:
+    """Free: 40, 12, 24 in order of address. 12 takes the 12; 13 the 24, leaving 11; 20 the 40, leaving 20."""
+    allocator = CachingAllocator()
+    forty, twelve, twenty_four = (allocator.malloc(n * MIB) for n in (40, 12, 24))
+    for handle in (forty, twelve, twenty_four):
+        allocator.free(handle)
+    assert allocator.malloc(12 * MIB) == twelve
+    assert allocator.malloc(13 * MIB) == twenty_four
+    assert allocator.malloc(20 * MIB) == forty
+    assert allocator.malloc(11 * MIB) == twenty_four + 13 * MIB
+    assert held(allocator) == (56, 76)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
+def test_of_equal_blocks_the_lowest_address_wins(order: tuple[int, ...]) -> None:
+    """Neither the last freed nor the first."""
+    allocator = CachingAllocator()
+    handles = [allocator.malloc(12 * MIB) for _ in range(3)]
+    for i in order:
+        allocator.free(handles[i])
+    assert [allocator.malloc(12 * MIB) for _ in range(3)] == handles == sorted(handles)
+
+
+def test_no_block_is_too_large_to_be_handed_out() -> None:
+    """`max_split_size` is infinite by default: 2 MiB are cut off a free GiB, and the rest stays usable."""
+    allocator = CachingAllocator()
+    gib = allocator.malloc(1024 * MIB)
+    allocator.free(gib)
+    assert allocator.malloc(2 * MIB) == gib
+    assert allocator.malloc(1022 * MIB) == gib + 2 * MIB
+    assert held(allocator) == (1024, 1024)
+
+
+# Merging
+
+
+@BOTH
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 1, 0), (1, 0, 2)])
+def test_freed_neighbours_become_one_block(order: tuple[int, ...], expandable: bool) -> None:
+    """Three of 4 MiB at the start of 20; freed in any order, 20 fit in their place."""
+    allocator = CachingAllocator(expandable_segments=expandable)
+    handles = [allocator.malloc(4 * MIB) for _ in range(3)]
+    for i in order:
+        allocator.free(handles[i])
+    assert allocator.malloc(20 * MIB) == handles[0]
+    assert held(allocator) == (20, 20)
+
+
+def test_a_block_in_use_keeps_its_neighbours_apart() -> None:
+    """4 | 4 | 4 | 8 with the second in use: free are 4 and 12. 13 do not fit although 16 are free."""
+    allocator = CachingAllocator()
+    handles = [allocator.malloc(4 * MIB) for _ in range(3)]
+    allocator.free(handles[0])
+    allocator.free(handles[2])
+    allocator.malloc(13 * MIB)
+    assert held(allocator) == (18, 34)  # 4 + 14: of the new 14, the rest of 1 MiB is not split off
+    assert allocator.malloc(12 * MIB) == handles[2]
+
+
+def test_segments_never_merge_with_each_other() -> None:
+    """Two free segments of 10 MiB, one right above the other, do not serve 20."""
+    allocator = CachingAllocator()
+    low, high = allocator.malloc(10 * MIB), allocator.malloc(10 * MIB)
+    assert high == low + 10 * MIB
+    allocator.free(low)
+    allocator.free(high)
+    allocator.malloc(20 * MIB)
+    assert held(allocator) == (20, 40)
+
+
+# The cache and the limit
+
+
+def test_segments_stay_reserved_until_the_cache_is_emptied() -> None:
+    """Of a free 2, a free 12 and a 20 with 4 in use, only the first two go."""
+    allocator = CachingAllocator()
+    handles = [allocator.malloc(n) for n in (512, 12 * MIB, 4 * MIB)]
+    allocator.free(handles[0])
+    allocator.free(handles[1])
+    assert held(allocator) == (4, 34)
+    allocator.empty_cache()
+    assert held(allocator) == (4, 20)
+    allocator.free(handles[2])
+    allocator.empty_cache()
+    assert held(allocator) == (0, 0)
+    assert allocator.num_alloc_retries == 0
+
+
+def test_the_limit_may_be_reached_but_not_passed() -> None:
+    """3 MiB need a segment of 20: a limit of 20 suffices, one byte less does not."""
+    assert CachingAllocator(limit_bytes=20 * MIB).malloc(3 * MIB) != NULL
+    with pytest.raises(OutOfMemory):
+        CachingAllocator(limit_bytes=20 * MIB - 1).malloc(3 * MIB)
+
+
+def test_at_the_limit_the_cache_is_given_back_and_the_request_tried_again() -> None:
+    """Reserved 20 (free) + 2 (free, the other pool) + 12 (in use) of 40: 24 more need both free segments back.
+
+    12 + 24 = 36. The peak is 36, not 58: the first attempt took nothing.
+    """
+    allocator = CachingAllocator(limit_bytes=40 * MIB)
+    cached = [allocator.malloc(20 * MIB), allocator.malloc(512)]
+    allocator.malloc(12 * MIB)
+    for handle in cached:
+        allocator.free(handle)
+    assert held(allocator) == (12, 34)
+    allocator.malloc(24 * MIB)
+    assert held(allocator) == (36, 36)
+    assert (allocator.num_alloc_retries, allocator.peak_reserved_bytes) == (1, 36 * MIB)
+
+
+def test_a_request_served_from_the_cache_is_no_retry() -> None:
+    allocator = CachingAllocator(limit_bytes=20 * MIB)
+    for _ in range(3):
+        allocator.free(allocator.malloc(20 * MIB))
+    assert (allocator.num_alloc_retries, allocator.reserved_bytes) == (0, 20 * MIB)
+
+
+def test_out_of_memory_carries_the_sizes_and_leaves_the_allocator_usable() -> None:
+    """A segment of 20 with 4 in use cannot be given back; the free 12 can. 20 + 30 > 45 all the same."""
+    allocator = CachingAllocator(limit_bytes=45 * MIB)
+    keeps = allocator.malloc(4 * MIB)
+    allocator.free(allocator.malloc(18 * MIB))
+    with pytest.raises(OutOfMemory) as caught:
+        allocator.malloc(30 * MIB - 7)
+    error = caught.value
+    assert (error.requested_bytes, error.limit_bytes) == (30 * MIB - 7, 45 * MIB)
+    assert (error.allocated_bytes, error.reserved_bytes) == (4 * MIB, 20 * MIB)
+    assert allocator.num_alloc_retries == 1  # counted although it failed
+    assert allocator.malloc(16 * MIB) == keeps + 4 * MIB
+    assert held(allocator) == (20, 20)
+
+
+def test_fragmentation_runs_out_of_memory_below_the_limit() -> None:
+    """Two segments of 20 with 4 in use each: 32 of 40 are free, 17 cannot be had."""
+    allocator = CachingAllocator(limit_bytes=40 * MIB)
+    handles = [allocator.malloc(n * MIB) for n in (4, 9, 7, 4, 9, 7)]
+    assert held(allocator) == (40, 40)
+    for i in (1, 2, 4, 5):
+        allocator.free(handles[i])
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(17 * MIB)
+    assert held(allocator) == (8, 40)
+    assert allocator.malloc(16 * MIB) == handles[1]
+
+
+def test_peaks_stay_until_reset() -> None:
+    allocator = CachingAllocator()
+    first, second = allocator.malloc(30 * MIB), allocator.malloc(12 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    assert held(allocator) == (12, 12)
+    assert (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes) == (42 * MIB, 42 * MIB)
+    allocator.reset_peaks()
+    assert (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes) == (12 * MIB, 12 * MIB)
+    allocator.free(second)
+    assert (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes) == (12 * MIB, 12 * MIB)
+
+
+def test_freeing_twice_is_an_error() -> None:
+    allocator = CachingAllocator()
+    handle = allocator.malloc(512)
+    allocator.free(handle)
+    with pytest.raises(KeyError):
+        allocator.free(handle)
+
+
+# Expandable segments
+
+
+def test_expandable_pools_grow_by_pages_of_2_and_20_mib() -> None:
+    """Large: 2 in a page of 20, then 18 fill it, then 1 MiB + 512 map the next; small: a page of 2."""
+    allocator = CachingAllocator(expandable_segments=True)
+    first = allocator.malloc(2 * MIB)
+    assert allocator.reserved_bytes == 20 * MIB
+    assert allocator.malloc(18 * MIB) == first + 2 * MIB
+    assert held(allocator) == (20, 20)
+    assert allocator.malloc(MIB + 512) == first + 20 * MIB
+    assert allocator.reserved_bytes == 40 * MIB
+    allocator.malloc(512)
+    assert allocator.reserved_bytes == 42 * MIB
+
+
+def test_expandable_requests_use_the_free_end_of_the_segment() -> None:
+    """21 map 40 and leave 19; 21 more need only 2, one page: 60, where cudaMalloc takes 22 each and counts them."""
+    allocator = CachingAllocator(expandable_segments=True)
+    first = allocator.malloc(21 * MIB)
+    assert held(allocator) == (21, 40)
+    assert allocator.malloc(21 * MIB) == first + 21 * MIB
+    assert held(allocator) == (42, 60)
+    allocator = CachingAllocator()
+    allocator.malloc(21 * MIB)
+    allocator.malloc(21 * MIB)
+    assert held(allocator) == (44, 44)
+
+
+def test_expandable_blocks_of_the_large_pool_split_from_512_on() -> None:
+    """19.5 of 20: the rest of 0.5 MiB is not counted, as it would be in a segment by cudaMalloc."""
+    allocator = CachingAllocator(expandable_segments=True)
+    allocator.malloc(39 * MIB // 2)
+    assert held(allocator) == (19.5, 20)
+    allocator = CachingAllocator()
+    allocator.malloc(39 * MIB // 2)
+    assert held(allocator) == (20, 20)  # rounded to 20, the rest not split off
+
+
+def test_a_hole_is_preferred_to_the_growing_end() -> None:
+    """A hole of 18 and an end of 15 that can grow: 10 fit the end better by size, but go into the hole."""
+    allocator = CachingAllocator(expandable_segments=True)
+    handles = [allocator.malloc(n * MIB) for n in (18, 2, 5)]
+    allocator.free(handles[0])
+    assert held(allocator) == (7, 40)
+    assert allocator.malloc(10 * MIB) == handles[0]
+    assert allocator.malloc(10 * MIB) == handles[2] + 5 * MIB  # 8 are left of the hole: now the end is due
+    assert held(allocator) == (27, 40)
+
+
+def test_the_search_for_a_hole_stops_at_the_first_block_that_counts_for_no_less() -> None:
+    """10 MiB. In order of size: 15 with a gap of 20 behind it (counts 35), the end of 16, a hole of 18 (counts 18).
+
+    The end counts for more than 35, so the search stops before it sees the hole: not the best, but what torch does.
+    Laid out: 5 in use, 35 freed of which [20, 40) is unmapped, 2 in use, 18 freed, 4 in use, 16 never used.
+    """
+    allocator = CachingAllocator(expandable_segments=True)
+    handles = [allocator.malloc(n * MIB) for n in (5, 35, 2, 18, 4)]
+    allocator.free(handles[1])
+    assert held(allocator) == (29, 80)
+    allocator.empty_cache()
+    assert held(allocator) == (29, 60)
+    allocator.free(handles[3])
+    assert allocator.malloc(10 * MIB) == handles[1]
+
+
+def test_emptying_the_cache_unmaps_whole_pages_only() -> None:
+    """[0, 10) in use, [10, 50) free, [50, 60) in use: only the page [20, 40) goes, 10 stay free at either side.
+
+    Then 35 find no mapped block, but [10, 50) as free, unmapped, free: one page is mapped again and all is one.
+    """
+    allocator = CachingAllocator(expandable_segments=True)
+    low, middle, _ = (allocator.malloc(n * MIB) for n in (10, 40, 10))
+    assert held(allocator) == (60, 60)
+    allocator.free(middle)
+    allocator.empty_cache()
+    assert held(allocator) == (20, 40)
+    assert [[(p.size // MIB, p.allocated) for p in pieces] for pieces in layout(allocator)] == [
+        [(10, True), (10, False)],
+        [(10, False), (10, True)],
+    ]
+    assert allocator.malloc(35 * MIB) == low + 10 * MIB
+    assert held(allocator) == (55, 60)
+
+
+def test_an_unmapped_gap_is_filled_before_the_segment_grows() -> None:
+    """[0, 30) freed, its page [0, 20) unmapped, [20, 30) free, [30, 60) in use: 25 map the page and fit at 0."""
+    allocator = CachingAllocator(expandable_segments=True)
+    first = allocator.malloc(30 * MIB)
+    allocator.malloc(30 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    assert held(allocator) == (30, 40)
+    assert allocator.malloc(25 * MIB) == first
+    assert held(allocator) == (55, 60)
+
+
+def test_at_the_limit_expandable_pages_move_to_the_end() -> None:
+    """[0, 30) free, [30, 60) in use, limit 80. 35 need two pages at the end: 60 + 40 > 80; without [0, 20), 80."""
+    allocator = CachingAllocator(limit_bytes=80 * MIB, expandable_segments=True)
+    first = allocator.malloc(30 * MIB)
+    allocator.malloc(30 * MIB)
+    allocator.free(first)
+    assert allocator.malloc(35 * MIB) == first + 60 * MIB
+    assert held(allocator) == (65, 80)
+    assert allocator.num_alloc_retries == 1
+
+
+def test_pages_mapped_before_the_limit_was_hit_count() -> None:
+    """Gap [0, 20), free [20, 60), nothing beyond; limit 70. 70 MiB map the gap (60), then miss a page (80).
+
+    The retry gives all 60 back and begins a new segment, where 80 are too many. Reserved ends at 0, its peak is 60.
+    """
+    allocator = CachingAllocator(limit_bytes=70 * MIB, expandable_segments=True)
+    first, second = allocator.malloc(30 * MIB), allocator.malloc(30 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    allocator.free(second)
+    allocator.reset_peaks()
+    assert held(allocator) == (0, 40)
+    with pytest.raises(OutOfMemory):
+        allocator.malloc(70 * MIB)
+    assert held(allocator) == (0, 0)
+    assert allocator.peak_reserved_bytes == 60 * MIB
+
+
+def test_the_limit_holds_for_whole_pages() -> None:
+    """21 MiB need two pages: 39 are not enough, 40 are."""
+    with pytest.raises(OutOfMemory):
+        CachingAllocator(limit_bytes=39 * MIB, expandable_segments=True).malloc(21 * MIB)
+    CachingAllocator(limit_bytes=40 * MIB, expandable_segments=True).malloc(21 * MIB)
+
+
+@BOTH
+def test_a_device_without_memory_runs_out_at_once(expandable: bool) -> None:
+    with pytest.raises(OutOfMemory):
+        CachingAllocator(limit_bytes=0, expandable_segments=expandable).malloc(1)
+
+
+def test_expandable_address_space_ends_at_nine_eighths_of_the_limit() -> None:
+    """Limit 160: addresses for 180. [80, 100) in use leaves gaps of 80 below and above; 100 need a second segment."""
+    allocator = CachingAllocator(limit_bytes=160 * MIB, expandable_segments=True)
+    handles = [allocator.malloc(n * MIB) for n in (80, 20, 60)]
+    allocator.free(handles[0])
+    allocator.free(handles[2])
+    allocator.empty_cache()
+    assert held(allocator) == (20, 20)
+    assert allocator.malloc(100 * MIB) == handles[0] + 180 * MIB
+    assert held(allocator) == (120, 120)
+    assert allocator.malloc(40 * MIB) == handles[0]
+
+
+# Any sequence
+
+
+def check(allocator: CachingAllocator, requested: dict[int, int], *, expandable: bool) -> None:
+    """What must hold between any two calls; `requested` maps live handles to the bytes asked for."""
+    ranges = layout(allocator)
+    pieces = [piece for pieces in ranges for piece in pieces]
+    assert allocator.reserved_bytes == sum(piece.size for piece in pieces)
+    assert allocator.allocated_bytes == sum(piece.size for piece in pieces if piece.allocated)
+    assert {piece.address for piece in pieces if piece.allocated} == set(requested)
+    for one in ranges:
+        for low, high in pairwise(one):
+            assert low.address + low.size == high.address, "a gap or an overlap inside a segment"
+            assert low.allocated or high.allocated, "two free neighbours were not merged"
+            assert low.is_small == high.is_small
+    for low, high in pairwise(ranges):
+        assert low[-1].address + low[-1].size <= high[0].address, "segments overlap"
+    for piece in pieces:
+        assert piece.size % 512 == 0
+        if piece.allocated:
+            rounded = -(-requested[piece.address] // 512) * 512
+            assert piece.is_small == (rounded <= MIB)
+            unsplit = 0 if expandable or piece.is_small else MIB
+            assert rounded <= piece.size <= rounded + unsplit
+
+
+def expected_address(allocator: CachingAllocator, nbytes: int) -> int | None:
+    """Where best fit puts a request, by looking at every free block; None if there is no block for it."""
+    rounded = -(-nbytes // 512) * 512
+    fitting = [
+        (piece.size, piece.address)
+        for pieces in layout(allocator)
+        for piece in pieces
+        if not piece.allocated and piece.is_small == (rounded <= MIB) and piece.size >= rounded
+    ]
+    return min(fitting)[1] if fitting else None
+
+
+@BOTH
+@pytest.mark.parametrize("limit_bytes", [None, 300 * MIB], ids=["unlimited", "limited"])
+@pytest.mark.parametrize("seed", range(4))
+def test_any_sequence_keeps_the_books(seed: int, limit_bytes: int | None, expandable: bool) -> None:
+    """Random requests of 1 B to 64 MiB: blocks tile segments, neighbours merge, best fit, sums and peaks agree."""
+    random_ = random.Random(seed)
+    allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable)
+    requested: dict[int, int] = {}
+    peaks = (0, 0)
+    misses = 0
+    for _ in range(1500):
+        action = random_.random()
+        if action < 0.01:
+            allocator.empty_cache()
+        elif action < 0.52 or not requested:
+            nbytes = int(2 ** random_.uniform(0, 26)) if random_.random() < 0.8 else random_.choice([MIB, 11 * MIB])
+            address = expected_address(allocator, nbytes)
+            retries = allocator.num_alloc_retries
+            try:
+                handle = allocator.malloc(nbytes)
+            except OutOfMemory as error:
+                misses += 1
+                assert address is None
+                assert limit_bytes is not None
+                assert error.allocated_bytes == allocator.allocated_bytes
+                assert allocator.num_alloc_retries == retries + 1
+            else:
+                assert handle not in requested
+                assert expandable or address is None or handle == address
+                assert address is None or allocator.num_alloc_retries == retries
+                requested[handle] = nbytes
+        else:
+            handle = random_.choice(list(requested))
+            del requested[handle]
+            allocator.free(handle)
+        check(allocator, requested, expandable=expandable)
+        now = (allocator.peak_allocated_bytes, allocator.peak_reserved_bytes)
+        assert now[0] >= max(peaks[0], allocator.allocated_bytes)
+        assert now[1] >= max(peaks[1], allocator.reserved_bytes)
+        assert limit_bytes is None or now[1] <= limit_bytes
+        peaks = now
+    assert (misses > 0) == (limit_bytes is not None)
+
+    for handle in random_.sample(list(requested), len(requested)):
+        allocator.free(handle)
+    assert allocator.allocated_bytes == 0
+    assert all(len(pieces) == 1 for pieces in layout(allocator))
+    allocator.empty_cache()
+    assert allocator.reserved_bytes == 0
+    assert layout(allocator) == []
+    allocator.malloc(3 * MIB)
+    assert held(allocator) == (3, 20)
