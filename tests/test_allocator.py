@@ -237,15 +237,15 @@ def test_segments_never_merge_with_each_other() -> None:
 
 
 def test_segments_stay_reserved_until_the_cache_is_emptied() -> None:
-    """Of a free 2, a free 12 and a 20 with 4 in use, only the first two go."""
+    """Of a free 2, a free 12 and a 20 with 4 in use between a free 4 and a free 12, only the first two go."""
     allocator = CachingAllocator()
-    handles = [allocator.malloc(n) for n in (512, 12 * MIB, 4 * MIB)]
-    allocator.free(handles[0])
-    allocator.free(handles[1])
+    handles = [allocator.malloc(n) for n in (512, 12 * MIB, 4 * MIB, 4 * MIB)]
+    for handle in handles[:3]:
+        allocator.free(handle)
     assert held(allocator) == (4, 34)
     allocator.empty_cache()
     assert held(allocator) == (4, 20)
-    allocator.free(handles[2])
+    allocator.free(handles[3])
     allocator.empty_cache()
     assert held(allocator) == (0, 0)
     assert allocator.num_alloc_retries == 0
@@ -413,6 +413,29 @@ def test_emptying_the_cache_unmaps_whole_pages_only() -> None:
     ]
     assert allocator.malloc(35 * MIB) == low + 10 * MIB
     assert held(allocator) == (55, 60)
+
+
+def test_a_free_block_without_a_whole_page_is_left_alone() -> None:
+    """[10, 30) free spans a page boundary and no page: emptying takes nothing, and 20 still fit there."""
+    allocator = CachingAllocator(expandable_segments=True)
+    handles = [allocator.malloc(n * MIB) for n in (10, 20, 10)]
+    allocator.free(handles[1])
+    allocator.empty_cache()
+    assert held(allocator) == (20, 40)
+    assert [[p.size // MIB for p in pieces] for pieces in layout(allocator)] == [[10, 20, 10]]
+    assert allocator.malloc(20 * MIB) == handles[1]
+    assert held(allocator) == (40, 40)
+
+
+def test_an_expandable_segment_with_nothing_mapped_is_given_up() -> None:
+    """The next request begins another, at another address."""
+    allocator = CachingAllocator(expandable_segments=True)
+    first = allocator.malloc(30 * MIB)
+    allocator.free(first)
+    allocator.empty_cache()
+    assert held(allocator) == (0, 0)
+    assert allocator.malloc(30 * MIB) > first + 40 * MIB
+    assert held(allocator) == (30, 40)
 
 
 def test_an_unmapped_gap_is_filled_before_the_segment_grows() -> None:

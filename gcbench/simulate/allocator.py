@@ -15,7 +15,8 @@ Covered, with the settings torch has by default:
 - freed neighbours within a segment merge (`free_block`, `try_merge_blocks`);
 - at the device's limit every wholly free segment of both pools is given back and the request tried once more
   (`release_cached_blocks`), then it is out of memory;
-- `expandable_segments:True`: one growing segment per pool, mapped in pages of 2 MiB (small) or 20 MiB (large).
+- `expandable_segments:True`: one growing segment per pool, mapped in pages of 2 MiB (small) or 20 MiB (large); rests
+  are split off from 512 B on in both pools.
 
 Not covered: `roundup_power2_divisions`, `max_split_size_mb`, `garbage_collection_threshold`, `large_segment_size_mb`,
 private pools and CUDA graphs, blocks used on a second stream.

@@ -1,0 +1,233 @@
+"""The cards that a prediction can be made for: the built-in catalogue and a user's own file. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from gcbench.errors import UnavailableError, UsageError
+from gcbench.units import GIB, MIB, parse_bytes
+
+PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
+"""The number formats of a matrix multiplication, as `matmul_flops` names them."""
+VENDORS = ("nvidia", "amd")
+_LEAST_MEMORY_BYTES = 256 * MIB
+_MOST_MEMORY_BYTES = 16 * 1024 * GIB
+_LEAST_RATE = 1e9
+_MOST_NEAR_NAMES = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """One card; None, or a missing precision, where no figure is published.
+
+    Attributes:
+        memory_bytes: what torch reports as total memory, less than the size on the box.
+        full_name: what torch reports as the device's name.
+        compute_capability: like "9.0", or like "gfx942" for AMD.
+        num_sms: streaming multiprocessors, AMD's compute units.
+        bandwidth_bytes_per_s: of the card's memory, by its datasheet.
+        matmul_flops: dense peak by the datasheet, operations per second by precision.
+        achievable_matmul_flops: the same as measured; GeForce cards exceed their datasheet.
+        sources: field name to where its figure was published.
+    """
+
+    name: str
+    memory_bytes: int
+    aliases: tuple[str, ...] = ()
+    full_name: str | None = None
+    vendor: str | None = None
+    compute_capability: str | None = None
+    num_sms: int | None = None
+    bandwidth_bytes_per_s: float | None = None
+    achievable_bandwidth_bytes_per_s: float | None = None
+    matmul_flops: Mapping[str, float] = field(default_factory=dict, hash=False)
+    achievable_matmul_flops: Mapping[str, float] = field(default_factory=dict, hash=False)
+    sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
+
+    @property
+    def spellings(self) -> tuple[str, ...]:
+        """Every name that finds this card, the short one first."""
+        return (self.name, *self.aliases, *([self.full_name] if self.full_name else []))
+
+
+def cards() -> tuple[Card, ...]:
+    """The built-in cards, by vendor and memory."""
+    return _built_in()
+
+
+def find(name: str, extra: Path | None = None) -> Card:
+    """The card called `name`, from the file `extra` or else the catalogue.
+
+    Case, spaces, hyphens and underscores do not matter. Raises UnavailableError, with near names, when there is none,
+    and UsageError when `extra` cannot be read.
+    """
+    own = read(extra) if extra is not None else ()
+    # The user's own cards come last so that they replace built-in ones of the same name.
+    by_key = {_plain(spelling): card for card in (*cards(), *own) for spelling in card.spellings}
+    found = by_key.get(_plain(name))
+    if found is not None:
+        return found
+    near = _near(name, by_key)
+    known = ", ".join(card.name for card in (*cards(), *own))
+    hint = f"near names: {', '.join(near)}" if near else f"known are {known}"
+    raise UnavailableError(
+        f"there is no device {name!r} in the catalogue; {hint}; "
+        "or describe it in a TOML file with a [[card]] of its name and memory_bytes"
+    )
+
+
+def read(path: Path) -> tuple[Card, ...]:
+    """The cards in a user's TOML file, in its order; raises UsageError with every mistake found."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"there is no device file {path}; give a TOML file with [[card]] tables") from None
+    except (OSError, UnicodeDecodeError) as err:
+        raise UsageError(f"device file {path} cannot be read ({err}); check the path and its permissions") from None
+    return _parse(text, str(path))
+
+
+@cache
+def _built_in() -> tuple[Card, ...]:
+    text = resources.files("gcbench").joinpath("cards.toml").read_text(encoding="utf-8")
+    return tuple(sorted(_parse(text, "cards.toml"), key=lambda card: (card.vendor or "", card.memory_bytes, card.name)))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]+", "", name).casefold()
+
+
+def _near(name: str, by_key: Mapping[str, Card]) -> list[str]:
+    """Short names like `name`: those that contain it, those that it contains, or those spelled alike."""
+    wanted = _plain(name)
+    keys = [key for key in by_key if len(wanted) > 1 and wanted in key]
+    keys = keys or [key for key in by_key if len(key) > 2 and key in wanted]
+    keys = keys or difflib.get_close_matches(wanted, by_key, n=2 * _MOST_NEAR_NAMES)
+    return list(dict.fromkeys(by_key[key].name for key in keys))[:_MOST_NEAR_NAMES]
+
+
+def _parse(text: str, origin: str) -> tuple[Card, ...]:
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as err:
+        raise UsageError(f"device file {origin} is not valid TOML ({err}); mend that line") from None
+    stray = [key for key in raw if key != "card"]
+    mistakes = [f"{origin}: there is no key {key!r}; write each device as a [[card]] table" for key in stray]
+    tables = raw.get("card", [])
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise UsageError.of([*mistakes, f"{origin}: card is not a list of tables; write [[card]] before each device"])
+    if not tables and not mistakes:
+        mistakes.append(f"{origin} describes no device; write [[card]], then its name and memory_bytes")
+    found: list[Card] = []
+    owners: dict[str, int] = {}
+    for number, table in enumerate(tables, start=1):
+        values: dict[str, Any] = {}
+        where = f"{origin}, card {number}" + (f" ({table['name']})" if isinstance(table.get("name"), str) else "")
+        for key, value in table.items():
+            try:
+                values[key] = _parser(key)(value)
+            except ValueError as err:
+                mistakes.append(f"{where}: {key}: {err}")
+        mistakes += [f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in table]
+        if all(key in values for key, _ in _REQUIRED):
+            card = Card(**values)
+            for spelling in dict.fromkeys(map(_plain, card.spellings)):
+                if owners.setdefault(spelling, number) != number:
+                    mistakes.append(f"{where}: {spelling!r} also names card {owners[spelling]}; rename one of them")
+            found.append(card)
+    if mistakes:
+        raise UsageError.of(mistakes)
+    return tuple(found)
+
+
+def _parser(key: str) -> Callable[[object], object]:
+    if key in _PARSERS:
+        return _PARSERS[key]
+    near = difflib.get_close_matches(key, _PARSERS, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"there is no such key; {hint}legal are {', '.join(_PARSERS)}")
+
+
+def _text(raw: object) -> str:
+    if not isinstance(raw, str) or not raw.strip():
+        raise ValueError(f"{raw!r} is not text; write it in quotes")
+    return raw.strip()
+
+
+def _texts(raw: object) -> tuple[str, ...]:
+    if not isinstance(raw, list):
+        raise ValueError(f'{raw!r} is not a list; write it like ["name", "other name"]')
+    return tuple(_text(item) for item in raw)
+
+
+def _memory(raw: object) -> int:
+    count = raw if isinstance(raw, int) and not isinstance(raw, bool) else parse_bytes(_text(raw))
+    if not _LEAST_MEMORY_BYTES <= count <= _MOST_MEMORY_BYTES:
+        raise ValueError(f"{raw!r} is {count:,} bytes, which no card has; write it with its unit, like 24GiB")
+    return count
+
+
+def _vendor(raw: object) -> str:
+    if raw not in VENDORS:
+        raise ValueError(f"{raw!r} is unknown; legal are {', '.join(VENDORS)}")
+    return str(raw)
+
+
+def _capability(raw: object) -> str:
+    if not re.fullmatch(r"\d+\.\d|gfx[0-9a-f]+", str(raw)) or not isinstance(raw, str):
+        raise ValueError(f'{raw!r} is not a compute capability; write it in quotes, like "9.0" or "gfx942"')
+    return raw
+
+
+def _count(raw: object) -> int:
+    if not isinstance(raw, int) or isinstance(raw, bool) or raw < 1:
+        raise ValueError(f"{raw!r} is not a whole number of 1 or more")
+    return raw
+
+
+def _rate(unit: str, like: str) -> Callable[[object], float]:
+    def parse(raw: object) -> float:
+        if not isinstance(raw, (int, float)) or isinstance(raw, bool) or not _LEAST_RATE <= raw < float("inf"):
+            raise ValueError(f"{raw!r} is not a number of {unit} per second; write it like {like}")
+        return float(raw)
+
+    return parse
+
+
+def _by_precision(raw: object) -> Mapping[str, float]:
+    if not isinstance(raw, dict) or any(key not in PRECISIONS for key in raw):
+        legal = ", ".join(PRECISIONS)
+        raise ValueError(f"{raw!r} is not a table by precision ({legal}); write it like {{ bf16 = 312e12 }}")
+    parse = _rate("operations", "312e12")
+    return {key: parse(value) for key, value in raw.items()}
+
+
+def _sources(raw: object) -> Mapping[str, str]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{raw!r} is not a table from a key to where its figure was published")
+    return {key: _text(value) for key, value in raw.items()}
+
+
+_PARSERS: dict[str, Callable[[object], object]] = {
+    "name": _text,
+    "memory_bytes": _memory,
+    "aliases": _texts,
+    "full_name": _text,
+    "vendor": _vendor,
+    "compute_capability": _capability,
+    "num_sms": _count,
+    "bandwidth_bytes_per_s": _rate("bytes", "936e9"),
+    "achievable_bandwidth_bytes_per_s": _rate("bytes", "936e9"),
+    "matmul_flops": _by_precision,
+    "achievable_matmul_flops": _by_precision,
+    "sources": _sources,
+}
+_REQUIRED = (("name", '"my-card"'), ("memory_bytes", '"24GiB"'))
