@@ -353,15 +353,18 @@ def test_resuming_with_a_model_that_has_changed_is_refused(cli, model, tmp_path)
 
 
 def await_line(process: subprocess.Popen[str], start: str) -> list[str]:
-    """The lines on standard error up to the first that begins with `start`."""
-    lines: list[str] = []
+    """The lines on standard error up to the first that begins with `start`; the rest is left for `communicate`."""
+    lines, line = [], b""
     watchdog = threading.Timer(PROCESS_TIMEOUT_S, process.kill)
     watchdog.start()
     try:
-        for line in process.stderr:
-            lines.append(line)
-            if line.startswith(start):
-                return lines
+        while byte := os.read(process.stderr.fileno(), 1):  # no more at a time: what a buffer took would be lost
+            line += byte
+            if byte == b"\n":
+                lines.append(line.decode())
+                line = b""
+                if lines[-1].startswith(start):
+                    return lines
     finally:
         watchdog.cancel()
     raise AssertionError(f"{start!r} was never said: {''.join(lines)}")

@@ -266,11 +266,13 @@ def test_all_mistakes_of_a_users_file_are_told_at_once(tmp_path: Path) -> None:
         ": there is no key 'colour'; write each device as a [[card]] table",
         ", card 1 (one): memory_bytes: 24 is 24 bytes, which no card has; write it with its unit, like 24GiB",
         ", card 1 (one): vendor: 'intel' is unknown; legal are nvidia, amd",
-        ', card 1 (one): compute_capability: 9.0 is not a compute capability; write it in quotes, like "9.0" or "gfx942"',
+        ", card 1 (one): compute_capability: 9.0 is not a compute capability; "
+        'write it in quotes, like "9.0" or "gfx942"',
         ", card 1 (one): num_sms: 1.5 is not a whole number of 1 or more",
         ", card 1 (one): bandwith_bytes_per_s: there is no such key; did you mean bandwidth_bytes_per_s? "
         f"legal are {', '.join(f.name for f in fields(Card))}",
-        ", card 1 (one): achievable_bandwidth_bytes_per_s: 936 is not a number of bytes per second; write it like 936e9",
+        ", card 1 (one): achievable_bandwidth_bytes_per_s: 936 is not a number of bytes per second; "
+        "write it like 936e9",
         ", card 1 (one): matmul_flops: {'bf8': 1000000000000000.0} is not a table by precision "
         "(fp32, tf32, bf16, fp16); write it like { bf16 = 312e12 }",
         ", card 1 (one): achievable_matmul_flops: True is not a number of operations per second; write it like 312e12",
@@ -324,7 +326,8 @@ def test_a_card_travels_to_another_process() -> None:
 
 def test_importing_reads_no_file_and_no_torch() -> None:
     code = "import sys, gcbench.cards as c; print(c._built_in.cache_info().currsize, 'torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "0 False\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 False\n"
 
 
 def test_precisions_are_those_of_the_catalogue() -> None:
