@@ -45,7 +45,8 @@ def main() -> None:
     allowed_s = STEP_FACTOR * steps_s + CHILD_S * num_children + FIXED_S
     print(f"training steps   {num_steps} (at most {MAX_STEPS})")
     print(f"wall time        {wall_s:.1f} s, of which in training steps {steps_s:.1f} s")
-    print(f"allowed          {allowed_s:.1f} s = {STEP_FACTOR} × steps + {CHILD_S:.0f} s × {num_children} + {FIXED_S:.0f} s")
+    terms = f"{STEP_FACTOR} × steps + {CHILD_S:.0f} s × {num_children} children + {FIXED_S:.0f} s"
+    print(f"allowed          {allowed_s:.1f} s = {terms}")
     print(f"beside the steps {wall_s - steps_s:.1f} s, {(wall_s - steps_s) / num_children:.2f} s a child process")
     print(f"parent's peak    {peak_mib:.0f} MiB (at most {MAX_PARENT_MIB})")
 

@@ -15,10 +15,7 @@ from gcbench.tasks import Answer, Refusal, Task
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     """Run `worker.main`, whose imports the server process has done already."""
-    try:
-        _redirect_output(log_path)
-    except FileNotFoundError:  # the run was interrupted before its server was ready to start this child
-        return
+    _redirect_output(log_path)
     try:
         from gcbench import worker
     except ImportError as err:

@@ -24,9 +24,11 @@ class Store:
     what could not be written into the system's temporary folder.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, made: bool = False) -> None:
         self.folder = folder
+        self._made = made
         self._unwritten: Report | None = None
+        self._incomplete = False
         self._told = False
         self._gradients: dict[str, str] = {}
 
@@ -36,13 +38,14 @@ class Store:
         if folder.is_dir() and any(folder.iterdir()):
             advice = "add --resume to continue it, or take another --out" if (folder / REPORT_NAME).exists() else ""
             raise UsageError(f"--out {folder} exists and is not empty; {advice or 'take another --out'}")
+        made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
                 pass
         except OSError as err:
             raise UsageError(f"--out {folder} cannot be written ({err.strerror}); take another --out") from None
-        return cls(folder)
+        return cls(folder, made=made)
 
     def save(self, report: Report) -> None:
         """Write the report; a failure is told on stderr and does not stop the run."""
@@ -54,10 +57,11 @@ class Store:
 
     @contextmanager
     def forgiving(self, report: Report) -> Iterator[None]:
-        """A block that writes beside the report; its failure is told like one of `save`."""
+        """A block that writes beside the report; its failure is told like one of `save`, and again by `close`."""
         try:
             yield
         except OSError as err:
+            self._incomplete = True
             self._note(report, err)
 
     def _note(self, report: Report, err: OSError) -> None:
@@ -88,17 +92,22 @@ class Store:
         return self._gradients[name]
 
     def discard_if_empty(self) -> None:
-        """Take the folder away again when the run ended before it had a report."""
-        if not (self.folder / REPORT_NAME).exists():
+        """Take the folder away again, if this run made it and ended before it had a report."""
+        if self._made and not (self.folder / REPORT_NAME).exists():
             with suppress(OSError):
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Try the last save again; raises GcbenchError naming the other place when the folder stays unwritable."""
-        if self._unwritten is None:
-            return
-        self.save(self._unwritten)
+        """Try the last save again; raises GcbenchError naming the other place when the folder stays unwritable, and
+        when tables and plots are missing from it."""
+        if self._unwritten is not None:
+            self.save(self._unwritten)
         report = self._unwritten
+        if report is None and self._incomplete:
+            raise GcbenchError(
+                f"{self.folder / REPORT_NAME} is complete, but tables or plots beside it could not be written; make "
+                f"them with gcbench report {self.folder} once there is room"
+            )
         if report is None:
             return
         try:

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from processes import PROCESS_TIMEOUT_S, session_members
 
 from gcbench import cli as command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-PROCESS_TIMEOUT_S = 120
-"""For a subprocess of a test that hangs; never waited for otherwise."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,19 +136,6 @@ def cli_process(popen: Callable[..., subprocess.Popen[str]]) -> Callable[..., Re
         return Result(code=process.returncode, out=out, err=err)
 
     return call
-
-
-def session_members(session: int) -> list[int]:
-    """The processes of a session that still run, zombies left out; by /proc, so Linux only."""
-    members = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # it ended meanwhile
-            continue
-        if int(sid) == session and state != "Z":
-            members.append(int(stat.parent.name))
-    return sorted(members)
 
 
 def table(folder: Path) -> dict[str, dict[str, str]]:

@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gcbench import checkpointing, models, optimizers, sources, strategies, training
 from gcbench import report as reports
 from gcbench.devices import open_device
+from gcbench.devices.cpu import tensor_bytes
 from gcbench.records import PHASES, Phase
 
 FAMILIES = ("llama", "gpt2", "mixtral")
@@ -100,6 +101,20 @@ def run_until_state(step: training.TrainingStep) -> None:
 def bytes_of_all_tensors() -> int:
     tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def test_a_storage_counts_once_and_whole():
+    """The traps: two views of one storage, a view of a part of it, and tensors that hold nothing here."""
+    gc.collect()
+    before = tensor_bytes()
+    base = torch.zeros(1000, dtype=torch.float64)
+    views = [base[990:], base.view(10, 100), base.t(), base.detach()]
+    nowhere = [torch.empty(10**9, device="meta"), torch.zeros(3).to_sparse()]
+    assert tensor_bytes() - before == 8000
+    del base, views[1:], nowhere
+    assert tensor_bytes() - before == 8000  # the part holds the whole
+    del views
+    assert tensor_bytes() == before
 
 
 def test_the_optimizer_phase_by_hand(tmp_path):

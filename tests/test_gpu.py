@@ -11,7 +11,8 @@ import sys
 import pytest
 import tiny
 import torch
-from conftest import PROCESS_TIMEOUT_S, ROOT
+from conftest import ROOT
+from processes import PROCESS_TIMEOUT_S
 
 from gcbench import report as reports
 

@@ -10,8 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from conftest import PROCESS_TIMEOUT_S, ROOT
+from conftest import ROOT
 from fixtures_report import mixed_report
+from processes import PROCESS_TIMEOUT_S
 
 from gcbench import report as reports
 
