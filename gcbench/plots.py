@@ -29,6 +29,8 @@ LABEL = "strategy-label"
 _DPI = 120
 _OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
 """M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
+_REACH, _LEAST_REACH = 4, 100.0
+"""How far intervals are followed beyond the centres: so many times the centres' spread, or so many percent."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 _PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#009E73"}
 _PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
@@ -207,6 +209,7 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
             capsize=3,
         )
     _limits(axes, group)
+    _mark_cut_intervals(axes, group, styles)
     axes.set_ylabel("peak memory saved, %", fontsize=9)
     missing = [
         f"{_shortened(row.strategy, _LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)
@@ -217,11 +220,24 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     _quiet(axes, "both")
 
 
+def _mark_cut_intervals(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
+    """An arrow at the edge where an interval goes on beyond it."""
+    left, right = axes.get_xlim()
+    for row in group:
+        low, high, saved = row.time_overhead_low_frac, row.time_overhead_high_frac, row.memory_saved_frac
+        if low is None or high is None or saved is None:
+            continue
+        for beyond, edge, arrow in ((100 * low < left, left, "<"), (100 * high > right, right, ">")):
+            if beyond:
+                colour = _OKABE_ITO[styles[row.strategy] % len(_OKABE_ITO)]
+                axes.plot([edge], [100 * saved], arrow, color=colour, markersize=7, clip_on=False)
+
+
 def _limits(axes: Axes, group: Sequence[Row]) -> None:
-    """Room for the labels, and centres that stay readable beside an interval that is many times wider."""
+    """Room for the labels and for whole intervals, up to where the centres would no longer be told apart."""
     shown = [row for row in group if _has_tradeoff(row)]
     centres = [100 * (row.time_overhead_frac or 0) for row in shown] + [0.0]
-    reach = max(max(centres) - min(centres), 5.0)
+    reach = max(_REACH * (max(centres) - min(centres)), _LEAST_REACH)
     lows = [100 * row.time_overhead_low_frac for row in shown if row.time_overhead_low_frac is not None]
     highs = [100 * row.time_overhead_high_frac for row in shown if row.time_overhead_high_frac is not None]
     left = max(min([*lows, *centres]), min(centres) - reach)
