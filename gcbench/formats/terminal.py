@@ -143,19 +143,19 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
 
     return (
         Column(header="strategy", cells=of(lambda r: r.strategy), right=False),
-        Column(header="layers recomputed", cells=of(_recomputed), drop=4),
+        Column(header="layers recomputed", short_header="layers", cells=of(_recomputed), shorten=2, drop=6),
         Column(header="peak", cells=of(lambda r: format_bytes(r.peak_allocated_bytes))),
-        Column(header="peak in", cells=of(lambda r: r.peak_phase or UNKNOWN), right=False, drop=5),
+        Column(header="peak in", cells=of(lambda r: r.peak_phase or UNKNOWN), right=False, drop=3),
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac))),
-        Column(header="step time", cells=of(step_time), short=of(lambda r: format_seconds(r.step_time_s)), shorten=2),
+        Column(header="step time", cells=of(step_time), short=of(lambda r: format_seconds(r.step_time_s)), shorten=4),
         Column(
             header="overhead (95 %)",
             cells=of(overhead),
             short_header="overhead",
             short=of(_overhead_shortly),
-            shorten=3,
+            shorten=1,
         ),
-        Column(header="tokens/s", cells=of(lambda r: tokens(r.tokens_per_s)), drop=1),
+        Column(header="tokens/s", short_header="tok/s", cells=of(lambda r: tokens(r.tokens_per_s)), shorten=2, drop=5),
         Column(header="proof", cells=of(proof), right=False),
     )
 
