@@ -69,6 +69,17 @@ def warm_server() -> None:
         forkserver.ensure_running()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For tests that train in this process: two threads of a tiny step fight over a busy machine."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def model(tmp_path: Path) -> Callable[..., Path]:
     """`model("llama", num_hidden_layers=2)` writes a model folder and returns it."""

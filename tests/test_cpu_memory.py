@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from itertools import product
 
 import pytest
@@ -17,6 +16,9 @@ from gcbench.devices import open_device
 from gcbench.devices.cpu import tensor_bytes
 from gcbench.records import PHASES, Phase
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 FAMILIES = ("llama", "gpt2", "mixtral")
 BATCH_SIZE, SEQ_LEN = 4, 64
 CASES = [
@@ -25,14 +27,6 @@ CASES = [
     for (f, family), (p, precision) in product(enumerate(FAMILIES), enumerate(training.PRECISIONS))
     for strategy in ("off", "per-layer")
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(("family", "precision", "optim", "strategy"), CASES)

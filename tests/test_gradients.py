@@ -4,7 +4,7 @@ by a recompute that goes wrong."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +17,9 @@ from gcbench import checkpointing, models, sketch, sources, strategies, tables, 
 from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
 from gcbench.records import SCHEMA, Cell, Outcome, Report, Workload
 from gcbench.tasks import Answer, DescribeTask, MeasureTask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 SHAPES = {"embedding.weight": (300, 64), "layer.weight": (64, 256), "layer.bias": (256,), "norm.weight": (64,)}
 BEYOND_A_CHUNK = sketch._CHUNK + 3 * SKETCH_SIZE + 5
@@ -225,14 +228,6 @@ def test_a_step_does_not_depend_on_what_was_drawn_before_it(tmp_path):
 
 
 # The alarm, end to end
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
