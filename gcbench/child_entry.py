@@ -14,16 +14,17 @@ from gcbench.tasks import Answer, Refusal, Task
 
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
-    """Run `worker.main`, whose imports the server process has done already."""
+    """Write the answer of `worker.main`, whose imports the server process has done already."""
     _redirect_output(log_path)
+    write_text(Path(answer_path), json.dumps(encode(_answer(task, connection))))
+
+
+def _answer(task: Task, connection: Connection) -> Answer:
     try:
         from gcbench import worker
     except ImportError as err:
-        message = f"a library is missing or broken ({err}); install gcbench again, torch and transformers with it"
-        answer = Answer(refusal=Refusal(error="UnavailableError", message=message))
-        write_text(Path(answer_path), json.dumps(encode(answer)))
-        return
-    worker.main(task, connection, answer_path)
+        return Answer(refusal=Refusal.of_broken_library(err))
+    return worker.main(task, connection)
 
 
 def _redirect_output(log_path: str) -> None:

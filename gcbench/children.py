@@ -70,7 +70,9 @@ class ForkedChildren:
             try:
                 self._process.start()
             except EOFError:
-                return Answer(refusal=_no_server(self._folder / _SERVER_LOG))
+                # The server ended before it could start a child: an import raised something else than ImportError.
+                log = (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
+                return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
             theirs.close()
             in_time = self._follow(self._process, ours, on_event, timeout_s)
         finally:
@@ -138,13 +140,6 @@ def _start_server(log_path: Path) -> None:
             os.dup2(original, stream)
             os.close(original)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _no_server(log_path: Path) -> Refusal:
-    """Why the server ended before it could start a child: an import raised something else than ImportError."""
-    why = _last_line(log_path.read_text(encoding="utf-8", errors="replace"))
-    message = f"a library is missing or broken ({why}); install gcbench again, torch and transformers with it"
-    return Refusal(error="UnavailableError", message=message)
 
 
 def _timed_out(timeout_s: float, log: str) -> Failure:

@@ -95,13 +95,9 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
             write_text(out, formats.get(format).render(stored))
         return
     if format == "terminal":
-        from rich.console import Console
+        from gcbench.formats import terminal
 
-        from gcbench.formats.terminal import tables
-
-        console = Console()
-        for table in tables(stored):
-            console.print(table)
+        terminal.show(stored)
         return
     print(formats.get(format).render(stored), end="")
 

@@ -114,11 +114,9 @@ def _show(report: Report, store: Store, *, as_json: bool, quiet: bool, err: Cons
     if as_json:
         print(formats.get("json").render(report), end="")
     else:
-        from gcbench.formats.terminal import tables
+        from gcbench.formats import terminal
 
-        out = Console()
-        for table in tables(report):
-            out.print(table)
+        terminal.show(report)
     if quiet:
         return
     for notice in report.notices:

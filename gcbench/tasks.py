@@ -72,6 +72,14 @@ class Refusal:
     """Name of the class in `errors`."""
     message: str
 
+    @classmethod
+    def of_broken_library(cls, why: object) -> Refusal:
+        """When torch or transformers cannot be imported."""
+        return cls(
+            error="UnavailableError",
+            message=f"a library is missing or broken ({why}); install gcbench again, torch and transformers with it",
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import signal
 import threading
@@ -15,12 +14,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from gcbench import checkpointing, devices, models, sketch
-from gcbench.codec import encode
 from gcbench.devices import Device
 from gcbench.errors import GcbenchError
 from gcbench.fingerprint import Fingerprint
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
-from gcbench.report import write_text
 from gcbench.tasks import MAX_TIMED_STEPS, Answer, DescribeTask, Event, MeasureTask, Refusal, Task
 from gcbench.training import TrainingStep, parameter_dtype, random_batch
 from gcbench.units import format_bytes
@@ -34,8 +31,8 @@ class LimitExceeded(Exception):
     """The exact peak is above the emulated device's memory."""
 
 
-def main(task: Task, connection: Connection, answer_path: str) -> None:
-    """Entry point of a child process; never raises."""
+def main(task: Task, connection: Connection) -> Answer:
+    """What a child process does with its task; never raises."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what the server imported is never garbage: looking through it would take longer than a small step
@@ -46,8 +43,7 @@ def main(task: Task, connection: Connection, answer_path: str) -> None:
         with suppress(OSError):
             connection.send(event)
 
-    answer = describe(task) if isinstance(task, DescribeTask) else measure(task, tell)
-    write_text(Path(answer_path), json.dumps(encode(answer)))
+    return describe(task) if isinstance(task, DescribeTask) else measure(task, tell)
 
 
 def describe(task: DescribeTask) -> Answer:

@@ -117,6 +117,15 @@ def tables(report: Report) -> list[RenderableType]:
     return [_table(group) for group in by_workload(rows(report)).values()]
 
 
+def show(report: Report) -> None:
+    """Print the tables on standard output, as wide as the screen is."""
+    from rich.console import Console
+
+    console = Console()
+    for table in tables(report):
+        console.print(table)
+
+
 def render(report: Report, *, width: int = 120) -> str:
     """The tables as plain text, `width` characters wide."""
     return plain(tables(report), width=width)
