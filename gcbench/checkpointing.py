@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,17 +49,31 @@ def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingL
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-@contextmanager
-def layers_run(model: torch.nn.Module) -> Iterator[set[int]]:
-    """The numbers of the layers that a forward pass inside the context runs."""
-    ran: set[int] = set()
+@dataclass(frozen=True, kw_only=True)
+class LayersRun:
+    """The numbers of the layers that a step runs.
 
-    def note(layer: int, module: torch.nn.Module, inputs: object) -> None:
-        ran.add(layer)
+    Attributes:
+        forward: those that the forward pass runs.
+        backward: those of them that a gradient passes back through: all, unless parameters are frozen.
+    """
+
+    forward: set[int] = field(default_factory=set)
+    backward: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
+    """What a forward pass inside the context runs."""
+    ran = LayersRun()
+
+    def note(layer: int, module: torch.nn.Module, inputs: object, outputs: object) -> None:
+        ran.forward.add(layer)
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves(outputs)):
+            ran.backward.add(layer)
 
     hooks = [
-        layer.register_forward_pre_hook(partial(note, number))
-        for number, layer in enumerate(checkpointable_layers(model))
+        layer.register_forward_hook(partial(note, number)) for number, layer in enumerate(checkpointable_layers(model))
     ]
     try:
         yield ran
@@ -93,3 +109,9 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
         layer._gradient_checkpointing_func = partial(counter.checkpoint, group[0])
         layer.gradient_checkpointing = True
     return counter
+
+
+def clear(model: torch.nn.Module) -> None:
+    """Undo `apply`: no layer is checkpointed."""
+    for layer in checkpointable_layers(model):
+        layer.gradient_checkpointing = False

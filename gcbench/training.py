@@ -38,13 +38,17 @@ class TrainingStep:
     def __init__(self, model: torch.nn.Module, *, batch: torch.Tensor, precision: str, optim: str, seed: int) -> None:
         """`batch` holds token ids, shape (batch_size, seq_len), int64, on the model's device."""
         self.model = model
-        self.optimizer = optimizers.build(optim, [p for p in model.parameters() if p.requires_grad])
+        self.update = Update(
+            [p for p in model.parameters() if p.requires_grad],
+            precision=precision,
+            optim=optim,
+            device_type=batch.device.type,
+        )
         self.inputs = forward_inputs(model, batch)
         self.autocast_dtype = PRECISIONS[precision][1]
         self.seed = seed
         self.num_steps = 0
         self.device_type = batch.device.type
-        self.scaler = torch.amp.GradScaler(self.device_type) if self.autocast_dtype is torch.float16 else None
 
     def __call__(self, on_phase: OnPhase = lambda phase: None) -> None:
         """Run one step; `on_phase` is called as each phase begins."""
@@ -53,18 +57,16 @@ class TrainingStep:
         with self._autocast():
             loss = self.model(**self.inputs).loss
         on_phase("backward")
-        if self.scaler is not None:
-            loss = self.scaler.scale(loss)
+        loss = self.update.scaled(loss)
         loss.backward()
         del loss
         on_phase("optimizer")
-        if self.scaler is None:
-            self.optimizer.step()
-        else:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.update()
         self.num_steps += 1
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        return self.update.optimizer
 
     @property
     def has_optimizer_state(self) -> bool:
@@ -80,12 +82,33 @@ class TrainingStep:
         return torch.autocast(self.device_type, dtype=self.autocast_dtype)
 
 
+class Update:
+    """The optimizer phase of a step: the optimizer, with a gradient scaler for fp16, then the gradients freed."""
+
+    def __init__(self, params: list[torch.nn.Parameter], *, precision: str, optim: str, device_type: str) -> None:
+        self.optimizer = optimizers.build(optim, params)
+        needs_scaler = PRECISIONS[precision][1] is torch.float16
+        self.scaler = torch.amp.GradScaler(device_type) if needs_scaler else None
+
+    def scaled(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss to differentiate."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
+
+    def __call__(self) -> None:
+        if self.scaler is None:
+            self.optimizer.step()
+        else:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed: int) -> torch.Tensor:
     """Token ids, shape (batch_size, seq_len), int64, on the model's device.
 
     Ids with a meaning of their own (padding, image placeholders) are left out: they change what a model does.
     """
-    vocab_size = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[operator]
     special = _special_ids(model.config, vocab_size)
     allowed = torch.ones(vocab_size, dtype=torch.bool)
     if len(special) < vocab_size:

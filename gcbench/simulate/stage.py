@@ -1,0 +1,289 @@
+"""A model on fake tensors, and its training step traced for any plan: in full, or with a few layers for all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from gcbench import checkpointing
+from gcbench.records import Phase
+from gcbench.simulate.events import Trace
+from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run
+from gcbench.strategies import Plan
+from gcbench.training import TrainingStep
+
+Segment = tuple[str, int]
+"""A stretch of the step: ("forward", layer) or ("backward", layer); with -1, "before" the layers, "head" after them
+(norm, logits, loss), "loss" (the backward pass down to the last layer) and "rest" (after the first layer)."""
+
+BEFORE, HEAD, LOSS, REST = ("before", -1), ("head", -1), ("loss", -1), ("rest", -1)
+
+
+class NotComposable(Exception):
+    """The model does not run its layers once each, one after the other: only a full trace tells."""
+
+
+class _Done(Exception):
+    """Gradients are there; the step need not go on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredTrace:
+    """Forward and backward pass of one step, cut at the layers.
+
+    Attributes:
+        trace: its blocks begin with those of the fake model's tensors and of the batch.
+        num_standing: how many blocks those are.
+        segments: (number of events before it, segment), in order.
+        gradients: id of a parameter -> the block of its gradient.
+        called: numbers of the layers that ran, in the order in which they did.
+    """
+
+    trace: Trace
+    num_standing: int
+    segments: tuple[tuple[int, Segment], ...]
+    gradients: Mapping[int, int]
+    called: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Road:
+    """How fake CPU tensors take the road of the target device.
+
+    Attributes:
+        patches: contexts in which the step runs.
+        internals: what kernels take for themselves; None where nothing is known of it.
+        notes_random_state: whether checkpointing keeps random states in the device's memory.
+    """
+
+    patches: Callable[[], AbstractContextManager[object]] = nullcontext
+    internals: Internals | None = None
+    notes_random_state: bool = True
+
+
+CPU_ROAD = Road()
+
+
+class Stage:
+    """One model, in one precision; its parameters are fake CPU tensors that every trace shares."""
+
+    def __init__(self, model: torch.nn.Module, *, precision: str, road: Road = CPU_ROAD) -> None:
+        """`model` is on the meta device; it is taken over."""
+        model.train()
+        model.config.use_cache = False  # type: ignore[union-attr]
+        self.model = model
+        self.precision = precision
+        self.road = road
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        give_storage(model, self.fake)
+        self.layers = checkpointing.checkpointable_layers(model)
+
+    @cached_property
+    def kinds(self) -> tuple[Hashable, ...]:
+        """What each layer is: equal for layers that do the same."""
+        return tuple(_kind(layer) for layer in self.layers)
+
+    @cached_property
+    def owners(self) -> dict[int, tuple[int, str]]:
+        """id of a layer's parameter -> (number of the layer, name within it); raises NotComposable where two share."""
+        found: dict[int, tuple[int, str]] = {}
+        for number, layer in enumerate(self.layers):
+            for name, param in layer.named_parameters():
+                if id(param) in found:
+                    raise NotComposable("layers share parameters")
+                found[id(param)] = (number, name)
+        return found
+
+    def trace_in_full(self, plan: Plan, *, batch_size: int, seq_len: int, optim: str) -> Trace:
+        """The second training step, everything before it included: the first one makes the optimizer's states."""
+        with self._recording(plan) as recorder:
+            step = self._step(recorder, batch_size=batch_size, seq_len=seq_len, optim=optim)
+            step()
+            step(recorder.on_phase)
+            recorder.close()
+        self.model.zero_grad(set_to_none=True)
+        return recorder.trace
+
+    def trace_layers(self, plan: Plan, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
+        """Forward and backward pass in which layers that are not `kept` hand their input on.
+
+        Raises NotComposable when the layers do not run one after the other, each once.
+        """
+        with self._recording(plan) as recorder:
+            step = self._step(recorder, batch_size=batch_size, seq_len=seq_len, optim="sgd")
+            watch = _Watch(recorder, self.layers, kept)
+            num_standing = len(recorder.trace.blocks)
+            try:
+                with watch:
+                    step(watch.on_phase)
+            except _Done:
+                pass
+            recorder.close()
+            gradients = {
+                id(param): number
+                for param in self.model.parameters()
+                if param.grad is not None and (number := recorder.number(param.grad)) is not None
+            }
+        self.model.zero_grad(set_to_none=True)
+        return LayeredTrace(
+            trace=recorder.trace,
+            num_standing=num_standing,
+            segments=tuple(watch.segments),
+            gradients=gradients,
+            called=tuple(watch.called),
+        )
+
+    @contextmanager
+    def _recording(self, plan: Plan) -> Iterator[Recorder]:
+        """The plan applied, fake tensors and the recorder in force, what stands before a step noted."""
+        checkpointing.clear(self.model)
+        checkpointing.apply(self.model, plan)
+        recorder = Recorder(self.road.internals)
+        with ExitStack() as stack:
+            stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
+            stack.enter_context(self.road.patches())
+            stack.enter_context(self.fake)
+            stack.enter_context(recorder)
+            for held in (*self.model.parameters(), *self.model.buffers()):
+                recorder.note(held, None)
+            yield recorder
+
+    def _step(self, recorder: Recorder, *, batch_size: int, seq_len: int, optim: str) -> TrainingStep:
+        batch = torch.zeros(batch_size, seq_len, dtype=torch.int64)
+        return TrainingStep(self.model, batch=batch, precision=self.precision, optim=optim, seed=0)
+
+
+class _Watch:
+    """Marks where layers begin and end in both passes, and lets the layers that are not kept hand their input on."""
+
+    def __init__(self, recorder: Recorder, layers: Sequence[torch.nn.Module], kept: Sequence[int]) -> None:
+        self.recorder = recorder
+        self.layers = layers
+        self.kept = frozenset(kept)
+        self.segments: list[tuple[int, Segment]] = []
+        self.called: list[int] = []
+        self._phase: Phase | None = None
+        self._first, self._last = min(kept, default=-1), max(kept, default=-1)
+        self._width: int | None = None
+        """Values in the tuple that a layer returns; None where it returns one tensor."""
+        self._hooks: list[Any] = []
+        self._treatments: list[tuple[torch.nn.Module, Any]] = []
+
+    def __enter__(self) -> None:
+        for number, layer in enumerate(self.layers):
+            if number in self.kept:
+                self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True))
+                self._hooks.append(layer.register_forward_hook(partial(self._leave, number)))
+            else:
+                self._treatments.append((layer, layer.gradient_checkpointing))
+                layer.gradient_checkpointing = False  # type: ignore[assignment]
+                layer.forward = partial(self._pass_on, number)
+
+    def __exit__(self, *exc: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for layer, treatment in self._treatments:
+            layer.gradient_checkpointing = treatment
+            del layer.forward
+
+    def on_phase(self, phase: Phase) -> None:
+        self._phase = phase
+        self.recorder.on_phase(phase)
+        if phase == "optimizer":
+            raise _Done
+        self._mark(BEFORE if phase == "forward" else LOSS)
+
+    def _mark(self, segment: Segment) -> None:
+        self.segments.append((len(self.recorder.trace.events), segment))
+
+    def _enter(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._phase != "forward":
+            return  # a recomputation
+        self.called.append(number)
+        self._mark(("forward", number))
+        if number == self._first:
+            hidden = _hidden(args, kwargs)
+            if hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self._mark(REST))
+
+    def _leave(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._phase != "forward":
+            return
+        hidden = output
+        if not isinstance(output, torch.Tensor):
+            if not isinstance(output, tuple) or any(isinstance(other, torch.Tensor) for other in output[1:]):
+                raise NotComposable("layers return more than one tensor")
+            hidden, self._width = output[0], len(output)
+        if not hidden.requires_grad:
+            raise NotComposable("the first layers take no part in the backward pass")
+        hidden.register_hook(lambda gradient: self._mark(("backward", number)))
+        if number == self._last:
+            self._mark(HEAD)
+
+    def _pass_on(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        self.called.append(number)
+        hidden = _hidden(args, kwargs)
+        return hidden if self._width is None else (hidden, *[None] * (self._width - 1))
+
+
+def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among a layer's arguments."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise NotComposable("layers take something else than hidden states")
+    return hidden
+
+
+def _kind(layer: torch.nn.Module) -> Hashable:
+    """All that tells two layers apart: modules, shapes, dtypes, what is trained, and plain attributes but the number."""
+    return tuple(
+        (
+            path,
+            type(module).__qualname__,
+            tuple(
+                (name, tuple(t.shape), t.dtype, t.requires_grad)
+                for named in (module._parameters, module._buffers)
+                for name, t in named.items()
+                if t is not None
+            ),
+            tuple(
+                (name, value)
+                for name, value in sorted(vars(module).items())
+                if isinstance(value, (str, int, float, bool, type(None)))
+                and not name.startswith("_")
+                and name != "gradient_checkpointing"
+                and "idx" not in name
+                and not name.endswith(("layer_id", "layer_number", "layer_index"))
+            ),
+        )
+        for path, module in layer.named_modules()
+    )
+
+
+def give_storage(model: torch.nn.Module, fake: FakeTensorMode) -> None:
+    """Replace meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied."""
+    made: dict[int, torch.Tensor] = {}
+
+    def replacement(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in made:
+            with fake:
+                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+        return made[id(tensor)]
+
+    originals = [*model.parameters(), *model.buffers()]  # held, or an id could be given to another tensor
+    for module in model.modules():
+        for named in (module._parameters, module._buffers):
+            for name, tensor in named.items():
+                if tensor is not None:
+                    named[name] = replacement(tensor)  # type: ignore[assignment]
+    del originals
+
+

@@ -1,0 +1,110 @@
+"""A whole step as sizes and events, and the peaks that a device sees of it. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from gcbench.records import PHASES, MemoryPeaks, Phase
+from gcbench.simulate.allocator import CachingAllocator
+from gcbench.simulate.events import of_phases
+
+Ints = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timeline:
+    """From an empty device to the end of the measured step.
+
+    Attributes:
+        nbytes: size of each block.
+        events: `n` for the allocation of block n, `~n` for its release.
+        marks: (number of events before it, phase) for each phase of the measured step, which is the last.
+        settled_at: numbers of events after which the cache is given back to the device, as a measurement does.
+    """
+
+    nbytes: Ints
+    events: Ints
+    marks: tuple[tuple[int, Phase], ...]
+    settled_at: tuple[int, ...] = ()
+
+    def live(self) -> Ints:
+        """Bytes alive after each event."""
+        taken = self.events >= 0
+        blocks = np.where(taken, self.events, ~self.events)
+        return np.cumsum(np.where(taken, self.nbytes[blocks], -self.nbytes[blocks]))
+
+    def spans(self) -> tuple[tuple[Phase, int, int], ...]:
+        """(phase, number of events before it, number of events before its end) of the measured step."""
+        ends = [*(start for start, _ in self.marks[1:]), len(self.events)]
+        return tuple((phase, start, end) for (start, phase), end in zip(self.marks, ends, strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peak:
+    """What a device saw of a step.
+
+    Attributes:
+        memory: its peaks.
+        at: the event at whose end the allocated peak was reached; -1 for what was alive when the phase began.
+        fits: whether it ran within the limit.
+        num_alloc_retries: times the cache had to be given back to go on.
+    """
+
+    memory: MemoryPeaks
+    at: int
+    fits: bool = True
+    num_alloc_retries: int = 0
+
+
+def exact(timeline: Timeline) -> Peak:
+    """Where a block takes its size: the CPU."""
+    live = timeline.live()
+    highest: dict[Phase, int] = {}
+    at: dict[Phase, int] = {}
+    for phase, start, end in timeline.spans():
+        # What was alive when the phase began counts: the state after the event before it.
+        first = max(start - 1, 0)
+        at[phase] = first + int(np.argmax(live[first:end]))
+        highest[phase] = int(live[at[phase]])
+    memory = of_phases(highest)
+    return Peak(memory=memory, at=at[memory.peak_phase])
+
+
+def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> Peak:
+    """Behind CUDA's caching allocator; raises `allocator.OutOfMemory` when the limit does not allow it."""
+    allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
+    sizes = timeline.nbytes.tolist()
+    handles: dict[int, int] = {}
+    marks = {start: phase for start, phase in timeline.marks}
+    stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
+    highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+    at: dict[Phase, int] = dict.fromkeys(PHASES, -1)
+    reserved = 0
+    phase: Phase | None = None
+    events: Sequence[int] = timeline.events.tolist()
+    malloc, free = allocator.malloc, allocator.free
+    done = 0
+    for stop in stops:
+        for place in range(done, stop):
+            event = events[place]
+            if event >= 0:
+                handles[event] = malloc(sizes[event])
+                if phase is not None and allocator.allocated_bytes > highest[phase]:
+                    highest[phase], at[phase] = allocator.allocated_bytes, place
+            else:
+                free(handles.pop(~event))
+        done = stop
+        if stop in timeline.settled_at:
+            allocator.empty_cache()
+        if stop in marks:
+            if phase is None:
+                allocator.reset_peaks()
+            phase = marks[stop]
+            highest[phase], at[phase] = allocator.allocated_bytes, max(stop - 1, 0)
+    reserved = allocator.peak_reserved_bytes
+    memory = of_phases(highest, reserved_bytes=reserved)
+    return Peak(memory=memory, at=at[memory.peak_phase], num_alloc_retries=allocator.num_alloc_retries)
