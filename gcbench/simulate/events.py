@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gcbench.records import PHASES, MemoryPeaks, Phase
+from gcbench.records import MemoryPeaks, Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,29 +32,13 @@ class Trace:
         blocks: every allocation, in order.
         events: `n` for the allocation of `blocks[n]`, `~n` for its release.
         marks: (number of events before it, phase), for each phase of the measured step.
+        settled_at: numbers of events after which the cache is given back to the device.
     """
 
     blocks: list[Block] = field(default_factory=list)
     events: list[int] = field(default_factory=list)
     marks: list[tuple[int, Phase]] = field(default_factory=list)
-
-    def peaks(self) -> MemoryPeaks:
-        """The most bytes alive at one time in each phase of the measured step."""
-        live = 0
-        phase: Phase | None = None
-        highest = dict.fromkeys(PHASES, 0)
-        marks = iter([*self.marks, (len(self.events) + 1, None)])
-        due, following = next(marks)
-        for place, event in enumerate(self.events):
-            while place >= due:
-                phase = following
-                if phase is not None:
-                    highest[phase] = live
-                due, following = next(marks)
-            live += self.blocks[event].nbytes if event >= 0 else -self.blocks[~event].nbytes
-            if phase is not None and live > highest[phase]:
-                highest[phase] = live
-        return of_phases(highest)
+    settled_at: list[int] = field(default_factory=list)
 
 
 def of_phases(

@@ -45,10 +45,12 @@ class Pieces:
     Attributes:
         by_segment: in order of time.
         gradients: id of a parameter -> (segment, number of the block within it).
+        boundaries: (layer, where its input was taken relative to it, number of the block there).
     """
 
     by_segment: Mapping[Segment, Piece]
     gradients: Mapping[int, tuple[Segment, int]]
+    boundaries: Mapping[int, tuple[Ref, int]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,15 +61,19 @@ class Passes:
         instances: (segment, the piece played in it, number of its first block), in order of time.
         events: `n` for the allocation of block n, `~n` for its release.
         num_blocks: blocks are numbered from 0 on.
+        bases: segment -> number of the first block taken in it.
         backward_at: number of events before the backward pass.
         starts: number of events before each instance.
+        boundaries: for each layer in the order of `layers`, the block of its input; -1 where it is not the step's own.
     """
 
     instances: tuple[tuple[Segment, Piece, int], ...]
     events: Ints
     num_blocks: int
+    bases: Mapping[Segment, int]
     backward_at: int
     starts: Ints
+    boundaries: tuple[int, ...]
 
     def nbytes(self) -> Ints:
         """The size of each block."""
@@ -114,7 +120,12 @@ def cut(layered: LayeredTrace) -> Pieces:
         if block not in place:
             raise NotComposable("a gradient was there before the step")
         gradients[param] = place[block]
-    return Pieces(by_segment=pieces, gradients=gradients)
+    boundaries = {
+        layer: (_relative(("forward", layer), place[block][0], order), place[block][1])
+        for layer, block in layered.boundaries.items()
+        if block in place
+    }
+    return Pieces(by_segment=pieces, gradients=gradients, boundaries=boundaries)
 
 
 def _layer_order(names: Sequence[Segment]) -> list[int]:
@@ -179,12 +190,18 @@ def put_together(pieces: Pieces, layers: Sequence[int], stand_in: Sequence[int])
     starts = np.cumsum([0, *(len(part) for part in parts)])[:-1]
     _check(events, total)
     loss = next(number for number, (segment, _, _) in enumerate(instances) if segment == LOSS)
+    inputs = [pieces.boundaries.get(played[layer]) for layer in layers]
+    boundaries = [
+        -1 if found is None else base[_resolve(found[0], here, layers)] + found[1] for here, found in enumerate(inputs)
+    ]
     return Passes(
         instances=tuple(instances),
         events=events,
         num_blocks=total,
+        bases=base,
         backward_at=int(starts[loss]),
         starts=starts,
+        boundaries=tuple(boundaries),
     )
 
 

@@ -52,8 +52,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         found = self._alive.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[1]
 
-    def on_phase(self, phase: Phase) -> None:
+    def forget(self, tensors: Iterable[object]) -> None:
+        """Tensors that are not in the device's memory after all: their blocks shrink to nothing."""
+        for tensor in tensors:
+            number = self.number(tensor) if isinstance(tensor, torch.Tensor) else None
+            if number is not None:
+                self.trace.blocks[number] = Block(0, None)
+
+    def note_backward(self, phase: Phase) -> None:
+        """For a step that is not the measured one."""
         self._in_backward = phase == "backward"
+
+    def on_phase(self, phase: Phase) -> None:
+        self.note_backward(phase)
         self.trace.marks.append((len(self.trace.events), phase))
 
     def close(self) -> None:

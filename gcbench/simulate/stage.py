@@ -42,6 +42,7 @@ class LayeredTrace:
         num_standing: how many blocks those are.
         segments: (number of events before it, segment), in order.
         gradients: id of a parameter -> the block of its gradient.
+        boundaries: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
     """
 
@@ -49,6 +50,7 @@ class LayeredTrace:
     num_standing: int
     segments: tuple[tuple[int, Segment], ...]
     gradients: Mapping[int, int]
+    boundaries: Mapping[int, int]
     called: tuple[int, ...]
 
 
@@ -100,11 +102,19 @@ class Stage:
                 found[id(param)] = (number, name)
         return found
 
-    def trace_in_full(self, plan: Plan, *, batch_size: int, seq_len: int, optim: str) -> Trace:
-        """The second training step, everything before it included: the first one makes the optimizer's states."""
+    def trace_in_full(
+        self, plan: Plan, *, batch_size: int, seq_len: int, optim: str, steps_on_device: bool = True
+    ) -> Trace:
+        """The second training step, everything before it included: the first one makes the optimizer's states.
+
+        With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
+        """
         with self._recording(plan) as recorder:
-            step = self._step(recorder, batch_size=batch_size, seq_len=seq_len, optim=optim)
-            step()
+            step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
+            step(recorder.note_backward)
+            recorder.trace.settled_at.append(len(recorder.trace.events))
+            if not steps_on_device:
+                recorder.forget(state["step"] for state in step.optimizer.state.values() if "step" in state)
             step(recorder.on_phase)
             recorder.close()
         self.model.zero_grad(set_to_none=True)
@@ -116,7 +126,7 @@ class Stage:
         Raises NotComposable when the layers do not run one after the other, each once.
         """
         with self._recording(plan) as recorder:
-            step = self._step(recorder, batch_size=batch_size, seq_len=seq_len, optim="sgd")
+            step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
             num_standing = len(recorder.trace.blocks)
             try:
@@ -136,6 +146,7 @@ class Stage:
             num_standing=num_standing,
             segments=tuple(watch.segments),
             gradients=gradients,
+            boundaries=watch.boundaries,
             called=tuple(watch.called),
         )
 
@@ -154,7 +165,7 @@ class Stage:
                 recorder.note(held, None)
             yield recorder
 
-    def _step(self, recorder: Recorder, *, batch_size: int, seq_len: int, optim: str) -> TrainingStep:
+    def _step(self, *, batch_size: int, seq_len: int, optim: str) -> TrainingStep:
         batch = torch.zeros(batch_size, seq_len, dtype=torch.int64)
         return TrainingStep(self.model, batch=batch, precision=self.precision, optim=optim, seed=0)
 
@@ -168,10 +179,12 @@ class _Watch:
         self.kept = frozenset(kept)
         self.segments: list[tuple[int, Segment]] = []
         self.called: list[int] = []
+        self.boundaries: dict[int, int] = {}
         self._phase: Phase | None = None
         self._first, self._last = min(kept, default=-1), max(kept, default=-1)
-        self._width: int | None = None
-        """Values in the tuple that a layer returns; None where it returns one tensor."""
+        self._output: Any = None
+        """What the last kept layer returned, up to the next kept one: those between hand on the very same object, so that
+        what the caller holds of it is held as long as in a model without them."""
         self._hooks: list[Any] = []
         self._treatments: list[tuple[torch.nn.Module, Any]] = []
 
@@ -205,31 +218,41 @@ class _Watch:
     def _enter(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._phase != "forward":
             return  # a recomputation
+        self._output = None
         self.called.append(number)
         self._mark(("forward", number))
-        if number == self._first:
-            hidden = _hidden(args, kwargs)
-            if hidden.requires_grad:
-                hidden.register_hook(lambda gradient: self._mark(REST))
+        hidden = _hidden(args, kwargs)
+        block = self.recorder.number(hidden)
+        if block is not None:
+            self.boundaries[number] = block
+        if number == self._first and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: self._mark(REST))
 
     def _leave(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._phase != "forward":
             return
         hidden = output
         if not isinstance(output, torch.Tensor):
-            if not isinstance(output, tuple) or any(isinstance(other, torch.Tensor) for other in output[1:]):
-                raise NotComposable("layers return more than one tensor")
-            hidden, self._width = output[0], len(output)
+            if not isinstance(output, tuple) or not isinstance(output[0], torch.Tensor):
+                raise NotComposable("layers return something else than hidden states")
+            hidden = output[0]
         if not hidden.requires_grad:
             raise NotComposable("the first layers take no part in the backward pass")
         hidden.register_hook(lambda gradient: self._mark(("backward", number)))
         if number == self._last:
             self._mark(HEAD)
+        else:
+            self._output = output
 
     def _pass_on(self, number: int, *args: Any, **kwargs: Any) -> Any:
         self.called.append(number)
-        hidden = _hidden(args, kwargs)
-        return hidden if self._width is None else (hidden, *[None] * (self._width - 1))
+        if self._output is None or _hidden(args, kwargs) is not self._hidden_of(self._output):
+            raise NotComposable("something is done to the hidden states between layers")
+        return self._output
+
+    @staticmethod
+    def _hidden_of(output: Any) -> Any:
+        return output if isinstance(output, torch.Tensor) else output[0]
 
 
 def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from gcbench.records import PHASES, MemoryPeaks, Phase
 from gcbench.simulate.allocator import CachingAllocator
-from gcbench.simulate.events import of_phases
+from gcbench.simulate.events import Trace, of_phases
 
 Ints = npt.NDArray[np.int64]
 
@@ -41,6 +41,18 @@ class Timeline:
         """(phase, number of events before it, number of events before its end) of the measured step."""
         ends = [*(start for start, _ in self.marks[1:]), len(self.events)]
         return tuple((phase, start, end) for (start, phase), end in zip(self.marks, ends, strict=True))
+
+
+def of_trace(trace: Trace, *, standing: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
+    """The timeline of a trace in full, after `standing` blocks of so many bytes."""
+    extra = len(standing)
+    events = np.array(trace.events, np.int64)
+    return Timeline(
+        nbytes=np.array([*standing, *(block.nbytes for block in trace.blocks)], np.int64),
+        events=np.concatenate([np.arange(extra), events + np.where(events >= 0, extra, -extra)]),
+        marks=tuple((start + extra, phase) for start, phase in trace.marks),
+        settled_at=tuple(start + extra for start in (*settled_at, *trace.settled_at)),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

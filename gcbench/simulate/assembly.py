@@ -1,0 +1,226 @@
+"""Puts a step together: what stands, the passes of the first step and its update, then the measured step. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from gcbench.records import Phase
+from gcbench.simulate.events import Block
+from gcbench.simulate.pieces import Passes
+from gcbench.simulate.timeline import Timeline
+from gcbench.simulate.update import UpdateTrace
+
+Ints = npt.NDArray[np.int64]
+
+
+class Kind(IntEnum):
+    """What a block is for, in the order in which a plot stacks them."""
+
+    PARAMETERS = 0
+    STANDING = 1
+    OPTIMIZER = 2
+    GRADIENTS = 3
+    BOUNDARIES = 4
+    KEPT = 5
+    LOGITS = 6
+    RECOMPUTED = 7
+    TEMPORARY = 8
+
+
+KIND_NAMES = {
+    Kind.PARAMETERS: "parameters",
+    Kind.STANDING: "inputs, buffers, workspaces",
+    Kind.OPTIMIZER: "optimizer state",
+    Kind.GRADIENTS: "gradients",
+    Kind.BOUNDARIES: "boundaries",
+    Kind.KEPT: "kept activations",
+    Kind.LOGITS: "logits and loss",
+    Kind.RECOMPUTED: "recomputed activations",
+    Kind.TEMPORARY: "temporaries",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """What is there before the first step, and stays."""
+
+    name: str
+    nbytes: int
+    kind: Kind
+    requested_at: Phase | None = None
+    """The phase of the first step that asks for it; None for what is there before."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assembly:
+    """A timeline whose blocks are known.
+
+    Attributes:
+        kinds: for each block, a `Kind`.
+        layers: for each block, the layer that it serves; -1 for none.
+        stretches: (number of the first, blocks), ascending; what is known of each block.
+    """
+
+    timeline: Timeline
+    kinds: npt.NDArray[np.int8]
+    layers: npt.NDArray[np.int32]
+    stretches: tuple[tuple[int, Sequence[Block]], ...]
+
+    def block(self, number: int) -> Block:
+        """What is known of one block."""
+        starts = [start for start, _ in self.stretches]
+        place = int(np.searchsorted(starts, number, side="right")) - 1
+        start, blocks = self.stretches[place]
+        return blocks[number - start]
+
+
+def assemble(
+    passes: Passes,
+    update: UpdateTrace,
+    gradients: Sequence[int],
+    *,
+    standing: Sequence[Standing],
+    checkpointed: Mapping[int, bool],
+    layers: Sequence[int],
+    vocab_size: int | None,
+) -> Assembly:
+    """The step after the first one, from an empty device on.
+
+    Args:
+        gradients: for each parameter of `update`, the block of its gradient in `passes`.
+        checkpointed: layer -> whether it is recomputed.
+        layers: the layers of `passes`, in order.
+        vocab_size: blocks with a dimension of this size are logits.
+    """
+    num_standing, num_passes = len(standing), passes.num_blocks
+    num_own = len(update.blocks) - update.num_params
+    first_step, first_update = num_standing, num_standing + num_passes
+    second_step = first_update + num_own
+    persistent = _persistent(passes, gradients)
+
+    once = passes.events + np.where(passes.events >= 0, first_step, -first_step)
+    again = passes.events[~np.isin(passes.events, persistent)]
+    second = again + np.where(again >= 0, second_step, -second_step)
+    boundary = int(np.count_nonzero(~np.isin(passes.events[: passes.backward_at], persistent)))
+
+    def renumbered(events: Sequence[int], step: int) -> Ints:
+        of_gradients = np.array(gradients, np.int64) + step
+        table = np.concatenate([of_gradients, first_update + np.arange(num_own, dtype=np.int64)])
+        values = np.array(events, np.int64)
+        blocks = table[np.where(values >= 0, values, ~values)] if len(values) else values
+        return np.where(values >= 0, blocks, ~blocks)
+
+    before = [n for n, term in enumerate(standing) if term.requested_at is None]
+    forward = [n for n, term in enumerate(standing) if term.requested_at == "forward"]
+    backward = [n for n, term in enumerate(standing) if term.requested_at not in (None, "forward")]
+    opening = [
+        np.array([*before, *forward], np.int64),
+        once[: passes.backward_at],
+        np.array(backward, np.int64),
+        once[passes.backward_at :],
+        renumbered(update.first, first_step),
+    ]
+    measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]
+    settled_at = sum(map(len, opening))
+    begins = settled_at + np.cumsum([0, *(len(part) for part in measured)])
+    phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+
+    own_blocks = update.blocks[update.num_params :]
+    nbytes = np.concatenate(
+        [
+            np.array([term.nbytes for term in standing], np.int64),
+            passes.nbytes(),
+            np.array([block.nbytes for block in own_blocks], np.int64),
+            passes.nbytes(),
+        ]
+    )
+    kinds, of_layers = _classified(
+        passes, gradients, checkpointed=checkpointed, layers=layers, vocab_size=vocab_size, persistent=persistent
+    )
+    is_state = np.isin(np.arange(num_own) + update.num_params, np.array(_kept(update), np.int64))
+    stretches = [(first_step + base, piece.blocks) for _, piece, base in passes.instances]
+    stretches += [(first_update, own_blocks)]
+    stretches += [(second_step + base, piece.blocks) for _, piece, base in passes.instances]
+    return Assembly(
+        timeline=Timeline(
+            nbytes=nbytes,
+            events=np.concatenate([*opening, *measured]),
+            marks=tuple(zip(map(int, begins), phases, strict=False)),
+            settled_at=(settled_at,),
+        ),
+        kinds=np.concatenate(
+            [
+                np.array([term.kind for term in standing], np.int8),
+                kinds,
+                np.where(is_state, Kind.OPTIMIZER, Kind.TEMPORARY).astype(np.int8),
+                kinds,
+            ]
+        ),
+        layers=np.concatenate(
+            [np.full(num_standing, -1, np.int32), of_layers, np.full(num_own, -1, np.int32), of_layers]
+        ),
+        stretches=(
+            (0, [Block(term.nbytes, term.name) for term in standing]),
+            *((start, blocks) for start, blocks in stretches if len(blocks)),
+        ),
+    )
+
+
+def _persistent(passes: Passes, gradients: Sequence[int]) -> Ints:
+    """Blocks that the passes take and never give back, other than gradients: later steps find them there."""
+    freed = np.zeros(passes.num_blocks, np.bool_)
+    freed[~passes.events[passes.events < 0]] = True
+    freed[np.array(gradients, np.int64)] = True
+    return np.flatnonzero(~freed)
+
+
+def _kept(update: UpdateTrace) -> list[int]:
+    """Blocks of the update that outlive a phase."""
+    kept = set(update.states)
+    given = {~event for event in update.later if event < 0}
+    kept |= {event for event in update.later if event >= 0 and event not in given}
+    return sorted(kept)
+
+
+def _classified(
+    passes: Passes,
+    gradients: Sequence[int],
+    *,
+    checkpointed: Mapping[int, bool],
+    layers: Sequence[int],
+    vocab_size: int | None,
+    persistent: Ints,
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int32]]:
+    """The kind and the layer of each block of the passes."""
+    freed_at = np.full(passes.num_blocks, len(passes.events), np.int64)
+    freed = passes.events < 0
+    freed_at[~passes.events[freed]] = np.flatnonzero(freed)
+    kinds = np.full(passes.num_blocks, Kind.TEMPORARY, np.int8)
+    of_layers = np.full(passes.num_blocks, -1, np.int32)
+    looks: dict[int, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {}
+    for (part, layer), piece, base in passes.instances:
+        if id(piece) not in looks:
+            wide = [vocab_size is not None and vocab_size in block.shape for block in piece.blocks]
+            again = [block.recomputed for block in piece.blocks]
+            looks[id(piece)] = (np.array(wide, np.bool_), np.array(again, np.bool_))
+        wide_here, again_here = looks[id(piece)]
+        here = slice(base, base + len(piece.blocks))
+        of_layers[here] = layer
+        if part in ("forward", "before", "head"):
+            kinds[here][freed_at[here] >= passes.backward_at] = Kind.KEPT
+            if layer >= 0 and checkpointed[layer]:
+                kinds[here][freed_at[here] >= passes.backward_at] = Kind.BOUNDARIES
+        kinds[here][again_here] = Kind.RECOMPUTED
+        if layer < 0:
+            kinds[here][wide_here] = Kind.LOGITS
+    for layer, block in zip(layers, passes.boundaries, strict=True):
+        if block >= 0 and checkpointed[layer]:
+            kinds[block], of_layers[block] = Kind.BOUNDARIES, layer
+    kinds[np.array(gradients, np.int64)] = Kind.GRADIENTS
+    kinds[persistent] = Kind.STANDING
+    return kinds, of_layers

@@ -1,0 +1,193 @@
+"""Predicts the memory of training steps of one model: what every cell shares is done once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence, Set
+from dataclasses import dataclass
+
+import torch
+
+from gcbench.simulate import assembly, pieces, timeline
+from gcbench.simulate.assembly import Assembly, Kind, Standing
+from gcbench.simulate.layers import sample
+from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
+from gcbench.simulate.timeline import Timeline
+from gcbench.simulate.update import UpdateTrace, trace_update
+from gcbench.strategies import Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A step whose memory is known block by block.
+
+    Attributes:
+        assembly: its events, and what each block is for; None where only a full trace could tell, which says no more
+            than the events.
+        why_in_full: why the step was traced in full; None where a few layers stood for all.
+    """
+
+    timeline: Timeline
+    assembly: Assembly | None
+    why_in_full: str | None
+
+
+class Predictor:
+    """One model, precision and optimizer on one kind of device; any plan, batch size and length."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        precision: str,
+        optim: str,
+        road: Road = CPU_ROAD,
+        standing: Sequence[Standing] = (),
+        steps_on_device: bool = True,
+        exact: bool = False,
+    ) -> None:
+        """`model` is on the meta device, with its adapters if it has any; it is taken over.
+
+        `standing` is what the device holds besides the model. With `exact` every layer is traced.
+        """
+        self.stage = Stage(model, precision=precision, road=road)
+        self.precision = precision
+        self.optim = optim
+        self.road = road
+        self.standing = tuple(standing)
+        self.steps_on_device = steps_on_device
+        self.exact = exact
+        self._layers = list(range(len(self.stage.layers)))
+        """Those that training runs; all until a trace shows otherwise."""
+        self._updates: dict[tuple[int, ...], UpdateTrace] = {}
+        self._vocab_size = _vocab_size(model)
+
+    def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
+        """The second training step; raises what the model's code raises on tensors without values."""
+        if self.exact:
+            return self._in_full(plan, batch_size, seq_len, "asked for")
+        try:
+            return self._composed(plan, batch_size, seq_len)
+        except NotComposable as err:
+            why = str(err)
+        except Exception as err:  # a model's own code, which may not bear that layers are left out
+            why = f"with layers left out, it raises {type(err).__name__}"
+        return self._in_full(plan, batch_size, seq_len, why)
+
+    def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
+        if not self._layers:
+            raise NotComposable("there are no layers to tell apart")
+        checkpointed = {layer for group in plan.groups for layer in group}
+        for _ in range(2):
+            chosen = sample(self._labels(checkpointed))
+            kept = [self._layers[place] for place in chosen.kept]
+            traced = self.stage.trace_layers(plan, kept, batch_size=batch_size, seq_len=seq_len)
+            if list(traced.called) == self._layers:
+                break
+            # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
+            self._layers = sorted(set(traced.called))
+        else:
+            raise NotComposable("layers run several times, or out of order")
+        cut = pieces.cut(traced)
+        stand_in = [self._layers[place] for place in chosen.stand_in]
+        passes = pieces.put_together(cut, self._layers, stand_in)
+        params, gradients = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
+        standing = [
+            *self._model_blocks(),
+            *(
+                Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING)
+                for block in traced.trace.blocks[self._num_model_blocks() : traced.num_standing]
+            ),
+            *self.standing,
+        ]
+        assembled = assembly.assemble(
+            passes,
+            self._update(params),
+            gradients,
+            standing=standing,
+            checkpointed={layer: layer in checkpointed for layer in self._layers},
+            layers=self._layers,
+            vocab_size=self._vocab_size,
+        )
+        return Step(timeline=assembled.timeline, assembly=assembled, why_in_full=None)
+
+    def _labels(self, checkpointed: Set[int]) -> list[Hashable]:
+        """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
+
+        What layers of one kind share, a mask or rotary embeddings, goes with the last of them that is done.
+        """
+        kinds = self.stage.kinds
+        pairs = [(kinds[layer], layer in checkpointed) for layer in self._layers]
+        alone = [kind for kind, _ in pairs]
+        return [(pair, *_edges(alone, place), *_edges(pairs, place)) for place, pair in enumerate(pairs)]
+
+    def _gradients(
+        self, cut: pieces.Pieces, passes: pieces.Passes, played: dict[int, int]
+    ) -> tuple[list[int], list[int]]:
+        """The parameters that get a gradient, by their place among all, and the blocks of their gradients."""
+        owners = self.stage.owners
+        by_name = {owners[param]: home for param, home in cut.gradients.items() if param in owners}
+        params: list[int] = []
+        blocks: list[int] = []
+        for place, param in enumerate(self.stage.model.parameters()):
+            layer, name = owners.get(id(param), (-1, ""))
+            home: tuple[Segment, int] | None
+            if layer in played:
+                home = by_name.get((played[layer], name))
+                if home is not None and home[0][1] != played[layer]:
+                    raise NotComposable("a layer's gradients are made outside of it")
+                segment = None if home is None else (home[0][0], layer)
+            else:
+                home = cut.gradients.get(id(param))
+                segment = None if home is None else home[0]
+            if home is not None and segment is not None:
+                params.append(place)
+                blocks.append(passes.bases[segment] + home[1])
+        if len(set(blocks)) != len(blocks):
+            raise NotComposable("gradients share memory")
+        return params, blocks
+
+    def _update(self, params: Sequence[int]) -> UpdateTrace:
+        key = tuple(params)
+        if key not in self._updates:
+            parameters = list(self.stage.model.parameters())
+            self._updates[key] = trace_update(
+                [parameters[place] for place in params],
+                precision=self.precision,
+                optim=self.optim,
+                road=self.road,
+                steps_on_device=self.steps_on_device,
+            )
+        return self._updates[key]
+
+    def _model_blocks(self) -> list[Standing]:
+        """A block for each storage of the model, tied weights once."""
+        seen: dict[int, Standing] = {}
+        parameters = {id(param) for param in self.stage.model.parameters()}
+        for name, tensor in (*self.stage.model.named_parameters(), *self.stage.model.named_buffers()):
+            storage = tensor.untyped_storage()
+            kind = Kind.PARAMETERS if id(tensor) in parameters else Kind.STANDING
+            seen.setdefault(storage._cdata, Standing(name=name, nbytes=storage.nbytes(), kind=kind))
+        return list(seen.values())
+
+    def _num_model_blocks(self) -> int:
+        return len(self._model_blocks())
+
+    def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
+        line = self.stage.trace_in_full(
+            plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
+        )
+        return Step(
+            timeline=timeline.of_trace(line, standing=[term.nbytes for term in self.standing]),
+            assembly=None,
+            why_in_full=why,
+        )
+
+
+def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:
+    """Whether the label at `place` stands there for the first and for the last time."""
+    return labels[place] not in labels[:place], labels[place] not in labels[place + 1 :]
+
+
+def _vocab_size(model: torch.nn.Module) -> int | None:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return None if head is None else int(head.weight.shape[0])
