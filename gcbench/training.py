@@ -58,7 +58,7 @@ class TrainingStep:
             loss = self.model(**self.inputs).loss
         on_phase("backward")
         loss = self.update.scaled(loss)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         del loss
         on_phase("optimizer")
         self.update()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from gcbench.devices import _machine
@@ -160,7 +161,10 @@ def tensor_bytes() -> int:
     """Bytes in the storages of all live tensors of this process, each storage once."""
     storages: dict[int, int] = {}
     for thing in gc.get_objects():
-        if issubclass(type(thing), torch.Tensor) and thing.device.type == TYPE and thing.layout is torch.strided:
+        kind = type(thing)
+        if not issubclass(kind, torch.Tensor) or kind is FakeTensor:  # the latter says it is here and is nowhere
+            continue
+        if thing.device.type == TYPE and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gcbench.records import Phase
-from gcbench.simulate.events import Block
+from gcbench.simulate import timeline
+from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.pieces import Passes
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace
@@ -64,12 +65,19 @@ class Assembly:
         kinds: for each block, a `Kind`.
         layers: for each block, the layer that it serves; -1 for none.
         stretches: (number of the first, blocks), ascending; what is known of each block.
+        segments: (number of events before it, where in the step), of the measured step, ascending.
     """
 
     timeline: Timeline
     kinds: npt.NDArray[np.int8]
     layers: npt.NDArray[np.int32]
     stretches: tuple[tuple[int, Sequence[Block]], ...]
+    segments: tuple[tuple[int, str], ...]
+
+    def part(self, event: int) -> str:
+        """Where in the measured step an event is, in words."""
+        starts = [start for start, _ in self.segments]
+        return self.segments[max(int(np.searchsorted(starts, event, side="right")) - 1, 0)][1]
 
     def block(self, number: int) -> Block:
         """What is known of one block."""
@@ -168,7 +176,71 @@ def assemble(
             (0, [Block(term.nbytes, term.name) for term in standing]),
             *((start, blocks) for start, blocks in stretches if len(blocks)),
         ),
+        segments=_segments(passes, persistent, int(begins[0]), int(begins[2])),
     )
+
+
+_PARTS = {
+    "before": "before the layers, forward",
+    "head": "norm, logits and loss, forward",
+    "loss": "loss and logits, backward",
+    "rest": "before the layers, backward",
+}
+
+
+def of_trace(
+    trace: Trace, gradients: Collection[int], *, standing: Sequence[Standing], num_params: int, vocab_size: int | None
+) -> Assembly:
+    """A step traced in full, in which nothing is known of layers.
+
+    Args:
+        gradients: blocks of the measured step's gradients.
+        num_params: how many of the first blocks hold parameters.
+    """
+    line = timeline.of_trace(trace, standing=[term.nbytes for term in standing])
+    blocks = [*(Block(term.nbytes, term.name) for term in standing), *trace.blocks]
+    (begin, _), (backward, _), (update, _) = line.marks
+    never = len(line.events)
+    freed_at = np.full(len(blocks), never, np.int64)
+    freed_at[~line.events[line.events < 0]] = np.flatnonzero(line.events < 0)
+    taken_at = np.zeros(len(blocks), np.int64)
+    taken_at[line.events[line.events >= 0]] = np.flatnonzero(line.events >= 0)
+    kinds = np.full(len(blocks), Kind.TEMPORARY, np.int8)
+    kinds[(taken_at >= begin) & (taken_at < backward) & (freed_at >= backward)] = Kind.KEPT
+    for number, block in enumerate(blocks):
+        if block.recomputed:
+            kinds[number] = Kind.RECOMPUTED
+        if vocab_size is not None and vocab_size in block.shape and taken_at[number] >= begin:
+            kinds[number] = Kind.LOGITS
+    kinds[(taken_at < begin) & (freed_at >= begin)] = Kind.OPTIMIZER
+    kinds[(taken_at >= update) & (freed_at == never)] = Kind.OPTIMIZER
+    for number, block in enumerate(blocks):
+        if block.op is None or number < len(standing):
+            kinds[number] = Kind.STANDING
+    extra = len(standing)
+    kinds[:extra] = [term.kind for term in standing]
+    kinds[extra : extra + num_params] = Kind.PARAMETERS
+    kinds[np.array(sorted(gradients), np.int64) + extra] = Kind.GRADIENTS
+    return Assembly(
+        timeline=line,
+        kinds=kinds,
+        layers=np.full(len(blocks), -1, np.int32),
+        stretches=((0, blocks),),
+        segments=((begin, "forward pass"), (backward, "backward pass"), (update, "optimizer step")),
+    )
+
+
+def _segments(passes: Passes, persistent: Ints, begin: int, update_begins: int) -> tuple[tuple[int, str], ...]:
+    """Where each instance of the passes begins in the measured step, and the optimizer's update."""
+    dropped = np.cumsum([0, *np.isin(passes.events, persistent)])
+    named = [
+        (
+            begin + int(start - dropped[start]),
+            f"layer {layer}, {part}" if layer >= 0 else _PARTS[part],
+        )
+        for start, ((part, layer), _, _) in zip(passes.starts.tolist(), passes.instances, strict=True)
+    ]
+    return (*named, (update_begins, "optimizer step"))
 
 
 def _persistent(passes: Passes, gradients: Sequence[int]) -> Ints:

@@ -3,7 +3,7 @@
 Stands where `scaled_dot_product_attention` and `_scaled_dot_product_attention_math` stand in pytorch's
 aten/src/ATen/native/transformers/attention.cpp (torch 2.11 to 2.13): chooses the kernel, prepares its inputs, and
 calls its operator, which allocates the same results, and keeps the same tensors for the backward pass, on a CPU. Those
-operators have shapes on fake tensors only, so the mode does not compute.
+operators know shapes on fake tensors only, so nothing is computed.
 
 What the kernels take for themselves while they run is in `attention_buffers.py`.
 """
@@ -11,15 +11,14 @@ What the kernels take for themselves while they run is in `attention_buffers.py`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Self
+from unittest import mock
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
-from gcbench.simulate.attention_rules import ASSUMED_CAPABILITY, CUDNN_VERSION, AttentionCall, Gpu, Mask, choose
+from gcbench.simulate.attention_rules import CUDNN_VERSION, AttentionCall, Mask, choose, gpu_of
 from gcbench.simulate.target import Target
 
 _FLASH_HEAD_DIM_MULTIPLE = 8
@@ -27,8 +26,12 @@ _EFFICIENT_MASK_MULTIPLE = 8
 """In elements: `mem_eff_alignment`."""
 
 
-class CudaAttention(TorchFunctionMode):
-    """While it is active, attention is traced as on `target`, forward and backward, recomputation included.
+class CudaAttention:
+    """While it is entered, attention is traced as on `target`, forward and backward, recomputation included.
+
+    It replaces `torch.nn.functional.scaled_dot_product_attention`, where transformers and torch look the function up
+    when they call it. A `TorchFunctionMode` would miss the recomputation of checkpointed layers and
+    `nn.MultiheadAttention`: it is off while it handles a call, and `Tensor.backward` is one.
 
     Args:
         target: a CUDA device. Where its compute capability is unknown, `ASSUMED_CAPABILITY`.
@@ -36,23 +39,22 @@ class CudaAttention(TorchFunctionMode):
 
     Attributes:
         gpu: what the rules know of the target.
-        chosen: calls by kernel ("cudnn", "flash", "efficient", "math"), over all steps run under the mode.
+        chosen: calls by kernel ("cudnn", "flash", "efficient", "math"), over all that ran while it was entered.
         reasons: kernel passed over -> why -> calls.
     """
 
     def __init__(self, target: Target, *, cudnn_version: int = CUDNN_VERSION) -> None:
-        super().__init__()
         self.gpu = gpu_of(target, cudnn_version=cudnn_version)
         self.chosen: dict[str, int] = {}
         self.reasons: dict[str, dict[str, int]] = {}
+        self._replacement = mock.patch.object(functional, "scaled_dot_product_attention", self._attend)
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Iterable[type], args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is functional.scaled_dot_product_attention:
-            return self._attend(*args, **kwargs)
-        return func(*args, **kwargs)
+    def __enter__(self) -> Self:
+        self._replacement.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._replacement.stop()
 
     def _attend(
         self,
@@ -83,14 +85,6 @@ class CudaAttention(TorchFunctionMode):
             if choice.kernel == "efficient":
                 return _efficient(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
             return _cudnn(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
-
-
-def gpu_of(target: Target, *, cudnn_version: int = CUDNN_VERSION) -> Gpu:
-    """What the rules look at in a target; one without a vendor is taken for NVIDIA's."""
-    vendor = target.card.vendor if target.card is not None else None
-    return Gpu(
-        capability=target.capability or ASSUMED_CAPABILITY, vendor=vendor or "nvidia", cudnn_version=cudnn_version
-    )
 
 
 def describe(

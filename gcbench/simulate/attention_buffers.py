@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gcbench.simulate.attention import gpu_of
-from gcbench.simulate.attention_rules import Gpu
+from gcbench.simulate.attention_rules import Gpu, gpu_of
 from gcbench.simulate.target import Target
 
 ASSUMED_NUM_SMS = 108
@@ -64,7 +63,11 @@ def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], t
         return ()
     card = target.card
     num_sms = card.num_sms if card is not None and card.num_sms is not None else ASSUMED_NUM_SMS
-    inputs = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
+    # A dispatch mode is not handed trailing arguments that have their default.
+    arguments = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given = zip((argument.name for argument in arguments), args, strict=False)
+    inputs = {**defaults, **dict(given), **kwargs}
     return tuple(found for found in buffers(inputs, gpu_of(target), num_sms) if found.nbytes)
 
 
@@ -164,8 +167,10 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
         yield delta
         yield workspace
         return
-    factors = (2 if is_half else 0) + 1
-    product = Internal(name="grad_out * out", nbytes=factors * rows_bytes * s.value_dim, source=_EFFICIENT_BACKWARD)
+    fp32_tensors = 3 if is_half else 1
+    product = Internal(
+        name="grad_out * out", nbytes=rows_bytes * (fp32_tensors * s.value_dim + 1), source=_EFFICIENT_BACKWARD
+    )
     yield delta
     yield max(product, workspace, key=lambda buffer: buffer.nbytes)
 
@@ -194,10 +199,10 @@ def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
 
 
 def _has_large_shared_memory(gpu: Gpu) -> bool:
-    """96 KB on Volta, 163 KB and more on the others (technical specifications in the CUDA programming guide).
+    """96 KB a block on Volta, 163 KB and more on the others named here; the rest have 64 or 99 KB.
 
-    Other cards have 64 to 99 KB, with too few registers' worth of it on Turing. Which kernels fit is not written down
-    anywhere; the source keeps a smaller one for sm86 and sm89.
+    From the technical specifications in the CUDA programming guide. Which kernels fit is assumed; pytorch's source
+    has one for sm86 and sm89 alone, because the larger does not.
     """
     return gpu.capability in ((7, 0), (8, 0), (8, 7)) or gpu.capability[0] in (9, 10)
 

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from gcbench.simulate.target import Target
+
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
 
 CUDNN_VERSION = 92000
@@ -89,6 +91,14 @@ class Gpu:
     def prefers_cudnn(self) -> bool:
         """`check_prefer_cudnn_attention`, built for CUDA 13. Elsewhere cuDNN comes after math, which takes anything."""
         return self.vendor == "nvidia" and self.cudnn_version > _CUDNN_PREFERRED_AFTER and self.capability[0] in (9, 10)
+
+
+def gpu_of(target: Target, *, cudnn_version: int = CUDNN_VERSION) -> Gpu:
+    """What the rules look at in a target; one without a vendor is taken for NVIDIA's."""
+    vendor = target.card.vendor if target.card is not None else None
+    return Gpu(
+        capability=target.capability or ASSUMED_CAPABILITY, vendor=vendor or "nvidia", cudnn_version=cudnn_version
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -220,8 +220,8 @@ def _outside(
 ) -> Ints:
     """The events of a segment outside the layers.
 
-    What it gives back of a kept layer it gives back of all its images that still hold it: the output of a layer is given
-    back by the next layer, and that of the last but one by the head.
+    What it gives back of a kept layer it gives back of all its images that still hold it: the output of a layer is
+    given back by the next layer, and that of the last but one by the head.
     """
     events: list[int] = []
     for number, frees, code in zip(piece.number.tolist(), piece.frees.tolist(), piece.ref.tolist(), strict=True):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gcbench.simulate import assembly, pieces, timeline
+from gcbench.simulate import assembly, pieces
 from gcbench.simulate.assembly import Assembly, Kind, Standing
 from gcbench.simulate.layers import sample
 from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
@@ -21,14 +21,18 @@ class Step:
     """A step whose memory is known block by block.
 
     Attributes:
-        assembly: its events, and what each block is for; None where only a full trace could tell, which says no more
-            than the events.
-        why_in_full: why the step was traced in full; None where a few layers stood for all.
+        assembly: its events, and what each block is for.
+        layers_traced: how many layers stood for all.
+        why_in_full: why all were traced; None where a few stood for them.
     """
 
-    timeline: Timeline
-    assembly: Assembly | None
+    assembly: Assembly
+    layers_traced: int
     why_in_full: str | None
+
+    @property
+    def timeline(self) -> Timeline:
+        return self.assembly.timeline
 
 
 class Predictor:
@@ -108,7 +112,7 @@ class Predictor:
             layers=self._layers,
             vocab_size=self._vocab_size,
         )
-        return Step(timeline=assembled.timeline, assembly=assembled, why_in_full=None)
+        return Step(assembly=assembled, layers_traced=len(kept), why_in_full=None)
 
     def _labels(self, checkpointed: Set[int]) -> list[Hashable]:
         """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
@@ -173,14 +177,18 @@ class Predictor:
         return len(self._model_blocks())
 
     def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
-        line = self.stage.trace_in_full(
+        trace, gradients = self.stage.trace_in_full(
             plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
         )
-        return Step(
-            timeline=timeline.of_trace(line, standing=[term.nbytes for term in self.standing]),
-            assembly=None,
-            why_in_full=why,
+        kinds = [block.kind for block in self._model_blocks()]
+        assembled = assembly.of_trace(
+            trace,
+            gradients,
+            standing=self.standing,
+            num_params=kinds.count(Kind.PARAMETERS),
+            vocab_size=self._vocab_size,
         )
+        return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why)
 
 
 def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:

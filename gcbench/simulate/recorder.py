@@ -89,10 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _REFUSED_BY_FAKE_TENSORS:
-            result = _without_kernel(func, args)
-        else:
-            result = func(*args, **kwargs)
+        result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
         if func is _ADD and self._adds_in_place(args, kwargs):
             self._hand_over(args[0], result)
             return result
@@ -126,7 +123,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old, new = args
         if not isinstance(new, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
             return False
-        held = (old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata))  # type: ignore[attr-defined]
+        held = (old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata))
         return held == self._held_once and _is_dense(old)
 
     def _hand_over(self, old: torch.Tensor, result: torch.Tensor) -> None:
@@ -175,14 +172,14 @@ def _counts_when_held_once() -> tuple[int, int] | None:
             if func is _ADD and not torch.is_grad_enabled():
                 old = args[0]
                 storage = old.untyped_storage()
-                seen.append((old._use_count(), torch._C._storage_Use_Count(storage._cdata)))  # type: ignore[attr-defined]
+                seen.append((old._use_count(), torch._C._storage_Use_Count(storage._cdata)))
             return result
 
     with FakeTensorMode(), torch.enable_grad():
         leaf = torch.zeros(2, requires_grad=True)
         with Watch():  # type: ignore[no-untyped-call]
             twice = leaf * 1.0
-            (twice.sin() + twice.cos()).sum().backward()
+            (twice.sin() + twice.cos()).sum().backward()  # type: ignore[no-untyped-call]
     return seen[0] if len(seen) == 1 else None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import checkpointing
 from gcbench.records import Phase
+from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Trace
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run
 from gcbench.strategies import Plan
@@ -59,12 +60,12 @@ class Road:
     """How fake CPU tensors take the road of the target device.
 
     Attributes:
-        patches: contexts in which the step runs.
+        patches: a context in which the step runs.
         internals: what kernels take for themselves; None where nothing is known of it.
         notes_random_state: whether checkpointing keeps random states in the device's memory.
     """
 
-    patches: Callable[[], AbstractContextManager[object]] = nullcontext
+    patches: Callable[[], AbstractContextManager[object]] = scaler_without_values
     internals: Internals | None = None
     notes_random_state: bool = True
 
@@ -104,8 +105,10 @@ class Stage:
 
     def trace_in_full(
         self, plan: Plan, *, batch_size: int, seq_len: int, optim: str, steps_on_device: bool = True
-    ) -> Trace:
-        """The second training step, everything before it included: the first one makes the optimizer's states.
+    ) -> tuple[Trace, frozenset[int]]:
+        """The second training step, everything before it included, and the blocks of its gradients.
+
+        The first step makes the optimizer's states. The trace begins with the model's blocks, parameters first.
 
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
@@ -115,10 +118,17 @@ class Stage:
             recorder.trace.settled_at.append(len(recorder.trace.events))
             if not steps_on_device:
                 recorder.forget(state["step"] for state in step.optimizer.state.values() if "step" in state)
-            step(recorder.on_phase)
+            gradients: set[int | None] = set()
+
+            def on_phase(phase: Phase) -> None:
+                recorder.on_phase(phase)
+                if phase == "optimizer":
+                    gradients.update(recorder.number(p.grad) for p in self.model.parameters() if p.grad is not None)
+
+            step(on_phase)
             recorder.close()
         self.model.zero_grad(set_to_none=True)
-        return recorder.trace
+        return recorder.trace, frozenset(number for number in gradients if number is not None)
 
     def trace_layers(self, plan: Plan, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
         """Forward and backward pass in which layers that are not `kept` hand their input on.
@@ -183,8 +193,8 @@ class _Watch:
         self._phase: Phase | None = None
         self._first, self._last = min(kept, default=-1), max(kept, default=-1)
         self._output: Any = None
-        """What the last kept layer returned, up to the next kept one: those between hand on the very same object, so that
-        what the caller holds of it is held as long as in a model without them."""
+        """What the last kept layer returned, up to the next kept one: those between hand on the very same object, so
+        that what the caller holds of it is held as long as in a model without them."""
         self._hooks: list[Any] = []
         self._treatments: list[tuple[torch.nn.Module, Any]] = []
 
@@ -226,7 +236,7 @@ class _Watch:
         if block is not None:
             self.boundaries[number] = block
         if number == self._first and hidden.requires_grad:
-            hidden.register_hook(lambda gradient: self._mark(REST))
+            hidden.register_hook(lambda gradient: self._mark(REST))  # type: ignore[no-untyped-call]
 
     def _leave(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._phase != "forward":
@@ -264,7 +274,7 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
 
 
 def _kind(layer: torch.nn.Module) -> Hashable:
-    """All that tells two layers apart: modules, shapes, dtypes, what is trained, and plain attributes but the number."""
+    """All that tells two layers apart: modules, shapes, dtypes, what is trained, plain attributes but the number."""
     return tuple(
         (
             path,
@@ -308,5 +318,3 @@ def give_storage(model: torch.nn.Module, fake: FakeTensorMode) -> None:
                 if tensor is not None:
                     named[name] = replacement(tensor)  # type: ignore[assignment]
     del originals
-
-

@@ -91,7 +91,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
     sizes = timeline.nbytes.tolist()
     handles: dict[int, int] = {}
-    marks = {start: phase for start, phase in timeline.marks}
+    marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
     highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)
     at: dict[Phase, int] = dict.fromkeys(PHASES, -1)

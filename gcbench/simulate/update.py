@@ -21,6 +21,7 @@ from gcbench.simulate.recorder import Recorder, as_in_a_real_run
 from gcbench.simulate.stage import CPU_ROAD, Road
 from gcbench.training import Update
 
+
 @dataclass(frozen=True, kw_only=True)
 class UpdateTrace:
     """The first optimizer phase, which makes the states, and every later one.
@@ -30,8 +31,8 @@ class UpdateTrace:
 
     Attributes:
         owners: for each block, the parameter it serves; -1 for none.
-        is_loop: whether parameters are handled one after the other. A loop's variables hold what they were given for one
-            parameter until they are set for the next.
+        is_loop: whether parameters are handled one after the other. A loop's variables hold what they were given for
+            one parameter until they are set for the next.
         first, later: events; `n` for the allocation of block n, `~n` for its release.
     """
 
@@ -75,7 +76,7 @@ def trace_update(
     return traced if every_one else _unrolled(traced, [position[number] for number in chosen.stand_in])
 
 
-class _Attributing(Recorder):
+class _Attributing(Recorder):  # type: ignore[no-untyped-call]
     """Also notes which parameter each block serves: that of the tensors it was computed from.
 
     A foreach operator makes one result for each tensor in its first list.
@@ -227,13 +228,13 @@ def _unrolled(traced: UpdateTrace, stand_in: Sequence[int]) -> UpdateTrace:
     )
 
 
-def _order(wave: Mapping[int, object], stand_in: Sequence[int]) -> Iterable[tuple[int, int]]:
+def _order(wave: Mapping[int, Sequence[object]], stand_in: Sequence[int]) -> Iterable[tuple[int, int]]:
     """The parameters that a wave goes through, with what they behave as."""
     if -1 in wave:
         return [(-1, -1)]
     all_of_them = list(enumerate(stand_in))
-    first, *_, last = (*wave, next(reversed(wave)))
-    return all_of_them if first <= last else reversed(all_of_them)
+    order = list(wave)
+    return all_of_them if order[0] <= order[-1] else reversed(all_of_them)
 
 
 def _ordinals(traced: UpdateTrace) -> tuple[list[int], dict[int, list[int]]]:
@@ -247,9 +248,7 @@ def _ordinals(traced: UpdateTrace) -> tuple[list[int], dict[int, list[int]]]:
     return ordinals, members
 
 
-def _waves(
-    traced: UpdateTrace, events: Sequence[int], ordinals: Sequence[int]
-) -> Iterator[dict[int, list[_Event]]]:
+def _waves(traced: UpdateTrace, events: Sequence[int], ordinals: Sequence[int]) -> Iterator[dict[int, list[_Event]]]:
     """Events by parameter, in stretches that go through the parameters once, in order or in reverse.
 
     A loop over parameters is one wave, a foreach operator is one for itself; what serves no parameter is one alone. The

@@ -1,0 +1,109 @@
+"""The vocabulary of a prediction: what a cell would take, why, and what would change it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gcbench.records import MemoryPeaks, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """Memory that the training step's own operators do not show.
+
+    Attributes:
+        in_allocator: whether it is part of the allocated and reserved bytes, or only of the process's.
+        source: where its size was published or read.
+    """
+
+    name: str
+    nbytes: int
+    in_allocator: bool
+    source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """What one kind of memory holds at the peak."""
+
+    kind: str
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerShare:
+    """Consecutive layers that hold the same number of bytes each at the peak, kept for the backward pass."""
+
+    first: int
+    last: int
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lever:
+    """A change, and the allocated peak with it, from the same step replayed with that change."""
+
+    name: str
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """Bytes alive over one step, by kind.
+
+    Attributes:
+        kinds: names, in stacking order.
+        nbytes: for each kind, bytes at each of the points in turn; a point is the highest of a stretch of the step.
+        phases: (phase, first point).
+    """
+
+    kinds: tuple[str, ...]
+    nbytes: tuple[tuple[int, ...], ...]
+    phases: tuple[tuple[Phase, int], ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Explanation:
+    """Where the peak is and what is alive there.
+
+    Attributes:
+        op: the operator whose memory made the peak; None where the peak is what a phase began with.
+        layer: number of the layer in which it happened; None outside the layers.
+        part: where in the step, in words.
+        shares: by kind, largest first; they add up to the allocated peak.
+        kept: by layers, in order; empty where nothing kept is alive.
+        levers: what would move the peak.
+    """
+
+    op: str | None
+    layer: int | None
+    part: str
+    shares: tuple[Share, ...]
+    kept: tuple[LayerShare, ...]
+    levers: tuple[Lever, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What one cell would take on the target device.
+
+    Attributes:
+        memory: as a measurement of it would report.
+        limit_bytes: memory of the device; None where there is no bound.
+        spare_bytes: what would be left of it; negative where the cell does not fit.
+        num_alloc_retries: times the allocator would have to flush its cache to go on; None on the CPU.
+        attention: kernel -> number of calls in a forward and backward pass of the traced layers.
+        layers_traced: layers that stood for all.
+        why_in_full: why every layer was traced; None where a few were.
+    """
+
+    memory: MemoryPeaks
+    limit_bytes: int | None
+    spare_bytes: int | None
+    num_alloc_retries: int | None
+    terms: tuple[Term, ...]
+    attention: dict[str, int]
+    layers_traced: int
+    why_in_full: str | None
+    explanation: Explanation | None = None
+    curve: Curve | None = None

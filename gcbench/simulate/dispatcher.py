@@ -1,0 +1,34 @@
+"""Kernels of torch's own operators replaced for a while, in torch's dispatcher."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+Kernel = Callable[..., Any]
+
+FALLTHROUGH: Kernel = torch.library.fallthrough_kernel
+"""The kernel that stands for none: the dispatcher goes on to the next key."""
+
+_OVERRIDES = "Warning only once for all operators"
+
+
+@contextmanager
+def kernels_replaced(key: str, kernels: Mapping[str, Kernel]) -> Iterator[None]:
+    """Let aten operators ("softmax.int") run these kernels where they come by the dispatch key (`"AutocastCPU"`).
+
+    For the whole process; what was there before is back afterwards.
+    """
+    library: Any = torch.library.Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=_OVERRIDES, category=UserWarning)
+            for name, kernel in kernels.items():
+                library.impl(name, kernel)
+        yield
+    finally:
+        library._destroy()

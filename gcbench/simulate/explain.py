@@ -1,0 +1,99 @@
+"""Where a step's peak is, what is alive there, and how memory goes over the step. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from gcbench.prediction import Curve, Explanation, LayerShare, Lever, Share
+from gcbench.simulate.assembly import KIND_NAMES, Assembly, Kind
+from gcbench.simulate.timeline import Peak
+
+Ints = npt.NDArray[np.int64]
+_POINTS = 480
+ROUNDING = "rounding of the allocator"
+
+
+def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanation:
+    """What is alive at the peak, by kind and by layer, and the operator that made it."""
+    line = assembly.timeline
+    alive = _alive(assembly, peak.at)
+    sizes = np.bincount(assembly.kinds[alive], weights=line.nbytes[alive], minlength=len(Kind)).astype(np.int64)
+    shares = [Share(kind=KIND_NAMES[kind], nbytes=int(sizes[kind])) for kind in Kind if sizes[kind]]
+    rounding = peak.memory.allocated_bytes - int(sizes.sum())
+    if rounding:
+        shares.append(Share(kind=ROUNDING, nbytes=rounding))
+    event = int(line.events[peak.at])
+    made = assembly.block(event) if event >= 0 else None
+    layer = int(assembly.layers[event]) if event >= 0 else -1
+    return Explanation(
+        op=_plain(made.op) if made is not None and made.op is not None else None,
+        layer=layer if layer >= 0 else None,
+        part=assembly.part(peak.at),
+        shares=tuple(sorted(shares, key=lambda share: -share.nbytes)),
+        kept=_by_layer(assembly, alive),
+        levers=tuple(levers),
+    )
+
+
+def curve(assembly: Assembly) -> Curve:
+    """The measured step, thinned to a few hundred points without losing a peak."""
+    line = assembly.timeline
+    begin = line.marks[0][0]
+    events = line.events[begin:]
+    taken = events >= 0
+    blocks = np.where(taken, events, ~events)
+    change = np.where(taken, line.nbytes[blocks], -line.nbytes[blocks])
+    alive = _alive(assembly, begin - 1)
+    before = np.bincount(assembly.kinds[alive], weights=line.nbytes[alive], minlength=len(Kind)).astype(np.int64)
+    of_kind = assembly.kinds[blocks]
+    by_kind = np.stack([before[kind] + np.cumsum(np.where(of_kind == kind, change, 0)) for kind in Kind])
+    total = by_kind.sum(axis=0)
+    edges = np.unique(np.linspace(0, len(events), _POINTS + 1).astype(int))
+    points = np.array([start + int(np.argmax(total[start:end])) for start, end in pairwise(edges)])
+    present = [kind for kind in Kind if by_kind[kind].any()]
+    return Curve(
+        kinds=tuple(KIND_NAMES[kind] for kind in present),
+        nbytes=tuple(tuple(int(size) for size in by_kind[kind][points]) for kind in present),
+        phases=tuple((phase, int(np.searchsorted(edges, start - begin))) for start, phase in line.marks),
+    )
+
+
+def without_logits(assembly: Assembly, chunks: int) -> Ints:
+    """Sizes of the blocks if logits existed for one of `chunks` parts of the tokens at a time."""
+    sizes = assembly.timeline.nbytes
+    return np.where(assembly.kinds == Kind.LOGITS, -(-sizes // chunks), sizes)
+
+
+def _alive(assembly: Assembly, at: int) -> Ints:
+    """The blocks alive after the event `at`."""
+    events = assembly.timeline.events[: at + 1]
+    there = np.zeros(len(assembly.timeline.nbytes), np.bool_)
+    there[events[events >= 0]] = True
+    there[~events[events < 0]] = False
+    return np.flatnonzero(there)
+
+
+def _by_layer(assembly: Assembly, alive: Ints) -> tuple[LayerShare, ...]:
+    """What each layer keeps for the backward pass, with runs of equal layers told once."""
+    kept = alive[np.isin(assembly.kinds[alive], (Kind.KEPT, Kind.BOUNDARIES)) & (assembly.layers[alive] >= 0)]
+    if not len(kept):
+        return ()
+    sizes = np.bincount(assembly.layers[kept], weights=assembly.timeline.nbytes[kept]).astype(np.int64)
+    runs: list[LayerShare] = []
+    for layer, nbytes in enumerate(sizes.tolist()):
+        if runs and runs[-1].nbytes == nbytes and runs[-1].last == layer - 1:
+            runs[-1] = LayerShare(first=runs[-1].first, last=layer, nbytes=nbytes)
+        elif nbytes:
+            runs.append(LayerShare(first=layer, last=layer, nbytes=nbytes))
+    return tuple(runs)
+
+
+def _plain(op: str) -> str:
+    """`_softmax.default` as `_softmax`."""
+    name, _, overload = op.partition(".")
+    rest = overload.partition(": ")[2]
+    return f"{name} ({rest})" if rest else name
