@@ -14,12 +14,12 @@ from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gcbench import child_entry
 from gcbench.codec import decode
 from gcbench.records import Failure
-from gcbench.tasks import Answer, Event, Refusal, Task
+from gcbench.tasks import Answer, Refusal, Task
 from gcbench.units import format_seconds
 
 _LOG_TAIL = 4000
@@ -29,8 +29,11 @@ _SERVER_LOG = "server.txt"
 class Children(Protocol):
     """The one seam that a test of the scheduling replaces."""
 
-    def run(self, task: Task, *, on_event: Callable[[Event], None], timeout_s: float | None) -> Answer:
-        """Run `task` in a process of its own and return what it ended in; never raises for what a child does."""
+    def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
+        """Run `task` in a process of its own and return what it ended in; never raises for what a child does.
+
+        `on_event` gets what the child tells meanwhile: an `Event` or, while predicting, a `Predicted`.
+        """
 
 
 class ForkedChildren:
@@ -57,7 +60,7 @@ class ForkedChildren:
         self._kill()
         shutil.rmtree(self._folder, ignore_errors=True)
 
-    def run(self, task: Task, *, on_event: Callable[[Event], None], timeout_s: float | None) -> Answer:
+    def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
         answer_path, log_path = self._folder / "answer.json", self._folder / "log.txt"
         for path in (answer_path, log_path):
             path.unlink(missing_ok=True)
@@ -90,7 +93,7 @@ class ForkedChildren:
         self,
         process: ForkServerProcess,
         ours: mp_connection.Connection,
-        on_event: Callable[[Event], None],
+        on_event: Callable[[Any], None],
         timeout_s: float | None,
     ) -> bool:
         """Pass events on until the child ends; False when its time is up first."""

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__
+from gcbench import __version__, flags
 from gcbench.errors import GcbenchError, Interrupted, UsageError
 
 app = typer.Typer(
@@ -29,7 +29,6 @@ app = typer.Typer(
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
-_WORKLOAD, _MEASURING, _RUN = "Workload", "Measuring", "Run"
 
 
 def _version(wanted: bool) -> None:
@@ -49,132 +48,31 @@ def _root(
 
 @app.command()
 def run(
-    model: Annotated[
-        str | None,
-        typer.Option("--model", "-m", help="Catalogue name, Hub id, folder or config.json.", rich_help_panel=_WORKLOAD),
-    ] = None,
-    batch_size: Annotated[
-        str | None,
-        typer.Option("--batch", "-b", "--batch-size", metavar="N[,N…]", rich_help_panel=_WORKLOAD, help="Sequences."),
-    ] = None,
-    seq_len: Annotated[
-        str | None,
-        typer.Option(
-            "--seq-len",
-            "--sequence-length",
-            metavar="N[,N…]",
-            rich_help_panel=_WORKLOAD,
-            help="Tokens in a sequence (1024 on a GPU, 64 on a CPU, at most the model's maximum).",
-        ),
-    ] = None,
-    strategies: Annotated[
-        str | None,
-        typer.Option(
-            "--strategies",
-            "--strategy",
-            metavar="S[,S…]",
-            rich_help_panel=_WORKLOAD,
-            help="What to compare (off,per-layer,every:2,every:4); see gcbench strategies.",
-        ),
-    ] = None,
-    precision: Annotated[
-        str | None,
-        typer.Option("--precision", rich_help_panel=_WORKLOAD, help="fp32 (default), bf16, bf16-mixed or fp16-mixed."),
-    ] = None,
-    optim: Annotated[
-        str | None,
-        typer.Option(
-            "--optim",
-            "--optimizer",
-            rich_help_panel=_WORKLOAD,
-            help="adamw_torch (default), adamw_torch_fused, sgd or adafactor.",
-        ),
-    ] = None,
-    attn_implementation: Annotated[
-        str | None,
-        typer.Option(
-            "--attn-implementation",
-            "--attention-implementation",
-            rich_help_panel=_WORKLOAD,
-            help="eager, sdpa, flash_attention_2, … (the model's own choice).",
-        ),
-    ] = None,
-    device: Annotated[
-        str | None, typer.Option("--device", rich_help_panel=_WORKLOAD, help="auto (default), cpu, cuda or cuda:N.")
-    ] = None,
-    layers: Annotated[
-        str | None,
-        typer.Option(
-            "--layers", "--num-layers", metavar="N", rich_help_panel=_WORKLOAD, help="Change the model's depth."
-        ),
-    ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", rich_help_panel=_WORKLOAD, help="Change a field of its config; repeatable."
-        ),
-    ] = None,
-    pretrained: Annotated[
-        bool | None,
-        typer.Option("--pretrained", rich_help_panel=_WORKLOAD, help="Load real weights instead of random ones."),
-    ] = None,
-    trust_remote_code: Annotated[
-        bool | None,
-        typer.Option("--trust-remote-code", rich_help_panel=_WORKLOAD, help="Run code that the model brings."),
-    ] = None,
-    memory_limit: Annotated[
-        str | None,
-        typer.Option(
-            "--memory-limit", metavar="8GiB", rich_help_panel=_WORKLOAD, help="Stand for a device of this size."
-        ),
-    ] = None,
-    warmup: Annotated[
-        str | None,
-        typer.Option(
-            "--warmup", "--warmup-steps", metavar="N", rich_help_panel=_MEASURING, help="Untimed steps (GPU 2, CPU 1)."
-        ),
-    ] = None,
-    steps: Annotated[
-        str | None,
-        typer.Option(
-            "--steps", metavar="N", rich_help_panel=_MEASURING, help="Timed steps a round (one second of them)."
-        ),
-    ] = None,
-    rounds: Annotated[
-        str | None,
-        typer.Option(
-            "--rounds", metavar="N", rich_help_panel=_MEASURING, help="Fresh processes for each cell, interleaved (3)."
-        ),
-    ] = None,
-    seed: Annotated[
-        str | None,
-        typer.Option("--seed", metavar="N", rich_help_panel=_MEASURING, help="Of weights, batch and dropout (0)."),
-    ] = None,
-    timeout: Annotated[
-        str | None,
-        typer.Option(
-            "--timeout", metavar="SECONDS", rich_help_panel=_MEASURING, help="For one round of a cell (3600); or none."
-        ),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            "--config", metavar="FILE.toml", rich_help_panel=_RUN, help="The same settings from a file; flags win."
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", "--output-dir", "-o", rich_help_panel=_RUN, help="Folder (results/MODEL-TIME)."),
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", rich_help_panel=_RUN, help="Finish the run in --out; repeats nothing.")
-    ] = False,
-    json: Annotated[
-        bool, typer.Option("--json", rich_help_panel=_RUN, help="Print one JSON document on standard output.")
-    ] = False,
-    quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", rich_help_panel=_RUN, help="No progress and no notices.")
-    ] = False,
+    model: flags.Model = None,
+    batch_size: flags.BatchSize = None,
+    seq_len: flags.SeqLen = None,
+    strategies: flags.Strategies = None,
+    precision: flags.Precision = None,
+    optim: flags.Optim = None,
+    attn_implementation: flags.AttnImplementation = None,
+    device: flags.Device = None,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    pretrained: flags.Pretrained = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    lora_r: flags.LoraR = None,
+    lora_target_modules: flags.LoraTargetModules = None,
+    memory_limit: flags.MemoryLimit = None,
+    warmup: flags.Warmup = None,
+    steps: flags.Steps = None,
+    rounds: flags.Rounds = None,
+    seed: flags.Seed = None,
+    timeout: flags.Timeout = None,
+    config: flags.Config = None,
+    out: flags.Out = None,
+    resume: flags.Resume = False,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
 ) -> None:
     """Measure a model with each checkpointing setting: real training steps, peak memory, time, proof.
 
@@ -182,29 +80,60 @@ def run(
 
     Gradient checkpointing is also called activation checkpointing; the two mean the same here.
     """
+    given = flags.given(locals())
     from gcbench import commands
 
-    flags: dict[str, object] = {
-        "model": model,
-        "batch_size": batch_size,
-        "seq_len": seq_len,
-        "strategies": strategies,
-        "precision": precision,
-        "optim": optim,
-        "attn_implementation": attn_implementation,
-        "device": device,
-        "layers": layers,
-        "set": set_ or None,
-        "pretrained": pretrained,
-        "trust_remote_code": trust_remote_code,
-        "memory_limit": memory_limit,
-        "warmup": warmup,
-        "steps": steps,
-        "rounds": rounds,
-        "seed": seed,
-        "timeout": timeout,
-    }
-    commands.run(flags, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+    commands.run(given, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+
+
+@app.command()
+def predict(
+    model: flags.Model = None,
+    batch_size: flags.BatchSize = None,
+    seq_len: flags.SeqLen = None,
+    strategies: flags.Strategies = None,
+    precision: flags.Precision = None,
+    optim: flags.Optim = None,
+    attn_implementation: flags.AttnImplementation = None,
+    device: flags.TargetDevice = None,
+    device_memory: flags.DeviceMemory = None,
+    device_file: flags.DeviceFile = None,
+    expandable_segments: flags.ExpandableSegments = False,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    pretrained: flags.Pretrained = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    lora_r: flags.LoraR = None,
+    lora_target_modules: flags.LoraTargetModules = None,
+    memory_limit: flags.MemoryLimit = None,
+    timeout: flags.Timeout = None,
+    explain: flags.Explain = False,
+    exact: flags.Exact = False,
+    config: flags.Config = None,
+    out: flags.Out = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Predict the peak memory of each setting on any card, without one: the real step on fake tensors.
+
+    Nothing is computed. What the step allocates is replayed through the card's allocator.
+    """
+    given = flags.given(locals())
+    from gcbench import commands
+
+    commands.predict(
+        given,
+        device_memory=device_memory,
+        device_file=device_file,
+        expandable_segments=expandable_segments,
+        explain=explain,
+        exact=exact,
+        config=config,
+        out=out,
+        as_json=json,
+        quiet=quiet,
+        argv=sys.argv[1:],
+    )
 
 
 @app.command()
@@ -255,6 +184,17 @@ def strategies(json: Json = False) -> None:
     from gcbench import commands
 
     commands.strategies(as_json=json)
+
+
+@app.command()
+def devices(
+    device_file: flags.DeviceFile = None,
+    json: Json = False,
+) -> None:
+    """List the cards that predict knows: memory, capability, rates."""
+    from gcbench import commands
+
+    commands.devices(device_file, as_json=json)
 
 
 @app.command()

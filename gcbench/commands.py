@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -15,7 +15,7 @@ from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.records import SCHEMA, Report
 from gcbench.report import write_text
-from gcbench.units import format_count
+from gcbench.units import format_bytes, format_count
 
 
 def run(
@@ -46,6 +46,43 @@ def run(
     session.measure(
         wanted, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
     )
+
+
+def predict(
+    flags: dict[str, object],
+    *,
+    device_memory: str | None,
+    device_file: Path | None,
+    expandable_segments: bool,
+    explain: bool,
+    exact: bool,
+    config: Path | None,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    argv: Sequence[str],
+) -> None:
+    """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
+    from gcbench.targets import Wish
+
+    raw = {**(configs.read_toml(config) if config else {}), **flags}
+    # A card's name is no device of this machine; memory and segments are settings of a prediction alone.
+    device = raw.pop("device", None)
+    memory = device_memory if device_memory is not None else raw.pop("device_memory", raw.pop("memory_limit", None))
+    if device is not None and not isinstance(device, str):
+        raise UsageError(f"--device: {device!r} is not a name; write it as text")
+    wanted = configs.settings(raw)
+    wish = Wish(
+        device=device,
+        device_memory=configs.parse_memory("--device-memory", memory),
+        device_file=device_file,
+        expandable_segments=expandable_segments,
+        explain=explain,
+        exact=exact,
+    )
+    from gcbench import forecast  # only now: a wrong value is told before anything else is imported
+
+    forecast.predict(wanted, wish, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet)
 
 
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
@@ -134,6 +171,45 @@ def models(*, as_json: bool) -> None:
         "works too.",
         highlight=False,
     )
+
+
+def devices(device_file: Path | None, *, as_json: bool) -> None:
+    """List the cards that a prediction can be made for."""
+    from gcbench import cards
+
+    known = (*cards.cards(), *(cards.read(device_file) if device_file else ()))
+    if as_json:
+        _print_rows([{f.name: _as_json(getattr(card, f.name)) for f in fields(card)} for card in known])
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("device", no_wrap=True)
+    for header in ("memory", "capability", "bf16 TFLOP/s", "bandwidth"):
+        table.add_column(header, justify="right", no_wrap=True)
+    table.add_column("name", overflow="fold")
+    for card in known:
+        rate, speed = card.matmul_flops.get("bf16"), card.bandwidth_bytes_per_s
+        table.add_row(
+            card.name,
+            format_bytes(card.memory_bytes),
+            card.compute_capability or "–",
+            f"{rate / 1e12:.0f}" if rate else "–",
+            f"{speed / 1e12:.2f} TB/s" if speed else "–",
+            card.full_name or "–",
+        )
+    console = Console()
+    console.print(table)
+    console.print(
+        "\nMemory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
+        "Cards of your own: --device-file.",
+        highlight=False,
+    )
+
+
+def _as_json(value: object) -> object:
+    return dict(value) if isinstance(value, Mapping) else value
 
 
 def strategies(*, as_json: bool) -> None:

@@ -38,7 +38,17 @@ PROOF_FAILED = "proof failed"
 _ANY = ""
 """Stands in a key for what is not to count."""
 
-_IN_THE_KEY = {"model", "batch_size", "seq_len", "strategies", "precision", "optim", "attn_implementation", "device"}
+_IN_THE_KEY = {
+    "model",
+    "batch_size",
+    "seq_len",
+    "strategies",
+    "precision",
+    "optim",
+    "attn_implementation",
+    "device",
+    "lora_r",
+}
 """Settings that decide which cells there are; a difference shows in the cells themselves."""
 
 
@@ -71,12 +81,14 @@ class Change:
     time_change_frac: float | None
     time_change_low_frac: float | None
     time_change_high_frac: float | None
+    lora_r: int | None = None
 
     @property
     def cell(self) -> str:
         """The cell's workload, in words."""
         parts = [self.model, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
-        return " · ".join(part for part in (*parts, self.attn_implementation, self.device) if part is not None)
+        parts += [words.lora(self.lora_r) if self.lora_r is not None else None, self.attn_implementation, self.device]
+        return " · ".join(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +274,7 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         time_change_frac=paid.centre if paid else None,
         time_change_low_frac=paid.low if paid else None,
         time_change_high_frac=paid.high if paid else None,
+        lora_r=cell.workload.lora_r,
     )
 
 

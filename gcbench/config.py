@@ -11,13 +11,14 @@ from typing import Any
 
 from gcbench import optimizers, strategies
 from gcbench.errors import UsageError
-from gcbench.records import Json
+from gcbench.records import ALL_LINEAR, Json, Lora
 from gcbench.units import parse_bytes
 
 PRECISION_NAMES = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 DEFAULT_STRATEGIES = ("off", "per-layer", "every:2", "every:4")
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 2**24
+MAX_LORA_R = 2**16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,13 @@ class Settings:
     """Bytes."""
     timeout: float | None = 3600.0
     """Seconds for one child process; None for no limit."""
+    lora_r: int | None = None
+    lora_target_modules: tuple[str, ...] | None = None
+
+    @property
+    def lora(self) -> Lora | None:
+        """The adapters to train; None to train all parameters."""
+        return None if self.lora_r is None else Lora(r=self.lora_r, target_modules=self.lora_target_modules)
 
 
 ALIASES = {
@@ -84,6 +92,12 @@ def settings(given: Mapping[str, object]) -> Settings:
     for key, example in (("model", "gpt2"), ("batch_size", "16")):
         if key not in values and not any(m.startswith(_flag(key)) for m in mistakes):
             mistakes.append(f"{_flag(key)} is missing; write it like {_flag(key)} {example}")
+    if (
+        "lora_target_modules" in values
+        and "lora_r" not in values
+        and not any(m.startswith("--lora-r") for m in mistakes)
+    ):
+        mistakes.append("--lora-target-modules needs the rank of the adapters too; write it like --lora-r 8")
     if mistakes:
         raise UsageError.of(mistakes)
     return Settings(**values)
@@ -114,6 +128,16 @@ def parse_device(name: str) -> str:
         return _device(name)
     except ValueError as err:
         raise UsageError(f"--device: {err}") from None
+
+
+def parse_memory(flag: str, raw: object) -> int | None:
+    """An amount of memory in bytes, None where none is given; raises UsageError."""
+    if raw is None:
+        return None
+    try:
+        return _bytes(raw)
+    except ValueError as err:
+        raise UsageError(f"{flag}: {err}") from None
 
 
 def as_json(resolved: Settings) -> dict[str, Json]:
@@ -199,6 +223,15 @@ def _strategies(raw: object) -> tuple[str, ...]:
     return tuple(specs)
 
 
+def _modules(raw: object) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(_text(item) for item in _listed(raw)))
+    if not any(name.lower().replace("_", "-") == ALL_LINEAR for name in names):
+        return names
+    if len(names) > 1:
+        raise ValueError(f"{ALL_LINEAR} stands for every linear layer; leave out the other names, or it")
+    return (ALL_LINEAR,)
+
+
 def _device(raw: object) -> str:
     name = _text(raw).lower()
     kind, colon, index = name.partition(":")
@@ -275,4 +308,6 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "trust_remote_code": _yes_no,
     "memory_limit": _bytes,
     "timeout": _seconds,
+    "lora_r": _count(1, MAX_LORA_R),
+    "lora_target_modules": _modules,
 }

@@ -50,3 +50,10 @@ class Interrupted(GcbenchError):
     """Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+def first_sentence(err: BaseException) -> str:
+    """What another library's error says first, with the next line where its line ends in a colon."""
+    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
+    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return told.partition(". ")[0][:300].rstrip(".:")

@@ -14,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gcbench import checkpointing
-from gcbench.errors import UnavailableError, UsageError
-from gcbench.records import Json, ModelFacts
+from gcbench.adapters import with_adapters
+from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
+from gcbench.records import Json, Lora, ModelFacts
 from gcbench.sources import ModelSource
 
 
@@ -41,18 +42,20 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
     except Exception as err:  # a config class may raise anything at values it cannot use
         if overrides or layers is not None:
             raise UsageError(
-                f"transformers refuses the config of {source.name!r} with --layers and --set as given: {_line(err)}; "
-                "change them"
+                f"transformers refuses the config of {source.name!r} with --layers and --set as given: "
+                f"{first_sentence(err)}; change them"
             ) from None
         raise UnavailableError(
-            f"transformers refuses the config of {source.name!r}: {_line(err)}; mend it, or change it with --set"
+            f"transformers refuses the config of {source.name!r}: {first_sentence(err)}; mend it, or change it with "
+            "--set"
         ) from None
 
 
-def build_meta(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
-    """The model without storage: shapes, names and flags only."""
+def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
+    """The model without storage: shapes, names and flags only. With `lora`, raises what `with_adapters` does."""
     with torch.device("meta"):
-        return _from_config(config, **kwargs)
+        model = _from_config(config, **kwargs)
+        return model if lora is None else with_adapters(model, lora)
 
 
 def build(
@@ -63,8 +66,12 @@ def build(
     dtype: torch.dtype,
     attn_implementation: str | None,
     seed: int,
+    lora: Lora | None = None,
 ) -> torch.nn.Module:
-    """The model on its device in training mode, with random weights drawn from `seed`, or pretrained ones."""
+    """The model on its device in training mode, with random weights drawn from `seed`, or pretrained ones.
+
+    With `lora`, frozen and with adapters in it; raises what `with_adapters` does.
+    """
     torch.manual_seed(seed)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
@@ -76,6 +83,8 @@ def build(
     else:
         with torch.device(device) if device != "cpu" else nullcontext():
             model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
+    if lora is not None:
+        model = with_adapters(model, lora)
     model.train()
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]
@@ -87,29 +96,40 @@ def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
 
 
 def facts(
-    source: ModelSource, config: PreTrainedConfig, attn_implementation: str | None, *, changed: bool = False
+    source: ModelSource,
+    config: PreTrainedConfig,
+    attn_implementation: str | None,
+    *,
+    changed: bool = False,
+    lora: Lora | None = None,
 ) -> ModelFacts:
     """What the model is, read off the model built without storage.
 
     Raises UsageError when the model refuses the attention implementation, or when it cannot be built and its config
-    was `changed` by the user; UnavailableError when transformers cannot build it as it is.
+    was `changed` by the user; UnavailableError when transformers cannot build it as it is; and what `with_adapters`
+    raises.
     """
     kwargs: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
     try:
-        model = build_meta(config, **kwargs)
+        model = build_meta(config, lora=lora, **kwargs)
+    except GcbenchError:
+        raise
     except Exception as err:  # modelling code may raise anything
         if attn_implementation is not None:
             raise UsageError(
-                f"{source.name!r} refuses --attn-implementation {attn_implementation}: {_line(err)}; "
+                f"{source.name!r} refuses --attn-implementation {attn_implementation}: {first_sentence(err)}; "
                 "leave the flag out to take the model's own choice"
             ) from None
         if changed:
             raise UsageError(
-                f"transformers cannot build {source.name!r} with --layers and --set as given: {_line(err)}; change them"
+                f"transformers cannot build {source.name!r} with --layers and --set as given: {first_sentence(err)}; "
+                "change them"
             ) from None
-        raise UnavailableError(f"transformers cannot build {source.name!r}: {_line(err)}; check its config") from None
+        raise UnavailableError(
+            f"transformers cannot build {source.name!r}: {first_sentence(err)}; check its config"
+        ) from None
     return ModelFacts(
         model=source.name,
         model_type=config.model_type,
@@ -118,6 +138,7 @@ def facts(
         max_seq_len=_max_seq_len(config),
         attn_implementation=_attention_in_use(model),
         checkpointing_refusal=checkpointing.refusal(model),
+        num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
     )
 
 
@@ -204,10 +225,3 @@ def _no_field(name: str, scope: Mapping[str, Any]) -> UsageError:
     near = difflib.get_close_matches(name.rpartition(".")[2], list(scope), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else ""
     return UsageError(f"--set {name}: the model's config has no such field{hint}")
-
-
-def _line(err: BaseException) -> str:
-    """The first sentence of an error, with the next line where its line ends in a colon."""
-    lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return told.partition(". ")[0][:300].rstrip(".:")

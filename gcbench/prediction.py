@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from gcbench.records import MemoryPeaks, Phase
+from gcbench.peaks import MemoryPeaks, Phase
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-SCHEMA = 1
+from gcbench.peaks import PHASES as PHASES
+from gcbench.peaks import MemoryPeaks as MemoryPeaks
+from gcbench.peaks import Phase as Phase
+from gcbench.prediction import Prediction
 
-Phase = Literal["forward", "backward", "optimizer"]
-PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+SCHEMA = 1
 
 FailureKind = Literal["oom", "unsupported", "timeout", "killed", "crash"]
 
@@ -27,6 +29,25 @@ class Workload:
     optim: str
     attn_implementation: str | None = None
     """The attention kernel in use; None for a model without attention."""
+    lora_r: int | None = None
+    """Rank of the adapters that are trained in place of the model's parameters; None when those are trained."""
+
+
+ALL_LINEAR = "all-linear"
+"""In place of target modules: every linear layer but the output layer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Adapters that are trained while the model's own parameters are frozen.
+
+    Attributes:
+        r: their rank.
+        target_modules: names of the modules that get one, or `all-linear` alone; None for peft's choice.
+    """
+
+    r: int
+    target_modules: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,37 +65,6 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MemoryPeaks:
-    """Peaks of one training step after the first optimizer step, in bytes.
-
-    Attributes:
-        allocated_bytes: most bytes that tensors held at one time.
-        reserved_bytes: most bytes the caching allocator took from the device; None on the CPU.
-        process_bytes: most bytes the process held (resident set on the CPU); None where it cannot be read.
-        forward_bytes, backward_bytes, optimizer_bytes: the allocated peak within each phase.
-    """
-
-    allocated_bytes: int
-    reserved_bytes: int | None
-    process_bytes: int | None
-    forward_bytes: int
-    backward_bytes: int
-    optimizer_bytes: int
-
-    def of_phase(self, phase: Phase) -> int:
-        return {
-            "forward": self.forward_bytes,
-            "backward": self.backward_bytes,
-            "optimizer": self.optimizer_bytes,
-        }[phase]
-
-    @property
-    def peak_phase(self) -> Phase:
-        """The phase that sets the peak; the earliest where several reach it."""
-        return max(PHASES, key=self.of_phase)
-
-
-@dataclass(frozen=True, kw_only=True)
 class RoundResult:
     """What one child process measured: one round of one cell.
 
@@ -84,7 +74,8 @@ class RoundResult:
         step_times_s: raw samples of the timed steps, in order.
         layers_run: layers that can be checkpointed and that the forward pass ran (a multimodal model owns layers
             that training on text never calls).
-        layers_planned: those of them in the plan's groups.
+        layers_planned: those of them in the plan's groups that a gradient passes back through (below the lowest LoRA
+            adapter none does).
         layers_recomputed: layers really run a second time in one step.
         params_without_grad: trainable parameters whose gradient was None after the first backward.
         grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
@@ -132,6 +123,8 @@ class Outcome:
     """Layers in the plan's groups, before it is known which of them the model runs."""
     rounds: tuple[RoundResult, ...] = ()
     failure: Failure | None = None
+    prediction: Prediction | None = None
+    """In place of rounds, in a report of predictions; with the failure `oom` where the cell does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,11 +132,12 @@ class ModelFacts:
     """What the model is, read off the built model (on the meta device).
 
     Attributes:
-        num_params: distinct parameters, tied weights once.
+        num_params: distinct parameters, tied weights once, adapters included.
         num_layers: layers that can be checkpointed, in `modules()` order.
         max_seq_len: the model's own maximum length; None where it has none.
         attn_implementation: the kernel the model uses unless told otherwise.
         checkpointing_refusal: why the model cannot checkpoint; None when it can.
+        num_trainable_params: those that are not frozen; None in a report from before there was LoRA.
     """
 
     model: str
@@ -153,6 +147,7 @@ class ModelFacts:
     max_seq_len: int | None
     attn_implementation: str | None
     checkpointing_refusal: str | None
+    num_trainable_params: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +186,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     notices: tuple[str, ...] = ()
     """What the run decided for the user, in sentences: defaults taken, strategies left out."""
+    source: Literal["measured", "predicted"] = "measured"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,3 +232,13 @@ class Row:
     """Largest difference between the gradients of two `off` rounds; 0.0 where kernels are deterministic."""
     proof: str | None = None
     """`identical`, `within noise`, `no reference` or, where a saving must not be shown, `FAILED: why`."""
+    lora_r: int | None = None
+    """Rank of the LoRA adapters; None where all parameters are trained."""
+    peak_op: str | None = None
+    """The operator whose memory made the peak; of predictions alone, as are the columns after it."""
+    peak_layer: int | None = None
+    attention_kernel: str | None = None
+    """`flash`, `efficient`, `cudnn` or `math` on CUDA; several joined by a plus sign."""
+    device_memory_bytes: int | None = None
+    spare_bytes: int | None = None
+    """What the cell leaves of the device's memory; negative where it does not fit."""

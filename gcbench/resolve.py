@@ -8,6 +8,7 @@ from gcbench import strategies
 from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import UsageError
 from gcbench.records import Cell, Machine, ModelFacts, Workload
+from gcbench.simulate.target import Target
 from gcbench.strategies import Plan
 from gcbench.units import format_bytes
 
@@ -37,11 +38,14 @@ class Job:
     notices: tuple[str, ...]
 
 
-def resolve(wanted: Settings, facts: ModelFacts, machine: Machine) -> Job:
-    """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows."""
+def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Target | None = None) -> Job:
+    """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows.
+
+    With `target`, for a prediction of what it would do there; `machine` then describes it.
+    """
     mistakes: list[str] = []
-    kind = machine.device.partition(":")[0]
-    notices = _device_notices(wanted, kind, machine)
+    kind = target.kind if target else machine.device.partition(":")[0]
+    notices = _target_notices(target, machine) if target else _device_notices(wanted, kind, machine)
 
     limit = facts.max_seq_len
     if wanted.seq_len is None:
@@ -80,7 +84,7 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine) -> Job:
     )
     if wanted.memory_limit is not None:
         notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
-    if not wanted.pretrained:
+    if not wanted.pretrained and not target:
         notices.append("Weights are random: memory and time do not depend on their values.")
     return Job(
         settings=settings,
@@ -98,6 +102,12 @@ def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
     return [f"{found} are CPU figures ({machine.device_name}): they do not stand for a GPU's times."]
 
 
+def _target_notices(target: Target, machine: Machine) -> list[str]:
+    name = "the CPU" if target.kind == "cpu" else machine.device_name
+    memory = f", {format_bytes(target.memory_bytes)}" if target.memory_bytes is not None else ""
+    return [f"Predicted for {name}{memory}; nothing was run there."]
+
+
 def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
     return tuple(
         Cell(
@@ -109,6 +119,7 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
                 precision=settings.precision,
                 optim=settings.optim,
                 attn_implementation=facts.attn_implementation,
+                lora_r=settings.lora_r,
             ),
             strategy=strategy,
         )

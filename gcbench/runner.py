@@ -55,7 +55,7 @@ def run(
     """
     machine, facts = describe(wanted, source, children)
     job = resolve(wanted, facts, machine)
-    report = _continue(previous, job, machine, facts) if previous else _begin(job, machine, facts, command)
+    report = _continue(previous, job, machine, facts) if previous else begin(job, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
@@ -80,6 +80,7 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
             layers=wanted.layers,
             overrides=wanted.set or {},
             attn_implementation=wanted.attn_implementation,
+            lora=wanted.lora,
         ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
@@ -98,7 +99,8 @@ def raise_refusal(answer: Answer) -> None:
         raise UnavailableError(f"the model cannot be built here ({reason}); try another model or transformers version")
 
 
-def _begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+    """The report before anything is known of its cells."""
     return Report(
         schema=SCHEMA,
         gcbench_version=__version__,
@@ -117,9 +119,7 @@ def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
         return Outcome(
             cell=cell,
             layers_checkpointed=0,
-            failure=Failure(
-                kind="unsupported", message=f"{facts.checkpointing_refusal}; only off can be measured for it"
-            ),
+            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
         )
     return Outcome(cell=cell, layers_checkpointed=job.plans[cell.strategy].layers_checkpointed)
 
@@ -133,15 +133,17 @@ def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -
     if changed:
         told = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
         raise UsageError(f"--resume continues the stored run, and its settings differ: {told}; take a new --out")
+    libraries = ("torch", "transformers", *(["peft"] if job.settings.lora else []))
     for what, before, after in (
         ("device", previous.machine.device_name, machine.device_name),
-        ("torch", previous.machine.versions.get("torch"), machine.versions.get("torch")),
-        ("transformers", previous.machine.versions.get("transformers"), machine.versions.get("transformers")),
+        *((name, previous.machine.versions.get(name), machine.versions.get(name)) for name in libraries),
     ):
         if before != after:
             raise UsageError(
                 f"--resume needs the {what} of the stored run: that was {before} and this is {after}; take a new --out"
             )
+    if previous.model.num_trainable_params is None:  # stored before it was counted
+        facts = replace(facts, num_trainable_params=None)
     if facts != previous.model:
         raise UsageError(
             f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "
@@ -181,6 +183,7 @@ def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask
         least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
         with_memory=number == 0,
         memory_limit_bytes=settings.memory_limit,
+        lora=settings.lora,
     )
 
 

@@ -89,12 +89,12 @@ class _Summary:
 
 
 def _summary(outcome: Outcome) -> _Summary:
-    rounds = tuple(sorted(outcome.rounds, key=lambda r: r.round))
+    rounds, said = tuple(sorted(outcome.rounds, key=lambda r: r.round)), outcome.prediction
     counts = [r.layers_recomputed for r in rounds]
     diffs = [(r.round, r.grad_rel_diff) for r in rounds if r.grad_rel_diff is not None]
     return _Summary(
         rounds=rounds,
-        memory=next((r.memory for r in rounds if r.memory is not None), None),
+        memory=next((r.memory for r in rounds if r.memory is not None), said.memory if said else None),
         layers_run=max((r.layers_run for r in rounds), default=None),
         layers_planned=max((r.layers_planned for r in rounds), default=None),
         layers_recomputed=min(counts, default=None),
@@ -116,7 +116,9 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
     planned = outcome.layers_checkpointed if mine.layers_planned is None else mine.layers_planned
     proof = _proof(mine, off, w.precision, planned)
     off_proof = _proof(off, off, w.precision, 0) if off else None
-    comparable = not any((verdict or FAILED).startswith(FAILED) for verdict in (proof, off_proof))
+    said = outcome.prediction
+    # A prediction has nothing to prove: it is that of the plan.
+    comparable = said is not None or not any((v or FAILED).startswith(FAILED) for v in (proof, off_proof))
     step = stats.step_time(mine.rounds)
     paid = stats.overhead(mine.rounds, off.rounds) if off and comparable else None
     if paid and is_off:
@@ -147,7 +149,7 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         memory_saved_frac=1 - peak / off_peak if peak is not None and off_peak else None,
         time_overhead_frac=paid.centre if paid else None,
         grad_rel_diff=mine.grad_rel_diff,
-        source="measured",
+        source=report.source,
         message=_message(outcome, mine, proof),
         layers_recomputed=mine.layers_recomputed,
         params_without_grad=mine.params_without_grad,
@@ -158,6 +160,12 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         time_overhead_high_frac=paid.high if paid else None,
         grad_noise_floor=off.noise if off else None,
         proof=proof,
+        lora_r=w.lora_r,
+        peak_op=said.explanation.op if said and said.explanation else None,
+        peak_layer=said.explanation.layer if said and said.explanation else None,
+        attention_kernel="+".join(said.attention) or None if said else None,
+        device_memory_bytes=said.limit_bytes if said else None,
+        spare_bytes=said.spare_bytes if said else None,
     )
 
 
@@ -189,12 +197,15 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
     parts = [outcome.failure.message] if outcome.failure else []
     if proof and proof.startswith(FAILED):
         parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}")
+    said = outcome.prediction
+    if said and said.num_alloc_retries and not outcome.failure:
+        parts.append("it fits only by flushing the allocator's cache: near out of memory, and slower")
     if mine.alloc_retries:
         times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
         parts.append(
             f"the allocator had to flush and retry {times}: timings are pessimistic and the setting is near "
             "out of memory"
         )
-    if not outcome.rounds and not outcome.failure:
+    if not outcome.rounds and not outcome.failure and not outcome.prediction:
         parts.append(NOT_MEASURED_YET)
     return "; ".join(parts) or None

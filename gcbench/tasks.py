@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gcbench.fingerprint import Fingerprint
-from gcbench.records import Cell, Failure, Json, Machine, ModelFacts, RoundResult
+from gcbench.prediction import Prediction
+from gcbench.records import Cell, Failure, Json, Lora, Machine, ModelFacts, RoundResult
+from gcbench.simulate.target import Target
 from gcbench.sources import ModelSource
 from gcbench.strategies import Plan
 
@@ -22,6 +24,7 @@ class DescribeTask:
     layers: int | None = None
     overrides: dict[str, Json] = field(default_factory=dict)
     attn_implementation: str | None = None
+    lora: Lora | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +47,7 @@ class MeasureTask:
     """Timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run."""
     with_memory: bool
     memory_limit_bytes: int | None
+    lora: Lora | None = None
 
     @property
     def num_steps(self) -> int:
@@ -51,7 +55,37 @@ class MeasureTask:
         return self.warmup + self.with_memory + self.steps
 
 
-Task = DescribeTask | MeasureTask
+@dataclass(frozen=True, kw_only=True)
+class CellToPredict:
+    """One cell of a `PredictTask`; `number` is its place in the report."""
+
+    number: int
+    batch_size: int
+    seq_len: int
+    plan: Plan
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictTask:
+    """Predict the memory of cells that share all but batch size, length and plan."""
+
+    source: ModelSource
+    layers: int | None
+    overrides: dict[str, Json]
+    attn_implementation: str | None
+    """As the user asked for it; None for the model's own choice."""
+    lora: Lora | None
+    precision: str
+    optim: str
+    target: Target
+    cells: tuple[CellToPredict, ...]
+    explain: bool
+    """Also try what would move the peak."""
+    exact: bool
+    """Trace every layer."""
+
+
+Task = DescribeTask | MeasureTask | PredictTask
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +96,15 @@ class Event:
     """`warm-up`, `memory` or `timed`."""
     step: int
     seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predicted:
+    """One cell answered."""
+
+    number: int
+    prediction: Prediction | None = None
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,9 +34,16 @@ def title(workload: Workload, *, model: bool = True) -> str:
     """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without the model where that is clear."""
     parts = [workload.model] if model else []
     parts += [f"batch {workload.batch_size} × {workload.seq_len} tokens", workload.precision, workload.optim]
+    if workload.lora_r is not None:
+        parts.append(lora(workload.lora_r))
     if workload.attn_implementation is not None:
         parts.append(workload.attn_implementation)
     return " · ".join([*parts, workload.device])
+
+
+def lora(rank: int) -> str:
+    """`LoRA r=8`."""
+    return f"LoRA r={rank}"
 
 
 def device_type(device: str) -> str:

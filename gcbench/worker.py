@@ -18,7 +18,17 @@ from gcbench.devices import Device
 from gcbench.errors import GcbenchError
 from gcbench.fingerprint import Fingerprint
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
-from gcbench.tasks import MAX_TIMED_STEPS, Answer, DescribeTask, Event, MeasureTask, Refusal, Task
+from gcbench.tasks import (
+    MAX_TIMED_STEPS,
+    Answer,
+    DescribeTask,
+    Event,
+    MeasureTask,
+    Predicted,
+    PredictTask,
+    Refusal,
+    Task,
+)
 from gcbench.training import TrainingStep, parameter_dtype, random_batch
 from gcbench.units import format_bytes
 
@@ -39,11 +49,17 @@ def main(task: Task, connection: Connection) -> Answer:
     _offer_to_the_kernel()
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
 
-    def tell(event: Event) -> None:
+    def tell(event: Event | Predicted) -> None:
         with suppress(OSError):
             connection.send(event)
 
-    return describe(task) if isinstance(task, DescribeTask) else measure(task, tell)
+    if isinstance(task, DescribeTask):
+        return describe(task)
+    if isinstance(task, PredictTask):
+        from gcbench.simulate import child  # what a measurement does not need
+
+        return child.predict(task, tell)
+    return measure(task, tell)
 
 
 def describe(task: DescribeTask) -> Answer:
@@ -54,7 +70,7 @@ def describe(task: DescribeTask) -> Answer:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         changed = task.layers is not None or bool(task.overrides)
-        facts = models.facts(task.source, config, task.attn_implementation, changed=changed)
+        facts = models.facts(task.source, config, task.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
         return Answer(machine=device.describe(), facts=facts)
@@ -86,7 +102,7 @@ class _Measurement:
         self.tell = tell
         self.where = "while the model was being built"
         self.fingerprint: Fingerprint | None = None
-        self.layers_run: set[int] = set()
+        self.layers_run = checkpointing.LayersRun()
         self.steps_s = 0.0
 
     def run(self) -> Answer:
@@ -100,6 +116,7 @@ class _Measurement:
             dtype=parameter_dtype(workload.precision),
             attn_implementation=task.attn_implementation,
             seed=task.seed,
+            lora=task.lora,
         )
         self.counter = checkpointing.apply(self.model, task.plan)
         batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
@@ -120,8 +137,8 @@ class _Measurement:
                 round=task.round,
                 memory=memory,
                 step_times_s=tuple(times),
-                layers_run=len(self.layers_run),
-                layers_planned=len(self.layers_run & {layer for group in task.plan.groups for layer in group}),
+                layers_run=len(self.layers_run.forward),
+                layers_planned=len(self.layers_run.backward & {layer for group in task.plan.groups for layer in group}),
                 layers_recomputed=len(self.counter.layers),
                 params_without_grad=len(self.fingerprint.missing),
                 grad_checksum=self.fingerprint.checksum,

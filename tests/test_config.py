@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 
+from gcbench import cli, flags
 from gcbench import config as configs
 from gcbench import report as reports
 from gcbench.config import Settings, as_json, settings
 from gcbench.errors import UsageError
+from gcbench.records import Lora
 
 LEAST = {"model": "gpt2", "batch_size": 1}
 FULL = {
@@ -29,6 +33,8 @@ FULL = {
     "trust_remote_code": True,
     "memory_limit": "1.5GiB",
     "timeout": "90",
+    "lora_r": "8",
+    "lora_target_modules": "q_proj,v_proj",
 }
 
 
@@ -54,6 +60,8 @@ def test_flags_and_toml_mean_the_same():
         "set": {"hidden_size": 512, "hidden_act": "gelu"},
         "memory_limit": 3 * 2**29,
         "timeout": 90.0,
+        "lora_r": 8,
+        "lora_target_modules": ["q_proj", "v_proj"],
     }
     wanted = settings(FULL)
     assert wanted == settings(from_toml)
@@ -76,6 +84,8 @@ def test_flags_and_toml_mean_the_same():
         trust_remote_code=True,
         memory_limit=3 * 2**29,
         timeout=90.0,
+        lora_r=8,
+        lora_target_modules=("q_proj", "v_proj"),
     )
 
 
@@ -93,6 +103,18 @@ def test_settings_survive_a_report(given):
 def test_every_field_can_be_given():
     """The trap: a new setting that no flag and no file reaches."""
     assert set(as_json(settings(LEAST))) == set(FULL)
+    assert set(FULL) <= {name.removesuffix("_") for name in inspect.signature(cli.run).parameters}
+
+
+def test_what_flags_give_has_the_names_of_settings():
+    """The trap: a parameter under another name than its setting, which `given` would silently leave out."""
+    parameters = {**dict.fromkeys(inspect.signature(cli.run).parameters), "set_": [], "config": "run.toml"}
+    assert flags.given(parameters) == {}
+    assert flags.given({**parameters, "set_": ["a=1"], "pretrained": False, "lora_r": "8"}) == {
+        "set": ["a=1"],
+        "pretrained": False,
+        "lora_r": "8",
+    }
 
 
 @pytest.mark.parametrize(
@@ -201,6 +223,9 @@ def test_a_mistake_in_a_value_is_not_told_as_missing_too():
         ({"device": "cuda:"}, "legal are auto"),
         ({"device": "cpu:0"}, "legal are auto"),
         ({"seed": 2**31}, "is absurd"),
+        ({"lora_r": 2**17}, "is absurd"),
+        ({"lora_r": 8, "lora_target_modules": [7]}, "7 is not a name"),
+        ({"lora_r": 8, "lora_target_modules": []}, "has an empty item"),
     ],
 )
 def test_a_value_of_the_wrong_kind(given, said):
@@ -212,6 +237,22 @@ def test_repeated_items_are_one_cell():
     wanted = settings({**LEAST, "batch_size": "2,2,1", "strategies": "off,OFF,every:2,every:02"})
     assert wanted.batch_size == (2, 1)
     assert wanted.strategies == ("off", "every:2")
+
+
+@pytest.mark.parametrize("typed", ["all-linear", "ALL_LINEAR", ["all-linear"]])
+def test_every_spelling_of_all_linear_layers(typed):
+    wanted = settings({**LEAST, "lora_r": 8, "lora_target_modules": typed})
+    assert wanted.lora == Lora(r=8, target_modules=("all-linear",))
+
+
+def test_a_rank_is_asked_for_once():
+    """A rank with a mistake in it is not missing too."""
+    assert mistakes({**LEAST, "lora_target_modules": "q_proj"}) == [
+        "--lora-target-modules needs the rank of the adapters too; write it like --lora-r 8"
+    ]
+    assert mistakes({**LEAST, "lora_r": 0, "lora_target_modules": "q_proj"}) == [
+        "--lora-r: 0 is too small; it must be 1 or more"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch.utils import checkpoint as torch_checkpoint
 
 from gcbench import checkpointing, models, sketch, sources, strategies, tables, training, worker
 from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
-from gcbench.records import SCHEMA, Cell, Outcome, Report, Workload
+from gcbench.records import SCHEMA, Cell, Lora, Outcome, Report, Workload
 from gcbench.tasks import Answer, DescribeTask, MeasureTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -234,9 +234,11 @@ def test_a_step_does_not_depend_on_what_was_drawn_before_it(tmp_path):
 def measured(tmp_path) -> Callable[..., dict[str, tables.Row]]:
     """`measured("gpt2")` is the table of off and per-layer as a run would make it, measured in this process."""
 
-    def measure(family: str, spoil: Callable[[], None] = lambda: None) -> dict[str, tables.Row]:
+    def measure(
+        family: str, spoil: Callable[[], None] = lambda: None, lora: Lora | None = None
+    ) -> dict[str, tables.Row]:
         source = sources.resolve(str(tiny.write_model(tmp_path / family, family)))
-        described = worker.describe(DescribeTask(device="cpu", source=source))
+        described = worker.describe(DescribeTask(device="cpu", source=source, lora=lora))
         workload = Workload(
             model=source.name, device="cpu", batch_size=2, seq_len=32, precision="fp32", optim="adamw_torch"
         )
@@ -247,7 +249,7 @@ def measured(tmp_path) -> Callable[..., dict[str, tables.Row]]:
             cell = Cell(workload=workload, strategy=strategy)
             if strategy != "off":
                 spoil()
-            answer = worker.measure(measure_task(cell, source, plan), lambda event: None)
+            answer = worker.measure(measure_task(cell, source, plan, lora), lambda event: None)
             assert answer.failure is None, answer.failure
             answers[strategy] = answer
             compared = difference(answer.fingerprint, answers["off"].fingerprint)
@@ -268,7 +270,7 @@ def measured(tmp_path) -> Callable[..., dict[str, tables.Row]]:
     return measure
 
 
-def measure_task(cell: Cell, source: sources.ModelSource, plan: strategies.Plan) -> MeasureTask:
+def measure_task(cell: Cell, source: sources.ModelSource, plan: strategies.Plan, lora: Lora | None) -> MeasureTask:
     return MeasureTask(
         cell=cell,
         round=0,
@@ -283,6 +285,7 @@ def measure_task(cell: Cell, source: sources.ModelSource, plan: strategies.Plan)
         least_timed_s=0.0,
         with_memory=True,
         memory_limit_bytes=None,
+        lora=lora,
     )
 
 
@@ -292,14 +295,18 @@ def test_a_right_recompute_passes(measured):
     assert rows["per-layer"].memory_saved_frac > 0
 
 
-def test_a_recompute_with_other_dropout_masks_is_caught(measured, monkeypatch):
-    """The trap: the losses agree to the last digit, and the gradients are another model's."""
+@pytest.mark.parametrize("lora", [None, Lora(r=4)])
+def test_a_recompute_with_other_dropout_masks_is_caught(measured, monkeypatch, lora):
+    """The trap: the losses agree to the last digit, and the gradients are another model's.
+
+    With adapters, half of the gradients are zero in the first step, because the second matrices begin at zero.
+    """
 
     def spoil() -> None:
         careless = partial(torch_checkpoint.checkpoint, preserve_rng_state=False)
         monkeypatch.setattr(checkpointing, "checkpoint", careless)
 
-    row = measured("gpt2", spoil)["per-layer"]
+    row = measured("gpt2", spoil, lora)["per-layer"]
     assert row.grad_rel_diff > 0.01
     assert row.proof.startswith("FAILED: the gradients differ from off by")
     assert row.memory_saved_frac is None and row.time_overhead_frac is None

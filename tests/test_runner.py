@@ -248,6 +248,23 @@ def test_a_run_is_not_continued_with_another_model(tmp_path):
         go(tmp_path, ScriptedChildren(facts=replace(FACTS, num_params=11)), previous=stored)
 
 
+def test_a_run_from_before_trainable_parameters_were_counted_is_continued(tmp_path):
+    stored = go(tmp_path, ScriptedChildren())
+    assert stored.model.num_trainable_params is None
+    children = ScriptedChildren(facts=replace(FACTS, num_trainable_params=10))
+    assert go(tmp_path, children, previous=stored).outcomes == stored.outcomes
+
+
+def test_a_run_with_adapters_is_not_continued_with_another_peft(tmp_path):
+    before, now = (replace(MACHINE, versions={"torch": "2", "peft": peft}) for peft in ("0.21", "0.22"))
+    adapters = replace(SETTINGS, lora_r=8)
+    stored = go(tmp_path, ScriptedChildren(machine=before), adapters)
+    with pytest.raises(UsageError, match=r"the peft of the stored run: that was 0\.21 and this is 0\.22"):
+        go(tmp_path, ScriptedChildren(machine=now), adapters, previous=stored)
+    full = go(tmp_path, ScriptedChildren(machine=before))
+    assert go(tmp_path, ScriptedChildren(machine=now), previous=full).outcomes == full.outcomes
+
+
 def test_a_run_is_not_continued_with_other_settings(tmp_path):
     stored = go(tmp_path, ScriptedChildren())
     with pytest.raises(UsageError, match="seed 0 is now 1, steps 2 is now 3"):

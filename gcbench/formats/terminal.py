@@ -117,7 +117,7 @@ def tables(report: Report) -> list[RenderableType]:
     return [_table(group) for group in by_workload(rows(report)).values()]
 
 
-def show(report: Report) -> None:
+def show(report: Report, *, explain: bool = False) -> None:
     """Print the tables on standard output, as wide as the screen is."""
     from rich.console import Console
 

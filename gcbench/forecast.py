@@ -1,0 +1,190 @@
+"""One prediction from settings to what is printed: target and model found, cells answered by a child, results shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench import formats, runner, sources
+from gcbench.children import Children, ForkedChildren
+from gcbench.config import Settings
+from gcbench.errors import GcbenchError
+from gcbench.records import Failure, Machine, Outcome, Report
+from gcbench.report import write_text
+from gcbench.resolve import Job, resolve
+from gcbench.simulate.target import Target
+from gcbench.store import Store
+from gcbench.targets import CPU, Wish, target_of
+from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
+from gcbench.units import format_bytes
+
+
+def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+    """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
+    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
+    store = Store.create(out) if out is not None else None
+    err = Console(stderr=True)
+    with ForkedChildren() as children:
+        try:
+            with err.status("predicting") if err.is_terminal and not quiet else _Nothing() as status:
+                report = forecast(
+                    wanted,
+                    wish,
+                    early,
+                    source=source,
+                    children=children,
+                    command=command,
+                    on_cell=lambda done, all_of_them: (
+                        status.update(f"predicting: {done} of {all_of_them} cells") if status is not None else None
+                    ),
+                )
+        except GcbenchError:
+            if store is not None:
+                store.discard_if_empty()
+            raise
+    if store is not None:
+        _publish(report, store)
+    _show(report, store, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
+    if broken:
+        raise GcbenchError(f"{len(broken)} of {len(report.outcomes)} cells crashed or timed out; the table says why")
+
+
+class _Nothing:
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+
+def forecast(
+    wanted: Settings,
+    wish: Wish,
+    target: Target | None,
+    *,
+    source: sources.ModelSource,
+    children: Children,
+    command: str,
+    on_cell: Callable[[int, int], object] = lambda done, all_of_them: None,
+) -> Report:
+    """The report of a prediction; `target` None is what this machine has."""
+    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    machine, facts = runner.describe(replace(wanted, device=here), source, children)
+    target = target or target_of(wish, machine)
+    assert target is not None
+    job = resolve(wanted, facts, _described(machine, target), target)
+    report = runner.begin(job, _described(machine, target), facts, command)
+    report = replace(report, source="predicted", settings=report.settings | wish.as_json())
+    return _answered(report, job, wish, target, source, children, on_cell)
+
+
+def _described(machine: Machine, target: Target) -> Machine:
+    """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
+    if target.kind == CPU or target.name == machine.device:
+        return machine
+    card = target.card
+    name = (card.full_name or card.name) if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
+    known: Mapping[str, str | None] = {
+        "compute_capability": card.compute_capability if card else None,
+        "predicted_on": machine.device_name,
+    }
+    return replace(
+        machine,
+        device=target.name,
+        device_name=name,
+        device_memory_bytes=target.memory_bytes,
+        settings={key: value for key, value in known.items() if value is not None},
+    )
+
+
+def _answered(
+    report: Report,
+    job: Job,
+    wish: Wish,
+    target: Target,
+    source: sources.ModelSource,
+    children: Children,
+    on_cell: Callable[[int, int], object],
+) -> Report:
+    """The report with every cell answered; a cell that takes the child down costs one row."""
+    outcomes = list(report.outcomes)
+    waiting = {number: outcome for number, outcome in enumerate(outcomes) if outcome.failure is None}
+    settings = job.settings
+
+    def note(event: object) -> None:
+        if isinstance(event, Predicted):
+            outcomes[event.number] = _outcome(waiting.pop(event.number), event)
+            on_cell(len(outcomes) - len(waiting), len(outcomes))
+
+    while waiting:
+        answer = children.run(
+            PredictTask(
+                source=source,
+                layers=settings.layers,
+                overrides=settings.set or {},
+                attn_implementation=settings.attn_implementation,
+                lora=settings.lora,
+                precision=settings.precision,
+                optim=settings.optim,
+                target=target,
+                cells=tuple(
+                    CellToPredict(
+                        number=number,
+                        batch_size=outcome.cell.workload.batch_size,
+                        seq_len=outcome.cell.workload.seq_len,
+                        plan=job.plans[outcome.cell.strategy],
+                    )
+                    for number, outcome in waiting.items()
+                ),
+                explain=wish.explain,
+                exact=wish.exact,
+            ),
+            on_event=note,
+            timeout_s=settings.timeout,
+        )
+        runner.raise_refusal(Answer(refusal=answer.refusal))
+        if waiting:  # the child ended at the first of those that are left
+            number = next(iter(waiting))
+            failure = answer.failure or Failure(kind="crash", message="the child gave no prediction")
+            outcomes[number] = replace(waiting.pop(number), failure=failure)
+    return replace(report, outcomes=tuple(outcomes))
+
+
+def _outcome(outcome: Outcome, event: Predicted) -> Outcome:
+    said = event.prediction
+    failure = event.failure
+    if said is not None and said.spare_bytes is not None and said.spare_bytes < 0 and said.limit_bytes is not None:
+        needed = format_bytes(said.limit_bytes - said.spare_bytes)
+        failure = Failure(kind="oom", message=f"needs {needed}, and there are {format_bytes(said.limit_bytes)}")
+    return replace(outcome, prediction=said, failure=failure)
+
+
+def _publish(report: Report, store: Store) -> None:
+    from gcbench.plots import draw
+
+    store.save(report)
+    with store.forgiving(report):
+        draw(report, store.folder / "plots")
+        for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
+            write_text(store.folder / file, formats.get(name).render(report))
+
+
+def _show(report: Report, store: Store | None, *, explain: bool, as_json: bool, quiet: bool, err: Console) -> None:
+    if as_json:
+        print(formats.get("json").render(report), end="")
+    else:
+        from gcbench.formats import terminal
+
+        terminal.show(report, explain=explain)
+    if not quiet:
+        for notice in report.notices:
+            err.print(notice, markup=False, highlight=False, soft_wrap=True)
+        if store is not None:
+            err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
+    if store is not None:
+        store.close()

@@ -1,0 +1,167 @@
+"""What a child process does to predict cells: the model is built once, every cell is answered as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from gcbench import models
+from gcbench.errors import GcbenchError, first_sentence
+from gcbench.prediction import Lever, Prediction
+from gcbench.records import Failure
+from gcbench.simulate import timeline
+from gcbench.simulate.allocator import OutOfMemory
+from gcbench.simulate.assembly import Assembly
+from gcbench.simulate.explain import curve, explain, without_logits
+from gcbench.simulate.predictor import Predictor, Step
+from gcbench.simulate.roads import Way, way_to
+from gcbench.simulate.target import Target
+from gcbench.simulate.timeline import Peak, Timeline
+from gcbench.strategies import Plan
+from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask, Refusal
+from gcbench.training import parameter_dtype
+
+CHUNKS = 8
+"""Parts in which a chunked loss makes the logits, in the lever that names it."""
+_FUSED = "adamw_torch_fused"
+_WORTH_NAMING = 0.005
+"""Of the peak; smaller gains are no lever."""
+
+
+def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
+    """Predict every cell of the task and tell each as it is done."""
+    try:
+        session = Session(task)
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    for cell in task.cells:
+        try:
+            tell(Predicted(number=cell.number, prediction=session.predict(cell)))
+        except Exception as err:  # modelling code may raise anything
+            tell(Predicted(number=cell.number, failure=_failure(err)))
+    return Answer()
+
+
+class Session:
+    """The cells of one task: one model on one target."""
+
+    def __init__(self, task: PredictTask) -> None:
+        self.task = task
+        self.target: Target = task.target
+        self.way: Way = way_to(task.target)
+        self.predictor = self._predictor(task.optim)
+        self._fused: Predictor | None = None
+
+    def _predictor(self, optim: str) -> Predictor:
+        task = self.task
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        model = models.build_meta(
+            config,
+            lora=task.lora,
+            dtype=parameter_dtype(task.precision),
+            trust_remote_code=task.source.trust_remote_code,
+            **({} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}),
+        )
+        return Predictor(
+            model,
+            precision=task.precision,
+            optim=optim,
+            road=self.way.road,
+            standing=self.way.standing,
+            steps_on_device=self.target.kind == "cpu" or optim == _FUSED,
+            exact=task.exact,
+        )
+
+    def predict(self, cell: CellToPredict) -> Prediction:
+        """One cell; raises what the model's code raises on tensors without values."""
+        attention = self.way.attention
+        if attention is not None:
+            attention.chosen.clear()
+        step = self._step(self.predictor, cell.plan, cell)
+        peak = self._peak(step.timeline)
+        needed = peak.memory.process_bytes if self.target.kind == "cuda" else peak.memory.allocated_bytes
+        limit = self.target.memory_bytes
+        levers = self._levers(step, peak, cell) if self.task.explain else []
+        return Prediction(
+            memory=peak.memory,
+            limit_bytes=limit,
+            spare_bytes=None if limit is None or needed is None else limit - needed,
+            num_alloc_retries=None if self.target.kind == "cpu" else peak.num_alloc_retries,
+            terms=self.way.terms,
+            attention={} if attention is None else dict(attention.chosen),
+            layers_traced=step.layers_traced,
+            why_in_full=step.why_in_full,
+            explanation=explain(step.assembly, peak, levers),
+            curve=curve(step.assembly),
+        )
+
+    @staticmethod
+    def _step(predictor: Predictor, plan: Plan, cell: CellToPredict) -> Step:
+        return predictor.step(plan, batch_size=cell.batch_size, seq_len=cell.seq_len)
+
+    def _peak(self, line: Timeline) -> Peak:
+        """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
+        if self.target.kind == "cpu":
+            return timeline.exact(line)
+        expandable = self.target.expandable_segments
+        outside, limit = self.way.outside_bytes, self.target.memory_bytes
+        peak = timeline.cached(line, expandable_segments=expandable)
+        if limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit > outside:
+            with suppress(OutOfMemory):
+                # Short of memory, the allocator gives back what it caches and tries again.
+                peak = timeline.cached(line, limit_bytes=limit - outside, expandable_segments=expandable)
+        process = (peak.memory.reserved_bytes or 0) + outside
+        return replace(peak, memory=replace(peak.memory, process_bytes=process))
+
+    def _levers(self, step: Step, peak: Peak, cell: CellToPredict) -> list[Lever]:
+        """What would move the peak: each replayed, none asserted. Gains too small to name are left out."""
+        tried = [
+            (f"a loss computed in {CHUNKS} chunks", self._with_sizes(step.assembly)),
+            ("checkpointing every layer", self._with_plan(cell)),
+        ]
+        if self.task.optim == "adamw_torch":
+            tried.append(("the fused optimizer", self._with_fused(cell)))
+        now = peak.memory.allocated_bytes
+        return [
+            Lever(name=name, peak_bytes=there)
+            for name, there in tried
+            if there is not None and (now - there > _WORTH_NAMING * now or name.startswith("checkpointing"))
+        ]
+
+    def _with_sizes(self, assembly: Assembly) -> int | None:
+        sizes = without_logits(assembly, CHUNKS)
+        if (sizes == assembly.timeline.nbytes).all():
+            return None
+        return self._peak(replace(assembly.timeline, nbytes=sizes)).memory.allocated_bytes
+
+    def _with_plan(self, cell: CellToPredict) -> int | None:
+        layers = cell.plan.num_layers
+        every = Plan(num_layers=layers, groups=tuple((layer,) for layer in range(layers)))
+        if not layers or cell.plan == every:
+            return None
+        return self._peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
+
+    def _with_fused(self, cell: CellToPredict) -> int:
+        if self._fused is None:
+            self._fused = self._predictor(_FUSED)
+        return self._peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
+
+
+def _failure(err: BaseException) -> Failure:
+    """Why a cell has no prediction."""
+    why = first_sentence(err)
+    if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):
+        return Failure(
+            kind="unsupported",
+            message="its code asks for values of tensors, and a prediction has none; measure it with gcbench run",
+            detail=why,
+        )
+    return Failure(
+        kind="unsupported",
+        message=f"its training step cannot be traced without values ({type(err).__name__}: {why}); "
+        "measure it with gcbench run",
+        detail=str(err),
+    )

@@ -1,0 +1,139 @@
+"""What attention's kernels take inside, worked out by hand from their sources."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gcbench import cards
+from gcbench.simulate.attention_buffers import internal_buffers
+from gcbench.simulate.target import Target
+
+FLASH = "_scaled_dot_product_flash_attention"
+EFFICIENT = "_scaled_dot_product_efficient_attention"
+CUDNN = "_scaled_dot_product_cudnn_attention"
+
+
+def target(card=None):
+    return Target(kind="cuda", name=card or "24GiB", card=cards.find(card) if card else None)
+
+
+def buffers(op, *args, card="a100-80gb", **kwargs):
+    found = internal_buffers(getattr(torch.ops.aten, op).default, args, kwargs, target(card))
+    assert all(buffer.source for buffer in found)
+    return {buffer.name: buffer.nbytes for buffer in found}
+
+
+def meta(*shape, dtype=torch.bfloat16):
+    """(batch, heads, seq, dim), laid out as (batch, seq, heads, dim)."""
+    batch, heads, seq, dim = shape
+    return torch.empty(batch, seq, heads, dim, dtype=dtype, device="meta").transpose(1, 2)
+
+
+def test_flash_backward_accumulates_in_fp32():
+    """By hand from `mha_bwd`: 100 queries round to 128, a head dimension of 80 to 96, one of 160 to 192."""
+    for dim, rounded in ((80, 96), (160, 192)):
+        query, key = meta(2, 8, 100, dim), meta(2, 2, 100, dim)
+        found = buffers(f"{FLASH}_backward", query, query, key, key, query, None, None, None, 100, 100, 0.0, True)
+        assert found == {
+            "softmax_d": 2 * 8 * 128 * 4,
+            "dq_accum": 2 * 128 * 8 * rounded * 4,
+            "dk_expanded": 2 * 100 * 8 * dim * 2,
+            "dv_expanded": 2 * 100 * 8 * dim * 2,
+        }
+
+
+def test_flash_backward_copies_a_gradient_in_another_layout():
+    query = meta(2, 8, 128, 64)
+    other = torch.empty(2, 8, 128, 64, dtype=torch.bfloat16, device="meta")
+    found = buffers(f"{FLASH}_backward", other, query, query, query, query, None, None, None, 128, 128, 0.0, True)
+    assert found["contiguous grad_out"] == 2 * 8 * 128 * 64 * 2
+    assert "contiguous out" not in found
+    assert "dk_expanded" not in found
+
+
+@pytest.mark.parametrize(
+    ("card", "batch", "heads", "seq", "splits"),
+    [
+        # 108 processors: 216 slots. 16 x 16 blocks are more than 0.8 x 216.
+        ("a100-80gb", 1, 16, 1024, 1),
+        # 12 x 16 = 192 are, too.
+        ("a100-80gb", 1, 12, 1024, 1),
+        # 12 x 8 = 96 blocks, 2 key blocks of 256: 0.44 of a wave, or 0.89.
+        ("a100-80gb", 1, 12, 512, 2),
+        # 132 processors: 264 slots, 192 blocks, 4 key blocks: 0.73, 0.73, not 3, 0.97.
+        ("h200", 1, 12, 1024, 4),
+    ],
+)
+def test_flash_forward_splits_keys_when_blocks_are_few(card, batch, heads, seq, splits):
+    """The trap: it is not for inference alone. By hand from `num_splits_heuristic`; and dropout never splits.
+
+    Defaults are left out of the arguments, as a dispatch mode gets them.
+    """
+    query = meta(batch, heads, seq, 64)
+    rows = splits * batch * heads * seq * 4
+    expected = {"partial lse": rows, "partial out": rows * 64} if splits > 1 else {}
+    assert buffers(FLASH, query, query, query, card=card, scale=0.1) == expected
+    assert buffers(FLASH, query, query, query, 0.1, card=card) == {}
+
+
+@pytest.mark.parametrize(
+    ("card", "dim", "workspace"),
+    [
+        # dQ in tiles of 64 x 64 fp32 and a header: 4 of them.
+        ("a100-80gb", 64, 4 * (16 + 64 * 64 * 4)),
+        # Tiles of 128 x 128: 2.
+        ("a100-80gb", 128, 2 * (16 + 128 * 128 * 4)),
+        # Too little shared memory: 4 x 2 tiles of 64 x 64; dK and dV in 4 splits (of 200 // 16 = 12) of 64 x 128.
+        ("rtx-5090", 128, 8 * (16 + 64 * 64 * 4) + 2 * 4 * 64 * 128 * 4),
+        # A kernel for sm86 and sm89 alone: tiles of 128 x 64, 2 x 2.
+        ("rtx-4090", 96, 4 * (16 + 128 * 64 * 4)),
+    ],
+)
+def test_efficient_backward_workspace_in_half(card, dim, workspace):
+    """By hand from `workspace_size`, for each of 2 x 8 heads of 256 queries and keys."""
+    assert efficient_backward(card, meta(2, 8, 256, dim)) == {"delta": 16 * 256 * 4, "workspace": 16 * workspace}
+
+
+def test_efficient_backward_in_fp32_multiplies_first():
+    """The trap: fp32 kernels do not compute delta. The product is there before the workspace and as large, by hand:
+    tiles of 128 x 64 with headers are 2 x 2 for 256 x 128, and 3 x 2 for 300 queries, which is more.
+    """
+    rows = 16 * 256 * 4
+    found = efficient_backward("a100-80gb", meta(2, 8, 256, 128, dtype=torch.float32))
+    assert found == {"delta": rows, "grad_out * out": rows * 129}
+    found = efficient_backward("a100-80gb", meta(2, 8, 300, 128, dtype=torch.float32))
+    assert found == {"delta": 16 * 300 * 4, "workspace": 16 * 6 * (16 + 128 * 64 * 4)}
+
+
+def efficient_backward(card, query):
+    rest = (None, query, None, None, None, 0.0, [True, True, True, False])
+    return buffers(f"{EFFICIENT}_backward", query, query, query, query, *rest, card=card)
+
+
+def test_efficient_forward_accumulates_only_wide_heads():
+    """The trap: fp32 output needs no second copy of itself, and heads up to 128 stay in registers."""
+    for dtype, dim, expected in (
+        (torch.bfloat16, 128, {}),
+        (torch.bfloat16, 264, {"output_accum": 16 * 256 * 264 * 4}),
+        (torch.float32, 264, {}),
+    ):
+        query = meta(2, 8, 256, dim, dtype=dtype)
+        assert buffers(EFFICIENT, query, query, query, None, True) == expected
+
+
+def test_cudnn_backward_workspace_is_what_its_front_end_asks_for():
+    query, key = meta(2, 8, 256, 64), meta(2, 2, 256, 64)
+    found = buffers(f"{CUDNN}_backward", query, query, key, key, query, card="h200")
+    full_heads = 16 * 256 * 64 * 2
+    rows = 16 * 256 * 4
+    assert found == {
+        "dQ_accum": rows * 64,
+        "softmax_sum": rows,
+        "dK_fullhead": full_heads,
+        "dV_fullhead": full_heads,
+    }
+
+
+def test_other_operators_have_no_buffers():
+    assert internal_buffers(torch.ops.aten.mul.Tensor, (), {}, target("a100-80gb")) == ()
