@@ -48,9 +48,11 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
         if value in typing.get_args(kind):
             return value
     elif origin is tuple:
-        if isinstance(value, list):
-            item = typing.get_args(kind)[0]
-            return tuple(_decode(item, part, f"{where}[{i}]") for i, part in enumerate(value))
+        items = typing.get_args(kind)
+        if isinstance(value, list) and items[-1] is Ellipsis:
+            return tuple(_decode(items[0], part, f"{where}[{i}]") for i, part in enumerate(value))
+        if isinstance(value, list) and len(value) == len(items):
+            return tuple(_decode(items[i], part, f"{where}[{i}]") for i, part in enumerate(value))
     elif origin in (dict, list):
         if isinstance(value, origin):
             return value

@@ -1,20 +1,20 @@
-"""Two pictures of a run: peak memory by phase, and memory saved against time paid."""
+"""Pictures of a run: peak memory by phase, memory saved against time paid, and one of each predicted step."""
 
 from __future__ import annotations
 
-import io
-import math
-import os
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcbench import step_plot
+from gcbench.canvas import GREY, LONGEST_LABEL, head, panels, quiet, shortened, write
 from gcbench.labels import MARGIN, Box, Label, place
 from gcbench.records import PHASES, Phase, Report, Row, Workload
 from gcbench.tables import OFF, by_workload, failed_proof, rows
 from gcbench.units import GIB, MIB, format_bytes
-from gcbench.words import FAILURES
+from gcbench.words import how_it_ended
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,7 +26,6 @@ TRADEOFF = "tradeoff.png"
 LABEL = "strategy-label"
 """The gid of the labels that must not overlap."""
 
-_DPI = 120
 _OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
 """M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
 _REACH, _LEAST_REACH = 4, 100.0
@@ -34,27 +33,30 @@ _REACH, _LEAST_REACH = 4, 100.0
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 _PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#009E73"}
 _PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
-_GREY = "#555555"
-_LONGEST_LABEL = 28
 
 
 def drawable(report: Report) -> tuple[str, ...]:
     """The names of the files that `draw` makes of this report."""
-    table = rows(report)
-    names = [MEMORY] if any(row.peak_allocated_bytes is not None for row in table) else []
-    return (*names, TRADEOFF) if _panels(table) else tuple(names)
+    return tuple(_figures(report))
 
 
 def draw(report: Report, folder: Path) -> tuple[Path, ...]:
     """Write the plots for which there are figures into `folder`, each in one step; raises OSError."""
-    figures = {MEMORY: memory_figure, TRADEOFF: tradeoff_figure}
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for name in drawable(report):
-        picture = io.BytesIO()
-        figures[name](report).savefig(picture, format="png", dpi=_DPI, metadata={"Software": None})
-        written.append(_replace(folder / name, picture.getvalue()))
-    return tuple(written)
+    return tuple(write(figure(), folder / name) for name, figure in _figures(report).items())
+
+
+def _figures(report: Report) -> dict[str, Callable[[], Figure]]:
+    """By file name, what draws it; only of what there are figures for."""
+    table = rows(report)
+    found: dict[str, Callable[[], Figure]] = {}
+    if any(row.peak_allocated_bytes is not None for row in table):
+        found[MEMORY] = partial(memory_figure, report)
+    if _panels(table):
+        found[TRADEOFF] = partial(tradeoff_figure, report)
+    for name, workload in step_plot.files(report).items():
+        found[name] = partial(step_plot.step_figure, report, workload)
+    return found
 
 
 def memory_figure(report: Report) -> Figure:
@@ -62,16 +64,16 @@ def memory_figure(report: Report) -> Figure:
     from matplotlib.patches import Patch
 
     groups = by_workload(rows(report))
-    figure, panels = _figure(groups, width=6.4, height=1.5 + 0.5 * max(map(len, groups.values())))
-    _head(figure, report, groups, "peak memory by phase")
-    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
+    figure, found = panels(len(groups), width=6.4, height=1.5 + 0.5 * max(map(len, groups.values())))
+    head(figure, report, "peak memory by phase", _precisions(groups))
+    for axes, (workload, group) in zip(found, groups.items(), strict=True):
         _memory_panel(axes, workload, group)
-    handles, labels = panels[0].get_legend_handles_labels()
+    handles, labels = found[0].get_legend_handles_labels()
     handles.append(Patch(facecolor="none", edgecolor="black", linewidth=1.3))
     labels.append("the phase that sets the peak")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     figure.draw_without_rendering()
-    for axes in panels:
+    for axes in found:
         _make_room(axes)
     return figure
 
@@ -79,17 +81,17 @@ def memory_figure(report: Report) -> Figure:
 def tradeoff_figure(report: Report) -> Figure:
     """A point per strategy with its 95 % interval, `off` at the origin, a panel per workload."""
     groups = _panels(rows(report))
-    figure, panels = _figure(groups, width=6.0, height=4.6)
-    _head(figure, report, groups, "memory saved against time paid")
+    figure, found = panels(len(groups), width=6.0, height=4.6)
+    head(figure, report, "memory saved against time paid", _precisions(groups))
     styles: dict[str, int] = {}
     for group in groups.values():
         for row in group:
             styles.setdefault(row.strategy, len(styles))
-    for axes, (workload, group) in zip(panels, groups.items(), strict=True):
+    for axes, (workload, group) in zip(found, groups.items(), strict=True):
         _tradeoff_panel(axes, workload, group, styles)
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
-    for axes, group in zip(panels, groups.values(), strict=True):
+    for axes, group in zip(found, groups.values(), strict=True):
         _label_points(axes, [row for row in group if _has_tradeoff(row)], styles)
     return figure
 
@@ -107,26 +109,8 @@ def _has_tradeoff(row: Row) -> bool:
     return row.memory_saved_frac is not None and row.time_overhead_frac is not None
 
 
-def _figure(groups: dict[Workload, tuple[Row, ...]], *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with a panel of `width` × `height` inches for each workload, in up to three columns."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    across = {1: 1, 2: 2, 4: 2}.get(len(groups), 3)
-    down = math.ceil(len(groups) / across)
-    figure = Figure(figsize=(max(width * across, 7.5), height * down + 0.9), dpi=_DPI, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(down, across, squeeze=False)
-    panels = list(grid.flat)
-    for spare in panels[len(groups) :]:
-        spare.remove()
-    return figure, panels[: len(groups)]
-
-
-def _head(figure: Figure, report: Report, groups: dict[Workload, tuple[Row, ...]], subject: str) -> None:
-    precisions = ", ".join(dict.fromkeys(workload.precision for workload in groups))
-    where = f"{report.machine.device_name} ({report.machine.device}) · {precisions}"
-    figure.suptitle(f"{_shortened(report.model.model, 60)}: {subject}\n{_shortened(where, 80)}", fontsize=12)
+def _precisions(groups: dict[Workload, tuple[Row, ...]]) -> str:
+    return ", ".join(dict.fromkeys(workload.precision for workload in groups))
 
 
 def _panel_title(axes: Axes, workload: Workload) -> None:
@@ -160,15 +144,15 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
                 axes.annotate(text, (size, position), va="center", fontsize=8.5, fontweight=weight)
     for number, row in enumerate(group):
         if row.peak_allocated_bytes is None:
-            axes.annotate(f" {_absence(row)}", (0, number), va="center", fontsize=9, style="italic", color=_GREY)
-    axes.set_yticks(range(len(group)), [_shortened(row.strategy, _LONGEST_LABEL) for row in group], fontsize=9)
+            axes.annotate(f" {_absence(row)}", (0, number), va="center", fontsize=9, style="italic", color=GREY)
+    axes.set_yticks(range(len(group)), [shortened(row.strategy, LONGEST_LABEL) for row in group], fontsize=9)
     axes.set_ylim(len(group) - 0.5, -0.5)
     axes.set_xlim(0, 1.05 * highest / unit if highest else 1)
     axes.set_xlabel(f"peak allocated memory, {name}", fontsize=9)
     if not highest:
         axes.set_xticks([])
     _panel_title(axes, workload)
-    _quiet(axes, "x")
+    quiet(axes, "x")
 
 
 def _make_room(axes: Axes) -> None:
@@ -211,13 +195,11 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     _limits(axes, group)
     _mark_cut_intervals(axes, group, styles)
     axes.set_ylabel("peak memory saved, %", fontsize=9)
-    missing = [
-        f"{_shortened(row.strategy, _LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)
-    ]
+    missing = [f"{shortened(row.strategy, LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)]
     note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
     axes.set_xlabel("\n".join(filter(None, ("time paid per step, % (bars: 95 % interval)", note))), fontsize=9)
     _panel_title(axes, workload)
-    _quiet(axes, "both")
+    quiet(axes, "both")
 
 
 def _mark_cut_intervals(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
@@ -267,7 +249,7 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
     placed: list[Label] = []
     for number, (row, point) in enumerate(zip(group, points, strict=True)):
         text = axes.annotate(
-            _shortened(row.strategy, _LONGEST_LABEL),
+            shortened(row.strategy, LONGEST_LABEL),
             point,
             xycoords="figure pixels",
             xytext=(0, 0),
@@ -294,29 +276,5 @@ def _box(extent: Bbox) -> Box:
 def _absence(row: Row) -> str:
     """Why a cell is not in the picture."""
     if row.status != "ok":
-        return FAILURES[row.status]
+        return how_it_ended(row)
     return "failed the proof" if failed_proof(row) else "not measured"
-
-
-def _quiet(axes: Axes, grid: str) -> None:
-    axes.tick_params(labelsize=8.5)
-    axes.grid(axis=grid, color="#e5e5e5", linewidth=0.6, zorder=0)  # type: ignore[arg-type]  # one of its names
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _shortened(text: str, length: int) -> str:
-    """The text, with its middle left out when it is longer than `length`."""
-    half = (length - 1) // 2
-    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
-
-
-def _replace(path: Path, content: bytes) -> Path:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return path

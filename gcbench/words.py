@@ -30,20 +30,36 @@ _NOTHING = 0.0005
 """A fraction that would be written as 0.0 %."""
 
 
-def title(workload: Workload, *, model: bool = True) -> str:
-    """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without the model where that is clear."""
+def title(workload: Workload, *, model: bool = True, device: bool = True) -> str:
+    """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without model or device where that is clear."""
     parts = [workload.model] if model else []
     parts += [f"batch {workload.batch_size} × {workload.seq_len} tokens", workload.precision, workload.optim]
     if workload.lora_r is not None:
         parts.append(lora(workload.lora_r))
     if workload.attn_implementation is not None:
         parts.append(workload.attn_implementation)
-    return " · ".join([*parts, workload.device])
+    if device:
+        parts.append(workload.device)
+    return " · ".join(parts)
 
 
 def lora(rank: int) -> str:
     """`LoRA r=8`."""
     return f"LoRA r={rank}"
+
+
+def how_it_ended(row: Row) -> str:
+    """How a cell ended, in words; one that was only predicted did not run out of anything."""
+    return "does not fit" if row.status == "oom" and row.source == "predicted" else FAILURES[row.status]
+
+
+def notes(rows: Iterable[Row]) -> tuple[str, ...]:
+    """A line for each row that has a message."""
+    return tuple(
+        f"{row.strategy}: {row.message if row.status == 'ok' else f'{how_it_ended(row)}: {row.message}'}"
+        for row in rows
+        if row.message
+    )
 
 
 def device_type(device: str) -> str:
@@ -176,7 +192,7 @@ def _endings(rows: Iterable[Row]) -> str:
     endings: dict[str, list[str]] = {}
     for row in rows:
         endings.setdefault(FAILURES.get(row.status, "was not reached"), []).append(row.strategy)
-    return "; ".join(f"{_listed(names)} {_verb(ending, len(names))}" for ending, names in endings.items())
+    return "; ".join(f"{listed(names)} {_verb(ending, len(names))}" for ending, names in endings.items())
 
 
 def _verb(ending: str, count: int) -> str:
@@ -194,14 +210,15 @@ def _verb(ending: str, count: int) -> str:
 def _broken(rows: Sequence[Row]) -> str:
     reasons = "; ".join(f"{row.strategy}: {_why(row)}" if len(rows) > 1 else _why(row) for row in rows)
     pronoun = "its figures are" if len(rows) == 1 else "their figures are"
-    return f"{_listed([row.strategy for row in rows])} failed the proof ({reasons}), so {pronoun} not to be used."
+    return f"{listed([row.strategy for row in rows])} failed the proof ({reasons}), so {pronoun} not to be used."
 
 
 def _why(row: Row) -> str:
     return (row.proof or "").partition(": ")[2]
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """`off, per-layer and every:2`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

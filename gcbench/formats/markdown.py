@@ -6,11 +6,15 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from gcbench import plots, words
-from gcbench.formats.terminal import Column, notes, table_columns
+from gcbench import explained, plots, predicted, step_plot, words
+from gcbench.explained import Block
+from gcbench.formats.terminal import table_columns
+from gcbench.predicted import PredictedCell
 from gcbench.records import Json, Machine, Report, Row
+from gcbench.screen import UNKNOWN, Column
 from gcbench.tables import OFF, by_workload, failed_proof, rows
-from gcbench.units import format_bytes, format_count
+from gcbench.units import format_bytes, format_count, format_percent
+from gcbench.words import notes
 
 NAME = "markdown"
 SUFFIX = ".md"
@@ -18,18 +22,37 @@ SUFFIX = ".md"
 
 def render(report: Report) -> str:
     """GitHub Markdown for `report.md` in the run's folder, with its plots in `plots/` beside it."""
-    table = rows(report)
-    blocks = [f"# gcbench: {_escaped(report.model.model)} on {_escaped(report.machine.device_name)}", _facts(report)]
-    if report.notices:
-        blocks.append(_bullets(report.notices))
-    for workload, group in by_workload(table).items():
-        blocks += [f"## {_escaped(words.title(workload, model=False))}", answer(group)]
-    blocks += _plots(report)
-    blocks += ["## What was not measured", _bullets(not_measured(table))]
+    said = _predicted(report) if report.source == "predicted" else _measured(report)
+    blocks = [said[0], _bullets(report.notices), *said[1:]]
     blocks += ["## Repeat it", f"```sh\n{report.command}\n```"]
     blocks += ["## Settings", _pairs("setting", {name: _plain(value) for name, value in report.settings.items()})]
     blocks += ["## Machine", _machine(report.machine)]
     return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _measured(report: Report) -> list[str]:
+    table = rows(report)
+    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}."]
+    for workload, group in by_workload(table).items():
+        blocks += [f"## {_escaped(words.title(workload, model=False))}", answer(group)]
+    blocks += _plots(report)
+    return [*blocks, "## What was not measured", _bullets(not_measured(table))]
+
+
+def _predicted(report: Report) -> list[str]:
+    made = _made(report, "Made")
+    blocks = [f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}"]
+    tried = report.settings.get("explain") is True
+    for workload, cells in predicted.by_workload(report).items():
+        blocks += [f"## {_escaped(words.title(workload, model=False, device=False))}", prediction(cells)]
+        blocks += _explanation(explained.blocks(cells, tried=tried))
+    blocks += _plots(report)
+    terms = explained.terms(report)
+    if terms:
+        sizes = [(term.name, format_bytes(term.nbytes), explained.side(term), term.source) for term in terms]
+        lines = [_line(["term", "size", "where", "source"]), _line(["---", "---:", "---", "---"]), *map(_line, sizes)]
+        blocks += ["## What the trace cannot see", explained.UNSEEN, "\n".join(lines)]
+    return [*blocks, "## What this prediction does not cover", _bullets(predicted.not_covered(report))]
 
 
 def answer(group: Sequence[Row]) -> str:
@@ -37,6 +60,20 @@ def answer(group: Sequence[Row]) -> str:
     return "\n\n".join(
         block
         for block in (_table(table_columns(group)), _bullets(notes(group)), _escaped(words.summary(group)))
+        if block
+    )
+
+
+def prediction(cells: Sequence[PredictedCell]) -> str:
+    """The table of one workload's predictions, notes on single rows, and what it says in words."""
+    group = [cell.row for cell in cells]
+    return "\n\n".join(
+        block
+        for block in (
+            _table(predicted.table_columns(group)),
+            _bullets(predicted.notes(group)),
+            _escaped(predicted.summary(cells)),
+        )
         if block
     )
 
@@ -66,13 +103,45 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
     return tuple(gaps) or ("nothing: every cell has its memory, its time and its proof",)
 
 
-def _facts(report: Report) -> str:
+def _head(report: Report, where: str) -> str:
+    """The headline, and the model in a sentence."""
     model = report.model
     return (
+        f"# gcbench: {_escaped(model.model)} {_escaped(where)}\n\n"
         f"{_escaped(model.model)} ({model.model_type}): {format_count(model.num_params)} parameters, "
-        f"{model.num_layers} layers that can be checkpointed. "
-        f"Measured {report.created} with gcbench {report.gcbench_version}."
+        f"{model.num_layers} layers that can be checkpointed."
     )
+
+
+def _made(report: Report, how: str) -> str:
+    return f"{how} {report.created} with gcbench {report.gcbench_version}"
+
+
+def _explanation(blocks: Sequence[Block]) -> list[str]:
+    """What is alive at the peaks, a column per strategy, and what is said of each in words."""
+    if not blocks:
+        return []
+    kinds = dict.fromkeys(share.kind for block in blocks for share in block.shares)
+    # What is left over comes last, whichever block names it first.
+    names = sorted(kinds, key=lambda kind: kind == explained.REST)
+    lines = [
+        _line(["alive at the peak", *(", ".join(block.strategies) for block in blocks)]),
+        _line(["---", *("---:" for _ in blocks)]),
+        *(_line([name, *(_share(block, name) for block in blocks)]) for name in names),
+    ]
+    told = [
+        f"{block.heading}. {'. '.join(f'{_capital(name)}: {text}' for name, text in block.facts)}." for block in blocks
+    ]
+    return ["### Where the peak is", "\n".join(lines), _bullets(told)]
+
+
+def _share(block: Block, kind: str) -> str:
+    nbytes = next((share.nbytes for share in block.shares if share.kind == kind), None)
+    return UNKNOWN if nbytes is None else f"{format_bytes(nbytes)} ({format_percent(nbytes / block.peak_bytes)})"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _table(columns: Sequence[Column]) -> str:
@@ -85,6 +154,7 @@ def _plots(report: Report) -> list[str]:
     captions = {
         plots.MEMORY: "Peak memory of each phase of a training step",
         plots.TRADEOFF: "Memory saved against time paid",
+        **{name: step_plot.caption(workload) for name, workload in step_plot.files(report).items()},
     }
     links = [f"![{captions[name]}](plots/{name})" for name in plots.drawable(report)]
     return ["## Plots", *links] if links else []

@@ -2,146 +2,52 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-from gcbench import words
+from gcbench import explained, predicted, words
+from gcbench.predicted import PredictedCell
 from gcbench.records import Report, Row
+from gcbench.screen import UNKNOWN as UNKNOWN
+from gcbench.screen import Column as Column
+from gcbench.screen import Table as Table
+from gcbench.screen import fit as fit
+from gcbench.screen import plain as plain
 from gcbench.tables import OFF, by_workload, failed_proof, rows
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.console import RenderableType
 
 NAME = "terminal"
 SUFFIX = ".txt"
 
-UNKNOWN = "–"
-_GAP = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class Column:
-    """A column of text.
-
-    Attributes:
-        short: the same in less space, under `short_header`; None where there is no shorter form.
-        shorten, drop: its turn to be shortened and to be left out when the screen is narrow, lowest first; None never.
-    """
-
-    header: str
-    cells: tuple[str, ...]
-    right: bool = True
-    short_header: str = ""
-    short: tuple[str, ...] | None = None
-    shorten: int | None = None
-    drop: int | None = None
-
-    @property
-    def width(self) -> int:
-        """Characters needed when the header may take several lines."""
-        return max(len(part) for part in (*self.header.split(), *self.cells))
-
-    def shortened(self) -> Column:
-        """The shorter form, where there is one."""
-        return replace(self, header=self.short_header or self.header, cells=self.short or self.cells)
-
-
-def fit(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
-    """The columns that a screen of `width` characters has room for, shortened or left out in their order."""
-    kept = list(columns)
-    for turn in sorted({turn for c in columns for turn in (c.shorten, c.drop) if turn is not None}):
-        if _total(kept) <= width:
-            break
-        kept = [c.shortened() if c.shorten == turn else c for c in kept if c.drop != turn]
-    return tuple(kept)
-
-
-def _total(columns: Sequence[Column]) -> int:
-    return sum(c.width for c in columns) + _GAP * (len(columns) - 1)
-
-
-def _widths(columns: Sequence[Column], width: int) -> list[int]:
-    """What each column gets: headers on one line while there is room, and the first column folds when there is none."""
-    widths, spare = [], width - _total(columns)
-    for column in columns:
-        wish = len(column.header) - column.width
-        granted = wish if 0 < wish <= spare else 0
-        widths.append(column.width + granted)
-        spare -= granted
-    if spare < 0:
-        widths[0] = max(min(8, widths[0]), widths[0] + spare)
-    return widths
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """A rich renderable: a title, the columns that fit, notes on single rows and a paragraph.
-
-    `bold` holds (row, header) of the cells to stress.
-    """
-
-    title: str
-    columns: tuple[Column, ...]
-    notes: tuple[str, ...] = ()
-    summary: str = ""
-    bold: frozenset[tuple[int, str]] = frozenset()
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich import box
-        from rich.table import Table as RichTable
-        from rich.text import Text
-
-        yield Text(self.title, style="bold")
-        columns = fit(self.columns, options.max_width)
-        table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
-        for column, width in zip(columns, _widths(columns, options.max_width), strict=True):
-            side: Literal["left", "right"] = "right" if column.right else "left"
-            table.add_column(Text(column.header), justify=side, width=width, overflow="fold")
-        for number in range(len(columns[0].cells)):
-            table.add_row(
-                *(Text(c.cells[number], style="bold" if (number, c.header) in self.bold else "") for c in columns)
-            )
-        yield table
-        for note in self.notes:
-            yield Text(note)
-        if self.summary:
-            yield Text("")
-            yield Text(self.summary)
-        yield Text("")
-
 
 def tables(report: Report) -> list[RenderableType]:
-    """One renderable per workload, which chooses its columns by the width it is given."""
+    """One renderable per workload, which chooses its columns by the width it is given.
+
+    A prediction adds what it would explain, where it was asked to, and what it does not cover.
+    """
+    if report.source == "predicted":
+        return _predicted(report, explain=report.settings.get("explain") is True)
     return [_table(group) for group in by_workload(rows(report)).values()]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
-    """Print the tables on standard output, as wide as the screen is."""
+    """Print the tables on standard output, as wide as the screen is.
+
+    With `explain`, or where the report was made with it, what a prediction says of each peak as well.
+    """
     from rich.console import Console
 
     console = Console()
-    for table in tables(report):
+    for table in _predicted(report, explain=True) if explain and report.source == "predicted" else tables(report):
         console.print(table)
 
 
 def render(report: Report, *, width: int = 120) -> str:
     """The tables as plain text, `width` characters wide."""
     return plain(tables(report), width=width)
-
-
-def plain(renderables: Sequence[RenderableType], *, width: int) -> str:
-    """Renderables as text without styles or trailing blanks."""
-    import io
-
-    from rich.console import Console
-
-    text = io.StringIO()
-    console = Console(file=text, width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    for renderable in renderables:
-        console.print(renderable)
-    return "\n".join(line.rstrip() for line in text.getvalue().rstrip().splitlines()) + "\n"
 
 
 def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
@@ -196,15 +102,6 @@ def proof(row: Row) -> str:
     return "FAILED" if failed_proof(row) else row.proof or UNKNOWN
 
 
-def notes(group: Sequence[Row]) -> tuple[str, ...]:
-    """A line for each row that has a message."""
-    return tuple(
-        f"{row.strategy}: {row.message if row.status == 'ok' else f'{words.FAILURES[row.status]}: {row.message}'}"
-        for row in group
-        if row.message
-    )
-
-
 def _table(group: Sequence[Row]) -> Table:
     proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not failed_proof(row)]
     bold = set()
@@ -216,9 +113,36 @@ def _table(group: Sequence[Row]) -> Table:
     return Table(
         title=words.title(next(iter(by_workload(group)))),
         columns=table_columns(group),
-        notes=notes(group),
+        notes=words.notes(group),
         summary=words.summary(group),
         bold=frozenset(bold),
+    )
+
+
+def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
+    from rich.text import Text
+
+    parts: list[RenderableType] = []
+    where = f"predicted for {predicted.target(report)}"
+    for cells in predicted.by_workload(report).values():
+        parts.append(_predicted_table(cells, where))
+        if explain:
+            parts += explained.blocks(cells, tried=report.settings.get("explain") is True)
+    if explain:
+        parts += explained.term_list(report)
+    return [*parts, Text(predicted.NOT_MEASURED)]
+
+
+def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
+    group = [cell.row for cell in cells]
+    best = predicted.choice(cells)
+    return Table(
+        title=words.title(next(iter(by_workload(group))), device=False),
+        subtitle=where,
+        columns=predicted.table_columns(group),
+        notes=predicted.notes(group),
+        summary=predicted.summary(cells),
+        bold=frozenset({(cells.index(best), "strategy")} if best and len(cells) > 1 else ()),
     )
 
 

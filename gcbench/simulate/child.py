@@ -81,6 +81,7 @@ class Session:
         if attention is not None:
             attention.chosen.clear()
         step = self._step(self.predictor, cell.plan, cell)
+        kernels = {} if attention is None else dict(attention.chosen)
         peak = self._peak(step.timeline)
         needed = peak.memory.process_bytes if self.target.kind == "cuda" else peak.memory.allocated_bytes
         limit = self.target.memory_bytes
@@ -91,7 +92,7 @@ class Session:
             spare_bytes=None if limit is None or needed is None else limit - needed,
             num_alloc_retries=None if self.target.kind == "cpu" else peak.num_alloc_retries,
             terms=self.way.terms,
-            attention={} if attention is None else dict(attention.chosen),
+            attention=kernels,
             layers_traced=step.layers_traced,
             why_in_full=step.why_in_full,
             explanation=explain(step.assembly, peak, levers),

@@ -29,14 +29,17 @@ class Sample:
     stand_in: tuple[int, ...]
 
 
-def sample(labels: Sequence[Hashable], *, radius: int = RADIUS) -> Sample:
+def sample(
+    labels: Sequence[Hashable], *, beside: Sequence[Hashable] | None = None, radius: int = RADIUS
+) -> Sample:
     """The layers to keep so that, run one after the other, they show every neighbourhood that `labels` has.
 
-    `labels` tells of each layer what it is and how it is treated. Stretches whose beginning and end look alike, and in
-    which nothing happens that does not happen elsewhere, are cut out.
+    `labels` tells of each layer all that it depends on by itself, `beside` what of it its neighbours depend on (the
+    same if not given). Stretches whose beginning and end look alike, and in which nothing happens that does not happen
+    elsewhere, are cut out.
     """
     places = list(range(len(labels)))
-    views = _views(labels, radius)
+    views = _views(labels, labels if beside is None else beside, radius)
     start = 0
     while start < len(places):
         end = _last_return(views, places, start)
@@ -49,12 +52,13 @@ def sample(labels: Sequence[Hashable], *, radius: int = RADIUS) -> Sample:
     return Sample(kept=tuple(places), stand_in=tuple(by_view[view] for view in views))
 
 
-def _views(labels: Sequence[Hashable], radius: int) -> list[int]:
+def _views(labels: Sequence[Hashable], beside: Sequence[Hashable], radius: int) -> list[int]:
     """For each layer, the number of its neighbourhood: equal numbers for equal neighbourhoods."""
-    padded = [*[_EDGE] * radius, *labels, *[_EDGE] * radius]
+    padded = [*[_EDGE] * radius, *beside, *[_EDGE] * radius]
     numbers: dict[tuple[Hashable, ...], int] = {}
     return [
-        numbers.setdefault(tuple(padded[place : place + 2 * radius + 1]), len(numbers)) for place in range(len(labels))
+        numbers.setdefault((label, *padded[place : place + 2 * radius + 1]), len(numbers))
+        for place, label in enumerate(labels)
     ]
 
 

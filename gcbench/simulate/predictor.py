@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,7 +82,8 @@ class Predictor:
             raise NotComposable("there are no layers to tell apart")
         checkpointed = {layer for group in plan.groups for layer in group}
         for _ in range(2):
-            chosen = sample(self._labels(checkpointed))
+            pairs = [(self.stage.kinds[layer], layer in checkpointed) for layer in self._layers]
+            chosen = sample(_with_edges(pairs), beside=pairs)
             kept = [self._layers[place] for place in chosen.kept]
             traced = self.stage.trace_layers(plan, kept, batch_size=batch_size, seq_len=seq_len)
             if list(traced.called) == self._layers:
@@ -113,16 +114,6 @@ class Predictor:
             vocab_size=self._vocab_size,
         )
         return Step(assembly=assembled, layers_traced=len(kept), why_in_full=None)
-
-    def _labels(self, checkpointed: Set[int]) -> list[Hashable]:
-        """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
-
-        What layers of one kind share, a mask or rotary embeddings, goes with the last of them that is done.
-        """
-        kinds = self.stage.kinds
-        pairs = [(kinds[layer], layer in checkpointed) for layer in self._layers]
-        alone = [kind for kind, _ in pairs]
-        return [(pair, *_edges(alone, place), *_edges(pairs, place)) for place, pair in enumerate(pairs)]
 
     def _gradients(
         self, cut: pieces.Pieces, passes: pieces.Passes, played: dict[int, int]
@@ -189,6 +180,15 @@ class Predictor:
             vocab_size=self._vocab_size,
         )
         return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why)
+
+
+def _with_edges(pairs: Sequence[tuple[Hashable, bool]]) -> list[Hashable]:
+    """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
+
+    What layers of one kind share, a mask or rotary embeddings, goes with the last of them that is done.
+    """
+    alone = [kind for kind, _ in pairs]
+    return [(pair, *_edges(alone, place), *_edges(pairs, place)) for place, pair in enumerate(pairs)]
 
 
 def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import checkpointing
 from gcbench.records import Phase
+from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Trace
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run
@@ -70,7 +71,7 @@ class Road:
     notes_random_state: bool = True
 
 
-CPU_ROAD = Road()
+CPU_ROAD = Road(internals=internal_buffers)
 
 
 class Stage:

@@ -1,0 +1,306 @@
+"""What a prediction tells a person: the columns of its tables, the sentences beneath them, and what it leaves out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from gcbench import tables, words
+from gcbench.prediction import Lever, Prediction
+from gcbench.records import Report, Row, Workload
+from gcbench.screen import UNKNOWN, Column
+from gcbench.tables import OFF
+from gcbench.units import format_bytes, format_percent
+from gcbench.words import PHASES, listed
+
+NOT_MEASURED = "Predicted, not measured: the memory of a training step, and nothing about its time."
+
+NOTHING = 0.005
+"""Of the peak; who saves less than this saves nothing."""
+_SAME_PEAK = 0.01
+"""Peaks this close count as the same when one with less recomputation is looked for."""
+_TIGHT = 0.03
+"""Of the device's memory; what is left below this is called tight."""
+_MOST_NAMES = 4
+"""Strategies listed by name in a sentence."""
+_STANDING = ("parameters", "gradients", "optimizer state")
+"""Kinds of memory that no strategy changes."""
+_EVERY_LAYER = "checkpointing every layer"
+"""The lever that a strategy could pull."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictedCell:
+    """One cell: its row, and the prediction it was made of; None where there is none."""
+
+    row: Row
+    prediction: Prediction | None
+
+
+def by_workload(report: Report) -> dict[Workload, tuple[PredictedCell, ...]]:
+    """The cells of each workload, in the order of their first appearance."""
+    groups: dict[Workload, list[PredictedCell]] = {}
+    for row, outcome in zip(tables.rows(report), report.outcomes, strict=True):
+        groups.setdefault(outcome.cell.workload, []).append(PredictedCell(row=row, prediction=outcome.prediction))
+    return {workload: tuple(cells) for workload, cells in groups.items()}
+
+
+def target(report: Report) -> str:
+    """`NVIDIA A10, 21.99 GiB`: the device that the report is for, with its memory where there is a bound."""
+    name = "the CPU" if words.device_type(report.machine.device) == "cpu" else report.machine.device_name
+    limit = limit_bytes(report)
+    memory = format_bytes(limit)
+    return name if limit is None or memory in name else f"{name}, {memory}"
+
+
+def limit_bytes(report: Report) -> int | None:
+    """Memory of the device; None where there is no bound."""
+    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
+    return next((prediction.limit_bytes for prediction in said), None)
+
+
+def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
+    """The columns of one workload's table, as text; those that are empty in all rows are left out."""
+
+    def of(text: Callable[[Row], str]) -> tuple[str, ...]:
+        return tuple(text(row) for row in group)
+
+    columns = (
+        Column(header="strategy", cells=of(lambda r: r.strategy), right=False),
+        Column(header="layers checkpointed", short_header="layers", cells=of(_checkpointed), shorten=1, drop=6),
+        Column(
+            header="peak allocated",
+            short_header="peak",
+            cells=of(lambda r: format_bytes(r.peak_allocated_bytes)),
+            shorten=1,
+        ),
+        Column(header="peak in", cells=of(lambda r: r.peak_phase or UNKNOWN), right=False, drop=4),
+        Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac)), drop=5),
+        Column(header="reserved", cells=of(lambda r: format_bytes(r.peak_reserved_bytes)), drop=2),
+        Column(header="process", cells=of(lambda r: format_bytes(r.peak_process_bytes)), drop=3),
+        Column(header="to spare", cells=of(lambda r: signed_bytes(r.spare_bytes))),
+        Column(header="fits", cells=of(_fits), right=False),
+    )
+    always = ("strategy", "peak allocated")
+    return tuple(c for c in columns if c.header in always or any(cell != UNKNOWN for cell in c.cells))
+
+
+def signed_bytes(count: int | None) -> str:
+    """`−3.20 GiB`, with a minus sign that is as wide as a digit."""
+    return format_bytes(count).replace("-", "−")
+
+
+def notes(group: Sequence[Row]) -> tuple[str, ...]:
+    """A line for each row that has a message; not for those whose columns say it."""
+    return words.notes(row for row in group if row.status != "oom" or row.spare_bytes is None)
+
+
+def choice(cells: Sequence[PredictedCell]) -> PredictedCell | None:
+    """The strategy to look at first: of those that fit, the one that checkpoints the fewest layers.
+
+    Where nothing fits, the one that comes nearest; without a bound, the lowest peak, or the fewest layers among those
+    within 1 % of it. None where nothing was predicted.
+    """
+    there = [cell for cell in cells if cell.row.peak_allocated_bytes is not None]
+    bounded = [cell for cell in there if cell.row.spare_bytes is not None]
+    if not there:
+        return None
+    if bounded:
+        fitting = [cell for cell in bounded if _spare(cell) >= 0]
+        if fitting:
+            return min(fitting, key=lambda cell: (cell.row.layers_checkpointed, -_spare(cell)))
+        return max(bounded, key=_spare)
+    lowest = min(map(_peak, there))
+    alike = [cell for cell in there if _peak(cell) <= lowest * (1 + _SAME_PEAK)]
+    return min(alike, key=lambda cell: (cell.row.layers_checkpointed, _peak(cell)))
+
+
+def summary(cells: Sequence[PredictedCell]) -> str:
+    """The sentences under the table of one workload."""
+    best = choice(cells)
+    if best is None:
+        return "Nothing could be predicted."
+    there = [cell for cell in cells if cell.row.peak_allocated_bytes is not None]
+    bounded = [cell for cell in there if cell.row.spare_bytes is not None]
+    sentences = _room(bounded, best) if bounded else _savings(there, best)
+    sentences.append(_peak_sentence(best, there))
+    kernels = dict.fromkeys(kernel for cell in there if cell.prediction for kernel in cell.prediction.attention)
+    if kernels:
+        plural = "kernels" if len(kernels) > 1 else "kernel"
+        aside = (
+            ", which keeps whole matrices of scores, as no fused kernel takes it" if list(kernels) == ["math"] else ""
+        )
+        sentences.append(f"On this device attention takes the {listed(list(kernels))} {plural}{aside}.")
+    return " ".join(sentences)
+
+
+def where(cell: PredictedCell) -> str:
+    """`in the loss and logits (backward pass)`: where in the step its peak is."""
+    said = cell.prediction.explanation if cell.prediction else None
+    if said is None:
+        return f"in the {PHASES[cell.row.peak_phase or 'forward']}"
+    place, _, phase = said.part.rpartition(", ")
+    if not place or phase not in PHASES:
+        return f"in the {said.part}"
+    if place == "before the layers":
+        return f"below the first layer ({PHASES[phase]})"
+    return f"in {'' if place.startswith('layer ') else 'the '}{place} ({PHASES[phase]})"
+
+
+def checkpointing_lever(prediction: Prediction | None) -> Lever | None:
+    """What checkpointing every layer would do; None where every layer is, or where it was not tried."""
+    levers = prediction.explanation.levers if prediction and prediction.explanation else ()
+    return next((lever for lever in levers if lever.name == _EVERY_LAYER), None)
+
+
+def not_covered(report: Report) -> tuple[str, ...]:
+    """What a reader might look for and not find, a sentence each."""
+    gaps = ["time: how long a step takes is not predicted"]
+    for workload, cells in by_workload(report).items():
+        place = words.title(workload, model=False, device=False)
+        for cell in cells:
+            if cell.prediction is None:
+                ended = "its prediction is missing" if cell.row.status == "ok" else words.how_it_ended(cell.row)
+                gaps.append(f"{cell.row.strategy} at {place}: {ended}")
+        if OFF not in {cell.row.strategy for cell in cells}:
+            gaps.append(f"savings at {place}: off is not among its strategies")
+    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
+    if said and all(prediction.memory.process_bytes is None for prediction in said):
+        gaps.append("the memory of the process: on a CPU, only what tensors hold is predicted")
+    if any(prediction.terms for prediction in said):
+        gaps.append(
+            "the exact size of what the trace cannot see: it is what the sources named above say, and another driver "
+            "or another version of a library may take more or less"
+        )
+    gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
+    return tuple(gaps)
+
+
+def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
+    """Which strategies fit, and with how much to spare."""
+    limit = best.row.device_memory_bytes or 0
+    fitting = [cell for cell in cells if _spare(cell) >= 0]
+    failing = [cell for cell in cells if _spare(cell) < 0]
+    if not fitting:
+        return _nothing_fits(cells, best, limit)
+    name, spare = best.row.strategy, format_bytes(_spare(best))
+    flushes = best.prediction is not None and bool(best.prediction.num_alloc_retries)
+    tight = ", which is tight" if flushes or _spare(best) < _TIGHT * limit else ""
+    of = f"{best.row.layers_checkpointed} of {best.row.num_layers}"
+    if best.row.layers_checkpointed == 0:
+        sentences = [
+            f"{name} fits in {format_bytes(limit)} with {spare} to spare{tight}: nothing has to be recomputed."
+        ]
+    elif len(fitting) == 1:
+        only = "Only " if failing else ""
+        sentences = [f"{only}{name} fits in {format_bytes(limit)}, with {spare} to spare{tight}."]
+    else:
+        sentences = [
+            f"{_several(fitting)} fit in {format_bytes(limit)}; {name} checkpoints the fewest layers ({of}) and leaves "
+            f"{spare} to spare{tight}."
+        ]
+    roomiest = max(fitting, key=_spare)
+    if _spare(roomiest) > _spare(best) * (1 + _SAME_PEAK):
+        sentences.append(f"{roomiest.row.strategy} leaves the most, {format_bytes(_spare(roomiest))}.")
+    if failing:
+        sentences.append(_failing(failing))
+    return sentences
+
+
+def _failing(cells: Sequence[PredictedCell]) -> str:
+    if len(cells) > _MOST_NAMES:
+        nearest = max(cells, key=_spare)
+        return (
+            f"{len(cells)} strategies do not fit; {nearest.row.strategy} comes nearest, "
+            f"{format_bytes(-_spare(nearest))} too large."
+        )
+    missing = listed([format_bytes(-_spare(cell)) for cell in cells])
+    return f"{listed(_names(cells))} {'do' if len(cells) > 1 else 'does'} not fit, by {missing}."
+
+
+def _nothing_fits(cells: Sequence[PredictedCell], best: PredictedCell, limit: int) -> list[str]:
+    row = best.row
+    opening = "Nothing fits" if len(cells) > 1 else f"{row.strategy} does not fit"
+    nearest = f"{row.strategy} comes nearest and" if len(cells) > 1 else "it"
+    sentence = f"{opening} in {format_bytes(limit)}: {nearest} needs {format_bytes(-_spare(best))} more than there is."
+    standing = _standing_bytes(best.prediction)
+    if standing > limit:
+        lora = "LoRA (--lora-r), " if row.lora_r is None else ""
+        return [
+            sentence,
+            f"Parameters, gradients and optimizer state alone take {format_bytes(standing)}, so no strategy and no "
+            f"batch fits; {lora}a leaner optimizer, a smaller model or a larger device might.",
+        ]
+    batch = "a smaller batch, " if row.batch_size > 1 else ""
+    return [sentence, f"Try {batch}a shorter sequence or a leaner optimizer."]
+
+
+def _standing_bytes(prediction: Prediction | None) -> int:
+    """What parameters, gradients and optimizer state hold together at their highest; 0 where it is unknown."""
+    if prediction is None or prediction.curve is None:
+        return 0
+    of_kind = dict(zip(prediction.curve.kinds, prediction.curve.nbytes, strict=True))
+    return max(map(sum, zip(*(of_kind[kind] for kind in _STANDING if kind in of_kind), strict=True)), default=0)
+
+
+def _savings(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
+    """What checkpointing saves where no bound says what fits."""
+    off = next((cell for cell in cells if cell.row.strategy == OFF), None)
+    lowest = min(cells, key=_peak)
+    if off is None:
+        return [f"The lowest peak is that of {best.row.strategy}; add off to the strategies to see what it saves."]
+    saved = lowest.row.memory_saved_frac or 0.0
+    if len(cells) == 1:
+        return [f"off has a peak of {format_bytes(_peak(off))}."]
+    if saved < NOTHING:
+        return ["No strategy saves memory."]
+    row = lowest.row
+    text = f"{row.strategy} saves {format_percent(saved)} of the peak of off"
+    sentences = [f"{text}, with {row.layers_checkpointed} of {row.num_layers} layers checkpointed."]
+    if best.row.strategy != OFF and best.row.layers_checkpointed < row.layers_checkpointed:
+        sentences.append(
+            f"{best.row.strategy} comes within 1 % of the same peak with {best.row.layers_checkpointed} of "
+            f"{best.row.num_layers}."
+        )
+    return sentences
+
+
+def _peak_sentence(best: PredictedCell, cells: Sequence[PredictedCell]) -> str:
+    text = f"The peak of {best.row.strategy} is {where(best)}"
+    if 0 < best.row.num_layers <= best.row.layers_checkpointed:
+        return f"{text}, and no layer is left to checkpoint."
+    left = _with_more_layers(best, cells)
+    if left is not None and _peak(best) - left < NOTHING * _peak(best):
+        return f"{text}, where checkpointing more saves nothing."
+    return f"{text}."
+
+
+def _with_more_layers(best: PredictedCell, cells: Sequence[PredictedCell]) -> int | None:
+    """The lowest peak that more layers give, by the lever or by the other strategies; None where none was tried."""
+    lever = checkpointing_lever(best.prediction)
+    tried = [_peak(cell) for cell in cells if cell.row.layers_checkpointed > best.row.layers_checkpointed]
+    return min([*tried, *([lever.peak_bytes] if lever else [])], default=None)
+
+
+def _several(cells: Sequence[PredictedCell]) -> str:
+    return listed(_names(cells)) if len(cells) <= _MOST_NAMES else f"{len(cells)} strategies"
+
+
+def _names(cells: Sequence[PredictedCell]) -> list[str]:
+    return [cell.row.strategy for cell in cells]
+
+
+def _spare(cell: PredictedCell) -> int:
+    return cell.row.spare_bytes or 0
+
+
+def _peak(cell: PredictedCell) -> int:
+    return cell.row.peak_allocated_bytes or 0
+
+
+def _checkpointed(row: Row) -> str:
+    return f"{row.layers_checkpointed}/{row.num_layers}"
+
+
+def _fits(row: Row) -> str:
+    return UNKNOWN if row.spare_bytes is None else "yes" if row.spare_bytes >= 0 else "no"

@@ -1,0 +1,55 @@
+"""What CPU operators take for themselves while they run, out of a trace's sight.
+
+Numbers are a few bytes, which decide only where two phases' peaks are equal: `x * 0.9` makes a tensor of the number
+(double or int64), and the kernel another one of the dtype it computes in (`wrapped_scalar_tensor` in pytorch's
+aten/src/ATen/ScalarOps.h, and the casts of TensorIterator); both go when the operator returns. Seen in the allocator's
+events of torch 2.13. On CUDA, numbers stay in the host's memory.
+
+Not here: what oneDNN takes for a product of bf16 matrices (a copy of one of them in a layout of its own, where it
+chooses to make one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+
+_SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default
+_NUMBERS = {float: torch.float64, int: torch.int64, bool: torch.bool}
+_WRAPPING = frozenset(
+    f"{name}{inplace}.Scalar"
+    for name in ("add", "sub", "mul", "div", "rsub", "remainder", "eq", "ne", "lt", "le", "gt", "ge")
+    for inplace in ("", "_")
+)
+"""Operators that take a number as such and wrap it themselves."""
+
+
+def internal_buffers(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Iterator[tuple[str, int]]:
+    """(name, bytes) of what the operator takes for itself while it runs on the CPU."""
+    if func is _SAFE_SOFTMAX:
+        yield from _safe_softmax(result)
+    for place in _places(func):
+        if place < len(args) and (dtype := _NUMBERS.get(type(args[place]))) is not None:
+            yield "number", dtype.itemsize
+            tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
+            if tensor is not None and tensor.dtype is not dtype:
+                yield "number", tensor.dtype.itemsize
+
+
+def _safe_softmax(result: torch.Tensor) -> Iterator[tuple[str, int]]:
+    """A mask of its elements and one of its rows (`_safe_softmax` in pytorch's aten/src/ATen/native/SoftMax.cpp)."""
+    yield "mask", result.numel()
+    yield "mask of rows", result.numel() // max(result.shape[-1], 1)
+
+
+@cache
+def _places(func: Any) -> tuple[int, ...]:
+    """Where the operator takes a tensor, or a number that it makes into one."""
+    name = f"{func._schema.name.rpartition('::')[2]}.{func._schema.overload_name}"
+    wanted = ("Tensor", "number") if name in _WRAPPING else ("Tensor",)
+    return tuple(place for place, arg in enumerate(func._schema.arguments) if str(arg.type) in wanted)
