@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -70,9 +69,7 @@ def compare(truth: dict[str, Any], children: ForkedChildren) -> Iterator[Compari
         wanted = config.settings(case["settings"])
         source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=False)
         target = targets.target_of(Wish(), machine)
-        report = forecast.forecast(
-            wanted, Wish(), target, source=source, children=children, command="make accuracy"
-        )
+        report = forecast.forecast(wanted, Wish(), target, source=source, children=children, command="make accuracy")
         said = {outcome.cell.strategy: outcome for outcome in report.outcomes}
         for cell in case["cells"]:
             if cell["memory"] is None:

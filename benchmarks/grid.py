@@ -58,7 +58,9 @@ def cpu_cases() -> Iterator[Case]:
     yield _case("llama, parameters", "llama-3.2-1b", 1, 32, layers=6, set={**llama, "vocab_size": 1024})
     yield _case("llama, eager", "llama-3.2-1b", 4, 256, set=llama | {"vocab_size": 8192}, attn_implementation="eager")
     for precision in ("bf16", "bf16-mixed"):
-        yield _case(f"llama, {precision}", "llama-3.2-1b", 8, 256, set=llama | {"vocab_size": 8192}, precision=precision)
+        yield _case(
+            f"llama, {precision}", "llama-3.2-1b", 8, 256, set=llama | {"vocab_size": 8192}, precision=precision
+        )
     for optim in ("adamw_torch_fused", "sgd", "adafactor"):
         yield _case(f"llama, {optim}", "llama-3.2-1b", 2, 64, set=llama | {"vocab_size": 16384}, optim=optim)
     yield _case("llama, LoRA", "llama-3.2-1b", 8, 128, set=llama | {"vocab_size": 8192}, lora_r=8)

@@ -108,7 +108,7 @@ def _totals(curve: Curve) -> list[int]:
 
 
 def _panel(axes: Axes, cell: PredictedCell, curve: Curve, top: float, limit: int | None) -> None:
-    unit, name = (GIB, "GiB") if top >= GIB else (MIB, "MiB")
+    unit, name = (GIB, "GiB") if top >= _HEADROOM * GIB else (MIB, "MiB")
     points = range(len(curve.nbytes[0]))
     below = [0.0] * len(points)
     order = [*COLOURS, *(kind for kind in curve.kinds if kind not in COLOURS)]

@@ -86,7 +86,6 @@ FP32_PER_SM_CLOCK = {
     "mi300x": (256, 2.1),
 }
 
-WITHOUT_ADDRESS = {("rtx-4060", "memory_bytes"), ("h100-pcie", "memory_bytes")}
 TEXTS = {"name", "aliases", "full_name", "vendor", "sources"}
 
 by_name = pytest.mark.parametrize("card", cards.cards(), ids=lambda card: card.name)
@@ -121,7 +120,7 @@ def test_every_figure_has_its_source_and_no_source_is_left_over(card: Card) -> N
     given = {f.name for f in fields(card) if f.name not in TEXTS and getattr(card, f.name) not in (None, {})}
     assert set(card.sources) == given
     for key, source in card.sources.items():
-        assert "https://" in source or (card.name, key) in WITHOUT_ADDRESS, key
+        assert "https://" in source, key
 
 
 @by_name

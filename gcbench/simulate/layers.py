@@ -29,9 +29,7 @@ class Sample:
     stand_in: tuple[int, ...]
 
 
-def sample(
-    labels: Sequence[Hashable], *, beside: Sequence[Hashable] | None = None, radius: int = RADIUS
-) -> Sample:
+def sample(labels: Sequence[Hashable], *, beside: Sequence[Hashable] | None = None, radius: int = RADIUS) -> Sample:
     """The layers to keep so that, run one after the other, they show every neighbourhood that `labels` has.
 
     `labels` tells of each layer all that it depends on by itself, `beside` what of it its neighbours depend on (the
