@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -62,7 +63,7 @@ class Comparison:
         return self.predicted is not None and self.predicted.peak_phase == self.measured.peak_phase
 
 
-def compare(truth: dict[str, Any], children: ForkedChildren) -> Iterator[Comparison]:
+def compare(truth: dict[str, Any], children: list[ForkedChildren]) -> Iterator[Comparison]:
     """Every measured cell of a grid against its prediction for the machine it was measured on."""
     machine = decode(Machine, truth["machine"])
     for case in truth["cases"]:
@@ -125,7 +126,8 @@ def main() -> None:
         sys.exit(f"there is no truth-*.json in {REFERENCE}; measure one with make truth")
     stored: dict[str, Any] = {"gcbench": __version__, "command": "make accuracy", "truths": {}}
     bad: list[str] = []
-    with ForkedChildren() as children:
+    with ExitStack() as stack:
+        children = [stack.enter_context(ForkedChildren()) for _ in range(forecast.num_children())]
         for path in files:
             begin = time.perf_counter()
             truth = json.loads(path.read_text(encoding="utf-8"))

@@ -57,10 +57,9 @@ def cpu_cases() -> Iterator[Case]:
     yield _case("llama, large vocabulary", "llama-3.2-1b", 4, 64, set=llama)
     yield _case("llama, parameters", "llama-3.2-1b", 1, 32, layers=6, set={**llama, "vocab_size": 1024})
     yield _case("llama, eager", "llama-3.2-1b", 4, 256, set=llama | {"vocab_size": 8192}, attn_implementation="eager")
+    small = llama | {"vocab_size": 8192}
     for precision in ("bf16", "bf16-mixed"):
-        yield _case(
-            f"llama, {precision}", "llama-3.2-1b", 8, 256, set=llama | {"vocab_size": 8192}, precision=precision
-        )
+        yield _case(f"llama, {precision}", "llama-3.2-1b", 8, 256, set=small, precision=precision)
     for optim in ("adamw_torch_fused", "sgd", "adafactor"):
         yield _case(f"llama, {optim}", "llama-3.2-1b", 2, 64, set=llama | {"vocab_size": 16384}, optim=optim)
     yield _case("llama, LoRA", "llama-3.2-1b", 8, 128, set=llama | {"vocab_size": 8192}, lora_r=8)
@@ -85,7 +84,7 @@ def cpu_cases() -> Iterator[Case]:
     yield _case("opt", "opt-125m", 4, 128)
     yield _case("bloom-like falcon", "falcon-7b", 4, 128, set={"hidden_size": 512, "num_attention_heads": 8})
     yield _case("phi-2", "phi-2", 4, 128, set={"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8})
-    yield _case("olmo 2, sgd", "olmo-2-1b", 4, 128, set=_SMALL | {"vocab_size": 32000}, optim="sgd")
+    yield _case("olmo 2, sgd", "olmo-2-1b", 4, 128, set=_SMALL | {"vocab_size": 32000, "pad_token_id": 0}, optim="sgd")
     yield _case("mixtral", "mixtral-8x7b", 4, 128, set=_SMALL | {"intermediate_size": 512, "head_dim": 64})
     yield _case("qwen3 moe, bf16", "qwen3-30b-a3b", 4, 128, set=_EXPERTS | {"vocab_size": 32000}, precision="bf16")
     yield _case("mamba", "mamba-130m", 2, 24, set={"vocab_size": 16384})

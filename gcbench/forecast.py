@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -21,6 +26,8 @@ from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
 from gcbench.units import format_bytes
 
+_MOST_CHILDREN = 4
+
 
 def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
@@ -28,7 +35,8 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     store = Store.create(out) if out is not None else None
     err = Console(stderr=True)
-    with ForkedChildren() as children:
+    with ExitStack() as stack:
+        children = [stack.enter_context(ForkedChildren()) for _ in range(num_children())]
         try:
             with err.status("predicting") if err.is_terminal and not quiet else _Nothing() as status:
                 report = forecast(
@@ -54,6 +62,12 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
         raise GcbenchError(f"{len(broken)} of {len(report.outcomes)} cells crashed or timed out; the table says why")
 
 
+def num_children() -> int:
+    """A prediction keeps one core busy, and holds less than 1 GiB."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(cores, _MOST_CHILDREN)
+
+
 class _Nothing:
     def __enter__(self) -> None:
         return None
@@ -68,13 +82,13 @@ def forecast(
     target: Target | None,
     *,
     source: sources.ModelSource,
-    children: Children,
+    children: Sequence[Children],
     command: str,
     on_cell: Callable[[int, int], object] = lambda done, all_of_them: None,
 ) -> Report:
-    """The report of a prediction; `target` None is what this machine has."""
+    """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`."""
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
-    machine, facts = runner.describe(replace(wanted, device=here), source, children)
+    machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
     target = target or target_of(wish, machine)
     assert target is not None
     job = resolve(wanted, facts, _described(machine, target), target)
@@ -108,51 +122,94 @@ def _answered(
     wish: Wish,
     target: Target,
     source: sources.ModelSource,
-    children: Children,
+    children: Sequence[Children],
     on_cell: Callable[[int, int], object],
 ) -> Report:
-    """The report with every cell answered; a cell that takes the child down costs one row."""
+    """The report with every cell answered, shared out among `children`."""
     outcomes = list(report.outcomes)
-    waiting = {number: outcome for number, outcome in enumerate(outcomes) if outcome.failure is None}
-    settings = job.settings
+    waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
+    answered = 0
 
-    def note(event: object) -> None:
+    def note(number: int, event: Predicted) -> None:
+        nonlocal answered
+        outcomes[number] = _outcome(outcomes[number], event)
+        answered += 1
+        on_cell(answered, len(waiting))
+
+    def work(own: Children, numbers: Sequence[int]) -> None:
+        cells = [_cell(number, outcomes[number], job) for number in numbers]
+        _answer(own, cells, partial(_task, job, wish, target, source), note, timeout_s=job.settings.timeout)
+
+    shares = _shares(waiting, outcomes, len(children))
+    with ThreadPoolExecutor(len(children)) as pool:
+        for done in [pool.submit(work, own, share) for own, share in zip(children, shares, strict=True) if share]:
+            done.result()
+    return replace(report, outcomes=tuple(outcomes))
+
+
+def _shares(waiting: Sequence[int], outcomes: Sequence[Outcome], count: int) -> list[list[int]]:
+    """Cells for each child: whole workloads where there are enough of them, since their cells have most in common."""
+    workloads = list(dict.fromkeys(outcomes[number].cell.workload for number in waiting))
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for place, number in enumerate(waiting):
+        turn = workloads.index(outcomes[number].cell.workload) if len(workloads) >= count else place
+        shares[turn % count].append(number)
+    return shares
+
+
+def _answer(
+    children: Children,
+    cells: Sequence[CellToPredict],
+    task: Callable[[Sequence[CellToPredict]], PredictTask],
+    note: Callable[[int, Predicted], None],
+    *,
+    timeout_s: float | None,
+) -> None:
+    """Have a child answer the cells; one that takes the child down costs one row, and another child goes on."""
+    waiting = {cell.number: cell for cell in cells}
+
+    def on_event(event: object) -> None:
         if isinstance(event, Predicted):
-            outcomes[event.number] = _outcome(waiting.pop(event.number), event)
-            on_cell(len(outcomes) - len(waiting), len(outcomes))
+            del waiting[event.number]
+            note(event.number, event)
 
     while waiting:
-        answer = children.run(
-            PredictTask(
-                source=source,
-                layers=settings.layers,
-                overrides=settings.set or {},
-                attn_implementation=settings.attn_implementation,
-                lora=settings.lora,
-                precision=settings.precision,
-                optim=settings.optim,
-                target=target,
-                cells=tuple(
-                    CellToPredict(
-                        number=number,
-                        batch_size=outcome.cell.workload.batch_size,
-                        seq_len=outcome.cell.workload.seq_len,
-                        plan=job.plans[outcome.cell.strategy],
-                    )
-                    for number, outcome in waiting.items()
-                ),
-                explain=wish.explain,
-                exact=wish.exact,
-            ),
-            on_event=note,
-            timeout_s=settings.timeout,
-        )
+        answer = children.run(task(tuple(waiting.values())), on_event=on_event, timeout_s=timeout_s)
         runner.raise_refusal(Answer(refusal=answer.refusal))
         if waiting:  # the child ended at the first of those that are left
             number = next(iter(waiting))
+            del waiting[number]
             failure = answer.failure or Failure(kind="crash", message="the child gave no prediction")
-            outcomes[number] = replace(waiting.pop(number), failure=failure)
-    return replace(report, outcomes=tuple(outcomes))
+            note(number, Predicted(number=number, failure=failure))
+
+
+def _cell(number: int, outcome: Outcome, job: Job) -> CellToPredict:
+    workload = outcome.cell.workload
+    return CellToPredict(
+        number=number,
+        batch_size=workload.batch_size,
+        seq_len=workload.seq_len,
+        plan=job.plans[outcome.cell.strategy],
+    )
+
+
+def _task(
+    job: Job, wish: Wish, target: Target, source: sources.ModelSource, cells: Sequence[CellToPredict]
+) -> PredictTask:
+    settings = job.settings
+    return PredictTask(
+        source=source,
+        layers=settings.layers,
+        overrides=settings.set or {},
+        attn_implementation=settings.attn_implementation,
+        lora=settings.lora,
+        precision=settings.precision,
+        optim=settings.optim,
+        target=target,
+        cells=tuple(cells),
+        explain=wish.explain,
+        exact=wish.exact,
+    )
 
 
 def _outcome(outcome: Outcome, event: Predicted) -> Outcome:

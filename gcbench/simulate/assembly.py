@@ -13,10 +13,15 @@ from gcbench.records import Phase
 from gcbench.simulate import timeline
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.pieces import Passes
+from gcbench.simulate.stage import NotComposable
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace
 
 Ints = npt.NDArray[np.int64]
+
+
+_MOST_KEPT_BYTES = 4096
+"""What a step may leave behind besides gradients, as a gradient scaler does. What is more is replaced in every step."""
 
 
 class Kind(IntEnum):
@@ -106,10 +111,13 @@ def assemble(
         vocab_size: blocks with a dimension of this size are logits.
     """
     num_standing, num_passes = len(standing), passes.num_blocks
+    nbytes_of_passes = passes.nbytes()
     num_own = len(update.blocks) - update.num_params
     first_step, first_update = num_standing, num_standing + num_passes
     second_step = first_update + num_own
     persistent = _persistent(passes, gradients)
+    if nbytes_of_passes[persistent].sum() > _MOST_KEPT_BYTES:
+        raise NotComposable("the model keeps tensors from one step to the next")
 
     once = passes.events + np.where(passes.events >= 0, first_step, -first_step)
     again = passes.events[~np.isin(passes.events, persistent)]
@@ -142,9 +150,9 @@ def assemble(
     nbytes = np.concatenate(
         [
             np.array([term.nbytes for term in standing], np.int64),
-            passes.nbytes(),
+            nbytes_of_passes,
             np.array([block.nbytes for block in own_blocks], np.int64),
-            passes.nbytes(),
+            nbytes_of_passes,
         ]
     )
     kinds, of_layers = _classified(

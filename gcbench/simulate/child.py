@@ -110,7 +110,8 @@ class Session:
         expandable = self.target.expandable_segments
         outside, limit = self.way.outside_bytes, self.target.memory_bytes
         peak = timeline.cached(line, expandable_segments=expandable)
-        if limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit > outside:
+        short = limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit
+        if limit is not None and short and peak.memory.allocated_bytes + outside <= limit:
             with suppress(OutOfMemory):
                 # Short of memory, the allocator gives back what it caches and tries again.
                 peak = timeline.cached(line, limit_bytes=limit - outside, expandable_segments=expandable)
