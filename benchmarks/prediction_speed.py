@@ -13,11 +13,13 @@ Writes results/reference/prediction-speed.json. Exits with 1 when a bar is misse
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,12 +27,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gcbench import checkpointing, models, sources, strategies
+from gcbench import checkpointing, config, forecast, models, sources, strategies, targets
+from gcbench.children import ForkedChildren
 from gcbench.report import write_text
 from gcbench.simulate.child import Session
 from gcbench.simulate.recorder import Recorder, as_in_a_real_run
 from gcbench.simulate.stage import give_storage
 from gcbench.simulate.target import Target
+from gcbench.targets import Wish
 from gcbench.tasks import CellToPredict, PredictTask
 from gcbench.training import TrainingStep
 
@@ -79,12 +83,12 @@ def tracked(asked: PredictTask) -> tuple[float, list[int]]:
     begin = time.perf_counter()
     peaks = []
     for cell in asked.cells:
-        config = models.build_config(asked.source, layers=asked.layers, overrides={})
-        model = models.build_meta(config, dtype=torch.bfloat16)
+        built = models.build_config(asked.source, layers=asked.layers, overrides={})
+        model = models.build_meta(built, dtype=torch.bfloat16)
         model.train()
         model.config.use_cache = False
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        give_storage(model, fake)
+        give_storage(model.modules(), fake, {})
         checkpointing.apply(model, cell.plan)
         with as_in_a_real_run(Recorder(), notes_random_state=False), fake:
             batch = torch.zeros(cell.batch_size, cell.seq_len, dtype=torch.int64)
@@ -122,12 +126,34 @@ def against_tracker() -> dict[str, Any]:
 
 
 def large() -> dict[str, Any]:
-    asked = task("llama-3.1-405b", (1, 2, 4, 8), device="cuda")
-    seconds, peaks = predicted(asked)
+    """As the command does it, once its processes have imported torch: the model described, the cells shared out."""
+
+    def seconds(model: str, batches: tuple[int, ...]) -> tuple[float, int]:
+        begin = time.perf_counter()
+        wanted = config.settings({"model": model, "batch_size": list(batches), "seq_len": 4096, "precision": "bf16"})
+        wish = Wish(device="h100")
+        source = sources.resolve(model, pretrained=False, trust_remote_code=False)
+        target = targets.target_of(wish, None)
+        report = forecast.forecast(wanted, wish, target, source=source, children=children, command="benchmark")
+        return time.perf_counter() - begin, sum(outcome.prediction is not None for outcome in report.outcomes)
+
+    with ExitStack() as stack:
+        children = [stack.enter_context(ForkedChildren()) for _ in range(forecast.num_children())]
+        seconds("llama-3.2-1b", (1,))
+        taken, cells = seconds("llama-3.1-405b", (1, 2, 4, 8))
+    alone, _ = predicted(task("llama-3.1-405b", (1, 2, 4, 8), device="cuda"))
     memory = high_water_gib()
-    print(f"llama-3.1-405b, {len(peaks)} cells behind CUDA's allocator: {seconds:.2f} s, {memory:.2f} GiB")
-    missed = seconds > MOST_SECONDS or memory > MOST_GIB
-    return {"seconds": seconds, "cells": len(peaks), "memory_gib": memory, "missed": missed}
+    print(f"llama-3.1-405b, {cells} cells behind CUDA's allocator: {taken:.2f} s in {len(children)} processes")
+    print(f"  in one process {alone:.2f} s, {memory:.2f} GiB")
+    missed = taken > MOST_SECONDS or memory > MOST_GIB
+    return {
+        "seconds": taken,
+        "processes": len(children),
+        "cells": cells,
+        "seconds_in_one_process": alone,
+        "memory_gib": memory,
+        "missed": missed,
+    }
 
 
 def depth() -> dict[str, Any]:
@@ -146,6 +172,7 @@ PARTS = {"large": large, "depth": depth, "tracker": against_tracker}
 
 def main() -> None:
     wanted = sys.argv[1:] or list(PARTS)
+    gc.freeze()  # as a child process does: what was imported is never garbage
     results = {name: PARTS[name]() for name in wanted}
     if not sys.argv[1:]:
         document = {

@@ -108,9 +108,10 @@ class _FreeBlocks:
     A bisection finds the place. The list then moves in memory, which costs nothing to speak of below 100,000 blocks.
     """
 
-    __slots__ = ("_blocks", "_keys")
+    __slots__ = ("_blocks", "_can_grow", "_keys")
 
-    def __init__(self) -> None:
+    def __init__(self, *, can_grow: bool) -> None:
+        self._can_grow = can_grow
         self._keys: list[int] = []
         self._blocks: dict[int, _Block] = {}
 
@@ -136,6 +137,8 @@ class _FreeBlocks:
         i = bisect_left(keys, size << _ADDRESS_BITS)
         if i == len(keys):
             return None
+        if not self._can_grow:
+            return blocks.pop(keys.pop(i))
         counts = blocks[keys[i]].expandable_size()
         while i + 1 < len(keys) and (next_counts := blocks[keys[i + 1]].expandable_size()) < counts:
             i, counts = i + 1, next_counts
@@ -152,7 +155,7 @@ class _Pool:
         self.page = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
         # `should_split`: from 512 B on, or strictly more than 1 MiB
         self.min_rest = MIN_BLOCK_BYTES if is_small or expandable_segments else SMALL_REQUEST_BYTES + 1
-        self.free = _FreeBlocks()
+        self.free = _FreeBlocks(can_grow=expandable_segments)
         self.unmapped: list[_Block] = []  # by address
 
 

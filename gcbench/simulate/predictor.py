@@ -64,6 +64,10 @@ class Predictor:
         """Those that training runs; all until a trace shows otherwise."""
         self._updates: dict[tuple[int, ...], UpdateTrace] = {}
         self._vocab_size = _vocab_size(model)
+        self._model_blocks = [
+            Standing(name=name, nbytes=nbytes, kind=Kind.PARAMETERS if is_parameter else Kind.STANDING)
+            for name, nbytes, is_parameter in self.stage.blocks
+        ]
 
     def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
         """The second training step; raises what the model's code raises on tensors without values."""
@@ -97,11 +101,8 @@ class Predictor:
         passes = pieces.put_together(cut, self._layers, stand_in)
         params, gradients = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
         standing = [
-            *self._model_blocks(),
-            *(
-                Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING)
-                for block in traced.trace.blocks[self._num_model_blocks() : traced.num_standing]
-            ),
+            *self._model_blocks,
+            *(Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING) for block in traced.batch),
             *self.standing,
         ]
         assembled = assembly.assemble(
@@ -154,24 +155,11 @@ class Predictor:
             )
         return self._updates[key]
 
-    def _model_blocks(self) -> list[Standing]:
-        """A block for each storage of the model, tied weights once."""
-        seen: dict[int, Standing] = {}
-        parameters = {id(param) for param in self.stage.model.parameters()}
-        for name, tensor in (*self.stage.model.named_parameters(), *self.stage.model.named_buffers()):
-            storage = tensor.untyped_storage()
-            kind = Kind.PARAMETERS if id(tensor) in parameters else Kind.STANDING
-            seen.setdefault(storage._cdata, Standing(name=name, nbytes=storage.nbytes(), kind=kind))
-        return list(seen.values())
-
-    def _num_model_blocks(self) -> int:
-        return len(self._model_blocks())
-
     def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
         trace, gradients = self.stage.trace_in_full(
             plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
         )
-        kinds = [block.kind for block in self._model_blocks()]
+        kinds = [block.kind for block in self._model_blocks]
         assembled = assembly.of_trace(
             trace,
             gradients,

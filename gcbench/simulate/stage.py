@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -15,7 +15,7 @@ from gcbench import checkpointing
 from gcbench.records import Phase
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
-from gcbench.simulate.events import Trace
+from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
@@ -41,7 +41,7 @@ class LayeredTrace:
 
     Attributes:
         trace: its blocks begin with those of the fake model's tensors and of the batch.
-        num_standing: how many blocks those are.
+        batch: the blocks of the batch.
         segments: (number of events before it, segment), in order.
         gradients: id of a parameter -> the block of its gradient.
         boundaries: number of a layer -> the block of its input.
@@ -49,7 +49,7 @@ class LayeredTrace:
     """
 
     trace: Trace
-    num_standing: int
+    batch: tuple[Block, ...]
     segments: tuple[tuple[int, Segment], ...]
     gradients: Mapping[int, int]
     boundaries: Mapping[int, int]
@@ -85,8 +85,10 @@ class Stage:
         self.precision = precision
         self.road = road
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        give_storage(model, self.fake)
         self.layers = checkpointing.checkpointable_layers(model)
+        self.blocks = _model_blocks(model)
+        self._on_stage: set[int] = set()
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
@@ -104,6 +106,21 @@ class Stage:
                 found[id(param)] = (number, name)
         return found
 
+    def _give_storage(self, layers: Iterable[int]) -> None:
+        """Make the tensors outside the layers and those of `layers` fake CPU tensors; the others stay on meta."""
+        wanted = set(layers) - self._on_stage
+        if self._on_stage and not wanted:
+            return
+        self._on_stage |= wanted
+        absent = {
+            id(module)
+            for number, layer in enumerate(self.layers)
+            if number not in self._on_stage
+            for module in layer.modules()
+        }
+        give_storage((m for m in self.model.modules() if id(m) not in absent), self.fake, self._made)
+        self.__dict__.pop("owners", None)  # they name parameters that have been replaced
+
     def trace_in_full(
         self, plan: Plan, *, batch_size: int, seq_len: int, optim: str, steps_on_device: bool = True
     ) -> tuple[Trace, frozenset[int]]:
@@ -113,6 +130,7 @@ class Stage:
 
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
+        self._give_storage(range(len(self.layers)))
         with self._recording(plan) as recorder:
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
             step(recorder.note_backward)
@@ -136,7 +154,9 @@ class Stage:
 
         Raises NotComposable when the layers do not run one after the other, each once.
         """
+        self._give_storage(kept)
         with self._recording(plan) as recorder:
+            num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
             num_standing = len(recorder.trace.blocks)
@@ -154,7 +174,7 @@ class Stage:
         self.model.zero_grad(set_to_none=True)
         return LayeredTrace(
             trace=recorder.trace,
-            num_standing=num_standing,
+            batch=tuple(recorder.trace.blocks[num_model:num_standing]),
             segments=tuple(watch.segments),
             gradients=gradients,
             boundaries=watch.boundaries,
@@ -173,7 +193,8 @@ class Stage:
             stack.enter_context(self.fake)
             stack.enter_context(recorder)
             for held in (*self.model.parameters(), *self.model.buffers()):
-                recorder.note(held, None)
+                if held.device.type != "meta":
+                    recorder.note(held, None)
             yield recorder
 
     def _step(self, *, batch_size: int, seq_len: int, optim: str) -> TrainingStep:
@@ -300,22 +321,38 @@ def _kind(layer: torch.nn.Module) -> Hashable:
     )
 
 
-def give_storage(model: torch.nn.Module, fake: FakeTensorMode) -> None:
-    """Replace meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied."""
-    made: dict[int, torch.Tensor] = {}
+def give_storage(
+    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+) -> None:
+    """Replace the modules' own meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied.
+
+    `made` remembers, under the id of the tensor that was replaced, that tensor (so that its id is given to no other)
+    and what took its place.
+    """
 
     def replacement(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type != "meta":
+            return tensor
         if id(tensor) not in made:
             with fake:
                 empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            made[id(tensor)] = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-        return made[id(tensor)]
+            given = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+            made[id(tensor)] = (tensor, given)
+        return made[id(tensor)][1]
 
-    originals = [*model.parameters(), *model.buffers()]  # held, or an id could be given to another tensor
-    for module in model.modules():
+    for module in modules:
         for named in (module._parameters, module._buffers):
             for name, tensor in named.items():
                 if tensor is not None:
                     named[name] = replacement(tensor)  # type: ignore[assignment]
-    del originals
+
+
+def _model_blocks(model: torch.nn.Module) -> tuple[tuple[str, int, bool], ...]:
+    """(name, bytes, whether it is a parameter) for each storage of a model on meta, tied weights once."""
+    found: dict[int, tuple[str, int, bool]] = {}
+    for named, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
+        for name, tensor in named:
+            storage = tensor.untyped_storage()
+            found.setdefault(storage._cdata, (name, storage.nbytes(), is_parameter))
+    return tuple(found.values())

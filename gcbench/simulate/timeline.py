@@ -90,12 +90,12 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     """Behind CUDA's caching allocator; raises `allocator.OutOfMemory` when the limit does not allow it."""
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
     sizes = timeline.nbytes.tolist()
-    handles: dict[int, int] = {}
+    handles = [0] * len(sizes)
     marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
     highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)
     at: dict[Phase, int] = dict.fromkeys(PHASES, -1)
-    reserved = 0
+    top = 0
     phase: Phase | None = None
     events: Sequence[int] = timeline.events.tolist()
     malloc, free = allocator.malloc, allocator.free
@@ -105,10 +105,11 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
             event = events[place]
             if event >= 0:
                 handles[event] = malloc(sizes[event])
-                if phase is not None and allocator.allocated_bytes > highest[phase]:
-                    highest[phase], at[phase] = allocator.allocated_bytes, place
+                if phase is not None and (allocated := allocator.allocated_bytes) > top:
+                    top = highest[phase] = allocated
+                    at[phase] = place
             else:
-                free(handles.pop(~event))
+                free(handles[~event])
         done = stop
         if stop in timeline.settled_at:
             allocator.empty_cache()
@@ -116,7 +117,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
             if phase is None:
                 allocator.reset_peaks()
             phase = marks[stop]
-            highest[phase], at[phase] = allocator.allocated_bytes, max(stop - 1, 0)
-    reserved = allocator.peak_reserved_bytes
-    memory = of_phases(highest, reserved_bytes=reserved)
+            top = highest[phase] = allocator.allocated_bytes
+            at[phase] = max(stop - 1, 0)
+    memory = of_phases(highest, reserved_bytes=allocator.peak_reserved_bytes)
     return Peak(memory=memory, at=at[memory.peak_phase], num_alloc_retries=allocator.num_alloc_retries)
