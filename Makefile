@@ -29,11 +29,24 @@ bench: $(READY) ## Measure gcbench itself: start-up, overhead of the default job
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/overhead.py
 
-reference: $(READY) ## Make the committed results again (replaces results/reference/gpt2-cpu)
+reference: $(READY) ## Make the committed results again (replaces the folders in results/reference)
 	rm -rf results/reference/gpt2-cpu
 	$(BIN)/gcbench run --config configs/gpt2-cpu.toml --out results/reference/gpt2-cpu
+
+	rm -rf results/reference/llama-8b-rtx-4090
+	$(BIN)/gcbench predict --config configs/llama-8b-rtx-4090.toml --explain --out results/reference/llama-8b-rtx-4090
+
+truth: $(READY) ## Measure the grid that predictions are held to, on this machine's device (goes on where it stopped)
+	$(BIN)/python benchmarks/truth.py
+
+accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
+	$(BIN)/python benchmarks/accuracy.py
+
+bench-predict: $(READY) ## Measure how fast predictions are, and for how many types of models there is one
+	$(BIN)/python benchmarks/prediction_speed.py
+	$(BIN)/python benchmarks/coverage.py
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test lint bench reference clean
+.PHONY: help install run test lint bench reference truth accuracy bench-predict clean

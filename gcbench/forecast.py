@@ -27,6 +27,7 @@ from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
 from gcbench.units import format_bytes
 
 _MOST_CHILDREN = 4
+_OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
 
 
 def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
@@ -93,7 +94,9 @@ def forecast(
     assert target is not None
     job = resolve(wanted, facts, _described(machine, target), target)
     report = runner.begin(job, _described(machine, target), facts, command)
-    report = replace(report, source="predicted", settings=report.settings | wish.as_json())
+    # What decides how a measurement is made decides nothing here.
+    settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
+    report = replace(report, source="predicted", settings=settings | wish.as_json())
     return _answered(report, job, wish, target, source, children, on_cell)
 
 

@@ -172,6 +172,9 @@ def not_covered(report: Report) -> tuple[str, ...]:
             "the exact size of what the trace cannot see: it is what the sources named above say, and another driver "
             "or another version of a library may take more or less"
         )
+        gaps.append(
+            "a check against a card: until now gcbench's predictions were compared with measurements on a CPU only"
+        )
     gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
     return tuple(gaps)
 

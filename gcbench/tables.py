@@ -199,7 +199,7 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
         parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}")
     said = outcome.prediction
     if said and said.num_alloc_retries and not outcome.failure:
-        parts.append("it fits only by flushing the allocator's cache: near out of memory, and slower")
+        parts.append("it fits only by flushing the allocator's cache, so it is near out of memory")
     if mine.alloc_retries:
         times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
         parts.append(
