@@ -120,6 +120,7 @@ class CudaDevice:
             driver=driver,
             settings={
                 "compute_capability": f"{properties.major}.{properties.minor}",
+                "num_sms": str(properties.multi_processor_count),
                 "allocator_backend": torch.cuda.get_allocator_backend(),
                 "tf32_matmul": str(torch.backends.cuda.matmul.allow_tf32),
                 "device_count": str(torch.cuda.device_count()),

@@ -90,7 +90,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
-        if func is _ADD and self._adds_in_place(args, kwargs):
+        if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_formula()):
             self._hand_over(args[0], result)
             return result
         name = func.__name__
@@ -126,11 +126,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = (old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata))
         return held == self._held_once and _is_dense(old)
 
+    def _is_of_a_formula(self) -> bool:
+        """Whether the backward pass calls this, and not a recomputation.
+
+        `index_backward` in pytorch's torch/csrc/autograd/FunctionsManual.cpp puts gradients into its zeros in place for
+        real tensors, out of place for tensor subclasses.
+        """
+        return self._in_backward and not torch.is_grad_enabled()
+
     def _hand_over(self, old: torch.Tensor, result: torch.Tensor) -> None:
         """Let the block of `old` live on as that of `result`."""
         found = self._alive.pop(old.untyped_storage()._cdata, None)
         if found is None:
-            self.note(result, _ADD.__name__)
+            self.note(result, "handed over")
             return
         # The weak reference went with `found`, so that the end of `old` is not noted.
         storage = result.untyped_storage()
@@ -138,6 +146,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _ADD = torch.ops.aten.add.Tensor
+_INDEX_PUT = torch.ops.aten.index_put.default
 _REFUSED_BY_FAKE_TENSORS = {torch.ops.aten._grouped_mm.default}
 """Operators whose shape function demands bf16 although the real CPU kernel takes fp32 too."""
 
