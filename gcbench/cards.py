@@ -80,7 +80,7 @@ def find(name: str, extra: Path | None = None) -> Card:
     hint = f"near names: {', '.join(near)}" if near else f"known are {known}"
     raise UnavailableError(
         f"there is no device {name!r} in the catalogue; {hint}; "
-        "or describe it in a TOML file with a [[card]] of its name and memory_bytes"
+        "or describe it with --device-file FILE.toml: a [[card]] with its name and memory_bytes"
     )
 
 

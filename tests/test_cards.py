@@ -193,7 +193,7 @@ def test_an_unknown_or_ambiguous_name_gets_near_ones(asked: str, near: str) -> N
         cards.find(asked)
     message = str(raised.value)
     assert message.startswith(f"there is no device {asked!r} in the catalogue; {near}")
-    assert message.endswith("describe it in a TOML file with a [[card]] of its name and memory_bytes")
+    assert message.endswith("describe it with --device-file FILE.toml: a [[card]] with its name and memory_bytes")
 
 
 def test_a_users_card_needs_a_name_and_memory(tmp_path: Path) -> None:

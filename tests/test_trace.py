@@ -15,7 +15,9 @@ from gcbench.simulate.timeline import Timeline
 from gcbench.sources import ModelSource
 
 BATCH_SIZE, SEQ_LEN = 8, 64
-SCALARS_BYTES = 256
+LOOPING = {"mamba": 12}
+"""Lengths for families whose layers loop over the sequence."""
+SCALARS_BYTES = 128
 """What is left: single numbers that real operators make and fake ones do not."""
 
 LORA = Lora(r=4, target_modules=None)
@@ -32,7 +34,7 @@ def measured(family, strategy, precision, optim, *, attn=None, lora=None):
     dtype = training.parameter_dtype(precision)
     model = models.build(source, config, device="cpu", dtype=dtype, attn_implementation=attn, seed=0, lora=lora)
     checkpointing.apply(model, plan)
-    batch = training.random_batch(model, batch_size=BATCH_SIZE, seq_len=SEQ_LEN, seed=0)
+    batch = training.random_batch(model, batch_size=BATCH_SIZE, seq_len=LOOPING.get(family, SEQ_LEN), seed=0)
     step = training.TrainingStep(model, batch=batch, precision=precision, optim=optim, seed=0)
     with open_device("cpu").probe_memory() as probe:
         step()
@@ -45,7 +47,7 @@ def predicted(family, strategy, precision, optim, *, attn=None, lora=None, exact
     kwargs = {} if attn is None else {"attn_implementation": attn}
     model = models.build_meta(config, dtype=training.parameter_dtype(precision), lora=lora, **kwargs)
     predictor = Predictor(model, precision=precision, optim=optim, exact=exact)
-    step = predictor.step(plan, batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+    step = predictor.step(plan, batch_size=BATCH_SIZE, seq_len=LOOPING.get(family, SEQ_LEN))
     return timeline.exact(step.timeline).memory
 
 
