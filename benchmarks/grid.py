@@ -83,7 +83,8 @@ def cpu_cases() -> Iterator[Case]:
     yield _case("pythia, adafactor, bf16-mixed", "pythia-70m", 8, 128, optim="adafactor", precision="bf16-mixed")
     yield _case("opt", "opt-125m", 4, 128)
     yield _case("bloom-like falcon", "falcon-7b", 4, 128, set={"hidden_size": 512, "num_attention_heads": 8})
-    yield _case("phi-2", "phi-2", 4, 128, set={"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8})
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
+    yield _case("phi-2", "phi-2", 4, 128, set={"hidden_size": 640, "intermediate_size": 2048, **heads})
     yield _case("olmo 2, sgd", "olmo-2-1b", 4, 128, set=_SMALL | {"vocab_size": 32000, "pad_token_id": 0}, optim="sgd")
     yield _case("mixtral", "mixtral-8x7b", 4, 128, set=_SMALL | {"intermediate_size": 512, "head_dim": 64})
     yield _case("qwen3 moe, bf16", "qwen3-30b-a3b", 4, 128, set=_EXPERTS | {"vocab_size": 32000}, precision="bf16")

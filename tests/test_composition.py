@@ -1,0 +1,219 @@
+"""A step put together from a few layers is the step traced in full, to the byte, whatever the family and the plan."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from gcbench import models, strategies
+from gcbench.records import PHASES, Lora
+from gcbench.simulate import timeline
+from gcbench.simulate.assembly import Kind
+from gcbench.simulate.predictor import Predictor
+from gcbench.simulate.roads import way_to
+from gcbench.simulate.target import Target
+from gcbench.sources import ModelSource
+from gcbench.training import parameter_dtype
+
+BATCH_SIZE = 2
+
+LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+ALIKE = {
+    # Tied weights: one block, one gradient, one state.
+    "llama": {**tiny.CONFIGS["llama"], "tie_word_embeddings": True},
+    "gpt2": tiny.CONFIGS["gpt2"],
+    # Its layers return tuples.
+    "bloom": tiny.CONFIGS["bloom"],
+    "gpt_neox": tiny.CONFIGS["gpt_neox"],
+    "opt": tiny.CONFIGS["opt"],
+    "falcon": {"model_type": "falcon", **LLAMA_LIKE},
+    "mixtral": tiny.CONFIGS["mixtral"],
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "head_dim": 8, **EXPERTS, **LLAMA_LIKE},
+    "mamba": tiny.CONFIGS["mamba"],
+}
+"""Families in which one layer is like another."""
+
+IN_TURN = {
+    # Two kinds of attention, and with them two masks and two rotary tables, each held up to its last layer.
+    "gemma2": tiny.CONFIGS["gemma2"],
+    # Convolutions and attention.
+    "lfm2": {"model_type": "lfm2", **LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 4},
+    # Mamba and attention, both with experts.
+    "granitemoehybrid": {
+        "model_type": "granitemoehybrid",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "shared_intermediate_size": 32,
+        **MAMBA2,
+        **LLAMA_LIKE,
+        "layer_types": ["mamba", "attention"] * 4,
+    },
+}
+"""Families in which two kinds of layers take turns."""
+
+LOOPING = ("mamba", "granitemoehybrid")
+"""Families that go through the sequence token by token or chunk by chunk."""
+
+LEAST_LAYERS = {"off": 5, "per-layer": 5, "every:2": 8, "every:3": 12}
+"""So many that some are left out, if all layers are alike."""
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def predictor(config, layers, *, lora=None, precision="fp32", **kwargs):
+    source = ModelSource(name=config["model_type"], origin="", config=config, location="")
+    built = models.build_config(source, layers=layers, overrides={})
+    model = models.build_meta(built, dtype=parameter_dtype(precision), lora=lora)
+    return Predictor(model, precision=precision, **{"optim": "adamw_torch_fused", **kwargs})
+
+
+def steps(config, strategy, *, layers, seq_len=16, **kwargs):
+    """The step put together and the step in full."""
+    both = []
+    for exact in (False, True):
+        one = predictor(config, layers, exact=exact, **kwargs)
+        plan = strategies.parse(strategy).plan_for(layers)
+        both.append(one.step(plan, batch_size=BATCH_SIZE, seq_len=seq_len))
+    return both
+
+
+def assert_composed_is_full(config, strategy, *, layers, **kwargs):
+    """Equal in every phase, with layers left out."""
+    composed, full = steps(config, strategy, layers=layers, **kwargs)
+    assert composed.why_in_full is None
+    assert composed.layers_traced < layers == full.layers_traced
+    few, all_of_them = (timeline.exact(step.timeline).memory for step in (composed, full))
+    for phase in PHASES:
+        assert few.of_phase(phase) == all_of_them.of_phase(phase), phase
+    assert few == all_of_them
+    return composed, full
+
+
+@pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
+@pytest.mark.parametrize("family", [*ALIKE, *IN_TURN])
+def test_a_few_layers_stand_for_all(family, strategy):
+    """The traps: a boundary tensor that is held by one layer or by the next, by how that one is treated; what layers of
+    one kind share, which goes with the last of them; gradients that wait for the optimizer in the order of the layers.
+    """
+    layers = LEAST_LAYERS["every:2"] if family in IN_TURN else LEAST_LAYERS[strategy]
+    config = {**ALIKE, **IN_TURN}[family]
+    assert_composed_is_full(config, strategy, layers=layers, seq_len=8 if family in LOOPING else 16)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_wider_stride_is_composed(family):
+    """Two kinds of neighbours of a layer that keeps everything: before and behind a checkpointed one."""
+    assert_composed_is_full(ALIKE[family], "every:3", layers=LEAST_LAYERS["every:3"])
+
+
+@pytest.mark.parametrize("strategy", ["off", "per-layer"])
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+def test_the_update_of_every_layer_follows_the_passes(optim, strategy):
+    """Optimizers that go through the parameters one after the other, each with its own gradient."""
+    assert_composed_is_full(ALIKE["llama"], strategy, layers=5, optim=optim)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
+def test_copies_of_the_weights_of_layers_that_are_left_out_count(precision):
+    """The trap: autocast's copies live from a layer's forward pass to the end of the whole model's."""
+    assert_composed_is_full(ALIKE["llama"], "off", layers=5, precision=precision)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+@pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
+def test_behind_cudas_allocator_it_is_the_same(family, strategy):
+    """Sizes alone are not enough here: what is reserved depends on the order of every event."""
+    way = way_to(Target(kind="cuda", name="x"))
+    composed, full = assert_composed_is_full(
+        ALIKE[family],
+        strategy,
+        layers=LEAST_LAYERS[strategy],
+        optim="adamw_torch",
+        road=way.road,
+        standing=way.standing,
+        steps_on_device=False,
+    )
+    few, all_of_them = (timeline.cached(step.timeline).memory for step in (composed, full))
+    assert few == all_of_them
+    assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in way.standing) > 0
+
+
+def parameters_of(step):
+    """Bytes by kind, of all that the step takes while it runs or finds there."""
+    kinds, nbytes = step.assembly.kinds, step.timeline.nbytes
+    begin = step.timeline.marks[0][0]
+    there = {int(event) for event in step.timeline.events[begin:] if event >= 0}
+    there |= {int(event) for event in step.timeline.events[:begin] if event >= 0}
+    there -= {~int(event) for event in step.timeline.events[:begin] if event < 0}
+    return {kind: sum(int(nbytes[n]) for n in there if kinds[n] == kind) for kind in Kind}
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tied_weights_are_counted_once(tied):
+    """Their memory, their gradient and their states; by hand, from the model itself."""
+    config = {**tiny.CONFIGS["llama"], "tie_word_embeddings": tied}
+    one = predictor(config, 5)
+    model = one.stage.model
+    assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
+    nbytes = sum(param.nbytes for param in model.parameters())  # which gives each parameter once
+    step = one.step(strategies.parse("per-layer").plan_for(5), batch_size=BATCH_SIZE, seq_len=16)
+    assert step.why_in_full is None
+    sizes = parameters_of(step)
+    assert sizes[Kind.PARAMETERS] == nbytes
+    assert sizes[Kind.GRADIENTS] == nbytes
+    assert sizes[Kind.OPTIMIZER] == 2 * nbytes + 4 * len(list(model.parameters()))
+
+
+@pytest.mark.parametrize("strategy", ["off", "per-layer"])
+def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
+    """The trap: adapters lie in every layer, what they are trained beside gets neither."""
+    lora = Lora(r=4, target_modules=None)
+    composed, full = assert_composed_is_full(ALIKE["llama"], strategy, layers=5, lora=lora)
+    params = list(predictor(ALIKE["llama"], 5, lora=lora).stage.model.parameters())
+    trained = [param for param in params if param.requires_grad]
+    nbytes = sum(param.nbytes for param in trained)
+    assert 0 < len(trained) < len(params)
+    for step in (composed, full):
+        sizes = parameters_of(step)
+        assert sizes[Kind.PARAMETERS] == sum(param.nbytes for param in params)
+        assert sizes[Kind.GRADIENTS] == nbytes
+        assert sizes[Kind.OPTIMIZER] == 2 * nbytes + 4 * len(trained)
+
+
+@pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
+def test_how_many_layers_are_traced_does_not_depend_on_the_depth(strategy):
+    traced = [
+        predictor(ALIKE["llama"], layers, optim="sgd")
+        .step(strategies.parse(strategy).plan_for(layers), batch_size=1, seq_len=8)
+        .layers_traced
+        for layers in (12, 48)
+    ]
+    assert traced[0] == traced[1] <= 6
+
+
+def test_a_layer_more_costs_what_a_layer_costs():
+    """Far from any edge the peak is a line in the number of layers, so that depth can be trusted beyond what a full
+    trace could check."""
+    plan = strategies.parse("off")
+    peaks = []
+    for layers in (10, 11, 40, 41):
+        step = predictor(ALIKE["llama"], layers, optim="sgd").step(plan.plan_for(layers), batch_size=2, seq_len=16)
+        peaks.append(timeline.exact(step.timeline).memory.backward_bytes)
+    assert peaks[1] - peaks[0] == peaks[3] - peaks[2] > 0
+    assert peaks[2] - peaks[0] == 30 * (peaks[1] - peaks[0])
+
+
+def test_one_predictor_answers_every_cell_as_a_new_one_would():
+    """The traps: weights that got memory for an earlier cell, hooks and flags that it left on the layers."""
+    cells = [("off", 1, 8), ("per-layer", 2, 16), ("every:2", 1, 16), ("off", 1, 8), ("per-layer", 1, 8)]
+    shared = predictor(ALIKE["gpt2"], 8)
+    for strategy, batch_size, seq_len in cells:
+        plan = strategies.parse(strategy).plan_for(8)
+        asked = {"batch_size": batch_size, "seq_len": seq_len}
+        again = timeline.exact(shared.step(plan, **asked).timeline)
+        assert again == timeline.exact(predictor(ALIKE["gpt2"], 8).step(plan, **asked).timeline)
+        assert torch.is_grad_enabled()
