@@ -161,7 +161,7 @@ def depth() -> dict[str, Any]:
         return predicted(task("llama-3.1-8b", (1,), device="cuda", layers=layers))[0]
 
     seconds(16)  # what only the first pays for
-    pairs = [(seconds(16), seconds(128)) for _ in range(ROUNDS)]
+    pairs = [(seconds(16), seconds(128)) for _ in range(2 * ROUNDS + 1)]
     ratio = median(deep / shallow for shallow, deep in pairs)
     print(f"128 layers against 16: {ratio:.2f} times the time ({median(p[1] for p in pairs):.2f} s)")
     return {"ratio": ratio, "seconds": [list(pair) for pair in pairs], "missed": ratio > MOST_DEPTH_RATIO}
