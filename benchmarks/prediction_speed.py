@@ -8,7 +8,7 @@
 - large: Llama-3.1-405B, four strategies × four batch sizes, after imports: under 10 s, and under 2 GiB of memory.
 - depth: 128 layers against 16: at most 1.3 times the time.
 
-Writes results/reference/prediction-speed.json. Exits with 1 when a bar is missed.
+Each part's figures go into results/reference/prediction-speed.json as it is done. Exits with 1 when a bar is missed.
 """
 
 from __future__ import annotations
@@ -170,24 +170,32 @@ def depth() -> dict[str, Any]:
 PARTS = {"large": large, "depth": depth, "tracker": against_tracker}
 
 
+def save(name: str, result: dict[str, Any]) -> None:
+    """Keep one part's figures, beside those of the other parts."""
+    path = REFERENCE / "prediction-speed.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    document = stored | {
+        "command": "make bench-predict",
+        "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "bars": {
+            "speedup": LEAST_SPEEDUP,
+            "seconds": MOST_SECONDS,
+            "memory_gib": MOST_GIB,
+            "depth_ratio": MOST_DEPTH_RATIO,
+        },
+        name: result,
+    }
+    write_text(path, json.dumps(document, indent=1) + "\n")
+
+
 def main() -> None:
     wanted = sys.argv[1:] or list(PARTS)
     gc.freeze()  # as a child process does: what was imported is never garbage
-    results = {name: PARTS[name]() for name in wanted}
-    if not sys.argv[1:]:
-        document = {
-            "command": "make bench-predict",
-            "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "bars": {
-                "speedup": LEAST_SPEEDUP,
-                "seconds": MOST_SECONDS,
-                "memory_gib": MOST_GIB,
-                "depth_ratio": MOST_DEPTH_RATIO,
-            },
-            **results,
-        }
-        write_text(REFERENCE / "prediction-speed.json", json.dumps(document, indent=1) + "\n")
+    results = {}
+    for name in wanted:
+        results[name] = PARTS[name]()
+        save(name, results[name])
     bad = [name for name, result in results.items() if result["missed"]]
     if bad:
         sys.exit(f"bars missed: {', '.join(bad)}")
