@@ -181,7 +181,6 @@ def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
         sizes = parameters_of(step)
         assert sizes[Kind.PARAMETERS] == sum(param.nbytes for param in params)
         assert sizes[Kind.GRADIENTS] == nbytes
-        assert sizes[Kind.OPTIMIZER] == 2 * nbytes + 4 * len(trained)
 
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
