@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import tiny
-import torch
 
 from gcbench import models, strategies
 from gcbench.records import PHASES, Lora
@@ -56,7 +56,7 @@ IN_TURN = {
 """Families in which two kinds of layers take turns."""
 
 LOOPING = ("mamba", "granitemoehybrid")
-"""Families that go through the sequence token by token or chunk by chunk."""
+"""Families that go through the sequence token by token or chunk by chunk: four tokens are enough for them."""
 
 LEAST_LAYERS = {"off": 5, "per-layer": 5, "every:2": 8, "every:3": 12}
 """So many that some are left out, if all layers are alike."""
@@ -101,7 +101,7 @@ def test_a_few_layers_stand_for_all(family, strategy):
     """
     layers = LEAST_LAYERS["every:2"] if family in IN_TURN else LEAST_LAYERS[strategy]
     config = {**ALIKE, **IN_TURN}[family]
-    assert_composed_is_full(config, strategy, layers=layers, seq_len=8 if family in LOOPING else 16)
+    assert_composed_is_full(config, strategy, layers=layers, seq_len=4 if family in LOOPING else 16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -110,11 +110,10 @@ def test_a_wider_stride_is_composed(family):
     assert_composed_is_full(ALIKE[family], "every:3", layers=LEAST_LAYERS["every:3"])
 
 
-@pytest.mark.parametrize("strategy", ["off", "per-layer"])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
-def test_the_update_of_every_layer_follows_the_passes(optim, strategy):
+def test_the_update_of_every_layer_follows_the_passes(optim):
     """Optimizers that go through the parameters one after the other, each with its own gradient."""
-    assert_composed_is_full(ALIKE["llama"], strategy, layers=5, optim=optim)
+    assert_composed_is_full(ALIKE["llama"], "per-layer", layers=5, optim=optim)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
@@ -123,8 +122,10 @@ def test_copies_of_the_weights_of_layers_that_are_left_out_count(precision):
     assert_composed_is_full(ALIKE["llama"], "off", layers=5, precision=precision)
 
 
-@pytest.mark.parametrize("family", ["llama", "mixtral"])
-@pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
+@pytest.mark.parametrize(
+    ("family", "strategy"),
+    [("llama", "off"), ("llama", "per-layer"), ("llama", "every:2"), ("mixtral", "off"), ("mixtral", "every:2")],
+)
 def test_behind_cudas_allocator_it_is_the_same(family, strategy):
     """Sizes alone are not enough here: what is reserved depends on the order of every event."""
     way = way_to(Target(kind="cuda", name="x"))
@@ -142,14 +143,12 @@ def test_behind_cudas_allocator_it_is_the_same(family, strategy):
     assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in way.standing) > 0
 
 
-def parameters_of(step):
-    """Bytes by kind, of all that the step takes while it runs or finds there."""
-    kinds, nbytes = step.assembly.kinds, step.timeline.nbytes
-    begin = step.timeline.marks[0][0]
-    there = {int(event) for event in step.timeline.events[begin:] if event >= 0}
-    there |= {int(event) for event in step.timeline.events[:begin] if event >= 0}
-    there -= {~int(event) for event in step.timeline.events[:begin] if event < 0}
-    return {kind: sum(int(nbytes[n]) for n in there if kinds[n] == kind) for kind in Kind}
+def bytes_by_kind(step):
+    """What the measured step finds there and what it takes, all of it, whenever."""
+    kinds, line = step.assembly.kinds, step.timeline
+    before, within = np.split(line.events, [line.marks[0][0]])
+    there = {*before[before >= 0], *within[within >= 0]} - {*~before[before < 0]}
+    return {kind: sum(int(line.nbytes[n]) for n in there if kinds[n] == kind) for kind in Kind}
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -162,7 +161,7 @@ def test_tied_weights_are_counted_once(tied):
     nbytes = sum(param.nbytes for param in model.parameters())  # which gives each parameter once
     step = one.step(strategies.parse("per-layer").plan_for(5), batch_size=BATCH_SIZE, seq_len=16)
     assert step.why_in_full is None
-    sizes = parameters_of(step)
+    sizes = bytes_by_kind(step)
     assert sizes[Kind.PARAMETERS] == nbytes
     assert sizes[Kind.GRADIENTS] == nbytes
     assert sizes[Kind.OPTIMIZER] == 2 * nbytes + 4 * len(list(model.parameters()))
@@ -170,17 +169,17 @@ def test_tied_weights_are_counted_once(tied):
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer"])
 def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
-    """The trap: adapters lie in every layer, what they are trained beside gets neither."""
+    """The trap: adapters lie in every layer, and what they are trained beside gets neither."""
     lora = Lora(r=4, target_modules=None)
-    composed, full = assert_composed_is_full(ALIKE["llama"], strategy, layers=5, lora=lora)
+    composed, _ = assert_composed_is_full(ALIKE["llama"], strategy, layers=5, lora=lora)
     params = list(predictor(ALIKE["llama"], 5, lora=lora).stage.model.parameters())
     trained = [param for param in params if param.requires_grad]
     nbytes = sum(param.nbytes for param in trained)
     assert 0 < len(trained) < len(params)
-    for step in (composed, full):
-        sizes = parameters_of(step)
-        assert sizes[Kind.PARAMETERS] == sum(param.nbytes for param in params)
-        assert sizes[Kind.GRADIENTS] == nbytes
+    sizes = bytes_by_kind(composed)
+    assert sizes[Kind.PARAMETERS] == sum(param.nbytes for param in params)
+    assert sizes[Kind.GRADIENTS] == nbytes
+    assert sizes[Kind.OPTIMIZER] == 2 * nbytes + 4 * len(trained)
 
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
@@ -208,11 +207,50 @@ def test_a_layer_more_costs_what_a_layer_costs():
 
 def test_one_predictor_answers_every_cell_as_a_new_one_would():
     """The traps: weights that got memory for an earlier cell, hooks and flags that it left on the layers."""
-    cells = [("off", 1, 8), ("per-layer", 2, 16), ("every:2", 1, 16), ("off", 1, 8), ("per-layer", 1, 8)]
-    shared = predictor(ALIKE["gpt2"], 8)
-    for strategy, batch_size, seq_len in cells:
-        plan = strategies.parse(strategy).plan_for(8)
+    shared = predictor(ALIKE["gpt2"], 5)
+    for strategy, batch_size, seq_len in (("off", 1, 8), ("every:2", 2, 16), ("off", 1, 8)):
+        plan = strategies.parse(strategy).plan_for(5)
         asked = {"batch_size": batch_size, "seq_len": seq_len}
         again = timeline.exact(shared.step(plan, **asked).timeline)
-        assert again == timeline.exact(predictor(ALIKE["gpt2"], 8).step(plan, **asked).timeline)
-        assert torch.is_grad_enabled()
+        assert again == timeline.exact(predictor(ALIKE["gpt2"], 5).step(plan, **asked).timeline)
+
+
+# What memory is called. A large vocabulary and few tokens, so that weights are larger than logits.
+
+WIDE = {**tiny.CONFIGS["llama"], "vocab_size": 2048}
+
+
+def shapes_of(step, kind, phase):
+    """Of the blocks of a kind that a phase takes."""
+    start, end = next((start, end) for name, start, end in step.timeline.spans() if name == phase)
+    taken = [int(event) for event in step.timeline.events[start:end] if event >= 0]
+    return {step.assembly.block(block).shape for block in taken if step.assembly.kinds[block] == kind}
+
+
+def test_logits_are_called_logits():
+    """By their tokens: 2 sequences of 3."""
+    for step in steps(WIDE, "off", layers=4, seq_len=3, optim="sgd"):
+        for phase in ("forward", "backward"):
+            shapes = shapes_of(step, Kind.LOGITS, phase)
+            assert {(2, 3, 2048), (6, 2048)} & shapes
+
+
+@pytest.mark.xfail(strict=True, reason="in a full trace the batch counts as what the first step left behind")
+def test_the_batch_is_no_state_of_the_optimizer():
+    _, full = steps(tiny.CONFIGS["llama"], "off", layers=4, optim="sgd")
+    assert bytes_by_kind(full)[Kind.OPTIMIZER] == 0
+
+
+@pytest.mark.xfail(strict=True, reason="in a full trace every block as wide as the vocabulary counts as logits")
+def test_what_the_optimizer_takes_for_an_embedding_is_no_logits():
+    """The trap: a lever that says a loss in chunks would lower the peak of the optimizer step."""
+    composed, full = steps(WIDE, "off", layers=4, seq_len=2, optim="adamw_torch")
+    assert shapes_of(composed, Kind.LOGITS, "optimizer") == set()
+    assert shapes_of(full, Kind.LOGITS, "optimizer") == set()
+
+
+@pytest.mark.xfail(strict=True, reason="outside the layers every block as wide as the vocabulary counts as logits")
+def test_the_gradients_of_a_tied_embedding_are_no_logits():
+    """Two are made, for the head and for the embedding, and then added: none of it is there per token."""
+    composed, _ = steps({**WIDE, "tie_word_embeddings": True}, "off", layers=4, seq_len=2, optim="sgd")
+    assert (2048, 32) not in shapes_of(composed, Kind.LOGITS, "backward")

@@ -136,7 +136,9 @@ def test_later_phases_make_no_states():
 def test_foreach_takes_more_at_once_than_a_loop():
     """The reason for the other road: its temporaries are those of all parameters together."""
     peaks = {
-        road: max(sizes(trace_update(parameters(*[W] * 20), precision="fp32", optim="adamw_torch", road=ROADS[road]))[1])
+        road: max(
+            sizes(trace_update(parameters(*[W] * 20), precision="fp32", optim="adamw_torch", road=ROADS[road]))[1]
+        )
         for road in ROADS
     }
     assert peaks["foreach"] > 5 * peaks["cpu"]
