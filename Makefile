@@ -18,7 +18,7 @@ run: $(READY) ## Install and measure gpt2 at batch 16
 	$(BIN)/gcbench run --model gpt2 --batch 16
 
 test: $(READY) ## Install and run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .

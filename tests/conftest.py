@@ -21,6 +21,9 @@ from processes import PROCESS_TIMEOUT_S, session_members
 
 from gcbench import cli as command_line
 
+# Started in the background of a shell, a process ignores Ctrl-C and hands that down to all that it starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -235,13 +235,11 @@ def test_logits_are_called_logits():
             assert {(2, 3, 2048), (6, 2048)} & shapes
 
 
-@pytest.mark.xfail(strict=True, reason="in a full trace the batch counts as what the first step left behind")
 def test_the_batch_is_no_state_of_the_optimizer():
     _, full = steps(tiny.CONFIGS["llama"], "off", layers=4, optim="sgd")
     assert bytes_by_kind(full)[Kind.OPTIMIZER] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="in a full trace every block as wide as the vocabulary counts as logits")
 def test_what_the_optimizer_takes_for_an_embedding_is_no_logits():
     """The trap: a lever that says a loss in chunks would lower the peak of the optimizer step."""
     composed, full = steps(WIDE, "off", layers=4, seq_len=2, optim="adamw_torch")
@@ -249,7 +247,6 @@ def test_what_the_optimizer_takes_for_an_embedding_is_no_logits():
     assert shapes_of(full, Kind.LOGITS, "optimizer") == set()
 
 
-@pytest.mark.xfail(strict=True, reason="outside the layers every block as wide as the vocabulary counts as logits")
 def test_the_gradients_of_a_tied_embedding_are_no_logits():
     """Two are made, for the head and for the embedding, and then added: none of it is there per token."""
     composed, _ = steps({**WIDE, "tie_word_embeddings": True}, "off", layers=4, seq_len=2, optim="sgd")

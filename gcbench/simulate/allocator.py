@@ -28,24 +28,23 @@ limit: a segment or page can be had as long as the reserved total stays within i
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections.abc import Iterator
-from operator import attrgetter
+from bisect import insort
 
-MIN_BLOCK_BYTES = 512
-SMALL_REQUEST_BYTES = 1 << 20
-SMALL_SEGMENT_BYTES = 2 << 20
-LARGE_SEGMENT_BYTES = 20 << 20
-MIN_OWN_SEGMENT_BYTES = 10 << 20
-SEGMENT_ROUNDING_BYTES = 2 << 20
-"""kMinBlockSize, kSmallSize, kSmallBuffer, large_segment_size_, kMinLargeAlloc and kRoundLarge."""
+from gcbench.simulate.pools import (
+    MIN_BLOCK_BYTES,
+    MIN_OWN_SEGMENT_BYTES,
+    SEGMENT_ROUNDING_BYTES,
+    SMALL_REQUEST_BYTES,
+    Block,
+    Pool,
+    by_address,
+)
 
 NULL = 0
 """The handle of an allocation of zero bytes, which takes nothing."""
 
 _FIRST_ADDRESS = SEGMENT_ROUNDING_BYTES
 _UNLIMITED_ADDRESS_SPACE_BYTES = 1 << 50
-_ADDRESS_BITS = 64
 
 
 class OutOfMemory(Exception):
@@ -67,98 +66,6 @@ class OutOfMemory(Exception):
         self.limit_bytes = limit_bytes
 
 
-class _Block:
-    """A piece of a segment, with its neighbours. `origin` is where the segment begins: its pages are counted thence."""
-
-    __slots__ = ("address", "allocated", "mapped", "next", "origin", "pool", "prev", "size")
-
-    def __init__(self, pool: _Pool, address: int, size: int, origin: int, mapped: bool) -> None:
-        self.pool = pool
-        self.address = address
-        self.size = size
-        self.origin = origin
-        self.mapped = mapped
-        self.allocated = False
-        self.prev: _Block | None = None
-        self.next: _Block | None = None
-
-    def cut(self, size: int) -> _Block:
-        """Keep the first `size` bytes; the rest as a new block, linked in behind."""
-        rest = _Block(self.pool, self.address + size, self.size - size, self.origin, self.mapped)
-        self.size = size
-        rest.prev = self
-        rest.next = self.next
-        if rest.next is not None:
-            rest.next.prev = rest
-        self.next = rest
-        return rest
-
-    def expandable_size(self) -> int:
-        """Its size with the unmapped address space right behind it, where it could grow (`get_free_block`)."""
-        following = self.next
-        return self.size if following is None or following.mapped else self.size + following.size
-
-
-_by_address = attrgetter("address")
-
-
-class _FreeBlocks:
-    """Free blocks in order of size, then address, each as one integer: size above address.
-
-    A bisection finds the place. The list then moves in memory, which costs nothing to speak of below 100,000 blocks.
-    """
-
-    __slots__ = ("_blocks", "_can_grow", "_keys")
-
-    def __init__(self, *, can_grow: bool) -> None:
-        self._can_grow = can_grow
-        self._keys: list[int] = []
-        self._blocks: dict[int, _Block] = {}
-
-    def __iter__(self) -> Iterator[_Block]:
-        return map(self._blocks.__getitem__, self._keys)
-
-    def add(self, block: _Block) -> None:
-        key = block.size << _ADDRESS_BITS | block.address
-        insort(self._keys, key)
-        self._blocks[key] = block
-
-    def remove(self, block: _Block) -> None:
-        key = block.size << _ADDRESS_BITS | block.address
-        del self._keys[bisect_left(self._keys, key)], self._blocks[key]
-
-    def take(self, size: int) -> _Block | None:
-        """Remove and return the best fit: the smallest block of at least `size`, of equal ones the lowest.
-
-        A block that can grow counts with the address space behind it, so that the growing end of a segment is used
-        when nothing else fits. As in the source, the search goes on only while the next block counts for less.
-        """
-        keys, blocks = self._keys, self._blocks
-        i = bisect_left(keys, size << _ADDRESS_BITS)
-        if i == len(keys):
-            return None
-        if not self._can_grow:
-            return blocks.pop(keys.pop(i))
-        counts = blocks[keys[i]].expandable_size()
-        while i + 1 < len(keys) and (next_counts := blocks[keys[i + 1]].expandable_size()) < counts:
-            i, counts = i + 1, next_counts
-        return blocks.pop(keys.pop(i))
-
-
-class _Pool:
-    """The small or the large pool: its free blocks, and the parts of its expandable segments that are not mapped."""
-
-    __slots__ = ("free", "is_small", "min_rest", "page", "unmapped")
-
-    def __init__(self, *, is_small: bool, expandable_segments: bool) -> None:
-        self.is_small = is_small
-        self.page = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
-        # `should_split`: from 512 B on, or strictly more than 1 MiB
-        self.min_rest = MIN_BLOCK_BYTES if is_small or expandable_segments else SMALL_REQUEST_BYTES + 1
-        self.free = _FreeBlocks(can_grow=expandable_segments)
-        self.unmapped: list[_Block] = []  # by address
-
-
 class CachingAllocator:
     """Replays allocations as torch's CUDA allocator would serve them, on one device and stream.
 
@@ -175,9 +82,9 @@ class CachingAllocator:
     def __init__(self, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> None:
         self._limit = limit_bytes
         self._expandable = expandable_segments
-        self._small = _Pool(is_small=True, expandable_segments=expandable_segments)
-        self._large = _Pool(is_small=False, expandable_segments=expandable_segments)
-        self._live: dict[int, _Block] = {}
+        self._small = Pool(is_small=True, expandable_segments=expandable_segments)
+        self._large = Pool(is_small=False, expandable_segments=expandable_segments)
+        self._live: dict[int, Block] = {}
         self._next_address = _FIRST_ADDRESS
         self._allocated = self._peak_allocated = 0
         self._reserved = self._peak_reserved = 0
@@ -257,7 +164,7 @@ class CachingAllocator:
                     pool.free.remove(block)
                     self._reserved -= block.size
 
-    def _new_block(self, pool: _Pool, size: int, nbytes: int) -> _Block:
+    def _new_block(self, pool: Pool, size: int, nbytes: int) -> Block:
         """A block from the device, if need be after giving back what is cached (the second half of `malloc`)."""
         take = self._expand if self._expandable else self._new_segment
         block = take(pool, size)
@@ -284,18 +191,18 @@ class CachingAllocator:
             self._peak_reserved = self._reserved
         return True
 
-    def _new_range(self, pool: _Pool, nbytes: int, *, mapped: bool) -> _Block:
+    def _new_range(self, pool: Pool, nbytes: int, *, mapped: bool) -> Block:
         """Addresses above all earlier ones."""
         address = self._next_address
         self._next_address += nbytes
-        return _Block(pool, address, nbytes, address, mapped)
+        return Block(pool, address, nbytes, address, mapped)
 
-    def _new_segment(self, pool: _Pool, size: int) -> _Block | None:
+    def _new_segment(self, pool: Pool, size: int) -> Block | None:
         """A segment by cudaMalloc (`alloc_block`, `get_allocation_size`); None where the limit forbids it."""
         nbytes = pool.page if size < MIN_OWN_SEGMENT_BYTES else _round_up(size, SEGMENT_ROUNDING_BYTES)
         return self._new_range(pool, nbytes, mapped=True) if self._reserve(nbytes) else None
 
-    def _merge_neighbours(self, block: _Block) -> None:
+    def _merge_neighbours(self, block: Block) -> None:
         """Swallow the neighbours that are free, and mapped as the block is (`try_merge_blocks`)."""
         before, behind = block.prev, block.next
         if before is not None and not before.allocated and before.mapped is block.mapped:
@@ -313,13 +220,13 @@ class CachingAllocator:
                 block.next.prev = block
 
     @staticmethod
-    def _forget(block: _Block) -> None:
+    def _forget(block: Block) -> None:
         if block.mapped:
             block.pool.free.remove(block)
         else:
             block.pool.unmapped.remove(block)
 
-    def _expand(self, pool: _Pool, size: int) -> _Block | None:
+    def _expand(self, pool: Pool, size: int) -> Block | None:
         """Map pages until a block of `size` bytes stands there (`try_allocate_expandable_block`).
 
         None where the limit forbids it; pages that were mapped on the way stay, as in the source.
@@ -336,7 +243,7 @@ class CachingAllocator:
         pool.free.remove(block)
         return block
 
-    def _expandable_room(self, pool: _Pool, size: int) -> _Block:
+    def _expandable_room(self, pool: Pool, size: int) -> Block:
         """The lowest run of free and unmapped blocks with room for `size` (`find_expandable_block`)."""
         for unmapped in pool.unmapped:
             before = unmapped.prev
@@ -354,10 +261,10 @@ class CachingAllocator:
         limit = self._limit
         space = _UNLIMITED_ADDRESS_SPACE_BYTES if limit is None else limit + limit // 8
         segment = self._new_range(pool, max(_round_up(space, pool.page), pool.page), mapped=False)
-        insort(pool.unmapped, segment, key=_by_address)
+        insort(pool.unmapped, segment, key=by_address)
         return segment
 
-    def _map(self, block: _Block, size: int) -> bool:
+    def _map(self, block: Block, size: int) -> bool:
         """Back the first `size` bytes of an unmapped block with whole pages, all or none (`map_block`)."""
         mapped = _round_up(size, block.pool.page)
         if not self._reserve(mapped):
@@ -365,13 +272,13 @@ class CachingAllocator:
         pool = block.pool
         pool.unmapped.remove(block)
         if mapped < block.size:
-            insort(pool.unmapped, block.cut(mapped), key=_by_address)
+            insort(pool.unmapped, block.cut(mapped), key=by_address)
         block.mapped = True
         self._merge_neighbours(block)
         pool.free.add(block)
         return True
 
-    def _unmap(self, block: _Block) -> None:
+    def _unmap(self, block: Block) -> None:
         """Give back the whole pages inside a free block of an expandable segment (`unmap_block`)."""
         pool = block.pool
         begin = block.origin + _round_up(block.address - block.origin, pool.page)
@@ -388,7 +295,7 @@ class CachingAllocator:
         self._reserved -= end - begin
         self._merge_neighbours(block)
         if block.prev is not None or block.next is not None:  # else nothing is left of it: `release_expandable_segment`
-            insort(pool.unmapped, block, key=_by_address)
+            insort(pool.unmapped, block, key=by_address)
 
 
 def _round_up(nbytes: int, multiple: int) -> int:

@@ -108,7 +108,7 @@ def assemble(
         gradients: for each parameter of `update`, the block of its gradient in `passes`.
         checkpointed: layer -> whether it is recomputed.
         layers: the layers of `passes`, in order.
-        vocab_size: blocks with a dimension of this size are logits.
+        vocab_size: blocks whose last dimension is of this size are logits.
     """
     num_standing, num_passes = len(standing), passes.num_blocks
     nbytes_of_passes = passes.nbytes()
@@ -218,7 +218,7 @@ def of_trace(
     for number, block in enumerate(blocks):
         if block.recomputed:
             kinds[number] = Kind.RECOMPUTED
-        if vocab_size is not None and vocab_size in block.shape and taken_at[number] >= begin:
+        if begin <= taken_at[number] < update and _is_logits(block, vocab_size):
             kinds[number] = Kind.LOGITS
     kinds[(taken_at < begin) & (freed_at >= begin)] = Kind.OPTIMIZER
     kinds[(taken_at >= update) & (freed_at == never)] = Kind.OPTIMIZER
@@ -259,6 +259,11 @@ def _persistent(passes: Passes, gradients: Sequence[int]) -> Ints:
     return np.flatnonzero(~freed)
 
 
+def _is_logits(block: Block, vocab_size: int | None) -> bool:
+    """Whether it holds a number per token and word: an embedding and its gradients have the words first."""
+    return vocab_size is not None and len(block.shape) > 1 and block.shape[-1] == vocab_size
+
+
 def _kept(update: UpdateTrace) -> list[int]:
     """Blocks of the update that outlive a phase."""
     kept = set(update.states)
@@ -285,7 +290,7 @@ def _classified(
     looks: dict[int, tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]] = {}
     for (part, layer), piece, base in passes.instances:
         if id(piece) not in looks:
-            wide = [vocab_size is not None and vocab_size in block.shape for block in piece.blocks]
+            wide = [_is_logits(block, vocab_size) for block in piece.blocks]
             again = [block.recomputed for block in piece.blocks]
             looks[id(piece)] = (np.array(wide, np.bool_), np.array(again, np.bool_))
         wide_here, again_here = looks[id(piece)]

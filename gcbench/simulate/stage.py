@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -126,13 +126,17 @@ class Stage:
     ) -> tuple[Trace, frozenset[int]]:
         """The second training step, everything before it included, and the blocks of its gradients.
 
-        The first step makes the optimizer's states. The trace begins with the model's blocks, parameters first.
+        The first step makes the optimizer's states. The trace begins with the model's blocks, parameters first, and the
+        batch; they have no operator.
 
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
         self._give_storage(range(len(self.layers)))
         with self._recording(plan) as recorder:
+            num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
+            standing = [replace(block, op=None) for block in recorder.trace.blocks[num_model:]]
+            recorder.trace.blocks[num_model:] = standing
             step(recorder.note_backward)
             recorder.trace.settled_at.append(len(recorder.trace.events))
             if not steps_on_device:
@@ -183,11 +187,15 @@ class Stage:
 
     @contextmanager
     def _recording(self, plan: Plan) -> Iterator[Recorder]:
-        """The plan applied, fake tensors and the recorder in force, what stands before a step noted."""
-        checkpointing.clear(self.model)
-        checkpointing.apply(self.model, plan)
+        """The plan applied, fake tensors and the recorder in force, what stands before a step noted.
+
+        Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
+        are part of the trace that made them.
+        """
         recorder = Recorder(self.road.internals)
         with ExitStack() as stack:
+            stack.enter_context(unchanged(self.model))
+            checkpointing.apply(self.model, plan)
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
             stack.enter_context(self.fake)
@@ -319,6 +327,19 @@ def _kind(layer: torch.nn.Module) -> Hashable:
         )
         for path, module in layer.named_modules()
     )
+
+
+@contextmanager
+def unchanged(model: torch.nn.Module) -> Iterator[None]:
+    """Undo what becomes of the attributes and buffers of every module of a model."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
+                now.clear()
+                now.update(then)
 
 
 def give_storage(

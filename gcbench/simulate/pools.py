@@ -1,0 +1,128 @@
+"""The pools of CUDA's caching allocator: blocks of its segments, and the free ones in order."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from operator import attrgetter
+
+MIN_BLOCK_BYTES = 512
+SMALL_REQUEST_BYTES = 1 << 20
+SMALL_SEGMENT_BYTES = 2 << 20
+LARGE_SEGMENT_BYTES = 20 << 20
+MIN_OWN_SEGMENT_BYTES = 10 << 20
+SEGMENT_ROUNDING_BYTES = 2 << 20
+"""kMinBlockSize, kSmallSize, kSmallBuffer, large_segment_size_, kMinLargeAlloc and kRoundLarge."""
+
+
+class Block:
+    """A piece of a segment, with its neighbours. `origin` is where the segment begins: its pages are counted thence."""
+
+    __slots__ = ("address", "allocated", "mapped", "next", "origin", "pool", "prev", "size")
+
+    def __init__(self, pool: Pool, address: int, size: int, origin: int, mapped: bool) -> None:
+        self.pool = pool
+        self.address = address
+        self.size = size
+        self.origin = origin
+        self.mapped = mapped
+        self.allocated = False
+        self.prev: Block | None = None
+        self.next: Block | None = None
+
+    def cut(self, size: int) -> Block:
+        """Keep the first `size` bytes; the rest as a new block, linked in behind."""
+        rest = Block(self.pool, self.address + size, self.size - size, self.origin, self.mapped)
+        self.size = size
+        rest.prev = self
+        rest.next = self.next
+        if rest.next is not None:
+            rest.next.prev = rest
+        self.next = rest
+        return rest
+
+    def expandable_size(self) -> int:
+        """Its size with the unmapped address space right behind it, where it could grow (`get_free_block`)."""
+        following = self.next
+        return self.size if following is None or following.mapped else self.size + following.size
+
+
+by_address = attrgetter("address")
+
+
+class FreeBlocks:
+    """Free blocks in order of size, then address: the sizes there are, and of each size the addresses."""
+
+    __slots__ = ("_addresses", "_blocks", "_can_grow", "_sizes")
+
+    def __init__(self, *, can_grow: bool) -> None:
+        self._can_grow = can_grow
+        self._sizes: list[int] = []
+        self._addresses: dict[int, list[int]] = {}
+        self._blocks: dict[int, Block] = {}
+
+    def __iter__(self) -> Iterator[Block]:
+        return (self._blocks[address] for size in self._sizes for address in self._addresses[size])
+
+    def add(self, block: Block) -> None:
+        size, address = block.size, block.address
+        self._blocks[address] = block
+        there = self._addresses.get(size)
+        if there is None:
+            self._addresses[size] = [address]
+            insort(self._sizes, size)
+        else:
+            insort(there, address)
+
+    def remove(self, block: Block) -> None:
+        size, address = block.size, block.address
+        del self._blocks[address]
+        there = self._addresses[size]
+        if len(there) > 1:
+            del there[bisect_left(there, address)]
+        else:
+            del self._addresses[size], self._sizes[bisect_left(self._sizes, size)]
+
+    def take(self, size: int) -> Block | None:
+        """Remove and return the best fit: the smallest block of at least `size`, of equal ones the lowest.
+
+        A block that can grow counts with the address space behind it, so that the growing end of a segment is used
+        when nothing else fits. As in the source, the search goes on only while the next block counts for less.
+        """
+        place = bisect_left(self._sizes, size)
+        if place == len(self._sizes):
+            return None
+        if self._can_grow:
+            block = self._cheapest(place)
+            self.remove(block)
+            return block
+        there = self._addresses[self._sizes[place]]
+        address = there.pop(0)
+        if not there:
+            del self._addresses[self._sizes.pop(place)]
+        return self._blocks.pop(address)
+
+    def _cheapest(self, place: int) -> Block:
+        """From the size at `place` on, the block before the first that does not count for less than it."""
+        larger = (self._blocks[address] for size in self._sizes[place:] for address in self._addresses[size])
+        block = next(larger)
+        counts = block.expandable_size()
+        for other in larger:
+            if (other_counts := other.expandable_size()) >= counts:
+                break
+            block, counts = other, other_counts
+        return block
+
+
+class Pool:
+    """The small or the large pool: its free blocks, and the parts of its expandable segments that are not mapped."""
+
+    __slots__ = ("free", "is_small", "min_rest", "page", "unmapped")
+
+    def __init__(self, *, is_small: bool, expandable_segments: bool) -> None:
+        self.is_small = is_small
+        self.page = SMALL_SEGMENT_BYTES if is_small else LARGE_SEGMENT_BYTES
+        # `should_split`: from 512 B on, or strictly more than 1 MiB
+        self.min_rest = MIN_BLOCK_BYTES if is_small or expandable_segments else SMALL_REQUEST_BYTES + 1
+        self.free = FreeBlocks(can_grow=expandable_segments)
+        self.unmapped: list[Block] = []  # by address
