@@ -66,17 +66,15 @@ class ForkedChildren:
             path.unlink(missing_ok=True)
         killed_before = _kernel_kills()
         ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=child_entry.main, args=(task, theirs, str(answer_path), str(log_path)), daemon=True
-        )
         try:
             try:
-                self._process.start()
+                self._start((task, theirs, str(answer_path), str(log_path)))
             except EOFError:
                 # The server ended before it could start a child: an import raised something else than ImportError.
                 log = (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
                 return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
             theirs.close()
+            assert self._process is not None
             in_time = self._follow(self._process, ours, on_event, timeout_s)
         finally:
             self._kill()
@@ -88,6 +86,18 @@ class ForkedChildren:
             return Answer(failure=_timed_out(timeout_s or 0.0, log))
         by_kernel = _kernel_kills() > killed_before
         return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
+
+    def _start(self, args: tuple[object, ...]) -> None:
+        """Start the child; raises EOFError when the server ends instead.
+
+        One that was killed a moment ago may still have seemed to be there, so the next one gets its chance too.
+        """
+        self._process = self._context.Process(target=child_entry.main, args=args, daemon=True)
+        try:
+            self._process.start()
+        except EOFError:
+            self._process = self._context.Process(target=child_entry.main, args=args, daemon=True)
+            self._process.start()
 
     def _follow(
         self,

@@ -68,7 +68,9 @@ def predict(
     raw = {**(configs.read_toml(config) if config else {}), **flags}
     # A card's name is no device of this machine; memory and segments are settings of a prediction alone.
     device = raw.pop("device", None)
-    memory = device_memory if device_memory is not None else raw.pop("device_memory", raw.pop("memory_limit", None))
+    stored_limit = raw.pop("memory_limit", None)
+    stored = raw.pop("device_memory", stored_limit)
+    memory = device_memory if device_memory is not None else stored
     if device is not None and not isinstance(device, str):
         raise UsageError(f"--device: {device!r} is not a name; write it as text")
     wanted = configs.settings(raw)

@@ -195,7 +195,8 @@ def _measure(
     answer = children.run(task, on_event=progress.step, timeout_s=job.settings.timeout)
     outcome = _outcome(report, task.cell)
     if answer.result is None or answer.fingerprint is None:
-        outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message="the child gave no result"))
+        why = answer.refusal.message if answer.refusal else "the child gave no result"
+        outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message=why))
     else:
         result = replace(answer.result, wall_s=time.monotonic() - start)
         store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
