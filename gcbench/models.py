@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -53,7 +54,7 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
 
 def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
     """The model without storage: shapes, names and flags only. With `lora`, raises what `with_adapters` does."""
-    with torch.device("meta"):
+    with torch.device("meta"), _uninitialised():
         model = _from_config(config, **kwargs)
         return model if lora is None else with_adapters(model, lora)
 
@@ -88,6 +89,19 @@ def build(
     model.train()
     model.config.use_cache = False
     return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """No layer of torch's fills its parameters: on meta there is nothing to fill, and going about it takes a while."""
+
+    def untouched(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return tensor
+
+    with ExitStack() as stack:
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_"):
+            stack.enter_context(mock.patch.object(torch.nn.init, name, untouched))
+        yield
 
 
 def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:

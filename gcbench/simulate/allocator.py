@@ -51,7 +51,7 @@ class OutOfMemory(Exception):
     """A request that does not fit even with every free segment given back; the allocator stays usable.
 
     Attributes:
-        requested_bytes: what was asked for, before rounding.
+        requested_bytes: what was asked for, rounded up as the allocator does.
         allocated_bytes, reserved_bytes, limit_bytes: as the allocator's, at that moment.
     """
 
@@ -128,16 +128,8 @@ class CachingAllocator:
         """
         if nbytes == 0:
             return NULL
-        size = -(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
-        pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
-        block = pool.free.take(size) or self._new_block(pool, size, nbytes)
-        if block.size - size >= pool.min_rest:
-            pool.free.add(block.cut(size))
-        block.allocated = True
+        block = self.take(-(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
         self._live[block.address] = block
-        self._allocated += block.size
-        if self._allocated > self._peak_allocated:
-            self._peak_allocated = self._allocated
         return block.address
 
     def free(self, handle: int) -> None:
@@ -146,13 +138,29 @@ class CachingAllocator:
         Raises:
             KeyError: nothing is allocated under this handle.
         """
-        if handle == NULL:
-            return
-        block = self._live.pop(handle)
+        if handle != NULL:
+            self.give(self._live.pop(handle))
+
+    def take(self, size: int) -> Block:
+        """`malloc` of a size that is rounded already and not zero, for who keeps the block himself."""
+        pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
+        block = pool.free.take(size) or self._new_block(pool, size)
+        if block.size - size >= pool.min_rest:
+            pool.free.add(block.cut(size))
+        block.allocated = True
+        self._allocated += block.size
+        if self._allocated > self._peak_allocated:
+            self._peak_allocated = self._allocated
+        return block
+
+    def give(self, block: Block) -> None:
+        """`free` of a block that `take` returned."""
         block.allocated = False
         self._allocated -= block.size
-        self._merge_neighbours(block)
-        block.pool.free.add(block)
+        before, behind = block.prev, block.next
+        if (before is not None and not before.allocated) or (behind is not None and not behind.allocated):
+            self._merge_neighbours(block)
+        insort(block.pool.free.entries, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
         """`torch.cuda.empty_cache`: give back every wholly free segment, or page of an expandable one."""
@@ -161,10 +169,10 @@ class CachingAllocator:
                 if self._expandable:
                     self._unmap(block)
                 elif block.prev is None and block.next is None:
-                    pool.free.remove(block)
+                    pool.free.drop(block)
                     self._reserved -= block.size
 
-    def _new_block(self, pool: Pool, size: int, nbytes: int) -> Block:
+    def _new_block(self, pool: Pool, size: int) -> Block:
         """A block from the device, if need be after giving back what is cached (the second half of `malloc`)."""
         take = self._expand if self._expandable else self._new_segment
         block = take(pool, size)
@@ -175,7 +183,7 @@ class CachingAllocator:
         if block is None:
             assert self._limit is not None
             raise OutOfMemory(
-                requested_bytes=nbytes,
+                requested_bytes=size,
                 allocated_bytes=self._allocated,
                 reserved_bytes=self._reserved,
                 limit_bytes=self._limit,
@@ -222,7 +230,7 @@ class CachingAllocator:
     @staticmethod
     def _forget(block: Block) -> None:
         if block.mapped:
-            block.pool.free.remove(block)
+            block.pool.free.drop(block)
         else:
             block.pool.unmapped.remove(block)
 
@@ -240,7 +248,7 @@ class CachingAllocator:
             if not self._map(following, min(following.size, size - block.size)):
                 return None
             block = following  # which swallowed the one before it
-        pool.free.remove(block)
+        pool.free.drop(block)
         return block
 
     def _expandable_room(self, pool: Pool, size: int) -> Block:
@@ -285,7 +293,7 @@ class CachingAllocator:
         end = block.origin + (block.address + block.size - block.origin) // pool.page * pool.page
         if begin >= end:
             return
-        pool.free.remove(block)
+        pool.free.drop(block)
         if begin > block.address:
             front, block = block, block.cut(begin - block.address)
             pool.free.add(front)

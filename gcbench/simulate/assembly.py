@@ -120,9 +120,10 @@ def assemble(
         raise NotComposable("the model keeps tensors from one step to the next")
 
     once = passes.events + np.where(passes.events >= 0, first_step, -first_step)
-    again = passes.events[~np.isin(passes.events, persistent)]
+    stays = _among(passes.events, persistent, num_passes)
+    again = passes.events[~stays]
     second = again + np.where(again >= 0, second_step, -second_step)
-    boundary = int(np.count_nonzero(~np.isin(passes.events[: passes.backward_at], persistent)))
+    boundary = int(np.count_nonzero(~stays[: passes.backward_at]))
 
     def renumbered(events: Sequence[int], step: int) -> Ints:
         of_gradients = np.array(gradients, np.int64) + step
@@ -184,7 +185,7 @@ def assemble(
             (0, [Block(term.nbytes, term.name) for term in standing]),
             *((start, blocks) for start, blocks in stretches if len(blocks)),
         ),
-        segments=_segments(passes, persistent, int(begins[0]), int(begins[2])),
+        segments=_segments(passes, stays, int(begins[0]), int(begins[2])),
     )
 
 
@@ -238,9 +239,21 @@ def of_trace(
     )
 
 
-def _segments(passes: Passes, persistent: Ints, begin: int, update_begins: int) -> tuple[tuple[int, str], ...]:
-    """Where each instance of the passes begins in the measured step, and the optimizer's update."""
-    dropped = np.cumsum([0, *np.isin(passes.events, persistent)])
+def _among(events: Ints, blocks: Ints, num_blocks: int) -> npt.NDArray[np.bool_]:
+    """Which of the events are allocations of these blocks."""
+    wanted = np.zeros(num_blocks + 1, np.bool_)  # the last stands for every release
+    wanted[blocks] = True
+    return wanted[np.where(events >= 0, events, num_blocks)]
+
+
+def _segments(
+    passes: Passes, stays: npt.NDArray[np.bool_], begin: int, update_begins: int
+) -> tuple[tuple[int, str], ...]:
+    """Where each instance of the passes begins in the measured step, and the optimizer's update.
+
+    `stays` tells of each event whether the measured step lacks it.
+    """
+    dropped = np.concatenate([np.zeros(1, np.int64), np.cumsum(stays)])
     named = [
         (
             begin + int(start - dropped[start]),

@@ -51,37 +51,26 @@ by_address = attrgetter("address")
 
 
 class FreeBlocks:
-    """Free blocks in order of size, then address: the sizes there are, and of each size the addresses."""
+    """Free blocks in order of size, then address.
 
-    __slots__ = ("_addresses", "_blocks", "_can_grow", "_sizes")
+    Attributes:
+        entries: (size, address, block); addresses differ, so that blocks are never compared.
+    """
+
+    __slots__ = ("_can_grow", "entries")
 
     def __init__(self, *, can_grow: bool) -> None:
         self._can_grow = can_grow
-        self._sizes: list[int] = []
-        self._addresses: dict[int, list[int]] = {}
-        self._blocks: dict[int, Block] = {}
+        self.entries: list[tuple[int, int, Block]] = []
 
     def __iter__(self) -> Iterator[Block]:
-        return (self._blocks[address] for size in self._sizes for address in self._addresses[size])
+        return (block for _, _, block in self.entries)
 
     def add(self, block: Block) -> None:
-        size, address = block.size, block.address
-        self._blocks[address] = block
-        there = self._addresses.get(size)
-        if there is None:
-            self._addresses[size] = [address]
-            insort(self._sizes, size)
-        else:
-            insort(there, address)
+        insort(self.entries, (block.size, block.address, block))
 
-    def remove(self, block: Block) -> None:
-        size, address = block.size, block.address
-        del self._blocks[address]
-        there = self._addresses[size]
-        if len(there) > 1:
-            del there[bisect_left(there, address)]
-        else:
-            del self._addresses[size], self._sizes[bisect_left(self._sizes, size)]
+    def drop(self, block: Block) -> None:
+        del self.entries[bisect_left(self.entries, (block.size, block.address))]
 
     def take(self, size: int) -> Block | None:
         """Remove and return the best fit: the smallest block of at least `size`, of equal ones the lowest.
@@ -89,29 +78,21 @@ class FreeBlocks:
         A block that can grow counts with the address space behind it, so that the growing end of a segment is used
         when nothing else fits. As in the source, the search goes on only while the next block counts for less.
         """
-        place = bisect_left(self._sizes, size)
-        if place == len(self._sizes):
+        place = bisect_left(self.entries, (size,))
+        if place == len(self.entries):
             return None
         if self._can_grow:
-            block = self._cheapest(place)
-            self.remove(block)
-            return block
-        there = self._addresses[self._sizes[place]]
-        address = there.pop(0)
-        if not there:
-            del self._addresses[self._sizes.pop(place)]
-        return self._blocks.pop(address)
+            place = self._cheapest(place)
+        return self.entries.pop(place)[2]
 
-    def _cheapest(self, place: int) -> Block:
-        """From the size at `place` on, the block before the first that does not count for less than it."""
-        larger = (self._blocks[address] for size in self._sizes[place:] for address in self._addresses[size])
-        block = next(larger)
-        counts = block.expandable_size()
-        for other in larger:
-            if (other_counts := other.expandable_size()) >= counts:
+    def _cheapest(self, place: int) -> int:
+        """From `place` on, the block before the first that does not count for less than it."""
+        counts = self.entries[place][2].expandable_size()
+        for other in range(place + 1, len(self.entries)):
+            if (other_counts := self.entries[other][2].expandable_size()) >= counts:
                 break
-            block, counts = other, other_counts
-        return block
+            place, counts = other, other_counts
+        return place
 
 
 class Pool:

@@ -124,7 +124,7 @@ class Predictor:
         by_name = {owners[param]: home for param, home in cut.gradients.items() if param in owners}
         params: list[int] = []
         blocks: list[int] = []
-        for place, param in enumerate(self.stage.model.parameters()):
+        for place, param in enumerate(self.stage.parameters):
             layer, name = owners.get(id(param), (-1, ""))
             home: tuple[Segment, int] | None
             if layer in played:
@@ -145,9 +145,8 @@ class Predictor:
     def _update(self, params: Sequence[int]) -> UpdateTrace:
         key = tuple(params)
         if key not in self._updates:
-            parameters = list(self.stage.model.parameters())
             self._updates[key] = trace_update(
-                [parameters[place] for place in params],
+                [self.stage.parameters[place] for place in params],
                 precision=self.precision,
                 optim=self.optim,
                 road=self.road,

@@ -88,6 +88,8 @@ class Stage:
         self.layers = checkpointing.checkpointable_layers(model)
         self.blocks = _model_blocks(model)
         self._on_stage: set[int] = set()
+        self._absent: set[int] = set()
+        """Modules of the layers that are not on the stage."""
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
@@ -106,20 +108,30 @@ class Stage:
                 found[id(param)] = (number, name)
         return found
 
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """The model's parameters, each once. Looking for them takes as long as the model is deep."""
+        return tuple(self.model.parameters())
+
+    @cached_property
+    def _buffers(self) -> tuple[torch.Tensor, ...]:
+        return tuple(self.model.buffers())
+
+    def _drop_gradients(self) -> None:
+        for param in self.parameters:
+            param.grad = None
+
     def _give_storage(self, layers: Iterable[int]) -> None:
         """Make the tensors outside the layers and those of `layers` fake CPU tensors; the others stay on meta."""
         wanted = set(layers) - self._on_stage
         if self._on_stage and not wanted:
             return
         self._on_stage |= wanted
-        absent = {
-            id(module)
-            for number, layer in enumerate(self.layers)
-            if number not in self._on_stage
-            for module in layer.modules()
-        }
-        give_storage((m for m in self.model.modules() if id(m) not in absent), self.fake, self._made)
-        self.__dict__.pop("owners", None)  # they name parameters that have been replaced
+        off_stage = [layer for number, layer in enumerate(self.layers) if number not in self._on_stage]
+        self._absent = {id(module) for layer in off_stage for module in layer.modules()}
+        give_storage(self._modules_that_run(), self.fake, self._made)
+        for name in ("owners", "parameters", "_buffers"):  # they name tensors that have been replaced
+            self.__dict__.pop(name, None)
 
     def trace_in_full(
         self, plan: Plan, *, batch_size: int, seq_len: int, optim: str, steps_on_device: bool = True
@@ -146,11 +158,11 @@ class Stage:
             def on_phase(phase: Phase) -> None:
                 recorder.on_phase(phase)
                 if phase == "optimizer":
-                    gradients.update(recorder.number(p.grad) for p in self.model.parameters() if p.grad is not None)
+                    gradients.update(recorder.number(p.grad) for p in self.parameters if p.grad is not None)
 
             step(on_phase)
             recorder.close()
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return recorder.trace, frozenset(number for number in gradients if number is not None)
 
     def trace_layers(self, plan: Plan, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
@@ -172,10 +184,10 @@ class Stage:
             recorder.close()
             gradients = {
                 id(param): number
-                for param in self.model.parameters()
+                for param in self.parameters
                 if param.grad is not None and (number := recorder.number(param.grad)) is not None
             }
-        self.model.zero_grad(set_to_none=True)
+        self._drop_gradients()
         return LayeredTrace(
             trace=recorder.trace,
             batch=tuple(recorder.trace.blocks[num_model:num_standing]),
@@ -184,6 +196,10 @@ class Stage:
             boundaries=watch.boundaries,
             called=tuple(watch.called),
         )
+
+    def _modules_that_run(self) -> list[torch.nn.Module]:
+        """All but what is inside of layers that are not on the stage."""
+        return [module for module in self.model.modules() if id(module) not in self._absent]
 
     @contextmanager
     def _recording(self, plan: Plan) -> Iterator[Recorder]:
@@ -194,13 +210,13 @@ class Stage:
         """
         recorder = Recorder(self.road.internals)
         with ExitStack() as stack:
-            stack.enter_context(unchanged(self.model))
+            stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
             checkpointing.apply(self.model, plan)
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
             stack.enter_context(self.fake)
             stack.enter_context(recorder)
-            for held in (*self.model.parameters(), *self.model.buffers()):
+            for held in (*self.parameters, *self._buffers):
                 if held.device.type != "meta":
                     recorder.note(held, None)
             yield recorder
@@ -330,9 +346,9 @@ def _kind(layer: torch.nn.Module) -> Hashable:
 
 
 @contextmanager
-def unchanged(model: torch.nn.Module) -> Iterator[None]:
-    """Undo what becomes of the attributes and buffers of every module of a model."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Undo what becomes of the modules' attributes and buffers."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     try:
         yield
     finally:

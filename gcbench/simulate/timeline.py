@@ -13,6 +13,7 @@ import numpy.typing as npt
 from gcbench.records import PHASES, MemoryPeaks, Phase
 from gcbench.simulate.allocator import CachingAllocator
 from gcbench.simulate.events import Trace, of_phases
+from gcbench.simulate.pools import MIN_BLOCK_BYTES, Block
 
 Ints = npt.NDArray[np.int64]
 
@@ -91,8 +92,8 @@ def exact(timeline: Timeline) -> Peak:
 def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> Peak:
     """Behind CUDA's caching allocator; raises `allocator.OutOfMemory` when the limit does not allow it."""
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
-    sizes = timeline.nbytes.tolist()
-    handles = [0] * len(sizes)
+    sizes = (-(-timeline.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
+    held: list[Block | None] = [None] * len(sizes)
     marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
     highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)
@@ -100,19 +101,20 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     top = 0
     phase: Phase | None = None
     events: Sequence[int] = timeline.events.tolist()
-    malloc, free = allocator.malloc, allocator.free
+    take, give = allocator.take, allocator.give
     done = 0
     with _without_collections():  # a hundred thousand blocks, and none of them garbage
         for stop in stops:
             for place in range(done, stop):
                 event = events[place]
-                if event >= 0:
-                    handles[event] = malloc(sizes[event])
+                if event < 0:
+                    if (block := held[~event]) is not None:
+                        give(block)
+                elif sizes[event]:
+                    held[event] = take(sizes[event])
                     if phase is not None and (allocated := allocator.allocated_bytes) > top:
                         top = highest[phase] = allocated
                         at[phase] = place
-                else:
-                    free(handles[~event])
             done = stop
             if stop in timeline.settled_at:
                 allocator.empty_cache()
