@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import difflib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
+from torch._functorch import config as functorch_config
 from torch.utils._pytree import tree_leaves
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench.strategies import Plan
+from gcbench.errors import UsageError
+from gcbench.segments import Segment
+from gcbench.strategies import Plan, Policy
+from gcbench.strategies.selective import NAMED
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+Groups = Sequence[tuple[Sequence[int], Policy]]
+
+
+_NAMED = frozenset(op for ops in NAMED.values() for op in ops)
+"""Named by gcbench itself; not every torch has every one of them."""
 
 
 class RecomputeCounter:
@@ -21,27 +34,28 @@ class RecomputeCounter:
 
     Attributes:
         layers: the numbers of the layers recomputed since the last `reset`.
+        is_blind: layers are compiled, so that what they run again cannot be seen.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_blind: bool = False) -> None:
         self.layers: set[int] = set()
+        self.is_blind = is_blind
 
     def reset(self) -> None:
         self.layers.clear()
 
-    def checkpoint(self, layer: int, function: Callable[..., Any], *args: Any) -> Any:
-        """`torch.utils.checkpoint.checkpoint` with a note of each call of `function` after the first."""
+    def counted(self, layer: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with a note of each call after the first."""
         first = True
 
-        def counted(*inner_args: Any) -> Any:
+        def noted(*args: Any) -> Any:
             nonlocal first
             if not first:
                 self.layers.add(layer)
             first = False
-            return function(*inner_args)
+            return function(*args)
 
-        # Stated, not left to the default: any kwargs without it flip Hugging Face to the reentrant variant.
-        return checkpoint(counted, *args, use_reentrant=False)
+        return noted
 
 
 def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
@@ -55,10 +69,12 @@ class LayersRun:
 
     Attributes:
         forward: those that the forward pass runs.
+        order: the same, in the order of their first run.
         backward: those of them that a gradient passes back through: all, unless parameters are frozen.
     """
 
     forward: set[int] = field(default_factory=set)
+    order: list[int] = field(default_factory=list)
     backward: set[int] = field(default_factory=set)
 
 
@@ -67,14 +83,19 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
     """What a forward pass inside the context runs."""
     ran = LayersRun()
 
-    def note(layer: int, module: torch.nn.Module, inputs: object, outputs: object) -> None:
-        ran.forward.add(layer)
+    def enter(layer: int, module: torch.nn.Module, inputs: object) -> None:
+        if layer not in ran.forward:
+            ran.forward.add(layer)
+            ran.order.append(layer)
+
+    def leave(layer: int, module: torch.nn.Module, inputs: object, outputs: object) -> None:
         if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves(outputs)):
             ran.backward.add(layer)
 
-    hooks = [
-        layer.register_forward_hook(partial(note, number)) for number, layer in enumerate(checkpointable_layers(model))
-    ]
+    hooks = []
+    for number, layer in enumerate(checkpointable_layers(model)):
+        hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
+        hooks.append(layer.register_forward_hook(partial(leave, number)))
     try:
         yield ran
     finally:
@@ -96,22 +117,112 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     """Checkpoint the layers of `plan` through each layer's own flag and function.
 
     That is what `activation_checkpointing_enable(every_n_layers=k)` sets, so what is measured is what a user's run
-    does. Raises ValueError for a group of several layers, and for a plan of another number of layers.
+    does. A plan with a memory budget sets torch's, for the whole process, until `clear`.
+
+    Raises ValueError for a plan of another number of layers.
     """
     layers = checkpointable_layers(model)
     if plan.num_layers != len(layers):
         raise ValueError(f"the plan is for {plan.num_layers} layers and the model has {len(layers)}")
-    counter = RecomputeCounter()
-    for group in plan.groups:
-        if len(group) > 1:
-            raise ValueError(f"layers {group[0]} to {group[-1]} cannot be recomputed as one")
-        layer = layers[group[0]]
-        layer._gradient_checkpointing_func = partial(counter.checkpoint, group[0])
-        layer.gradient_checkpointing = True
+    counter = RecomputeCounter(is_blind=plan.compiled)
+    apply_groups(layers, plan.treated(), counter)
+    if plan.compiled:
+        if plan.memory_budget is not None:
+            functorch_config.activation_memory_budget = plan.memory_budget
+        for layer in layers:
+            layer.compile()
     return counter
 
 
+def apply_groups(layers: Sequence[torch.nn.Module], groups: Groups, counter: RecomputeCounter) -> None:
+    """Checkpoint groups of `layers`, each with its policy."""
+    for group, policy in groups:
+        contexts = _contexts(policy)
+        segment = None
+        if len(group) > 1:
+            segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
+        for place, number in enumerate(group):
+            function: Callable[..., Any]
+            if segment is not None:
+                function = partial(segment.run, place, partial(counter.counted, number))
+            elif counter.is_blind:  # the compiler sees through torch's own function alone
+                function = partial(checkpoint, use_reentrant=False)
+                if policy.keep:
+                    function = partial(function, context_fn=contexts)
+            else:
+                function = partial(_checkpoint_one, counter, number, policy, contexts)
+            layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
+            layers[number].gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def _checkpoint_one(
+    counter: RecomputeCounter, number: int, policy: Policy, contexts: Contexts, function: Callable[..., Any], *args: Any
+) -> Any:
+    """`torch.utils.checkpoint.checkpoint` of one layer, counted."""
+    counted = counter.counted(number, function)
+    if policy.reentrant:
+        return checkpoint(counted, *args, use_reentrant=True)
+    # Stated, not left to the default: any kwargs without it flip Hugging Face to the reentrant variant.
+    with _saving(policy)():
+        return checkpoint(counted, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _saving(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
+    return save_on_host if policy.offload else nullcontext
+
+
+def save_on_host() -> AbstractContextManager[Any]:
+    """What is saved for the backward pass inside goes to pinned host memory, as with transformers' `offload=True`."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type="cuda")
+
+
+def _contexts(policy: Policy) -> Contexts:
+    """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept."""
+    if not policy.keep:
+        return noop_context_fn
+    everywhere = frozenset(name for name in policy.keep if "#" not in name)
+    places = frozenset(name for name in policy.keep if "#" in name)
+
+    def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+
+        def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            name = operator_name(op)
+            kept = name in everywhere
+            if places and not kept:
+                counter = calls[context.is_recompute]
+                kept = f"{name}#{counter[name]}" in places
+                counter[name] += 1
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        return create_selective_checkpoint_contexts(choose)  # type: ignore[no-any-return, no-untyped-call]
+
+    return make
+
+
+def operator_name(op: Any) -> str:
+    """An operator as plans name it: without overload, and without `aten::`."""
+    namespace, _, rest = str(getattr(op, "_name", op)).rpartition("::")
+    name = rest.partition(".")[0]
+    return name if namespace in ("", "aten") else f"{namespace}::{name}"
+
+
+def check_operators(names: Sequence[str]) -> None:
+    """Raises UsageError for those that no operator of this torch has."""
+    known = {name.partition(".")[0].removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
+    for name in names:
+        op = name.partition("#")[0].removeprefix("aten::")
+        if op not in known and op not in _NAMED:
+            near = ", ".join(difflib.get_close_matches(op, known, n=3))
+            raise UsageError(
+                f"--strategies: torch {torch.__version__} has no operator {op!r}"
+                + (f"; near names: {near}" if near else "; write them as torch does, like mm/addmm/_softmax")
+            )
+
+
 def clear(model: torch.nn.Module) -> None:
-    """Undo `apply`: no layer is checkpointed."""
+    """Undo `apply`: no layer is checkpointed or compiled."""
     for layer in checkpointable_layers(model):
         layer.gradient_checkpointing = False
+        layer._compiled_call_impl = None
+    functorch_config.activation_memory_budget = 1.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -61,7 +62,7 @@ class Cell:
     def key(self) -> str:
         """Names the cell within a run, and in file names."""
         w = self.workload
-        return f"b{w.batch_size}-s{w.seq_len}-{self.strategy.replace(':', '-')}"
+        return f"b{w.batch_size}-s{w.seq_len}-{re.sub('[^a-zA-Z0-9_.+#]', '-', self.strategy)}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ class RoundResult:
             that training on text never calls).
         layers_planned: those of them in the plan's groups that a gradient passes back through (below the lowest LoRA
             adapter none does).
-        layers_recomputed: layers really run a second time in one step.
+        layers_recomputed: layers really run a second time in one step; None where they are compiled and nobody sees.
         params_without_grad: trainable parameters whose gradient was None after the first backward.
         grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
         grad_rel_diff: L2 norm of the difference of these gradients from `off` in round 0, relative to its norm;
@@ -93,7 +94,7 @@ class RoundResult:
     step_times_s: tuple[float, ...]
     layers_run: int
     layers_planned: int
-    layers_recomputed: int
+    layers_recomputed: int | None
     params_without_grad: int
     grad_checksum: str
     grad_rel_diff: float | None
@@ -138,6 +139,8 @@ class ModelFacts:
         attn_implementation: the kernel the model uses unless told otherwise.
         checkpointing_refusal: why the model cannot checkpoint; None when it can.
         num_trainable_params: those that are not frozen; None in a report from before there was LoRA.
+        layers_in_order: numbers of the layers that training runs, in the order in which it does; None where that is all
+            of them in `modules()` order, or where nobody asked.
     """
 
     model: str
@@ -148,6 +151,7 @@ class ModelFacts:
     attn_implementation: str | None
     checkpointing_refusal: str | None
     num_trainable_params: int | None = None
+    layers_in_order: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,6 +191,8 @@ class Report:
     notices: tuple[str, ...] = ()
     """What the run decided for the user, in sentences: defaults taken, strategies left out."""
     source: Literal["measured", "predicted"] = "measured"
+    plan_files: dict[str, str] = field(default_factory=dict)
+    """Strategy -> the content of the file that it was read from."""
 
 
 @dataclass(frozen=True, kw_only=True)

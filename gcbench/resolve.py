@@ -9,7 +9,7 @@ from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import UsageError
 from gcbench.records import Cell, Machine, ModelFacts, Workload
 from gcbench.simulate.target import Target
-from gcbench.strategies import Plan
+from gcbench.strategies import Plan, Strategy
 from gcbench.units import format_bytes
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
@@ -27,6 +27,8 @@ class Job:
         settings: with every default filled in.
         cells: in the order of the tables.
         plans: strategy -> plan.
+        refusals: strategy -> why it cannot be had on this device, for those that cannot.
+        plan_files: strategy -> the content of the file that it was read from.
         least_steps: timed steps of a round, at least, where the settings do not give their number.
         notices: what was decided for the user, in sentences.
     """
@@ -34,6 +36,8 @@ class Job:
     settings: Settings
     cells: tuple[Cell, ...]
     plans: dict[str, Plan]
+    refusals: dict[str, str]
+    plan_files: dict[str, str]
     least_steps: int
     notices: tuple[str, ...]
 
@@ -62,9 +66,13 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
 
     specs = wanted.strategies or DEFAULT_STRATEGIES
     plans: dict[str, Plan] = {}
+    plan_files: dict[str, str] = {}
     for spec in specs:
         try:
-            plans[spec] = strategies.parse(spec).plan_for(facts.num_layers)
+            strategy = strategies.parse(spec)
+            plans[spec] = plan_of(strategy, facts)
+            if strategy.content is not None:
+                plan_files[spec] = strategy.content
         except ValueError as err:
             if facts.checkpointing_refusal is not None:
                 plans[spec] = Plan(num_layers=facts.num_layers)
@@ -90,9 +98,32 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
         settings=settings,
         cells=_cells(settings, facts),
         plans=plans,
+        refusals={
+            spec: why
+            for spec, plan in plans.items()
+            if (why := unsupported(plan, kind, is_predicted=target is not None))
+        },
+        plan_files=plan_files,
         least_steps=_LEAST_STEPS[kind],
         notices=tuple(notices),
     )
+
+
+def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:
+    """What a strategy becomes for a model; raises ValueError when it cannot be had for it."""
+    order = facts.layers_in_order
+    if not strategy.counts_run or order is None:
+        return strategy.plan_for(facts.num_layers)
+    return strategy.plan_for(len(order)).renumbered(order, facts.num_layers)
+
+
+def unsupported(plan: Plan, kind: str, *, is_predicted: bool = False) -> str | None:
+    """Why a plan cannot be had on a kind of device, with what to do; None when it can."""
+    if plan.any_policy("offload") and kind == "cpu":
+        return "offload moves what layers keep to the host's memory, and on a CPU it is there already; leave it out"
+    if is_predicted and plan.compiled:
+        return "what a compiler keeps is known once it has compiled; measure it with gcbench run"
+    return None
 
 
 def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from gcbench import __version__, errors
+from gcbench import __version__, errors, strategies
 from gcbench.children import Children
 from gcbench.codec import decode, encode
 from gcbench.config import Settings, as_json
@@ -81,6 +81,8 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
             overrides=wanted.set or {},
             attn_implementation=wanted.attn_implementation,
             lora=wanted.lora,
+            operators=_operators(wanted),
+            needs_order=any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
         ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
@@ -88,6 +90,12 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
     raise_refusal(answer)
     assert answer.machine is not None and answer.facts is not None
     return answer.machine, answer.facts
+
+
+def _operators(wanted: Settings) -> tuple[str, ...]:
+    """The operators that the strategies name."""
+    parsed = [strategies.parse(spec) for spec in wanted.strategies or ()]
+    return tuple(dict.fromkeys(name for strategy in parsed for name in strategy.operators))
 
 
 def raise_refusal(answer: Answer) -> None:
@@ -111,6 +119,7 @@ def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report
         model=facts,
         outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
         notices=job.notices,
+        plan_files=job.plan_files,
     )
 
 
@@ -121,7 +130,12 @@ def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
             layers_checkpointed=0,
             failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
         )
-    return Outcome(cell=cell, layers_checkpointed=job.plans[cell.strategy].layers_checkpointed)
+    why = job.refusals.get(cell.strategy)
+    return Outcome(
+        cell=cell,
+        layers_checkpointed=job.plans[cell.strategy].layers_checkpointed,
+        failure=None if why is None else Failure(kind="unsupported", message=why),
+    )
 
 
 def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -> Report:
@@ -144,6 +158,8 @@ def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -
             )
     if previous.model.num_trainable_params is None:  # stored before it was counted
         facts = replace(facts, num_trainable_params=None)
+    if job.plan_files != previous.plan_files:
+        raise UsageError("--resume needs the plan files of the stored run, and one has changed since; take a new --out")
     if facts != previous.model:
         raise UsageError(
             f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "

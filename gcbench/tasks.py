@@ -25,6 +25,10 @@ class DescribeTask:
     overrides: dict[str, Json] = field(default_factory=dict)
     attn_implementation: str | None = None
     lora: Lora | None = None
+    operators: tuple[str, ...] = ()
+    """Operators that strategies name, to be checked."""
+    needs_order: bool = False
+    """Whether a strategy counts layers in the order in which they run."""
 
 
 @dataclass(frozen=True, kw_only=True)

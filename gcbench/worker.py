@@ -10,6 +10,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -73,6 +74,11 @@ def describe(task: DescribeTask) -> Answer:
         facts = models.facts(task.source, config, task.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
+        checkpointing.check_operators(task.operators)
+        if task.needs_order and facts.checkpointing_refusal is None:
+            from gcbench.simulate.order import layers_in_order  # what most runs do not need
+
+            facts = replace(facts, layers_in_order=layers_in_order(task))
         return Answer(machine=device.describe(), facts=facts)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
@@ -139,7 +145,7 @@ class _Measurement:
                 step_times_s=tuple(times),
                 layers_run=len(self.layers_run.forward),
                 layers_planned=len(self.layers_run.backward & {layer for group in task.plan.groups for layer in group}),
-                layers_recomputed=len(self.counter.layers),
+                layers_recomputed=None if self.counter.is_blind else len(self.counter.layers),
                 params_without_grad=len(self.fingerprint.missing),
                 grad_checksum=self.fingerprint.checksum,
                 grad_rel_diff=None,

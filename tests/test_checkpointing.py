@@ -122,11 +122,6 @@ def test_a_plan_for_another_model_is_refused(tmp_path):
         checkpointing.apply(build(tmp_path, "llama"), Plan(num_layers=3))
 
 
-def test_a_group_of_several_layers_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="layers 0 to 1 cannot be recomputed as one"):
-        checkpointing.apply(build(tmp_path, "llama"), Plan(num_layers=4, groups=((0, 1), (2,))))
-
-
 @pytest.mark.parametrize("family", tiny.CHECKPOINTING)
 def test_a_family_that_can_is_not_refused(tmp_path, family):
     model = build(tmp_path, family)

@@ -16,6 +16,7 @@ from gcbench.simulate.pieces import Passes
 from gcbench.simulate.stage import NotComposable
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace
+from gcbench.strategies import Policy
 
 Ints = npt.NDArray[np.int64]
 
@@ -49,6 +50,15 @@ KIND_NAMES = {
     Kind.RECOMPUTED: "recomputed activations",
     Kind.TEMPORARY: "temporaries",
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Treatment:
+    """How one layer is recomputed: its group's policy, its place in the group, and the group's size."""
+
+    policy: Policy
+    place: int
+    size: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +108,7 @@ def assemble(
     gradients: Sequence[int],
     *,
     standing: Sequence[Standing],
-    checkpointed: Mapping[int, bool],
+    treatments: Mapping[int, Treatment | None],
     layers: Sequence[int],
     vocab_size: int | None,
 ) -> Assembly:
@@ -106,7 +116,7 @@ def assemble(
 
     Args:
         gradients: for each parameter of `update`, the block of its gradient in `passes`.
-        checkpointed: layer -> whether it is recomputed.
+        treatments: layer -> how it is recomputed; None where it is not.
         layers: the layers of `passes`, in order.
         vocab_size: blocks whose last dimension is of this size are logits.
     """
@@ -157,7 +167,7 @@ def assemble(
         ]
     )
     kinds, of_layers = _classified(
-        passes, gradients, checkpointed=checkpointed, layers=layers, vocab_size=vocab_size, persistent=persistent
+        passes, gradients, treatments=treatments, layers=layers, vocab_size=vocab_size, persistent=persistent
     )
     is_state = np.isin(np.arange(num_own) + update.num_params, np.array(_kept(update), np.int64))
     stretches = [(first_step + base, piece.blocks) for _, piece, base in passes.instances]
@@ -289,7 +299,7 @@ def _classified(
     passes: Passes,
     gradients: Sequence[int],
     *,
-    checkpointed: Mapping[int, bool],
+    treatments: Mapping[int, Treatment | None],
     layers: Sequence[int],
     vocab_size: int | None,
     persistent: Ints,
@@ -311,13 +321,16 @@ def _classified(
         of_layers[here] = layer
         if part in ("forward", "before", "head"):
             kinds[here][freed_at[here] >= passes.backward_at] = Kind.KEPT
-            if layer >= 0 and checkpointed[layer]:
+            treatment = treatments.get(layer)
+            if treatment is not None and not treatment.policy.keep:
                 kinds[here][freed_at[here] >= passes.backward_at] = Kind.BOUNDARIES
         kinds[here][again_here] = Kind.RECOMPUTED
         if layer < 0:
             kinds[here][wide_here] = Kind.LOGITS
     for layer, block in zip(layers, passes.boundaries, strict=True):
-        if block >= 0 and checkpointed[layer]:
+        treatment = treatments[layer]
+        is_kept = block >= 0 and kinds[block] in (Kind.KEPT, Kind.BOUNDARIES)
+        if is_kept and treatment is not None and treatment.place == 0:
             kinds[block], of_layers[block] = Kind.BOUNDARIES, layer
     kinds[np.array(gradients, np.int64)] = Kind.GRADIENTS
     kinds[persistent] = Kind.STANDING

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from gcbench.simulate import assembly, pieces
-from gcbench.simulate.assembly import Assembly, Kind, Standing
+from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
 from gcbench.simulate.layers import sample
 from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace, trace_update
-from gcbench.strategies import Plan
+from gcbench.strategies import Plan, Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,12 +84,12 @@ class Predictor:
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
-        checkpointed = {layer for group in plan.groups for layer in group}
+        treatments = _treatments(plan)
         for _ in range(2):
-            pairs = [(self.stage.kinds[layer], layer in checkpointed) for layer in self._layers]
+            pairs = [(self.stage.kinds[layer], treatments.get(layer)) for layer in self._layers]
             chosen = sample(_with_edges(pairs), beside=pairs)
             kept = [self._layers[place] for place in chosen.kept]
-            traced = self.stage.trace_layers(plan, kept, batch_size=batch_size, seq_len=seq_len)
+            traced = self.stage.trace_layers(_groups(kept, treatments), kept, batch_size=batch_size, seq_len=seq_len)
             if list(traced.called) == self._layers:
                 break
             # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
@@ -110,7 +110,7 @@ class Predictor:
             self._update(params),
             gradients,
             standing=standing,
-            checkpointed={layer: layer in checkpointed for layer in self._layers},
+            treatments={layer: treatments.get(layer) for layer in self._layers},
             layers=self._layers,
             vocab_size=self._vocab_size,
         )
@@ -169,7 +169,29 @@ class Predictor:
         return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why)
 
 
-def _with_edges(pairs: Sequence[tuple[Hashable, bool]]) -> list[Hashable]:
+def _treatments(plan: Plan) -> dict[int, Treatment]:
+    """How each layer in a group is treated."""
+    return {
+        layer: Treatment(policy=policy, place=place, size=len(group))
+        for group, policy in plan.treated()
+        for place, layer in enumerate(group)
+    }
+
+
+def _groups(kept: Sequence[int], treatments: Mapping[int, Treatment]) -> list[tuple[list[int], Policy]]:
+    """The groups of the layers that are kept, which stand side by side once those between are gone."""
+    groups: list[tuple[list[int], Policy]] = []
+    for layer in kept:
+        treatment = treatments.get(layer)
+        if treatment is None:
+            continue
+        if treatment.place == 0:
+            groups.append(([], treatment.policy))
+        groups[-1][0].append(layer)
+    return groups
+
+
+def _with_edges(pairs: Sequence[tuple[Hashable, Hashable]]) -> list[Hashable]:
     """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
 
     What layers of one kind share, a mask or rotary embeddings, goes with the last of them that is done.

@@ -12,7 +12,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import checkpointing
+from gcbench.checkpointing import Groups
 from gcbench.records import Phase
+from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
@@ -86,7 +88,7 @@ class Stage:
         self.road = road
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.layers = checkpointing.checkpointable_layers(model)
-        self.blocks = _model_blocks(model)
+        self.blocks = blocks(model)
         self._on_stage: set[int] = set()
         self._absent: set[int] = set()
         """Modules of the layers that are not on the stage."""
@@ -95,7 +97,7 @@ class Stage:
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
         """What each layer is: equal for layers that do the same."""
-        return tuple(_kind(layer) for layer in self.layers)
+        return tuple(kind(layer) for layer in self.layers)
 
     @cached_property
     def owners(self) -> dict[int, tuple[int, str]]:
@@ -144,7 +146,7 @@ class Stage:
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
         self._give_storage(range(len(self.layers)))
-        with self._recording(plan) as recorder:
+        with self._recording(plan.treated()) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
             standing = [replace(block, op=None) for block in recorder.trace.blocks[num_model:]]
@@ -165,13 +167,15 @@ class Stage:
         self._drop_gradients()
         return recorder.trace, frozenset(number for number in gradients if number is not None)
 
-    def trace_layers(self, plan: Plan, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
+    def trace_layers(self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
         """Forward and backward pass in which layers that are not `kept` hand their input on.
+
+        `groups` are those of kept layers.
 
         Raises NotComposable when the layers do not run one after the other, each once.
         """
         self._give_storage(kept)
-        with self._recording(plan) as recorder:
+        with self._recording(groups) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
@@ -197,13 +201,20 @@ class Stage:
             called=tuple(watch.called),
         )
 
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        """The whole model on the stage, nothing checkpointed, steps in the context on fake tensors."""
+        self._give_storage(range(len(self.layers)))
+        with self._recording(()):
+            yield
+
     def _modules_that_run(self) -> list[torch.nn.Module]:
         """All but what is inside of layers that are not on the stage."""
         return [module for module in self.model.modules() if id(module) not in self._absent]
 
     @contextmanager
-    def _recording(self, plan: Plan) -> Iterator[Recorder]:
-        """The plan applied, fake tensors and the recorder in force, what stands before a step noted.
+    def _recording(self, groups: Groups) -> Iterator[Recorder]:
+        """The groups checkpointed, fake tensors and the recorder in force, what stands before a step noted.
 
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
@@ -211,7 +222,7 @@ class Stage:
         recorder = Recorder(self.road.internals)
         with ExitStack() as stack:
             stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
-            checkpointing.apply(self.model, plan)
+            checkpointing.apply_groups(self.layers, groups, checkpointing.RecomputeCounter())
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
             stack.enter_context(self.fake)
@@ -319,32 +330,6 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     return hidden
 
 
-def _kind(layer: torch.nn.Module) -> Hashable:
-    """All that tells two layers apart: modules, shapes, dtypes, what is trained, plain attributes but the number."""
-    return tuple(
-        (
-            path,
-            type(module).__qualname__,
-            tuple(
-                (name, tuple(t.shape), t.dtype, t.requires_grad)
-                for named in (module._parameters, module._buffers)
-                for name, t in named.items()
-                if t is not None
-            ),
-            tuple(
-                (name, value)
-                for name, value in sorted(vars(module).items())
-                if isinstance(value, (str, int, float, bool, type(None)))
-                and not name.startswith("_")
-                and name != "gradient_checkpointing"
-                and "idx" not in name
-                and not name.endswith(("layer_id", "layer_number", "layer_index"))
-            ),
-        )
-        for path, module in layer.named_modules()
-    )
-
-
 @contextmanager
 def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
     """Undo what becomes of the modules' attributes and buffers."""
@@ -383,13 +368,3 @@ def give_storage(
             for name, tensor in named.items():
                 if tensor is not None:
                     named[name] = replacement(tensor)  # type: ignore[assignment]
-
-
-def _model_blocks(model: torch.nn.Module) -> tuple[tuple[str, int, bool], ...]:
-    """(name, bytes, whether it is a parameter) for each storage of a model on meta, tied weights once."""
-    found: dict[int, tuple[str, int, bool]] = {}
-    for named, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
-        for name, tensor in named:
-            storage = tensor.untyped_storage()
-            found.setdefault(storage._cdata, (name, storage.nbytes(), is_parameter))
-    return tuple(found.values())

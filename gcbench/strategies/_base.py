@@ -3,23 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """How one group of layers is recomputed.
+
+    Attributes:
+        keep: operators whose outputs are kept inside the group, as torch names them (`mm`, `addmm`, `aten::mm`,
+            `flash_attn::_flash_attn_forward`); `mm#2` is the third call of `mm` in the group alone.
+        offload: what the group keeps of its inputs lies in the host's memory until it is needed.
+        reentrant: torch's old variant, which runs the group without gradients first.
+
+    Raises ValueError for what torch cannot do together.
+    """
+
+    keep: tuple[str, ...] = ()
+    offload: bool = False
+    reentrant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reentrant and self.keep:
+            raise ValueError("the reentrant variant recomputes all of a layer and cannot keep outputs; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Which layers of a model are recomputed, and which of them together.
+    """Which layers of a model are recomputed, which of them together, and how.
 
     Attributes:
         num_layers: layers the model can checkpoint.
         groups: ordered, disjoint groups of consecutive layer numbers (0-based, in `modules()` order); the layers
             of one group are recomputed together, a layer in no group keeps everything.
+        policies: one for each group; none at all stands for the plain one everywhere.
+        compiled: each layer goes through `torch.compile`.
+        memory_budget: torch's `activation_memory_budget` while compiling, from 0 (recompute all that can be) to 1.
 
-    Raises ValueError when groups overlap, run backwards, skip layers inside a group or leave the model.
+    Raises ValueError when groups overlap, run backwards, skip layers inside a group or leave the model, when policies
+    do not match them, and for what torch cannot do together.
     """
 
     num_layers: int
     groups: tuple[tuple[int, ...], ...] = ()
+    policies: tuple[Policy, ...] = ()
+    compiled: bool = False
+    memory_budget: float | None = None
 
     def __post_init__(self) -> None:
         following = 0
@@ -31,18 +60,88 @@ class Plan:
             following = group[-1] + 1
         if following > self.num_layers:
             raise ValueError(f"layer {following - 1} is beyond a model of {self.num_layers} layers")
+        if self.policies and len(self.policies) != len(self.groups):
+            raise ValueError(f"there are {len(self.groups)} groups and {len(self.policies)} policies; give each one")
+        several = any(len(group) > 1 for group in self.groups)
+        if several and self.any_policy("reentrant"):
+            raise ValueError("the reentrant variant recomputes layers one by one; take groups of one layer")
+        if self.compiled and (several or self.any_policy("reentrant") or self.any_policy("offload")):
+            raise ValueError("compiled layers can be recomputed one by one only, and without reentrant or offload")
+        if self.memory_budget is not None and (not self.compiled or self.groups):
+            raise ValueError("a memory budget is for compiled layers that are not checkpointed; leave one out")
 
     @property
     def layers_checkpointed(self) -> int:
         return sum(len(group) for group in self.groups)
 
+    def treated(self) -> tuple[tuple[tuple[int, ...], Policy], ...]:
+        """Each group with its policy."""
+        return tuple(zip(self.groups, self.policies or [Policy()] * len(self.groups), strict=True))
+
+    def any_policy(self, name: str) -> bool:
+        """Whether a policy has that field set."""
+        return any(getattr(policy, name) for policy in self.policies)
+
+    def with_policies(self, **changes: object) -> Plan:
+        """The same groups, each with its policy changed."""
+        changed = tuple(replace(policy, **changes) for _, policy in self.treated())  # type: ignore[arg-type]
+        return replace(self, policies=changed)
+
+    def renumbered(self, order: tuple[int, ...], num_layers: int) -> Plan:
+        """The plan for a model of `num_layers` whose layers run in this order: number 0 becomes `order[0]`.
+
+        Raises ValueError where layers of one group do not lie side by side in the model.
+        """
+        pairs = [(tuple(order[layer] for layer in group), policy) for group, policy in self.treated()]
+        for group, _ in pairs:
+            if group != tuple(range(group[0], group[0] + len(group))):
+                raise ValueError(
+                    f"layers {list(group)} run one after the other but do not lie side by side in this model; "
+                    "take groups of one layer"
+                )
+        pairs.sort(key=lambda pair: pair[0])
+        return replace(
+            self,
+            num_layers=num_layers,
+            groups=tuple(group for group, _ in pairs),
+            policies=tuple(policy for _, policy in pairs) if self.policies else (),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Strategy:
-    """A named way to checkpoint; `plan_for(num_layers)` raises ValueError when the model has too few layers."""
+    """A named way to checkpoint.
+
+    Attributes:
+        spec: its name, in the one spelling that tables use.
+        plan_for: number of layers -> plan; raises ValueError when the model has too few layers.
+        counts_run: layers are counted in the order in which they run, and those that training never runs are not; else
+            all of them in `modules()` order, as transformers' `every_n_layers` does.
+        content: what a file said, for a strategy that is read from one.
+    """
 
     spec: str
     plan_for: Callable[[int], Plan]
+    counts_run: bool = False
+    content: str | None = None
+    operators: tuple[str, ...] = ()
+    """Those whose outputs it keeps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """What a strategy such as `selective:matmul` changes in any choice of layers.
+
+    Attributes:
+        to: plan -> changed plan.
+        alone: the strategy that is changed where none is named.
+    """
+
+    spec: str
+    to: Callable[[Plan], Plan]
+    alone: str = "per-layer"
+    operators: tuple[str, ...] = ()
+    """Those whose outputs it keeps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,11 +155,11 @@ class Kind:
     kept: str
     recomputed: str
     elsewhere: str
-    parse: Callable[[str | None], Strategy]
+    parse: Callable[[str | None], Strategy | Change]
 
     @property
     def name(self) -> str:
-        return self.syntax.partition(":")[0]
+        return self.syntax.partition(":")[0].partition("[")[0]
 
 
 def without_argument(syntax: str, plan_for: Callable[[int], Plan]) -> Callable[[str | None], Strategy]:
@@ -72,3 +171,16 @@ def without_argument(syntax: str, plan_for: Callable[[int], Plan]) -> Callable[[
         return Strategy(spec=syntax, plan_for=plan_for)
 
     return parse
+
+
+def number(name: str, argument: str | None, *, example: str) -> int:
+    """The argument as a number of layers; raises ValueError."""
+    if argument is None or not argument.isdecimal() or int(argument) < 1:
+        shown = name if argument is None else f"{name}:{argument}"
+        raise ValueError(f"{shown!r} needs a whole number of layers, 1 or more; write it like {example}")
+    return int(argument)
+
+
+def singles(layers: range) -> tuple[tuple[int, ...], ...]:
+    """Groups of one layer each."""
+    return tuple((layer,) for layer in layers)

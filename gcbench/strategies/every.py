@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Kind, Plan, Strategy
+from gcbench.strategies._base import Kind, Plan, Strategy, number, singles
 
 
 def _parse(argument: str | None) -> Strategy:
-    if argument is None or not argument.isdecimal() or int(argument) < 1:
-        shown = "every" if argument is None else f"every:{argument}"
-        raise ValueError(f"{shown!r} needs a whole number of layers, 1 or more; write it like every:2")
-    stride = int(argument)
+    stride = number("every", argument, example="every:2")
 
     def plan_for(num_layers: int) -> Plan:
         if stride > num_layers:
@@ -17,7 +14,7 @@ def _parse(argument: str | None) -> Strategy:
                 f"every:{stride} needs at least {stride} layers and the model has {num_layers}; "
                 f"take a stride from 1 to {num_layers}"
             )
-        return Plan(num_layers=num_layers, groups=tuple((layer,) for layer in range(0, num_layers, stride)))
+        return Plan(num_layers=num_layers, groups=singles(range(0, num_layers, stride)))
 
     return Strategy(spec=f"every:{stride}", plan_for=plan_for)
 

@@ -1,11 +1,8 @@
 """`per-layer`: every layer recomputed on its own, keeping only its input."""
 
-from gcbench.strategies._base import Kind, Plan, without_argument
+from __future__ import annotations
 
-
-def _plan(num_layers: int) -> Plan:
-    return Plan(num_layers=num_layers, groups=tuple((layer,) for layer in range(num_layers)))
-
+from gcbench.strategies._base import Kind, Plan, singles, without_argument
 
 KIND = Kind(
     syntax="per-layer",
@@ -13,5 +10,7 @@ KIND = Kind(
     recomputed="every layer, on its own",
     elsewhere="transformers activation_checkpointing=True (gradient_checkpointing before 5.23), "
     "torchtitan 'full', Megatron 'uniform' with 1 layer",
-    parse=without_argument("per-layer", _plan),
+    parse=without_argument(
+        "per-layer", lambda num_layers: Plan(num_layers=num_layers, groups=singles(range(num_layers)))
+    ),
 )

@@ -1,0 +1,43 @@
+"""What a model is made of: kinds of layers, and the memory that its tensors take."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+
+import torch
+
+
+def kind(layer: torch.nn.Module) -> Hashable:
+    """All that tells two layers apart: modules, shapes, dtypes, what is trained, plain attributes but the number."""
+    return tuple(
+        (
+            path,
+            type(module).__qualname__,
+            tuple(
+                (name, tuple(t.shape), t.dtype, t.requires_grad)
+                for named in (module._parameters, module._buffers)
+                for name, t in named.items()
+                if t is not None
+            ),
+            tuple(
+                (name, value)
+                for name, value in sorted(vars(module).items())
+                if isinstance(value, (str, int, float, bool, type(None)))
+                and not name.startswith("_")
+                and name != "gradient_checkpointing"
+                and "idx" not in name
+                and not name.endswith(("layer_id", "layer_number", "layer_index"))
+            ),
+        )
+        for path, module in layer.named_modules()
+    )
+
+
+def blocks(model: torch.nn.Module) -> tuple[tuple[str, int, bool], ...]:
+    """(name, bytes, whether it is a parameter) for each storage of a model on meta, tied weights once."""
+    found: dict[int, tuple[str, int, bool]] = {}
+    for named, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
+        for name, tensor in named:
+            storage = tensor.untyped_storage()
+            found.setdefault(storage._cdata, (name, storage.nbytes(), is_parameter))
+    return tuple(found.values())

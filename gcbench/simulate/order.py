@@ -1,0 +1,61 @@
+"""In which order a model runs its layers, found out on tensors without values."""
+
+from __future__ import annotations
+
+import torch
+
+from gcbench import checkpointing, models
+from gcbench.errors import GcbenchError
+from gcbench.records import Phase
+from gcbench.simulate.stage import Stage
+from gcbench.tasks import DescribeTask
+from gcbench.training import TrainingStep
+
+_SEQ_LEN = 8
+
+
+class _Enough(Exception):
+    """The forward pass is over."""
+
+
+def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
+    """The numbers of the layers that training runs, in the order in which it does.
+
+    None where that is all of them as they lie in the model: in one list, without a look; or where no look is possible,
+    because the model's code asks for values.
+    """
+    assert task.source is not None
+    config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+    kwargs = {} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}
+    model = models.build_meta(
+        config, lora=task.lora, dtype=torch.bfloat16, trust_remote_code=task.source.trust_remote_code, **kwargs
+    )
+    if _in_one_list(model):
+        return None
+    stage = Stage(model, precision="bf16")
+
+    def on_phase(phase: Phase) -> None:
+        if phase == "backward":
+            raise _Enough
+
+    with checkpointing.layers_run(model) as ran, stage.ready():
+        batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
+        try:
+            TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
+        except _Enough:
+            pass
+        except GcbenchError:
+            raise
+        except Exception:  # a model's own code
+            return None
+    order = tuple(ran.order)
+    return None if order == tuple(range(len(stage.layers))) else order
+
+
+def _in_one_list(model: torch.nn.Module) -> bool:
+    layers = {id(layer) for layer in checkpointing.checkpointable_layers(model)}
+    return any(
+        layers == {id(child) for child in module.children()}
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+    )

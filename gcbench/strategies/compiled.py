@@ -1,0 +1,32 @@
+"""`compile` and `compile:BUDGET`: each layer through `torch.compile`, which recomputes what it chooses to."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from gcbench.strategies._base import Change, Kind, Plan
+
+
+def _parse(argument: str | None) -> Change:
+    if argument is None:
+        return Change(spec="compile", to=lambda plan: replace(plan, compiled=True), alone="off")
+    try:
+        budget = float(argument)
+    except ValueError:
+        budget = -1.0
+    if not 0 <= budget <= 1:
+        raise ValueError(f"'compile:{argument}' needs a share of memory from 0 to 1; write it like compile:0.5")
+
+    def to(plan: Plan) -> Plan:
+        return replace(plan, compiled=True, memory_budget=budget)
+
+    return Change(spec=f"compile:{budget:g}", to=to, alone="off")
+
+
+KIND = Kind(
+    syntax="compile[:BUDGET]",
+    kept="what the compiler's min-cut keeps; with a budget, about that share of it",
+    recomputed="what fuses into the backward pass; with a budget below 1, more (per-layer+compile checkpoints as well)",
+    elsewhere="torch.compile of each layer, torch._functorch.config.activation_memory_budget",
+    parse=_parse,
+)

@@ -1,0 +1,28 @@
+"""`last:N`: exactly N layers, the last N layers."""
+
+from __future__ import annotations
+
+from gcbench.strategies._base import Kind, Plan, Strategy, number, singles
+
+
+def _parse(argument: str | None) -> Strategy:
+    count = number("last", argument, example="last:8")
+
+    def plan_for(num_layers: int) -> Plan:
+        if count > num_layers:
+            raise ValueError(
+                f"last:{count} needs at least {count} layers and the model has {num_layers}; "
+                f"take a number from 1 to {num_layers}"
+            )
+        return Plan(num_layers=num_layers, groups=singles(range(num_layers - count, num_layers)))
+
+    return Strategy(spec=f"last:{count}", plan_for=plan_for, counts_run=True)
+
+
+KIND = Kind(
+    syntax="last:N",
+    kept="the inputs of the last N layers; everything in the others",
+    recomputed="the last N layers, each on its own (any share of the layers, where a stride has 100 %, 50 %, 33 %, …)",
+    elsewhere="none (the mirror image of first:N)",
+    parse=_parse,
+)

@@ -1,0 +1,30 @@
+"""`segment:K`: groups of K layers, each recomputed as one."""
+
+from __future__ import annotations
+
+from gcbench.strategies._base import Kind, Plan, Strategy, number
+
+
+def _parse(argument: str | None) -> Strategy:
+    size = number("segment", argument, example="segment:4")
+
+    def plan_for(num_layers: int) -> Plan:
+        if size > num_layers:
+            raise ValueError(
+                f"segment:{size} needs at least {size} layers and the model has {num_layers}; "
+                f"take groups of 1 to {num_layers}"
+            )
+        starts = range(0, num_layers, size)
+        groups = tuple(tuple(range(start, min(start + size, num_layers))) for start in starts)
+        return Plan(num_layers=num_layers, groups=groups)
+
+    return Strategy(spec=f"segment:{size}", plan_for=plan_for, counts_run=True)
+
+
+KIND = Kind(
+    syntax="segment:K",
+    kept="the input of each group of K consecutive layers",
+    recomputed="every group, as one: all K layers are alive at once while it is (worse than per-layer for most models)",
+    elsewhere="Megatron 'uniform' with K layers, torch checkpoint_sequential, Chen et al. 2016",
+    parse=_parse,
+)
