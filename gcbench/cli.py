@@ -137,6 +137,53 @@ def predict(
 
 
 @app.command()
+def check(
+    model: flags.Model = None,
+    strategies: flags.CheckStrategies = None,
+    precision: flags.CheckPrecision = None,
+    optim: flags.CheckOptim = None,
+    attn_implementation: flags.CheckAttention = None,
+    train: flags.Train = None,
+    no_compile: flags.NoCompile = False,
+    full_size: flags.FullSize = False,
+    batch_size: flags.BatchSize = None,
+    seq_len: flags.SeqLen = None,
+    device: flags.Device = None,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    seed: flags.Seed = None,
+    timeout: flags.Timeout = None,
+    out: flags.Out = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Check that checkpointing works for a model: gradients, recomputed layers, errors with their known causes.
+
+    Small real training steps, each against those of off: strategies with precisions, optimizers, attention, LoRA and
+    frozen layers, and torch.compile. The model is scaled down first, so that it takes seconds on a CPU.
+
+    Without a choice, one thing differs from the plain setting at a time; what is chosen is combined with all else that
+    is chosen.
+    """
+    tried = {"precision": precision, "optim": optim, "attn_implementation": attn_implementation}
+    given = {name: value for name, value in flags.given(locals()).items() if name not in tried}
+    from gcbench import commands
+
+    commands.check(
+        given,
+        **tried,
+        tuned=train,
+        compiled=not no_compile,
+        full_size=full_size,
+        out=out,
+        as_json=json,
+        quiet=quiet,
+        argv=sys.argv[1:],
+    )
+
+
+@app.command()
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A run folder or report.json: the one before.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one after.")],

@@ -87,6 +87,58 @@ def predict(
     forecast.predict(wanted, wish, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet)
 
 
+def check(
+    flags: dict[str, object],
+    *,
+    precision: str | None,
+    optim: str | None,
+    attn_implementation: str | None,
+    tuned: str | None,
+    compiled: bool,
+    full_size: bool,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    argv: Sequence[str],
+) -> None:
+    """Combinations, small real steps, verdicts: does checkpointing work for this model?"""
+    from gcbench import checks
+
+    wanted = configs.settings({"batch_size": "2", "seq_len": "32", **flags})
+    for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
+        if len(values) > 1:
+            raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
+    choice = {
+        "precisions": configs.several("--precision", precision, configs.PRECISION_NAMES),
+        "optims": configs.several("--optim", optim, configs.optimizer_names()),
+        "attentions": configs.several("--attn-implementation", attn_implementation),
+        "tuned": configs.several("--train", tuned, checks.TUNED),
+    }
+    from gcbench import check_session  # only now: a wrong value is told before anything else is imported
+
+    check_session.check(
+        check_session.Wanted(
+            model=wanted.model,
+            strategies=tuple(s for s in wanted.strategies if s != "off") if wanted.strategies else None,
+            compiled=compiled,
+            device=wanted.device,
+            batch_size=wanted.batch_size[0],
+            seq_len=(wanted.seq_len or (32,))[0],
+            layers=wanted.layers,
+            overrides=wanted.set,
+            full_size=full_size,
+            trust_remote_code=wanted.trust_remote_code,
+            seed=wanted.seed,
+            timeout_s=wanted.timeout,
+            **choice,
+        ),
+        out=out,
+        command=shlex.join(["gcbench", *argv]),
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
     """Match the cells of two runs and say what changed; raises ThresholdBroken when a --fail-on is."""
     from gcbench import compare as comparing

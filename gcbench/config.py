@@ -140,6 +140,22 @@ def parse_memory(flag: str, raw: object) -> int | None:
         raise UsageError(f"{flag}: {err}") from None
 
 
+def optimizer_names() -> tuple[str, ...]:
+    """Those that --optim takes."""
+    return tuple(optimizers.names())
+
+
+def several(flag: str, raw: str | None, legal: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
+    """The names in `a,b`, each one of `legal` where that is given; None where nothing is given; raises UsageError."""
+    if raw is None:
+        return None
+    parse = _text if legal is None else _one_of(legal)
+    try:
+        return tuple(dict.fromkeys(parse(item) for item in _listed(raw)))
+    except ValueError as err:
+        raise UsageError(f"{flag}: {err}") from None
+
+
 def as_json(resolved: Settings) -> dict[str, Json]:
     """The settings as a report stores them; `settings(as_json(s)) == s`."""
     stored: dict[str, Json] = {}

@@ -14,6 +14,8 @@ from importlib import resources
 class Observation:
     """What was seen of one combination.
 
+    `off` is the same combination without checkpointing, compiled if this one is: compiled dropout draws other masks.
+
     Attributes:
         error_type, error_text: the exception that ended it, with the whole of its text.
         grad_rel_diff: the difference of the gradients from those of `off`, relative to them.
@@ -160,6 +162,11 @@ def _only_in_last_layer(seen: Observation) -> bool:
     return seen.num_layers is not None and numbers == {str(seen.num_layers - 1)}
 
 
+def _is_silently_other(seen: Observation) -> bool:
+    """The forward pass was that of `off`, and the recomputation, which eager code ran, was not."""
+    return seen.is_checkpointed and seen.is_silent and not seen.compiled and seen.loss_identical is not False
+
+
 def _steps_in_backward(seen: Observation) -> bool:
     return seen.steps_in_backward or any(word in seen.optim for word in ("layerwise", "per_layer", "lomo"))
 
@@ -182,7 +189,7 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
     "graph-kept-between-steps": lambda seen: seen.failed_with(_TWICE),
     "reentrant-by-omission": lambda seen: (
         seen.warned_of("the use_reentrant parameter should be passed explicitly")
-        and (seen.error_text is None or seen.lost_gradients)
+        and (seen.lost_gradients or (seen.error_text is None and not seen.is_wrong))
     ),
     "quantised-base-unprepared": lambda seen: seen.quantised and seen.lost_gradients,
     "last-layer-without-gradient": lambda seen: seen.reentrant and seen.frozen_base and _only_in_last_layer(seen),
@@ -202,27 +209,15 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
     "cache-grows-in-recompute": lambda seen: seen.use_cache and seen.is_checkpointed and _doubles(seen),
     "sharded-cast-skipped": lambda seen: seen.sharded and _is_checkpoint_error(seen) and _differs_in_dtype(seen),
     "autocast-differs": lambda seen: _is_checkpoint_error(seen) and _differs_in_dtype(seen),
-    # Wrong masks are the likelier cause where dropout is not replayed, with experts as without.
-    "moe-router-flips": lambda seen: (
-        seen.is_moe
-        and (
-            _is_checkpoint_error(seen)
-            or (_is_silently_other(seen) and (seen.preserve_rng_state or not seen.has_dropout))
-        )
-    ),
-    "recompute-took-another-branch": _is_checkpoint_error,
     "rng-not-preserved": lambda seen: _is_silently_other(seen) and seen.has_dropout and not seen.preserve_rng_state,
     "optimizer-in-backward": lambda seen: (
         _steps_in_backward(seen)
         and seen.is_checkpointed
         and (seen.is_silent or seen.failed_with("has been modified by an inplace operation"))
     ),
-    "state-gone-in-recompute": lambda seen: _is_silently_other(seen),
+    "moe-router-flips": lambda seen: seen.is_moe and (_is_checkpoint_error(seen) or _is_silently_other(seen)),
+    "recompute-took-another-branch": _is_checkpoint_error,
+    "state-gone-in-recompute": _is_silently_other,
     "statistics-updated-twice": lambda seen: seen.is_checkpointed and seen.buffers_differ,
-    "cache-left-on": lambda seen: seen.use_cache and seen.training and seen.error_text is None,
+    "cache-left-on": lambda seen: seen.use_cache and seen.training and seen.error_text is None and not seen.is_wrong,
 }
-
-
-def _is_silently_other(seen: Observation) -> bool:
-    """The forward pass was that of `off`, and the recomputation, which eager code ran, was not."""
-    return seen.is_checkpointed and seen.is_silent and not seen.compiled and seen.loss_identical is not False

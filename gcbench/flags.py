@@ -160,6 +160,44 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", rich_help_panel=RUN, help="Trace every layer, not a few for all (slower)."),
 ]
+CHECK = "What to try"
+CheckStrategies = Annotated[
+    str | None,
+    typer.Option(
+        "--strategies",
+        "--strategy",
+        metavar="S[,S…]",
+        rich_help_panel=CHECK,
+        help="Each against off (per-layer, every:2, segment:2, first:1, selective:…, reentrant, compile).",
+    ),
+]
+CheckPrecision = Annotated[
+    str | None,
+    typer.Option("--precision", metavar="P[,P…]", rich_help_panel=CHECK, help="Of fp32, bf16, bf16-mixed, …"),
+]
+CheckOptim = Annotated[
+    str | None, typer.Option("--optim", "--optimizer", metavar="O[,O…]", rich_help_panel=CHECK, help="Optimizers.")
+]
+CheckAttention = Annotated[
+    str | None,
+    typer.Option(
+        "--attn-implementation",
+        "--attention-implementation",
+        metavar="A[,A…]",
+        rich_help_panel=CHECK,
+        help="default (the model's own choice), eager, sdpa, …",
+    ),
+]
+Train = Annotated[
+    str | None,
+    typer.Option("--train", metavar="T[,T…]", rich_help_panel=CHECK, help="Of full, lora and frozen-base."),
+]
+NoCompile = Annotated[
+    bool, typer.Option("--no-compile", rich_help_panel=CHECK, help="Leave torch.compile out, which takes its time.")
+]
+FullSize = Annotated[
+    bool, typer.Option("--full-size", rich_help_panel=CHECK, help="The model as it is, not scaled down.")
+]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gcbench.checks import Combination
 from gcbench.fingerprint import Fingerprint
 from gcbench.prediction import Prediction
 from gcbench.records import Cell, Failure, Json, Lora, Machine, ModelFacts, RoundResult
@@ -89,7 +90,34 @@ class PredictTask:
     """Trace every layer."""
 
 
-Task = DescribeTask | MeasureTask | PredictTask
+@dataclass(frozen=True, kw_only=True)
+class CheckTask:
+    """Try combinations on small real steps.
+
+    Attributes:
+        source: the model; made smaller first unless `full_size`.
+        combinations: (its place in the check, what to try).
+    """
+
+    source: ModelSource
+    layers: int | None
+    overrides: dict[str, Json]
+    device: str
+    full_size: bool
+    combinations: tuple[tuple[int, Combination], ...]
+    batch_size: int
+    seq_len: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceRun:
+    """A reference has been trained for combinations to come."""
+
+    steps_s: float
+
+
+Task = DescribeTask | MeasureTask | PredictTask | CheckTask
 
 
 @dataclass(frozen=True, kw_only=True)

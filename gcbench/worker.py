@@ -16,16 +16,17 @@ from pathlib import Path
 
 from gcbench import checkpointing, devices, models, sketch
 from gcbench.devices import Device
-from gcbench.errors import GcbenchError
+from gcbench.errors import GcbenchError, first_sentence
 from gcbench.fingerprint import Fingerprint
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
+from gcbench.segments import NotASegment
 from gcbench.tasks import (
     MAX_TIMED_STEPS,
     Answer,
+    CheckTask,
     DescribeTask,
     Event,
     MeasureTask,
-    Predicted,
     PredictTask,
     Refusal,
     Task,
@@ -50,7 +51,7 @@ def main(task: Task, connection: Connection) -> Answer:
     _offer_to_the_kernel()
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
 
-    def tell(event: Event | Predicted) -> None:
+    def tell(event: object) -> None:
         with suppress(OSError):
             connection.send(event)
 
@@ -60,6 +61,10 @@ def main(task: Task, connection: Connection) -> Answer:
         from gcbench.simulate import child  # what a measurement does not need
 
         return child.predict(task, tell)
+    if isinstance(task, CheckTask):
+        from gcbench import checker
+
+        return checker.check(task, tell)
     return measure(task, tell)
 
 
@@ -224,6 +229,8 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
         return Failure(
             kind="oom", message=f"memory ran out {where}{why}; try {moves} or a smaller precision", detail=text
         )
+    if isinstance(err, NotASegment):
+        return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
     if isinstance(err, NotImplementedError) or (
         isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)
     ):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from gcbench import strategies
-from gcbench.strategies import Plan
+from gcbench.strategies import OFF, Change, Plan, Policy, Strategy
+from gcbench.strategies.selective import ATTENTION, MATMUL
 
 
 @pytest.mark.parametrize(
@@ -18,6 +21,18 @@ from gcbench.strategies import Plan
         ("every:2", 5, ((0,), (2,), (4,))),
         ("every:3", 5, ((0,), (3,))),
         ("every:5", 5, ((0,),)),
+        ("segment:1", 3, ((0,), (1,), (2,))),
+        ("segment:2", 4, ((0, 1), (2, 3))),
+        ("segment:2", 5, ((0, 1), (2, 3), (4,))),
+        ("segment:3", 7, ((0, 1, 2), (3, 4, 5), (6,))),
+        ("segment:4", 7, ((0, 1, 2, 3), (4, 5, 6))),
+        ("segment:7", 7, ((0, 1, 2, 3, 4, 5, 6),)),
+        ("first:1", 4, ((0,),)),
+        ("first:3", 4, ((0,), (1,), (2,))),
+        ("first:4", 4, ((0,), (1,), (2,), (3,))),
+        ("last:1", 4, ((3,),)),
+        ("last:3", 4, ((1,), (2,), (3,))),
+        ("last:4", 4, ((0,), (1,), (2,), (3,))),
         ("off", 0, ()),
         ("per-layer", 0, ()),
     ],
@@ -25,15 +40,150 @@ from gcbench.strategies import Plan
 def test_a_spec_becomes_a_plan(spec, num_layers, groups):
     plan = strategies.parse(spec).plan_for(num_layers)
     assert plan == Plan(num_layers=num_layers, groups=groups)
-    assert plan.layers_checkpointed == len(groups)
+    assert plan.layers_checkpointed == sum(len(group) for group in groups)
+
+
+KEEP_MATMUL = (*MATMUL, *ATTENTION)
 
 
 @pytest.mark.parametrize(
-    ("typed", "spec"), [(" Every:02 ", "every:2"), ("OFF", "off"), ("Per-Layer", "per-layer"), ("every:2", "every:2")]
+    ("spec", "groups", "policy"),
+    [
+        ("selective:attention", "0 1 2 3", Policy(keep=ATTENTION)),
+        ("selective:matmul", "0 1 2 3", Policy(keep=KEEP_MATMUL)),
+        ("selective:mm/_softmax", "0 1 2 3", Policy(keep=("mm", "_softmax"))),
+        ("selective:mm#2/bmm", "0 1 2 3", Policy(keep=("mm#2", "bmm"))),
+        ("selective:attention/mm#0", "0 1 2 3", Policy(keep=(*ATTENTION, "mm#0"))),
+        ("selective:matmul/mm", "0 1 2 3", Policy(keep=KEEP_MATMUL)),
+        ("selective:flash_attn::_flash_attn_forward", "0 1 2 3", Policy(keep=("flash_attn::_flash_attn_forward",))),
+        ("offload", "0 1 2 3", Policy(offload=True)),
+        ("reentrant", "0 1 2 3", Policy(reentrant=True)),
+        ("every:2+selective:matmul", "0 2", Policy(keep=KEEP_MATMUL)),
+        ("segment:3+selective:mm", "012 3", Policy(keep=("mm",))),
+        ("segment:2+offload", "01 23", Policy(offload=True)),
+        ("first:1+reentrant", "0", Policy(reentrant=True)),
+        ("last:1+selective:mm+offload", "3", Policy(keep=("mm",), offload=True)),
+    ],
+)
+def test_a_change_reaches_every_group_of_the_choice(spec, groups, policy):
+    groups = tuple(tuple(int(layer) for layer in group) for group in groups.split())
+    plan = strategies.parse(spec).plan_for(4)
+    assert plan == Plan(num_layers=4, groups=groups, policies=(policy,) * len(groups))
+    assert strategies.parse(spec).operators == policy.keep
+
+
+@pytest.mark.parametrize(
+    ("spec", "groups", "budget", "keep"),
+    [
+        ("compile", (), None, None),
+        ("compile:0.5", (), 0.5, None),
+        ("compile:0", (), 0.0, None),
+        ("compile:1", (), 1.0, None),
+        ("every:2+compile", ((0,), (2,)), None, None),
+        ("selective:mm+compile", ((0,), (1,), (2,)), None, ("mm",)),
+    ],
+)
+def test_compiled_layers_are_checkpointed_where_that_is_asked_for_alone(spec, groups, budget, keep):
+    """The trap: `compile` that means `per-layer+compile`, as the other changes do."""
+    plan = strategies.parse(spec).plan_for(3)
+    policies = () if keep is None else (Policy(keep=keep),) * 3
+    assert plan == Plan(num_layers=3, groups=groups, policies=policies, compiled=True, memory_budget=budget)
+
+
+@pytest.mark.parametrize(
+    ("typed", "spec"),
+    [
+        (" Every:02 ", "every:2"),
+        ("OFF", "off"),
+        ("Per-Layer", "per-layer"),
+        ("every:2", "every:2"),
+        ("Segment:08", "segment:8"),
+        ("FIRST:1", "first:1"),
+        ("offload:every:2", "every:2+offload"),
+        ("OFFLOAD:Every:02", "every:2+offload"),
+        ("offload:segment:4", "segment:4+offload"),
+        ("offload:per-layer", "offload"),
+        ("per-layer+offload", "offload"),
+        ("offload+per-layer", "offload"),
+        ("offload:every:2+selective:mm", "every:2+selective:mm+offload"),
+        ("offload+selective:mm+every:2", "every:2+selective:mm+offload"),
+        ("selective:mm + every:2", "every:2+selective:mm"),
+        ("reentrant+first:2", "first:2+reentrant"),
+        ("selective:mm+per-layer", "selective:mm"),
+        ("selective:mm/mm/addmm", "selective:mm/addmm"),
+        ("Selective:Matmul", "selective:matmul"),
+        ("off+compile", "compile"),
+        ("compile:0.50+off", "compile:0.5"),
+        ("compile:5e-1", "compile:0.5"),
+        ("compile:1.0", "compile:1"),
+        ("compile+per-layer", "per-layer+compile"),
+        ("compile+selective:mm", "selective:mm+compile"),
+    ],
 )
 def test_a_spec_has_one_spelling(typed, spec):
-    """The trap: `every:2` and `every:02` as two cells of one table."""
-    assert strategies.parse(typed).spec == spec
+    """The trap: `every:2` and `every:02` as two cells of one table, or `offload:every:2` and `every:2+offload`."""
+    one, other = strategies.parse(typed), strategies.parse(spec)
+    assert one.spec == other.spec == spec
+    assert one.plan_for(8) == other.plan_for(8)
+    assert one.operators == other.operators
+    assert one.counts_run == other.counts_run
+
+
+@pytest.mark.parametrize(
+    ("spec", "counts_run"),
+    [
+        ("off", False),
+        ("per-layer", False),
+        ("every:2", False),
+        ("selective:mm", False),
+        ("every:2+offload", False),
+        ("segment:2", True),
+        ("first:1", True),
+        ("last:1", True),
+        ("last:1+selective:mm", True),
+        ("offload:segment:2", True),
+    ],
+)
+def test_what_transformers_counts_is_counted_as_it_does_and_all_else_as_layers_run(spec, counts_run):
+    """The trap: a change that makes `last:1` count layers of a vision tower that training on text never runs."""
+    assert strategies.parse(spec).counts_run is counts_run
+
+
+# Plan files by their name
+
+
+@pytest.fixture
+def plan_file(tmp_path, monkeypatch):
+    """`My Plan.json`, which names no number of layers, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "My Plan.json"
+    path.write_text(json.dumps({"groups": [{"layers": [0, 1]}, {"layers": [2], "keep": ["mm"]}]}))
+    return path
+
+
+@pytest.mark.parametrize("typed", ["plan:My Plan.json", "PLAN:My Plan.json", " plan:My Plan.json "])
+def test_the_path_of_a_plan_file_keeps_its_case(plan_file, typed):
+    strategy = strategies.parse(typed)
+    assert strategy.spec == "plan:My Plan.json"
+    assert strategy.content == plan_file.read_text()
+    assert strategy.operators == ("mm",)
+    assert strategy.counts_run
+    assert strategy.plan_for(5) == Plan(num_layers=5, groups=((0, 1), (2,)), policies=(Policy(), Policy(keep=("mm",))))
+
+
+@pytest.mark.parametrize("name", ["My Plan.json", "plan.json"])
+@pytest.mark.parametrize("typed", ["offload:plan:{}", "offload+plan:{}", "plan:{}+offload"])
+def test_a_plan_file_says_it_all_or_keeps_its_name_and_its_content(plan_file, name, typed):
+    """The traps: a path in small letters, which is another file, and a strategy that forgets what its file said, so
+    that a run is resumed although the file has changed."""
+    plan_file.rename(plan_file.with_name(name))
+    try:
+        strategy = strategies.parse(typed.format(name))
+    except ValueError as err:
+        assert name in str(err) and "the model has" not in str(err), err
+        return
+    assert f"plan:{name}" in strategy.spec
+    assert strategy.content is not None
 
 
 @pytest.mark.parametrize("spec", ["every", "every:", "every:0", "every:-1", "every:x", "every:1.5", "every:2:3"])
@@ -42,14 +192,89 @@ def test_a_stride_is_a_positive_whole_number(spec):
         strategies.parse(spec)
 
 
-@pytest.mark.parametrize("spec", ["off:", "off:1", "per-layer:2"])
+@pytest.mark.parametrize("argument", [None, "", "0", "-1", "x", "1.5", "2:3", " "])
+@pytest.mark.parametrize("name", ["segment", "first", "last"])
+def test_a_number_of_layers_is_a_positive_whole_number(name, argument):
+    spec = name if argument is None else f"{name}:{argument}"
+    with pytest.raises(ValueError, match=f"needs a whole number of layers, 1 or more; write it like {name}:"):
+        strategies.parse(spec)
+
+
+@pytest.mark.parametrize("spec", ["off:", "off:1", "per-layer:2", "reentrant:", "reentrant:every:2"])
 def test_an_argument_where_none_belongs(spec):
     with pytest.raises(ValueError, match="takes no argument"):
         strategies.parse(spec)
 
 
+@pytest.mark.parametrize("argument", ["", "2", "-0.1", "1.0001", "nan", "inf", "half", "every:2"])
+def test_a_memory_budget_is_a_share(argument):
+    """The trap: comparisons with NaN are false."""
+    with pytest.raises(ValueError, match=r"needs a share of memory from 0 to 1; write it like compile:0\.5"):
+        strategies.parse(f"compile:{argument}")
+
+
+@pytest.mark.parametrize("argument", [None, "", "/", "mm#", "mm#x", "#1", "mm-1", "mm,bmm", "mm#-1", "a::b::c"])
+def test_operators_to_keep_look_like_operators(argument):
+    spec = "selective" if argument is None else f"selective:{argument}"
+    with pytest.raises(ValueError, match="does not say what to keep; write selective:attention, selective:matmul or"):
+        strategies.parse(spec)
+
+
 @pytest.mark.parametrize(
-    ("spec", "near"), [("per_layer", "per-layer"), ("evry:2", "every"), ("of", "off"), ("banana", None), ("", None)]
+    ("spec", "said"),
+    [
+        ("every:2+first:2", r"chooses layers twice \(every:2 and first:2\); keep one of them"),
+        ("every:2+every:2", r"chooses layers twice"),
+        ("off+per-layer+offload", r"chooses layers twice"),
+        ("offload:every:2+last:1", r"chooses layers twice"),
+        ("selective:mm+selective:addmm", "says selective twice; keep one of them"),
+        ("offload:every:2+offload", "says offload twice; keep one of them"),
+        ("compile+compile:0.5", "says compile twice; keep one of them"),
+        ("off+selective:matmul", "off recomputes nothing; join selective:matmul to a choice of layers"),
+        ("off+offload", "off recomputes nothing; join offload to a choice of layers"),
+        ("offload:off", "off recomputes nothing"),
+        ("off+reentrant", "off recomputes nothing"),
+        ("reentrant+selective:mm", "cannot keep outputs; leave one out"),
+        ("segment:2+reentrant", "one by one; take groups of one layer"),
+        ("segment:2+compile", "one by one only"),
+        ("compile+offload", "without reentrant or offload"),
+        ("reentrant+compile", "without reentrant or offload"),
+        ("per-layer+compile:0.5", "not checkpointed; leave one out"),
+        ("compile:0.5+selective:mm", "not checkpointed; leave one out"),
+        ("first:2+compile:1", "not checkpointed; leave one out"),
+        ("every:2+", "there is no strategy"),
+        ("+", "there is no strategy"),
+        ("every:2+banana", "there is no strategy 'banana'"),
+        ("offload:", "there is no strategy"),
+    ],
+)
+def test_parts_that_make_no_sense_together_are_refused_with_what_to_leave_out(spec, said):
+    """Before any model is looked at: a spec that parses is one that some model can run."""
+    with pytest.raises(ValueError, match=said) as caught:
+        strategies.parse(spec)
+    assert ";" in str(caught.value)
+
+
+def test_a_choice_too_large_for_any_model_is_not_called_senseless():
+    """The trap: parts are tried on an imagined model, which has some number of layers."""
+    for spec in ("first:20000", "first:20000+offload"):
+        with pytest.raises(ValueError, match="the model has 4"):
+            strategies.parse(spec).plan_for(4)
+
+
+@pytest.mark.parametrize(
+    ("spec", "near"),
+    [
+        ("per_layer", "per-layer"),
+        ("evry:2", "every"),
+        ("of", "off"),
+        ("segmnt:2", "segment"),
+        ("selectiv:mm", "selective"),
+        ("ofload", "offload"),
+        ("fist:2", "first"),
+        ("banana", None),
+        ("", None),
+    ],
 )
 def test_an_unknown_strategy_names_the_legal_ones_and_the_nearest(spec, near):
     with pytest.raises(ValueError, match="there is no strategy") as caught:
@@ -65,12 +290,48 @@ def test_a_stride_beyond_the_model_says_what_fits():
         strategies.parse("every:5").plan_for(4)
 
 
-def test_off_comes_first_and_every_kind_is_explained():
+@pytest.mark.parametrize(
+    ("spec", "fits"),
+    [
+        ("segment:5", "take groups of 1 to 4"),
+        ("segment:5+selective:mm", "take groups of 1 to 4"),
+        ("first:5", "take a number from 1 to 4"),
+        ("last:5", "take a number from 1 to 4"),
+        ("offload:last:5", "take a number from 1 to 4"),
+    ],
+)
+def test_a_choice_beyond_the_model_says_what_fits(spec, fits):
+    name = spec.removeprefix("offload:").partition("+")[0]
+    with pytest.raises(ValueError, match=f"{name} needs at least 5 layers and the model has 4; {fits}"):
+        strategies.parse(spec).plan_for(4)
+
+
+CHOICES = ("off", "every", "first", "last", "per-layer", "plan", "segment")
+CHANGES = ("compile", "offload", "reentrant", "selective")
+
+
+def test_choices_of_layers_come_before_changes_and_every_kind_is_explained():
     kinds = strategies.kinds()
-    assert kinds[0].name == strategies.OFF
-    assert len({kind.name for kind in kinds}) == len(kinds)
+    assert tuple(kind.name for kind in kinds) == CHOICES + CHANGES
+    assert kinds[0].name == OFF
     for kind in kinds:
         assert kind.kept and kind.recomputed and kind.elsewhere
+
+
+@pytest.mark.parametrize("spec", ["off", "per-layer", "every:2", "segment:2", "first:1", "last:1"])
+def test_a_choice_of_layers_is_parsed_by_its_own_kind_alone(spec):
+    name, _, argument = spec.partition(":")
+    kind = next(kind for kind in strategies.kinds() if kind.name == name)
+    parsed = kind.parse(argument or None)
+    assert isinstance(parsed, Strategy) and parsed.spec == spec
+
+
+@pytest.mark.parametrize("spec", ["offload", "reentrant", "compile", "compile:0.5", "selective:mm"])
+def test_a_change_is_parsed_by_its_own_kind_alone(spec):
+    name, _, argument = spec.partition(":")
+    kind = next(kind for kind in strategies.kinds() if kind.name == name)
+    parsed = kind.parse(argument or None)
+    assert isinstance(parsed, Change) and parsed.spec == spec
 
 
 @pytest.mark.parametrize(
@@ -95,3 +356,83 @@ def test_a_plan_that_no_model_could_follow_is_refused(groups, said):
 
 def test_a_plan_of_segments_counts_its_layers():
     assert Plan(num_layers=6, groups=((0, 1), (3, 4, 5))).layers_checkpointed == 5
+
+
+ONE_EACH = ((0,), (2,))
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"groups": ONE_EACH, "policies": (Policy(),)}, "2 groups and 1 policies; give each one"),
+        ({"policies": (Policy(),)}, "0 groups and 1 policies"),
+        ({"groups": ONE_EACH, "policies": (Policy(),) * 3}, "2 groups and 3 policies"),
+        (
+            {"groups": ((0,), (1, 2)), "policies": (Policy(reentrant=True), Policy())},
+            "one by one; take groups of one layer",
+        ),
+        ({"groups": ((0, 1),), "compiled": True}, "one by one only"),
+        ({"groups": ((0,),), "policies": (Policy(offload=True),), "compiled": True}, "without reentrant or offload"),
+        ({"groups": ((0,),), "policies": (Policy(reentrant=True),), "compiled": True}, "without reentrant or offload"),
+        ({"memory_budget": 0.5}, "not checkpointed; leave one out"),
+        ({"memory_budget": 0.0}, "not checkpointed; leave one out"),
+        ({"groups": ((0,),), "compiled": True, "memory_budget": 0.0}, "not checkpointed; leave one out"),
+    ],
+)
+def test_a_plan_that_torch_cannot_run_is_refused(fields, said):
+    """The trap: a budget of 0, which is no budget to a careless `if`."""
+    with pytest.raises(ValueError, match=said):
+        Plan(num_layers=4, **fields)
+
+
+def test_a_policy_that_torch_cannot_run_is_refused():
+    with pytest.raises(ValueError, match="cannot keep outputs; leave one out"):
+        Policy(keep=("mm",), reentrant=True)
+
+
+def test_no_policies_stand_for_the_plain_one():
+    assert Plan(num_layers=3, groups=((0,), (1, 2))).treated() == (((0,), Policy()), ((1, 2), Policy()))
+    assert not Plan(num_layers=3, groups=((0,),)).any_policy("keep")
+
+
+def test_a_policy_is_changed_in_every_group_and_what_else_it_says_stays():
+    plan = Plan(num_layers=3, groups=((0,), (1, 2)), policies=(Policy(keep=("mm",)), Policy()))
+    changed = plan.with_policies(offload=True)
+    assert changed.treated() == (((0,), Policy(keep=("mm",), offload=True)), ((1, 2), Policy(offload=True)))
+    assert plan.policies == (Policy(keep=("mm",)), Policy())
+    assert changed.any_policy("offload") and not plan.any_policy("offload")
+    assert Plan(num_layers=3).with_policies(offload=True) == Plan(num_layers=3)
+
+
+# Layers that lie in the model otherwise than they run
+
+
+def test_a_plan_is_renumbered_into_the_models_own_order():
+    """The trap: a policy that stays in its place while its group moves."""
+    plan = Plan(num_layers=3, groups=((0,), (1,), (2,)), policies=tuple(Policy(keep=(op,)) for op in ("a", "b", "c")))
+    moved = plan.renumbered((5, 0, 3), 6)
+    assert moved.num_layers == 6
+    assert moved.treated() == (((0,), Policy(keep=("b",))), ((3,), Policy(keep=("c",))), ((5,), Policy(keep=("a",))))
+
+
+def test_a_plan_is_renumbered_past_layers_that_never_run():
+    """Two layers of a vision tower lie before the four that training on text runs."""
+    plan = strategies.parse("segment:2").plan_for(4).renumbered((2, 3, 4, 5), 6)
+    assert plan == Plan(num_layers=6, groups=((2, 3), (4, 5)))
+    last = strategies.parse("last:1").plan_for(4).renumbered((2, 3, 4, 5), 6)
+    assert last == Plan(num_layers=6, groups=((5,),))
+
+
+def test_renumbering_in_the_same_order_changes_nothing():
+    for spec in ("off", "segment:2", "every:2+selective:mm", "compile:0.5"):
+        plan = strategies.parse(spec).plan_for(5)
+        assert plan.renumbered(tuple(range(5)), 5) == plan
+
+
+@pytest.mark.parametrize("order", [(0, 2, 1, 3), (1, 0, 2, 3), (3, 2, 1, 0), (0, 1, 2, 4)])
+def test_a_segment_of_layers_that_lie_apart_is_refused(order):
+    """Backwards or with a gap: what lies side by side does not run one after the other."""
+    plan = Plan(num_layers=4, groups=((0, 1), (2, 3)))
+    with pytest.raises(ValueError, match="do not lie side by side in this model; take groups of one layer"):
+        plan.renumbered(order, 5)
+    assert strategies.parse("per-layer").plan_for(4).renumbered(order, 5).layers_checkpointed == 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable
 from functools import reduce
 
@@ -79,7 +80,7 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
         )
     to: Callable[[Plan], Plan] = lambda plan: reduce(lambda changed, change: change.to(changed), changes, plan)  # noqa: E731
     try:
-        to(base.plan_for(_ENOUGH_LAYERS))  # whether its parts go together does not depend on the model
+        to(base.plan_for(_enough_layers(base.spec)))  # whether its parts go together does not depend on the model
     except ValueError as err:
         raise ValueError(f"{spec!r} makes no sense: {err}") from None
     # A choice that its changes imply is not named.
@@ -92,4 +93,6 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
     )
 
 
-_ENOUGH_LAYERS = 10_000
+def _enough_layers(spec: str) -> int:
+    """Layers that a model needs for a strategy: as many as the largest number in it."""
+    return max([2, *map(int, re.findall(r"\d+", spec))])

@@ -1,0 +1,178 @@
+"""One check from settings to what is printed: combinations tried by children, verdicts shown."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench import check_view, checks, runner, sources
+from gcbench.checks import FAILED, Check, Checked, Combination
+from gcbench.children import Children, ForkedChildren
+from gcbench.codec import encode
+from gcbench.errors import ThresholdBroken, UsageError
+from gcbench.formats.json_rows import document
+from gcbench.records import Json, Machine, ModelFacts
+from gcbench.report import write_text
+from gcbench.sources import ModelSource
+from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
+
+_VERSIONS = ("gcbench", "torch", "transformers", "peft")
+_DESCRIBE_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What to check; None for what is tried by default."""
+
+    model: str
+    strategies: tuple[str, ...] | None = None
+    precisions: tuple[str, ...] | None = None
+    optims: tuple[str, ...] | None = None
+    attentions: tuple[str, ...] | None = None
+    tuned: tuple[str, ...] | None = None
+    compiled: bool = True
+    device: str = "auto"
+    batch_size: int = 2
+    seq_len: int = 32
+    layers: int | None = None
+    overrides: dict[str, Json] | None = None
+    full_size: bool = False
+    trust_remote_code: bool = False
+    seed: int = 0
+    timeout_s: float | None = 3600.0
+
+
+def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+    """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
+    if out is not None:
+        _make(out)
+    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
+    err = Console(stderr=True)
+    with ForkedChildren() as children:
+        if err.is_terminal and not quiet:
+            with err.status("checking") as status:
+                done = run(wanted, source=source, children=children, command=command, on_result=status.update)
+        else:
+            done = run(wanted, source=source, children=children, command=command)
+    if out is not None:
+        write_text(out / "check.json", json.dumps(encode(done), indent=1) + "\n")
+        write_text(out / "check.md", check_view.markdown(done))
+    if as_json:
+        print(document(asdict(row) for row in checks.rows(done)), end="")
+    else:
+        check_view.show(done)
+    if out is not None and not quiet:
+        err.print(f"Everything is in {out}", markup=False, highlight=False, soft_wrap=True)
+    if done.failures:
+        first = done.failures[0]
+        others = len(done.failures) - 1
+        more = f" and {others} more" if others else ""
+        raise ThresholdBroken(
+            f"{first.strategy} with {first.setting.label}{more} did not train as off does; the table says why"
+        )
+
+
+def run(
+    wanted: Wanted,
+    *,
+    source: ModelSource,
+    children: Children,
+    command: str,
+    on_result: object = None,
+) -> Check:
+    """Try every combination in children, each of which goes on until something ends it."""
+    machine = _machine(wanted, children)
+    asked = checks.combinations(
+        chosen_strategies=wanted.strategies,
+        precisions=wanted.precisions,
+        optims=wanted.optims,
+        attentions=wanted.attentions,
+        tuned=wanted.tuned,
+        compiled=wanted.compiled,
+        on_cuda=machine.device != "cpu",
+    )
+    results: dict[int, Checked] = {}
+    steps_s = 0.0
+
+    def on_event(event: object) -> None:
+        nonlocal steps_s
+        if isinstance(event, ReferenceRun):
+            steps_s += event.steps_s
+        elif isinstance(event, Checked):
+            results[event.number] = event
+            steps_s += event.steps_s
+            if callable(on_result):
+                on_result(f"checking: {len(results)} of {len(asked)} combinations")
+
+    begin = time.monotonic()
+    facts: ModelFacts | None = None
+    while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
+        answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
+        runner.raise_refusal(Answer(refusal=answer.refusal))
+        facts = answer.facts or facts
+        lost = [n for n, _ in waiting if n not in results]
+        if lost:  # the child ended at the first of them
+            why = answer.failure.message if answer.failure else "the process ended without a word"
+            results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
+    wall_s = time.monotonic() - begin
+    if facts is None:
+        facts = _facts(wanted, source, children)
+    return Check(
+        model=wanted.model,
+        command=command,
+        device=machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})",
+        versions={name: machine.versions[name] for name in _VERSIONS if name in machine.versions},
+        scaled=None if wanted.full_size else "scaled down",
+        num_params=facts.num_params,
+        num_layers=facts.num_layers,
+        combinations=asked,
+        results=tuple(results[n] for n in sorted(results)),
+        steps_s=steps_s,
+        wall_s=wall_s,
+    )
+
+
+def _machine(wanted: Wanted, children: Children) -> Machine:
+    answer = children.run(
+        DescribeTask(device=wanted.device), on_event=lambda event: None, timeout_s=_DESCRIBE_TIMEOUT_S
+    )
+    runner.raise_refusal(answer)
+    assert answer.machine is not None
+    return answer.machine
+
+
+def _facts(wanted: Wanted, source: ModelSource, children: Children) -> ModelFacts:
+    """Of the model, where every child ended before it could say."""
+    answer = children.run(
+        replace(_task(wanted, source, []), combinations=()), on_event=lambda event: None, timeout_s=wanted.timeout_s
+    )
+    runner.raise_refusal(answer)
+    assert answer.facts is not None
+    return answer.facts
+
+
+def _task(wanted: Wanted, source: ModelSource, waiting: list[tuple[int, Combination]]) -> CheckTask:
+    return CheckTask(
+        source=source,
+        layers=wanted.layers,
+        overrides=wanted.overrides or {},
+        device=wanted.device,
+        full_size=wanted.full_size,
+        combinations=tuple(waiting),
+        batch_size=wanted.batch_size,
+        seq_len=wanted.seq_len,
+        seed=wanted.seed,
+    )
+
+
+def _make(folder: Path) -> None:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise UsageError(f"--out {folder} exists and is not empty; take another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as err:
+        raise UsageError(f"--out {folder} cannot be written ({err.strerror}); take another --out") from None

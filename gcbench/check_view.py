@@ -1,0 +1,230 @@
+"""A check as a person reads it: a grid of verdicts, and beneath it what is wrong, why, and what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from gcbench.checks import (
+    FAILED,
+    IDENTICAL,
+    UNSUPPORTED,
+    WITHIN_NOISE,
+    WRONG,
+    Check,
+    Checked,
+    Combination,
+    Setting,
+)
+from gcbench.units import format_count, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", UNSUPPORTED: "–"}
+_MEANINGS = {
+    IDENTICAL: "gradients bit-identical to off",
+    WITHIN_NOISE: "equal within the noise of the kernels",
+    WRONG: "WRONG",
+    FAILED: "failed",
+    UNSUPPORTED: "not possible",
+}
+PLAIN = (
+    "plain: fp32, adamw_torch, all parameters trained, the model's own attention; each line below differs in one thing"
+)
+_STYLES = {IDENTICAL: "green", WITHIN_NOISE: "green", WRONG: "bold red", FAILED: "bold red", UNSUPPORTED: "dim"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Combinations that ended in the same way for the same reason."""
+
+    verdict: str
+    message: str
+    where: tuple[Combination, ...]
+    cause: str | None
+    remedy: str | None
+    link: str | None
+
+
+def title(check: Check) -> str:
+    """What was trained."""
+    size = f"{format_count(check.num_params)} parameters, {check.num_layers} layers"
+    return f"{check.model} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+
+
+def problems(check: Check) -> tuple[Problem, ...]:
+    """What is wrong, worst first, then what was not possible; the same things together."""
+    groups: dict[tuple[str, str, str | None], list[tuple[Checked, Combination]]] = {}
+    for result in check.results:
+        if result.verdict not in (IDENTICAL, WITHIN_NOISE):
+            asked = check.combinations[result.number]
+            # Where a cause is known, figures that differ do not make it another problem.
+            key = (result.verdict, result.cause or result.message or "", asked.strategy if not result.cause else None)
+            groups.setdefault(key, []).append((result, asked))
+    order = (WRONG, FAILED, UNSUPPORTED)
+    found = [
+        Problem(
+            verdict=verdict,
+            message=pairs[0][0].message or "",
+            where=tuple(asked for _, asked in pairs),
+            cause=pairs[0][0].cause,
+            remedy=pairs[0][0].remedy,
+            link=pairs[0][0].link,
+        )
+        for (verdict, _, _), pairs in groups.items()
+    ]
+    return tuple(sorted(found, key=lambda problem: order.index(problem.verdict)))
+
+
+def summary(check: Check) -> str:
+    """The answer, in a few sentences."""
+    counts = {verdict: sum(r.verdict == verdict for r in check.results) for verdict in MARKS}
+    done = len(check.results)
+    good = counts[IDENTICAL] + counts[WITHIN_NOISE]
+    parts = [f"{good} of {done} combinations train with the gradients of off"]
+    if counts[IDENTICAL] and counts[WITHIN_NOISE]:
+        parts[0] += f" ({counts[IDENTICAL]} bit by bit)"
+    elif counts[IDENTICAL]:
+        parts[0] += ", bit by bit"
+    for verdict, words in ((WRONG, "wrong"), (FAILED, "failed"), (UNSUPPORTED, "not possible here")):
+        if counts[verdict]:
+            parts.append(f"{counts[verdict]} {words}")
+    text = "; ".join(parts) + "."
+    if any(r.is_bad for r in check.results) and not check.failures:
+        text += " What is wrong is wrong with the reentrant variant alone, which is there to show it."
+    recomputed = [r for r in check.results if r.layers_recomputed is not None]
+    if recomputed and all(r.layers_recomputed == r.layers_expected for r in recomputed):
+        text += " Every layer that was to be recomputed was, and no other."
+    return text
+
+
+def where(problem: Problem) -> str:
+    """`reentrant with lora; frozen-base`."""
+    by_strategy: dict[str, list[str]] = {}
+    for asked in problem.where:
+        by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
+    return "; ".join(f"{strategy} with {' and with '.join(labels)}" for strategy, labels in by_strategy.items())
+
+
+def _grid(check: Check) -> tuple[list[str], list[Setting], dict[tuple[Setting, str], Checked]]:
+    found = {(check.combinations[r.number].setting, check.combinations[r.number].strategy): r for r in check.results}
+    names = list(dict.fromkeys(c.strategy for c in check.combinations))
+    return names, list(dict.fromkeys(c.setting for c in check.combinations)), found
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """A rich renderable."""
+
+    check: Check
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        names, settings, found = _grid(self.check)
+        yield Text(title(self.check), style="bold")
+        label_width = max(len(setting.label) for setting in settings) + 2
+        for block in _blocks(names, options.max_width - label_width):
+            rows = [s for s in settings if any((s, name) in found for name in block)]
+            table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
+            table.add_column("", no_wrap=True)
+            for name in block:
+                table.add_column(Text("\n".join(_parts(name))), justify="center", vertical="bottom")
+            for setting in rows:
+                cells = [found.get((setting, name)) for name in block]
+                table.add_row(
+                    setting.label,
+                    *(Text(MARKS[c.verdict], style=_STYLES[c.verdict]) if c else Text("") for c in cells),
+                )
+            yield table
+            yield Text("")
+        used = {result.verdict for result in self.check.results}
+        yield Text("   ".join(f"{MARKS[verdict]} {_MEANINGS[verdict]}" for verdict in MARKS if verdict in used))
+        yield Text(PLAIN, style="dim")
+        for problem in problems(self.check):
+            yield Text("")
+            yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem)}", "bold"))
+            for name, said in _told(problem):
+                grid = Table.grid(padding=(0, 2, 0, 0))
+                grid.add_column(width=8)
+                grid.add_column(overflow="fold")
+                grid.add_row(f"  {name}", said)
+                yield grid
+        yield Text("")
+        yield Text(summary(self.check))
+        yield Text(times(self.check), style="dim")
+
+
+def _blocks(names: Sequence[str], width: int) -> Iterator[list[str]]:
+    """As many columns beside each other as there is room for."""
+    block: list[str] = []
+    taken = 0
+    for name in names:
+        wide = max(map(len, _parts(name))) + 1
+        if block and taken + wide > width:
+            yield block
+            block, taken = [], 0
+        block.append(name)
+        taken += wide
+    yield block
+
+
+def _parts(name: str) -> list[str]:
+    """A strategy's name in lines: broken at its joints."""
+    return name.replace("+", "+\n").replace(":", ":\n").split("\n") if len(name) > 9 else [name]
+
+
+def _told(problem: Problem) -> Iterator[tuple[str, str]]:
+    yield "seen", problem.message
+    for name, said in (("cause", problem.cause), ("remedy", problem.remedy), ("see", problem.link)):
+        if said is not None:
+            yield name, said
+
+
+def times(check: Check) -> str:
+    """What it took."""
+    return f"{format_seconds(check.wall_s)}, of which {format_seconds(check.steps_s)} in training steps"
+
+
+def markdown(check: Check) -> str:
+    """The whole check as Markdown."""
+    names, settings, found = _grid(check)
+    lines = [f"# gcbench check: {check.model}", "", title(check), "", f"`{check.command}`", ""]
+    lines += ["| | " + " | ".join(f"`{name}`" for name in names) + " |"]
+    lines += ["| --- |" + " :-: |" * len(names)]
+    for setting in settings:
+        cells = [found.get((setting, name)) for name in names]
+        lines.append(f"| {setting.label} | " + " | ".join(_cell(c) for c in cells) + " |")
+    lines += ["", summary(check), ""]
+    for problem in problems(check):
+        lines += [f"## {problem.verdict}: {where(problem)}", ""]
+        lines += [f"- {name}: {said}" for name, said in _told(problem)]
+        lines.append("")
+    lines += [times(check), "", ", ".join(f"{name} {version}" for name, version in check.versions.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(result: Checked | None) -> str:
+    if result is None:
+        return ""
+    if result.verdict == WITHIN_NOISE and result.grad_rel_diff:
+        return f"within noise ({result.grad_rel_diff:.1g})"
+    return f"**{result.verdict}**" if result.is_bad else result.verdict
+
+
+def show(check: Check) -> None:
+    """Print it on standard output, as wide as the screen is."""
+    from rich.console import Console
+
+    Console().print(View(check=check))
+
+
+def plain(check: Check, *, width: int) -> str:
+    """The same as text without styles."""
+    from gcbench.screen import plain as as_text
+
+    return as_text([View(check=check)], width=width)
