@@ -308,7 +308,7 @@ class _Checker:
         return Checked(
             number=0,
             verdict=verdict,
-            grad_rel_diff=first,
+            grad_rel_diff=first if math.isfinite(first) else None,
             worst_param=worst,
             noise=reference.noise,
             layers_expected=expected,

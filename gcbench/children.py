@@ -23,6 +23,8 @@ from gcbench.tasks import Answer, Refusal, Task
 from gcbench.units import format_seconds
 
 _LOG_TAIL = 4000
+_ENDED = (EOFError, ConnectionError)
+_UNTIL_IT_IS_GONE_S = 0.2
 _SERVER_LOG = "server.txt"
 
 
@@ -69,7 +71,7 @@ class ForkedChildren:
         try:
             try:
                 self._start((task, theirs, str(answer_path), str(log_path)))
-            except EOFError:
+            except _ENDED:
                 # The server ended before it could start a child: an import raised something else than ImportError.
                 log = (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
                 return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
@@ -88,14 +90,16 @@ class ForkedChildren:
         return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
 
     def _start(self, args: tuple[object, ...]) -> None:
-        """Start the child; raises EOFError when the server ends instead.
+        """Start the child; raises one of `_ENDED` when the server ends instead.
 
         One that was killed a moment ago may still have seemed to be there, so the next one gets its chance too.
         """
         self._process = self._context.Process(target=child_entry.main, args=args, daemon=True)
         try:
             self._process.start()
-        except EOFError:
+        except _ENDED:
+            time.sleep(_UNTIL_IT_IS_GONE_S)
+            _start_server(self._folder / _SERVER_LOG)
             self._process = self._context.Process(target=child_entry.main, args=args, daemon=True)
             self._process.start()
 

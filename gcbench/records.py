@@ -87,6 +87,8 @@ class RoundResult:
         num_steps: training steps run, warm-up and memory step included.
         steps_s: seconds spent in them.
         wall_s: seconds from the parent's start of the child to its end.
+        draws_other_dropout: layers are compiled and drop activations, by other random numbers than those of `off`, so
+            that their gradients cannot be compared.
     """
 
     round: int
@@ -103,6 +105,7 @@ class RoundResult:
     num_steps: int
     steps_s: float
     wall_s: float
+    draws_other_dropout: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -227,7 +227,7 @@ def _measure(
 def _judged(result: RoundResult, prints: Fingerprint, cell: Cell, store: Store) -> RoundResult:
     """The result with its gradients' difference from those of `off` in round 0."""
     stored = store.load_gradients(_reference_cell(cell.workload), 0)
-    if stored is None:
+    if stored is None or result.draws_other_dropout:
         return result
     compared = difference(prints, decode(Fingerprint, json.loads(stored)))
     return replace(result, grad_rel_diff=compared.relative, grad_worst_param=compared.worst)

@@ -7,11 +7,11 @@ nothing about those of the model that it was made from.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from gcbench.records import Json
 
@@ -20,11 +20,11 @@ WIDTH = 64
 HEADS = 4
 VOCAB = 512
 MAX_LAYERS = 8
-"""How many layers are kept at most when there are many kinds of them."""
 
 _CAPS = {
     r"vocab(?!_offset)": VOCAB,
-    r"^((original_)?max|n)_(positions|position_embeddings|seq_len|(source|target)_positions)$": 512,
+    r"^(max|n)_(positions|position_embeddings|seq_len|(source|target)_positions)$": 512,
+    r"^original_max_position_embeddings$": 64,
     r"^(n_ctx|context_length|model_max_length|rel_extent)$": 512,
     r"^(num|n|moe_num)_(local_|routed_)?experts$|^zero_expert_num$": 8,
     r"^num_experts_per_tok(en)?$|^moe_(top_?)?k$|^(n_group|num_expert_group|index_topk_blocks|split_ngram_parts)$": 2,
@@ -33,13 +33,14 @@ _CAPS = {
     # DeepSeek-V4's tokens to a block, by kind of attention.
     r"window(_size|_len)?$|^local_attention$|chunk_(size|length)$|^block_size$|^index_topk$|_attention$": 8,
     r"^index_block_size$": 4,
+    r"^topk_group$": 1,
 }
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim")
 _WIDTHS = re.compile(
     r"hidden_size|(intermediate|embedding|feed_forward)_size|d_model|n_embd|(emb|embd|embds|embed|embedding|proj)_dim"
     r"|ff(n|w)?_dim|dim_ff|^d_?ff$|ffn_hidden|_inner|mlp_dim|lru_width|d_ssm|(in|out|input|output)_dim$|^input_size$"
 )
-_HEADS = re.compile(r"(^|_)heads?(_per_layer)?$")
+_HEADS = re.compile(r"(?<![a-z])(?<!\bd_)(?<!_d_)(?<!dim_)heads?(_per_layer)?$")
 _HEAD_DIMS = re.compile(r"head_?dim$|(^|_)d_head$|^dim_head$|^d_kv$|head_size$|^kv_channels$|^rotary_dim$")
 _HEAD_DIM = ("head_dim", "d_head", "dim_head", "attention_head_size")
 _GROUPS = re.compile(r"^(o_groups|num_query_groups|(mamba_)?n_?groups)$")
@@ -74,10 +75,10 @@ def _filled(values: Mapping[str, Json]) -> dict[str, Json]:
     """The values with those that the config class adds; as they are for a type that transformers does not know."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    known = str(values.get("model_type"))
-    added: dict[str, Any] = CONFIG_MAPPING[known].from_dict(dict(values)).to_dict() if known in CONFIG_MAPPING else {}
-    filled: dict[str, Json] = json.loads(json.dumps(dict(values) | added, default=str))
-    return filled
+    filled = copy.deepcopy(dict(values))
+    if filled["model_type"] in CONFIG_MAPPING:
+        filled = CONFIG_MAPPING[filled["model_type"]].from_dict(filled).to_dict()
+    return json.loads(json.dumps(filled, default=str))  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,7 @@ class _Part:
         hidden = _first(values, _HIDDEN)
         is_mamba = "num_heads" in values and "expand" in values
         heads: dict[str, int] = {}
-        for name in filter(_counts_heads, values):
+        for name in filter(_HEADS.search, values):
             family = "mamba" if is_mamba else _family(name)
             heads[family] = max([heads.get(family, 1), *_ints(values[name])])
         if outer is not None and _depth(values) is None and not (hidden and heads):
@@ -134,34 +135,31 @@ class _Part:
             elif isinstance(value, dict):
                 result[name] = (self if "rope" in name else _Part.of(value, self)).scaled(value, aims)
             elif (flags := _flags(name, value, depth)) is not None:
-                if isinstance(value, list):
-                    result[name] = [place for place, layer in enumerate(kept) if flags[layer]]
-                else:
-                    result[name] = sum(flags[layer] for layer in kept) - (name == "moe_layer_end_index")
+                places: list[Json] = [place for place, layer in enumerate(kept) if flags[layer]]
+                result[name] = places if isinstance(value, list) else len(places) - (name == "moe_layer_end_index")
             elif isinstance(value, list) and len(value) == depth:
                 result[name] = [self._size(name, value[layer], aims) for layer in kept]
             elif isinstance(value, int) and _DEPTH.search(name):
                 result[name] = min(value, max(1, value * len(kept) // max(1, depth)))
             else:
                 result[name] = self._size(name, value, aims)
-        _mend(values, result)
         return result
 
     def _size(self, name: str, value: Json, aims: _Aims) -> Json:
         if isinstance(value, list):
+            if name in ("long_factor", "short_factor") and self.hidden > WIDTH:  # one for each pair of rotated channels
+                return value[: max(1, len(value) * self.head_dim[1] // self.head_dim[0])]
             return [self._size(name, entry, aims) for entry in value]
         if isinstance(value, bool) or not isinstance(value, int):
             return value
         if _TOKENS.search(name):
             return aims.tokens.get(value, value)
-        cap = next((most for pattern, most in _CAPS.items() if re.search(pattern, name)), None)
-        if cap is not None:
-            return min(value, cap)
-        return value if self.hidden <= WIDTH else min(value, self._width(name, value, aims))
+        uncapped = value if self.hidden <= WIDTH else self._width(name, value, aims)
+        return min(value, next((most for pattern, most in _CAPS.items() if re.search(pattern, name)), uncapped))
 
     def _width(self, name: str, value: int, aims: _Aims) -> int:
         """What becomes of a width, of a number of heads and of a head's width; any other value stays."""
-        if _counts_heads(name) or _GROUPS.search(name):
+        if _HEADS.search(name) or _GROUPS.search(name):
             family = "" if name in ("o_groups", "num_query_groups") else _family(name)
             if family not in self.heads and "mamba" in self.heads:
                 family = "mamba"
@@ -169,8 +167,9 @@ class _Part:
         if self.inner and (name in _MAMBA_HEAD_DIM or (name == "head_dim" and "" not in self.heads)):
             return self.inner * WIDTH // self.hidden // _fewer_heads(self.heads["mamba"], self.heads["mamba"])
         if _HEAD_DIMS.search(name):
-            old, new = self.head_dim
-            return max(2, value * new // old // 2 * 2)
+            return max(2, value * self.head_dim[1] // self.head_dim[0] // 2 * 2)
+        if name == "mrope_section":
+            return max(1, value * self.head_dim[1] // self.head_dim[0])
         if value in aims.hidden and (_WIDTHS.search(name) or name.endswith(("_dim", "_size"))):
             return WIDTH
         return max(16, -(-value * WIDTH // self.hidden // 8) * 8) if _WIDTHS.search(name) else value
@@ -180,10 +179,6 @@ def _fewer_heads(count: int, most: int) -> int:
     """What becomes of `count` heads where there are `most`: a power of two, in proportion; several stay several."""
     top = 1 << min(HEADS, most).bit_length() - 1
     return min(top, count, max(2, 1 << max(1, top * count // most).bit_length() - 1))
-
-
-def _counts_heads(name: str) -> bool:
-    return bool(_HEADS.search(name)) and not _HEAD_DIMS.search(name)
 
 
 def _family(name: str) -> str:
@@ -207,7 +202,7 @@ def _flags(name: str, value: Json, depth: int) -> list[bool] | None:
         if not _INDICES.search(name) or len(numbers) < len(value) or numbers != sorted(set(numbers) & {*range(depth)}):
             return None
         return [layer in numbers for layer in range(depth)]
-    if isinstance(value, bool) or not isinstance(value, int):
+    if not isinstance(value, int):
         return None
     if name in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "max_window_layers"):
         return [layer < value for layer in range(depth)]
@@ -218,7 +213,9 @@ def _flags(name: str, value: Json, depth: int) -> list[bool] | None:
 
 def _kept_layers(values: Mapping[str, Json], layers: int) -> list[int]:
     """The numbers of the layers that stay: the first ones if every kind is among them, else the first of each kind."""
-    depth, most = _depth(values) or 0, max(layers, MAX_LAYERS)
+    depth, most = _depth(values), max(layers, MAX_LAYERS)
+    if not depth:
+        return []
     columns = {name: _flags(name, value, depth) or value for name, value in values.items()}
     told = {name: column for name, column in columns.items() if isinstance(column, list) and len(column) == depth}
     own = values.get("per_layer_config")
@@ -230,30 +227,16 @@ def _kept_layers(values: Mapping[str, Json], layers: int) -> list[int]:
     if not any(isinstance(column[0], str) for column in told.values()):  # which would say what the period means
         periods += [v for k, v in values.items() if _PERIODS.search(k) and isinstance(v, int)]
     fewest = min(depth, max([layers, *(period for period in periods if period <= most)]))
-    last = max(wanted, default=0)
-    if last < most:
-        return list(range(min(depth, max(fewest, last + 1))))
+    if wanted[-1] < most:
+        return list(range(max(fewest, wanted[-1] + 1)))
     others = [i for i in range(depth) if i not in wanted]
     return sorted([*wanted[:most], *others[: max(0, fewest - len(wanted))]])
 
 
-def _mend(old: Mapping[str, Json], new: dict[str, Json]) -> None:
-    """Restore what holds between fields and is lost when each is scaled on its own."""
-    groups, chosen = _first(old, ("n_group", "num_expert_group")), _first(old, ("topk_group",))
-    fewer = _first(new, ("n_group", "num_expert_group"))
-    if chosen and fewer < groups:
-        new["topk_group"] = max(1, chosen * fewer // groups)
-    nope, rope = _first(new, ("qk_nope_head_dim",)), _first(new, ("qk_rope_head_dim",))
-    if nope and rope and "qk_head_dim" in new:
-        new["qk_head_dim"] = nope + rope
-
-
 def _fields(values: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:
+    """All fields, those of nested configs too."""
     for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _fields(value)
-        else:
-            yield name, value
+        yield from _fields(value) if isinstance(value, dict) else [(name, value)]
 
 
 def _first(values: Mapping[str, Json], names: Sequence[str]) -> int:

@@ -205,13 +205,43 @@ def tolerance(precision: str, *, compiled_layers: int = 0) -> float:
     return max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * compiled_layers)) * roundoff
 
 
+def _cause(outcome: Outcome, mine: _Summary) -> str:
+    """What is known to make a proof fail in this way, with the remedy."""
+    from gcbench.diagnoses import Observation, diagnose  # what a sound run does not need
+
+    parts = outcome.cell.strategy.split("+")
+    budget = next((float(part.partition(":")[2]) for part in parts if part.startswith("compile:")), None)
+    known = diagnose(
+        Observation(
+            strategy=outcome.cell.strategy,
+            precision=outcome.cell.workload.precision,
+            optim=outcome.cell.workload.optim,
+            grad_rel_diff=mine.grad_rel_diff,
+            is_wrong=mine.grad_rel_diff not in (None, 0.0),
+            layers_expected=mine.layers_planned,
+            layers_recomputed=mine.layers_recomputed,
+            num_layers=mine.layers_run,
+            params_without_grad=("?",) * (mine.params_without_grad or 0),
+            reentrant="reentrant" in parts,
+            compiled=any(part.startswith("compile") for part in parts),
+            memory_budget=budget,
+            frozen_base=outcome.cell.workload.lora_r is not None,
+        )
+    )
+    return f". {known.cause} {known.remedy} See {known.link}" if known else ""
+
+
 def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
     parts = [outcome.failure.message] if outcome.failure else []
     if proof and proof.startswith(FAILED):
-        parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}")
+        parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}{_cause(outcome, mine)}")
     said = outcome.prediction
     if said and said.num_alloc_retries and not outcome.failure:
         parts.append("it fits only by flushing the allocator's cache, so it is near out of memory")
+    if any(result.draws_other_dropout for result in outcome.rounds):
+        parts.append(
+            "compiled layers draw other dropout than off, so that gradients cannot be compared; see gcbench check"
+        )
     if mine.alloc_retries:
         times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
         parts.append(

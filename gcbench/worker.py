@@ -14,8 +14,11 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import torch
+
 from gcbench import checkpointing, devices, models, sketch
 from gcbench.devices import Device
+from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.fingerprint import Fingerprint
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
@@ -159,6 +162,7 @@ class _Measurement:
                 num_steps=self.step.num_steps,
                 steps_s=self.steps_s,
                 wall_s=0.0,
+                draws_other_dropout=task.plan.compiled and _has_dropout(self.model),
             ),
             fingerprint=self.fingerprint,
         )
@@ -239,15 +243,35 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             message=f"not possible here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
-    return _crash(err)
+    return _crash(err, task.cell.strategy, lora=task.lora is not None)
 
 
-def _crash(err: BaseException) -> Failure:
+def _crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Failure:
     text = str(err).strip() or type(err).__name__
+    known = diagnose(
+        Observation(
+            strategy=strategy,
+            error_type=type(err).__name__,
+            error_text=text,
+            reentrant="reentrant" in strategy,
+            compiled="compile" in strategy,
+            frozen_base=lora,
+        )
+    )
+    advice = f". {known.cause} {known.remedy} See {known.link}" if known else "; the whole trace is in report.json"
     return Failure(
         kind="crash",
-        message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}; the whole trace is in report.json",
+        message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}{advice}",
         detail="".join(traceback.format_exception(err)),
+    )
+
+
+def _has_dropout(model: torch.nn.Module) -> bool:
+    """Whether a module drops anything; attention keeps its share as a number."""
+    return any(
+        (isinstance(module, torch.nn.Dropout) and module.p > 0)
+        or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
+        for module in model.modules()
     )
 
 

@@ -36,7 +36,7 @@ def parse(spec: str) -> Strategy:
         return _as_strategy(_part(text))
     if text.lower().startswith(_OFFLOAD):  # offload:every:2 is every:2+offload
         text = f"{text[len(_OFFLOAD) :]}+offload"
-    parts = [_part(part.strip().lower()) for part in text.split("+")]
+    parts = [_part(part.strip()) for part in text.split("+")]
     choices = [part for part in parts if isinstance(part, Strategy)]
     changes = [part for part in parts if isinstance(part, Change)]
     if len(choices) > 1:
@@ -55,9 +55,9 @@ def _part(text: str) -> Strategy | Change:
     name, colon, argument = text.partition(":")
     for kind in kinds():
         if kind.name == name.lower():
-            return kind.parse(argument if colon else None)
+            return kind.parse((argument if kind.name == _FILE[:-1] else argument.lower()) if colon else None)
     legal = ", ".join(kind.syntax for kind in kinds())
-    near = difflib.get_close_matches(name, [kind.name for kind in kinds()], n=1)
+    near = difflib.get_close_matches(name.lower(), [kind.name for kind in kinds()], n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ValueError(f"there is no strategy {text!r}; {hint}legal are {legal}")
 
@@ -78,6 +78,8 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
         raise ValueError(
             f"{spec!r} makes no sense: off recomputes nothing; join {changes[0].spec} to a choice of layers"
         )
+    if base.content is not None:
+        raise ValueError(f"{spec!r} makes no sense: {base.spec} says all of how layers are treated; write it there")
     to: Callable[[Plan], Plan] = lambda plan: reduce(lambda changed, change: change.to(changed), changes, plan)  # noqa: E731
     try:
         to(base.plan_for(_enough_layers(base.spec)))  # whether its parts go together does not depend on the model

@@ -54,19 +54,25 @@ class Plan:
         following = 0
         for group in self.groups:
             if not group or group != tuple(range(group[0], group[0] + len(group))):
-                raise ValueError(f"a group holds consecutive layers in rising order, not {list(group)}")
+                raise ValueError(
+                    f"a group holds consecutive layers in rising order, not {list(group)}; write it like [0, 1]"
+                )
             if group[0] < following:
                 raise ValueError(f"layer {group[0]} comes after layer {following - 1}; groups are ordered and disjoint")
             following = group[-1] + 1
         if following > self.num_layers:
-            raise ValueError(f"layer {following - 1} is beyond a model of {self.num_layers} layers")
+            raise ValueError(
+                f"layer {following - 1} is beyond a model of {self.num_layers} layers; the first is layer 0"
+            )
         if self.policies and len(self.policies) != len(self.groups):
             raise ValueError(f"there are {len(self.groups)} groups and {len(self.policies)} policies; give each one")
         several = any(len(group) > 1 for group in self.groups)
         if several and self.any_policy("reentrant"):
             raise ValueError("the reentrant variant recomputes layers one by one; take groups of one layer")
         if self.compiled and (several or self.any_policy("reentrant") or self.any_policy("offload")):
-            raise ValueError("compiled layers can be recomputed one by one only, and without reentrant or offload")
+            raise ValueError(
+                "compiled layers can be recomputed one by one only, and without reentrant or offload; leave one out"
+            )
         if self.memory_budget is not None and (not self.compiled or self.groups):
             raise ValueError("a memory budget is for compiled layers that are not checkpointed; leave one out")
 

@@ -86,7 +86,7 @@ def _known(value: dict[str, Any], legal: set[str], what: str) -> None:
 def _flag(value: dict[str, Any], name: str) -> bool:
     flag = value.get(name, False)
     if not isinstance(flag, bool):
-        raise ValueError(f"{name} {flag!r} is neither true nor false")
+        raise ValueError(f"{name} {flag!r} is neither true nor false; write one of them")
     return flag
 
 
