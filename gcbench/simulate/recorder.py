@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from typing import Any
 from unittest import mock
@@ -215,3 +215,20 @@ def as_in_a_real_run(recorder: Recorder, *, notes_random_state: bool) -> Iterato
         stack.enter_context(mock.patch.object(torch, "get_rng_state", noted_state))
         stack.enter_context(mock.patch.object(torch.random, "get_rng_state", noted_state))
         yield
+
+
+def saved_on_host(recorder: Recorder) -> AbstractContextManager[Any]:
+    """What is saved for the backward pass inside lies in memory that is not the device's, and comes back when needed.
+
+    As torch's `save_on_cpu` does it: a copy away when it is saved, a copy back for whoever unpacks it.
+    """
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        away = torch.empty_like(tensor)
+        recorder.forget([away])
+        return away
+
+    def unpack(away: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(away)
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

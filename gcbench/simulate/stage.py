@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,7 +19,7 @@ from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
-from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run
+from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
 
@@ -222,6 +223,7 @@ class Stage:
         recorder = Recorder(self.road.internals)
         with ExitStack() as stack:
             stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
+            stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
             checkpointing.apply_groups(self.layers, groups, checkpointing.RecomputeCounter())
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
