@@ -137,8 +137,11 @@ def run(
 
 
 def _machine(wanted: Wanted, children: Children) -> Machine:
+    operators = runner.operators(wanted.strategies or ())
     answer = children.run(
-        DescribeTask(device=wanted.device), on_event=lambda event: None, timeout_s=_DESCRIBE_TIMEOUT_S
+        DescribeTask(device=wanted.device, operators=operators),
+        on_event=lambda event: None,
+        timeout_s=_DESCRIBE_TIMEOUT_S,
     )
     runner.raise_refusal(answer)
     assert answer.machine is not None

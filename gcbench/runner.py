@@ -81,7 +81,7 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
             overrides=wanted.set or {},
             attn_implementation=wanted.attn_implementation,
             lora=wanted.lora,
-            operators=_operators(wanted),
+            operators=operators(wanted.strategies or ()),
             needs_order=any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
         ),
         on_event=lambda event: None,
@@ -92,9 +92,9 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
     return answer.machine, answer.facts
 
 
-def _operators(wanted: Settings) -> tuple[str, ...]:
-    """The operators that the strategies name."""
-    parsed = [strategies.parse(spec) for spec in wanted.strategies or ()]
+def operators(specs: Iterable[str]) -> tuple[str, ...]:
+    """The operators that strategies name."""
+    parsed = [strategies.parse(spec) for spec in specs]
     return tuple(dict.fromkeys(name for strategy in parsed for name in strategy.operators))
 
 

@@ -75,6 +75,7 @@ def describe(task: DescribeTask) -> Answer:
     """The device and the model of a run, or why there is none."""
     try:
         device = devices.open_device(devices.choose(task.device))
+        checkpointing.check_operators(task.operators)
         if task.source is None:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
@@ -82,7 +83,6 @@ def describe(task: DescribeTask) -> Answer:
         facts = models.facts(task.source, config, task.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
-        checkpointing.check_operators(task.operators)
         if task.needs_order and facts.checkpointing_refusal is None:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from gcbench import catalogue, cli, errors
 from gcbench import report as reports
-from gcbench.formats.markdown import answer, prediction
+from gcbench.formats.markdown import answer, prediction, strategies
 from gcbench.predicted import by_workload
 from gcbench.records import Report
+from gcbench.strategies import kinds
 from gcbench.tables import rows
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +33,27 @@ def test_tables_are_those_of_the_committed_runs():
         README.write_text(fresh, encoding="utf-8")
     assert TABLE.search(text)
     assert fresh == README.read_text(encoding="utf-8")
+
+
+STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end of strategies -->)", re.DOTALL)
+
+
+def test_the_table_of_strategies_is_that_of_the_code():
+    """The trap: a strategy that the README has never heard of."""
+    text = README.read_text(encoding="utf-8")
+    fresh = STRATEGIES.sub(lambda m: f"{m[1]}\n{strategies()}\n\n{m[2]}", text)
+    if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
+        README.write_text(fresh, encoding="utf-8")
+    assert STRATEGIES.search(text)
+    assert fresh == README.read_text(encoding="utf-8")
+
+
+def test_the_page_of_strategies_explains_every_kind():
+    text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
+    for kind in kinds():
+        assert f"## `{kind.syntax}`" in text, kind.syntax
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("https://") or (ROOT / "docs" / target).exists(), target
 
 
 def test_links_lead_somewhere():

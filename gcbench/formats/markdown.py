@@ -103,6 +103,15 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
     return tuple(gaps) or ("nothing: every cell has its memory, its time and its proof",)
 
 
+def strategies() -> str:
+    """The table of all kinds of strategies."""
+    from gcbench.strategies import kinds
+
+    lines = [_line(["strategy", "kept", "recomputed", "elsewhere called"]), _line(["---"] * 4)]
+    lines += [f"| `{k.syntax}` | {' | '.join(map(_escaped, (k.kept, k.recomputed, k.elsewhere)))} |" for k in kinds()]
+    return "\n".join(lines)
+
+
 def _head(report: Report, where: str) -> str:
     """The headline, and the model in a sentence."""
     model = report.model
