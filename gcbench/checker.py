@@ -33,8 +33,8 @@ from gcbench.checks import (
 )
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, UnavailableError, first_sentence
-from gcbench.records import Json, Lora, ModelFacts, Phase
-from gcbench.sources import ModelSource
+from gcbench.records import Lora, ModelFacts, Phase
+from gcbench.scaledown import scaled_down
 from gcbench.tables import tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
 from gcbench.training import TrainingStep, parameter_dtype, random_batch
@@ -121,29 +121,6 @@ def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> An
     return Answer(facts=checker.facts)
 
 
-def small_config(values: dict[str, Json]) -> dict[str, Json]:
-    """A model's config with fewer layers and less width, such that the model can be built.
-
-    Raises UnavailableError when no such config is found.
-    """
-    from gcbench.scaledown import shrink
-
-    small = shrink(values, layers=_LAYERS, builds=_builds)
-    if small is None:
-        raise UnavailableError("no smaller relative of this model can be built; add --full-size to check it as it is")
-    return small
-
-
-def _builds(values: dict[str, Json]) -> bool:
-    """Whether transformers makes a model of a config, without storage."""
-    source = ModelSource(name="", origin="", config=values, location="")
-    try:
-        models.build_meta(models.build_config(source, layers=None, overrides={}))
-    except Exception:  # modelling code may raise anything
-        return False
-    return True
-
-
 class _Checker:
     """The combinations of one model; what several of them need is made once."""
 
@@ -153,9 +130,14 @@ class _Checker:
         self.name = task.device if task.device != "auto" else devices.choose("auto")
         self.source = task.source
         if not task.full_size:
-            self.source = replace(task.source, config=small_config(task.source.config))
+            self.source = replace(task.source, config=scaled_down(task.source.config, layers=_LAYERS))
         self.config = models.build_config(self.source, layers=task.layers, overrides=task.overrides)
-        self.facts: ModelFacts = models.facts(self.source, self.config, None, changed=bool(task.overrides))
+        try:
+            self.facts: ModelFacts = models.facts(self.source, self.config, None, changed=bool(task.overrides))
+        except UnavailableError as err:
+            if task.full_size:
+                raise
+            raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
         self._references: dict[Setting, _Reference | Exception] = {}
 
     def check(self, asked: Combination, tell: Callable[[ReferenceRun], None]) -> Checked:
@@ -270,7 +252,7 @@ class _Checker:
         return Checked(
             number=0,
             verdict=UNSUPPORTED if unsupported else FAILED,
-            message=f"{type(err).__name__}: {first_sentence(err)}",
+            message=first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}",
             cause=known.cause if known else None,
             remedy=known.remedy if known else None,
             link=known.link if known else None,

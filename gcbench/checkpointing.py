@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -185,6 +185,7 @@ def _contexts(policy: Policy) -> Contexts:
 
     def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        held: dict[int, str] = {}
 
         def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             name = operator_name(op)
@@ -193,11 +194,49 @@ def _contexts(policy: Policy) -> Contexts:
                 counter = calls[context.is_recompute]
                 kept = f"{name}#{counter[name]}" in places
                 counter[name] += 1
+            if not context.is_recompute:
+                _refuse_changes(op, args, held)
+                if kept:
+                    outputs = tree_leaves(getattr(context, "op_output", None))
+                    held.update({_storage(out): name for out in outputs if isinstance(out, torch.Tensor)})
             return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         return create_selective_checkpoint_contexts(choose)  # type: ignore[no-any-return, no-untyped-call]
 
     return make
+
+
+class KeptThenChanged(NotImplementedError):
+    """A layer changes in place what was to be kept."""
+
+
+def _refuse_changes(op: Any, args: tuple[Any, ...], held: Mapping[int, str]) -> None:
+    """Raise KeptThenChanged when `op` writes into an output that is kept: the recomputation would take it as changed.
+
+    torch does so by version counters, which what `matmul` returns does not share with the product inside it: torch
+    2.13 then computes wrong gradients without a word.
+    """
+    for place in _written(op) if held else ():
+        target = args[place] if place < len(args) else None
+        name = held.get(_storage(target)) if isinstance(target, torch.Tensor) else None
+        if name is not None:
+            raise KeptThenChanged(
+                f"the output of {name} is kept, and then changed in place ({operator_name(op)}) by this model's layers, "
+                f"so that a recomputation from it would be wrong"
+            )
+
+
+@cache
+def _written(op: Any) -> tuple[int, ...]:
+    """Which of an operator's arguments it writes into."""
+    if not op._schema.is_mutable:
+        return ()
+    arguments = enumerate(op._schema.arguments)
+    return tuple(place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 def operator_name(op: Any) -> str:

@@ -194,6 +194,11 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
     "quantised-base-unprepared": lambda seen: seen.quantised and seen.lost_gradients,
     "last-layer-without-gradient": lambda seen: seen.reentrant and seen.frozen_base and _only_in_last_layer(seen),
     "reentrant-frozen-base": lambda seen: seen.reentrant and seen.frozen_base and seen.lost_gradients,
+    "reentrant-shared-state": lambda seen: (
+        seen.reentrant
+        and seen.is_silent
+        and not (seen.has_dropout or seen.steps_in_backward or "layerwise" in seen.optim)
+    ),
     "reentrant-keyword-inputs": lambda seen: seen.reentrant and not seen.frozen_base and seen.lost_gradients,
     "memory-budget-dropout": lambda seen: (
         seen.is_silent

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from gcbench import checkpointing, devices, models, sketch
+from gcbench.checkpointing import KeptThenChanged
 from gcbench.devices import Device
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
@@ -235,6 +236,8 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
         )
     if isinstance(err, NotASegment):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
+    if isinstance(err, KeptThenChanged):
+        return Failure(kind="unsupported", message=f"{first_sentence(err)}; name the other operators after selective:")
     if isinstance(err, NotImplementedError) or (
         isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)
     ):

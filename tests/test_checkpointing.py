@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from gcbench import checkpointing, models, sketch, sources, strategies, training
 from gcbench.devices import open_device
-from gcbench.strategies import Plan
+from gcbench.strategies import Plan, Policy
 
 EVERY = tuple(range(1, tiny.NUM_LAYERS + 1))
 
@@ -140,3 +142,43 @@ def test_a_model_without_layers_of_its_own_is_refused():
         supports_gradient_checkpointing = True
 
     assert "no layer" in checkpointing.refusal(Flat())
+
+
+class ChangesAProduct(torch.nn.Module):
+    """A layer that adds to a matrix product in place, as Gemma 3n's do."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.eye(4).repeat(2, 1, 1) * 0.5)
+
+    def forward(self, x):
+        product = torch.matmul(x, self.weight).permute(1, 0, 2)
+        product += 1.0
+        return (product.sin() * product).sum()
+
+
+def test_a_kept_product_that_is_changed_in_place_is_refused():
+    """torch misses it: what `matmul` returns has another version counter than the product, and gradients are wrong."""
+    layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
+    for keep in (("bmm",), ("bmm#0",)):
+        contexts = checkpointing._contexts(Policy(keep=keep))
+        with pytest.raises(checkpointing.KeptThenChanged, match=r"the output of bmm is kept, and then changed"):
+            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    (expected,) = torch.autograd.grad(layer(x), x)
+    contexts = checkpointing._contexts(Policy(keep=("sin", "bmm#1")))
+    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    assert torch.equal(torch.autograd.grad(output, x)[0], expected)
+
+
+def test_torch_still_misses_it():
+    """When this fails, torch has mended it, and `_refuse_changes` may go once no older torch is supported."""
+    layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x), x)
+
+    def keep_products(context, op, *args, **kwargs):
+        kept = op is torch.ops.aten.bmm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    contexts = partial(create_selective_checkpoint_contexts, keep_products)
+    output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+    assert not torch.allclose(torch.autograd.grad(output, x)[0], expected)

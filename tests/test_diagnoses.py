@@ -320,6 +320,43 @@ def test_hidden_states_passed_by_keyword():
     assert told(Trial(model, train_toy(model), off, reentrant=True)) is None
 
 
+def test_keys_that_later_layers_share():
+    """As in Gemma 3n: a layer leaves its keys in a dictionary, and no gradient comes back from those that read them."""
+
+    class Shares(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, reentrant: bool | None) -> torch.Tensor:
+            shared: dict[str, torch.Tensor] = {}
+
+            def write(x: torch.Tensor) -> torch.Tensor:
+                shared["keys"] = self.first(x)
+                return x + shared["keys"].sin()
+
+            def read(x: torch.Tensor) -> torch.Tensor:
+                return self.second(x) * shared["keys"]
+
+            for layer in (write, read):
+                x = layer(x) if reentrant is None else checkpoint(layer, x, use_reentrant=reentrant)
+            return x.square().mean()
+
+    torch.manual_seed(0)
+    model = Shares()
+
+    def step(reentrant: bool | None) -> torch.Tensor:
+        loss = model(torch.ones(4, 8, requires_grad=True), reentrant)
+        loss.backward()
+        return loss
+
+    off = Trial(model, partial(step, None), strategy="off")
+    reentrant = Trial(model, partial(step, True), off, reentrant=True)
+    assert reentrant.seen.is_wrong
+    assert told(reentrant) == "reentrant-shared-state"
+    assert told(Trial(model, partial(step, False), off)) is None
+
+
 def test_kwargs_that_do_not_say_which_variant():
     """The trap: one kwarg of one's own, and transformers no longer fills in use_reentrant=False."""
     model = build("llama")

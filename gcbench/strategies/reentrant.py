@@ -19,6 +19,6 @@ KIND = Kind(
     syntax="reentrant",
     kept="each layer's input",
     recomputed="every layer, by a backward pass of its own inside the backward pass; inputs must ask for gradients",
-    elsewhere="torch use_reentrant=True, the default of transformers before 4.35",
+    elsewhere="torch use_reentrant=True, the default of transformers 4",
     parse=_parse,
 )
