@@ -36,6 +36,16 @@ reference: $(READY) ## Make the committed results again (replaces the folders in
 	rm -rf results/reference/llama-8b-rtx-4090
 	$(BIN)/gcbench predict --config configs/llama-8b-rtx-4090.toml --explain --out results/reference/llama-8b-rtx-4090
 
+	rm -rf results/reference/strategies
+	$(BIN)/gcbench predict --config configs/strategies.toml --out results/reference/strategies
+
+frontier: $(READY) ## Measure the README's frontier of strategies again (some ten minutes)
+	rm -rf results/reference/frontier-cpu
+	$(BIN)/gcbench run --config configs/frontier-cpu.toml --out results/reference/frontier-cpu
+
+families: $(READY) ## Check every type of causal LM, scaled down (goes on where it stopped)
+	$(BIN)/python benchmarks/families.py
+
 truth: $(READY) ## Measure the grid that predictions are held to, on this machine's device (goes on where it stopped)
 	$(BIN)/python benchmarks/truth.py
 
@@ -49,4 +59,4 @@ bench-predict: $(READY) ## Measure how fast predictions are, and for how many ty
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test lint bench reference truth accuracy bench-predict clean
+.PHONY: help install run test lint bench reference truth accuracy bench-predict frontier families clean

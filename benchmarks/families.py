@@ -4,8 +4,8 @@
     python benchmarks/families.py llama      these types, and nothing is stored
 
 A type has a verdict when its check ended with one for every combination, without a crash: that checkpointing works,
-that it is wrong, or that the model or this machine cannot do it, with the reason. Writes results/reference/families.json
-and families.md. The bar: 150 types.
+that it is wrong, or that the model or this machine cannot do it, with the reason. Writes families.json and families.md
+into results/reference. The bar: 150 types.
 """
 
 from __future__ import annotations
@@ -86,9 +86,9 @@ def markdown(entries: list[dict[str, Any]], versions: dict[str, str]) -> str:
     lines = [
         "# Does checkpointing work for every type of causal LM?",
         "",
-        f"`python benchmarks/families.py`, transformers {versions['transformers']}, torch {versions['torch']}, on a CPU. "
-        "Each type is scaled down; gradients are compared with those of `off`, in fp32 / bf16: = bit-identical, ≈ within "
-        "the noise of the kernels, – not possible.",
+        f"`python benchmarks/families.py`, transformers {versions['transformers']}, torch {versions['torch']}, on a "
+        "CPU. Each type is scaled down; gradients are compared with those of `off`, in fp32 / bf16: = bit-identical, ≈ "
+        "within the noise of the kernels, – not possible.",
         "",
         "| type | layers | " + " | ".join(f"`{name}`" for name in STRATEGIES) + " |",
         "| --- | ---: |" + " :-: |" * len(STRATEGIES),

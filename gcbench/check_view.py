@@ -30,9 +30,7 @@ _MEANINGS = {
     FAILED: "failed",
     UNSUPPORTED: "not possible",
 }
-PLAIN = (
-    "plain: fp32, adamw_torch, all parameters trained, the model's own attention; each line below differs in one thing"
-)
+PLAIN = "plain: fp32, adamw_torch, all parameters trained, the model's own attention; the other lines say what differs"
 _STYLES = {IDENTICAL: "green", WITHIN_NOISE: "green", WRONG: "bold red", FAILED: "bold red", UNSUPPORTED: "dim"}
 
 
@@ -143,7 +141,9 @@ class View:
             yield table
             yield Text("")
         used = {result.verdict for result in self.check.results}
-        yield Text("   ".join(f"{MARKS[verdict]} {_MEANINGS[verdict]}" for verdict in MARKS if verdict in used))
+        for verdict in MARKS:
+            if verdict in used:
+                yield Text(f"{MARKS[verdict]} {_MEANINGS[verdict]}")
         yield Text(PLAIN, style="dim")
         for problem in problems(self.check):
             yield Text("")
@@ -164,7 +164,7 @@ def _blocks(names: Sequence[str], width: int) -> Iterator[list[str]]:
     block: list[str] = []
     taken = 0
     for name in names:
-        wide = max(map(len, _parts(name))) + 1
+        wide = max(map(len, _parts(name))) + 2
         if block and taken + wide > width:
             yield block
             block, taken = [], 0

@@ -130,6 +130,7 @@ class _Checker:
         self.name = task.device if task.device != "auto" else devices.choose("auto")
         self.source = task.source
         if not task.full_size:
+            torch.set_num_threads(1)  # a small step gains nothing from more, and threads that wait for each other crawl
             self.source = replace(task.source, config=scaled_down(task.source.config, layers=_LAYERS))
         self.config = models.build_config(self.source, layers=task.layers, overrides=task.overrides)
         try:

@@ -221,8 +221,8 @@ def _refuse_changes(op: Any, args: tuple[Any, ...], held: Mapping[int, str]) -> 
         name = held.get(_storage(target)) if isinstance(target, torch.Tensor) else None
         if name is not None:
             raise KeptThenChanged(
-                f"the output of {name} is kept, and then changed in place ({operator_name(op)}) by this model's layers, "
-                f"so that a recomputation from it would be wrong"
+                f"the output of {name} is kept, and then changed in place ({operator_name(op)}) by this model's "
+                "layers, so that a recomputation from it would be wrong"
             )
 
 
