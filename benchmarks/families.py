@@ -107,7 +107,8 @@ def markdown(entries: list[dict[str, Any]], versions: dict[str, str]) -> str:
         said: dict[str, list[str]] = {}
         for row in entry["rows"]:
             if row["message"]:
-                said.setdefault(row["message"], []).append(f"{row['strategy']} {row['precision']}")
+                told = row["message"] + (f". {row['cause']}" if row["cause"] else "")
+                said.setdefault(told, []).append(f"{row['strategy']} {row['precision']}")
         notes += [f"- {entry['type']}: {_where(where)}: {message}" for message, where in said.items()]
     return "\n".join([*lines, "", "## What is not equal, and why", "", *notes]) + "\n"
 

@@ -12,6 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 STRATEGIES = ("off", "per-layer", "every:2", "every:4")
+ALL = (
+    *STRATEGIES,
+    "segment:2",
+    "first:1",
+    "last:1",
+    "selective:attention",
+    "selective:matmul",
+    "every:2+selective:matmul",
+    "reentrant",
+)
+"""On some cases, of every family of layers: every strategy that a prediction knows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +35,7 @@ class Case:
 
 def _case(name: str, model: str, batch: int, seq_len: int, layers: int = 4, **settings: Any) -> Case:
     changes = settings.pop("set", None)
+    strategies = settings.pop("strategies", STRATEGIES)
     extra = {"set": changes} if changes else {}
     return Case(
         name=name,
@@ -32,7 +44,7 @@ def _case(name: str, model: str, batch: int, seq_len: int, layers: int = 4, **se
             "batch_size": batch,
             "seq_len": seq_len,
             "layers": layers,
-            "strategies": list(STRATEGIES),
+            "strategies": list(strategies),
             **extra,
             **settings,
         },
@@ -53,16 +65,16 @@ _EXPERTS = {
 def cpu_cases() -> Iterator[Case]:
     """For a CPU: seconds a cell."""
     llama = {**_SMALL, "head_dim": 64}
-    yield _case("llama, activations", "llama-3.2-1b", 8, 256, set={**llama, "vocab_size": 8192})
+    yield _case("llama, activations", "llama-3.2-1b", 8, 256, set={**llama, "vocab_size": 8192}, strategies=ALL)
     yield _case("llama, large vocabulary", "llama-3.2-1b", 4, 64, set=llama)
     yield _case("llama, parameters", "llama-3.2-1b", 1, 32, layers=6, set={**llama, "vocab_size": 1024})
     yield _case("llama, eager", "llama-3.2-1b", 4, 256, set=llama | {"vocab_size": 8192}, attn_implementation="eager")
     small = llama | {"vocab_size": 8192}
     for precision in ("bf16", "bf16-mixed"):
-        yield _case(f"llama, {precision}", "llama-3.2-1b", 8, 256, set=small, precision=precision)
+        yield _case(f"llama, {precision}", "llama-3.2-1b", 8, 256, set=small, precision=precision, strategies=ALL)
     for optim in ("adamw_torch_fused", "sgd", "adafactor"):
         yield _case(f"llama, {optim}", "llama-3.2-1b", 2, 64, set=llama | {"vocab_size": 16384}, optim=optim)
-    yield _case("llama, LoRA", "llama-3.2-1b", 8, 128, set=llama | {"vocab_size": 8192}, lora_r=8)
+    yield _case("llama, LoRA", "llama-3.2-1b", 8, 128, set=llama | {"vocab_size": 8192}, lora_r=8, strategies=ALL)
     yield _case(
         "llama, LoRA on every linear layer, bf16",
         "llama-3.2-1b",
@@ -73,22 +85,26 @@ def cpu_cases() -> Iterator[Case]:
         lora_target_modules=["all-linear"],
         precision="bf16",
     )
-    yield _case("gpt2, activations", "gpt2", 4, 128, layers=4)
+    yield _case("gpt2, activations", "gpt2", 4, 128, layers=4, strategies=ALL)
     yield _case("gpt2, eager, bf16-mixed", "gpt2", 4, 128, attn_implementation="eager", precision="bf16-mixed")
     yield _case("gpt2, parameters", "gpt2", 1, 16, layers=6, optim="adamw_torch_fused")
     yield _case("qwen3", "qwen3-0.6b", 4, 128, set=_SMALL | {"head_dim": 64, "vocab_size": 32000})
-    yield _case("gemma 2", "gemma-2-2b", 4, 128, set=_SMALL | {"head_dim": 64, "vocab_size": 32000})
+    yield _case("gemma 2", "gemma-2-2b", 4, 128, set=_SMALL | {"head_dim": 64, "vocab_size": 32000}, strategies=ALL)
     yield _case("gemma 3, bf16", "gemma-3-1b", 4, 256, layers=7, set=_SMALL | {"vocab_size": 16384}, precision="bf16")
-    yield _case("pythia", "pythia-160m", 8, 128)
+    yield _case("pythia", "pythia-160m", 8, 128, strategies=ALL)
     yield _case("pythia, adafactor, bf16-mixed", "pythia-70m", 8, 128, optim="adafactor", precision="bf16-mixed")
     yield _case("opt", "opt-125m", 4, 128)
-    yield _case("bloom-like falcon", "falcon-7b", 4, 128, set={"hidden_size": 512, "num_attention_heads": 8})
+    yield _case(
+        "bloom-like falcon", "falcon-7b", 4, 128, set={"hidden_size": 512, "num_attention_heads": 8}, strategies=ALL
+    )
     heads = {"num_attention_heads": 8, "num_key_value_heads": 8}
     yield _case("phi-2", "phi-2", 4, 128, set={"hidden_size": 640, "intermediate_size": 2048, **heads})
     yield _case("olmo 2, sgd", "olmo-2-1b", 4, 128, set=_SMALL | {"vocab_size": 32000, "pad_token_id": 0}, optim="sgd")
-    yield _case("mixtral", "mixtral-8x7b", 4, 128, set=_SMALL | {"intermediate_size": 512, "head_dim": 64})
+    yield _case(
+        "mixtral", "mixtral-8x7b", 4, 128, set=_SMALL | {"intermediate_size": 512, "head_dim": 64}, strategies=ALL
+    )
     yield _case("qwen3 moe, bf16", "qwen3-30b-a3b", 4, 128, set=_EXPERTS | {"vocab_size": 32000}, precision="bf16")
-    yield _case("mamba", "mamba-130m", 2, 24, set={"vocab_size": 16384})
+    yield _case("mamba", "mamba-130m", 2, 24, set={"vocab_size": 16384}, strategies=ALL)
 
 
 def cuda_cases() -> Iterator[Case]:
@@ -100,21 +116,25 @@ def cuda_cases() -> Iterator[Case]:
     yield _case("llama 1b, eager, bf16", "llama-3.2-1b", 2, 1024, 16, precision="bf16", attn_implementation="eager")
     for optim in ("adamw_torch_fused", "sgd", "adafactor"):
         yield _case(f"llama 1b, bf16, {optim}", "llama-3.2-1b", 2, 1024, 16, precision="bf16", optim=optim)
-    yield _case("llama 8b, four layers, bf16", "llama-3.1-8b", 4, 4096, 4, precision="bf16")
-    yield _case("llama 8b, LoRA, bf16", "llama-3.1-8b", 1, 2048, 16, precision="bf16", lora_r=16)
+    yield _case(
+        "llama 8b, four layers, bf16", "llama-3.1-8b", 4, 4096, 4, precision="bf16", strategies=(*ALL, "offload")
+    )
+    yield _case(
+        "llama 8b, LoRA, bf16", "llama-3.1-8b", 1, 2048, 16, precision="bf16", lora_r=16, strategies=(*ALL, "offload")
+    )
     yield _case("gpt2, fp32", "gpt2", 16, 1024, 12)
-    yield _case("gpt2, bf16-mixed", "gpt2", 16, 1024, 12, precision="bf16-mixed")
+    yield _case("gpt2, bf16-mixed", "gpt2", 16, 1024, 12, precision="bf16-mixed", strategies=(*ALL, "offload"))
     yield _case("gpt2, fp16-mixed", "gpt2", 4, 1024, 12, precision="fp16-mixed")
     yield _case("gpt2, parameters", "gpt2", 1, 128, 12)
     yield _case("qwen3 0.6b, bf16", "qwen3-0.6b", 4, 1024, 28, precision="bf16")
-    yield _case("gemma 2, bf16", "gemma-2-2b", 2, 1024, 8, precision="bf16")
+    yield _case("gemma 2, bf16", "gemma-2-2b", 2, 1024, 8, precision="bf16", strategies=(*ALL, "offload"))
     yield _case("gemma 3, bf16", "gemma-3-1b", 4, 1024, 12, precision="bf16")
     yield _case("pythia 1b, fp32", "pythia-1b", 4, 512, 16)
     yield _case("opt 1.3b, bf16", "opt-1.3b", 4, 1024, 24, precision="bf16")
     yield _case("falcon 7b, four layers, bf16", "falcon-7b", 4, 1024, 4, precision="bf16")
     yield _case("phi-2, bf16-mixed", "phi-2", 2, 1024, 8, precision="bf16-mixed")
     yield _case("olmo 2, bf16", "olmo-2-1b", 4, 1024, 16, precision="bf16")
-    yield _case("qwen3 moe, bf16", "qwen3-30b-a3b", 2, 1024, 4, precision="bf16")
+    yield _case("qwen3 moe, bf16", "qwen3-30b-a3b", 2, 1024, 4, precision="bf16", strategies=(*ALL, "offload"))
     yield _case("mamba, bf16", "mamba-130m", 4, 64, 12, precision="bf16")
 
 

@@ -266,8 +266,9 @@ class _Checker:
         (first, worst), (second, _) = (
             ours.difference(theirs) for ours, theirs in zip(seen.gradients, reference.seen.gradients, strict=True)
         )
+        reordered = plan.compiled or plan.any_policy("reentrant")
         allowed = max(
-            tolerance(asked.setting.precision, compiled_layers=plan.num_layers if plan.compiled else 0),
+            tolerance(asked.setting.precision, reordered_layers=plan.num_layers if reordered else 0),
             _TOLERATED_NOISE * reference.noise if math.isfinite(reference.noise) else 0.0,
         )
         wrong = _what_is_wrong(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)

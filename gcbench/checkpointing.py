@@ -185,45 +185,60 @@ def _contexts(policy: Policy) -> Contexts:
 
     def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-        held: dict[int, str] = {}
+        held: set[int] = set()
 
         def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            name = operator_name(op)
-            kept = name in everywhere
-            if places and not kept:
-                counter = calls[context.is_recompute]
-                kept = f"{name}#{counter[name]}" in places
-                counter[name] += 1
-            if not context.is_recompute:
-                _refuse_changes(op, args, held)
+            name, again = operator_name(op), context.is_recompute
+            kept = name in everywhere or (bool(places) and f"{name}#{calls[again][name]}" in places)
+            calls[again][name] += 1
+            if not again:
+                for target in held.intersection(_targets(op, args)):
+                    _spoil(contexts[0].storage, target, name)
                 if kept:
                     outputs = tree_leaves(getattr(context, "op_output", None))
-                    held.update({_storage(out): name for out in outputs if isinstance(out, torch.Tensor)})
+                    held.update(_storage(out) for out in outputs if isinstance(out, torch.Tensor))
             return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-        return create_selective_checkpoint_contexts(choose)  # type: ignore[no-any-return, no-untyped-call]
+        contexts = create_selective_checkpoint_contexts(choose)  # type: ignore[no-untyped-call]
+        return contexts  # type: ignore[no-any-return]
 
     return make
 
 
 class KeptThenChanged(NotImplementedError):
-    """A layer changes in place what was to be kept."""
+    """A recomputation needs what was kept, and the layer has changed it in place since.
 
-
-def _refuse_changes(op: Any, args: tuple[Any, ...], held: Mapping[int, str]) -> None:
-    """Raise KeptThenChanged when `op` writes into an output that is kept: the recomputation would take it as changed.
-
-    torch does so by version counters, which what `matmul` returns does not share with the product inside it: torch
-    2.13 then computes wrong gradients without a word.
+    torch notices by version counters, which what `matmul` returns does not share with the product inside it: torch 2.13
+    then computes wrong gradients without a word.
     """
-    for place in _written(op) if held else ():
-        target = args[place] if place < len(args) else None
-        name = held.get(_storage(target)) if isinstance(target, torch.Tensor) else None
-        if name is not None:
-            raise KeptThenChanged(
-                f"the output of {name} is kept, and then changed in place ({operator_name(op)}) by this model's "
-                "layers, so that a recomputation from it would be wrong"
-            )
+
+
+class _Spoilt:
+    """Stands in for a kept output that has been changed; a recomputation that never asks for it is right."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
+        raise KeptThenChanged(
+            f"what is to be kept is changed in place ({self.op}) by this model's layers, so that a recomputation from "
+            "it would be wrong"
+        )
+
+
+def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:
+    """Replace what is kept of that memory. torch's own store: operator -> entries by number."""
+    for entries in storage.values():
+        for place, entry in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
+            values = (getattr(leaf, "val", None) for leaf in tree_leaves(entry))
+            if any(isinstance(value, torch.Tensor) and _storage(value) == target for value in values):
+                entries[place] = _Spoilt(op)
+
+
+def _targets(op: Any, args: tuple[Any, ...]) -> list[int]:
+    """The storages that a call writes into."""
+    targets = (args[place] for place in _written(op) if place < len(args))
+    return [_storage(target) for target in targets if isinstance(target, torch.Tensor)]
 
 
 @cache

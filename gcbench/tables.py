@@ -21,6 +21,7 @@ NOT_MEASURED_YET = "not measured: the run ended before this cell"
 _UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Half the gap between 1 and the next number (Higham, Accuracy and Stability of Numerical Algorithms, 2.1)."""
 _TOLERATED_ROUNDOFFS, _TOLERATED_NOISE = 4, 2
+_REORDERED = ("compile", "reentrant")
 _ROUNDINGS_A_LAYER = 40
 """One after the other in a transformer layer, forward and backward: about twenty operators each way."""
 
@@ -87,6 +88,8 @@ class _Summary:
     grad_rel_diff: float | None
     noise: float | None
     alloc_retries: int
+    is_reordered: bool = False
+    """Its kernels round, or its gradients add up, in another order than those of `off`."""
     proof: str | None = None
 
 
@@ -104,6 +107,7 @@ def _summary(outcome: Outcome) -> _Summary:
         params_without_grad=max((r.params_without_grad for r in rounds), default=None),
         grad_rel_diff=_largest(diff for _, diff in diffs),
         noise=_largest(diff for number, diff in diffs if number > 0) if len(diffs) > 1 else None,
+        is_reordered=any(part.partition(":")[0] in _REORDERED for part in outcome.cell.strategy.split("+")),
         alloc_retries=max((r.num_alloc_retries or 0 for r in rounds), default=0),
     )
 
@@ -189,20 +193,21 @@ def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpoi
         return f"{FAILED}: the gradients are not numbers"
     if diff == 0:
         return IDENTICAL
-    tolerated = tolerance(precision, compiled_layers=0 if mine.layers_recomputed is not None else mine.layers_run or 0)
+    tolerated = tolerance(precision, reordered_layers=(mine.layers_run or 0) if mine.is_reordered else 0)
     if off and off.noise is not None and math.isfinite(off.noise):
         tolerated = max(tolerated, _TOLERATED_NOISE * off.noise)
     return WITHIN_NOISE if diff <= tolerated else f"{FAILED}: the gradients differ from off by {diff:.2g}"
 
 
-def tolerance(precision: str, *, compiled_layers: int = 0) -> float:
+def tolerance(precision: str, *, reordered_layers: int = 0) -> float:
     """The relative difference of gradients that another choice of kernels explains.
 
-    Compiled layers round at other places throughout. Roundings that are as good as random add up as the root of their
-    number (Higham and Mary, A new approach to probabilistic rounding error analysis, 2019); twice that is tolerated.
+    Compiled layers round at other places throughout, and reentrant ones add gradients in another order. Roundings that
+    are as good as random add up as the root of their number (Higham and Mary, A new approach to probabilistic rounding
+    error analysis, 2019); twice that is tolerated.
     """
     roundoff = _UNIT_ROUNDOFFS.get(precision.removesuffix("-mixed"), 2.0**-24)
-    return max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * compiled_layers)) * roundoff
+    return max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * reordered_layers)) * roundoff
 
 
 def _cause(outcome: Outcome, mine: _Summary) -> str:

@@ -145,16 +145,17 @@ def test_a_model_without_layers_of_its_own_is_refused():
 
 
 class ChangesAProduct(torch.nn.Module):
-    """A layer that adds to a matrix product in place, as Gemma 3n's do."""
+    """A layer that adds to a matrix product in place, as Gemma 3n's do. `last`: nothing needs it in the backward pass."""
 
-    def __init__(self):
+    def __init__(self, *, last=False):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.eye(4).repeat(2, 1, 1) * 0.5)
+        self.last = last
 
     def forward(self, x):
-        product = torch.matmul(x, self.weight).permute(1, 0, 2)
+        product = torch.matmul(x.sin(), self.weight).permute(1, 0, 2)
         product += 1.0
-        return (product.sin() * product).sum()
+        return product if self.last else (product.sin() * product).sum()
 
 
 def test_a_kept_product_that_is_changed_in_place_is_refused():
@@ -162,12 +163,19 @@ def test_a_kept_product_that_is_changed_in_place_is_refused():
     layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
     for keep in (("bmm",), ("bmm#0",)):
         contexts = checkpointing._contexts(Policy(keep=keep))
-        with pytest.raises(checkpointing.KeptThenChanged, match=r"the output of bmm is kept, and then changed"):
-            torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
-    (expected,) = torch.autograd.grad(layer(x), x)
-    contexts = checkpointing._contexts(Policy(keep=("sin", "bmm#1")))
+        output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
+        with pytest.raises(checkpointing.KeptThenChanged, match=r"changed in place \(add_\)"):
+            output.backward()
+
+
+@pytest.mark.parametrize(("last", "keep"), [(False, ("sin", "bmm#1")), (True, ("bmm",))])
+def test_a_change_that_no_recomputation_sees_is_allowed(last, keep):
+    """The trap: Falcon adds to the last product of a layer in place; it is kept, and never asked for."""
+    layer, x = ChangesAProduct(last=last), torch.ones(2, 3, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).sum(), x)
+    contexts = checkpointing._contexts(Policy(keep=keep))
     output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
-    assert torch.equal(torch.autograd.grad(output, x)[0], expected)
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
 
 
 def test_torch_still_misses_it():
