@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch._functorch import config as functorch_config
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gcbench.errors import UsageError
-from gcbench.segments import Segment
+from gcbench.segments import NotASegment, Segment
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.selective import NAMED
 
@@ -125,7 +127,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     if plan.num_layers != len(layers):
         raise ValueError(f"the plan is for {plan.num_layers} layers and the model has {len(layers)}")
     counter = RecomputeCounter(is_blind=plan.compiled)
-    apply_groups(layers, plan.treated(), counter)
+    apply_groups(model, layers, plan.treated(), counter)
     if plan.compiled:
         if plan.memory_budget is not None:
             functorch_config.activation_memory_budget = plan.memory_budget
@@ -134,13 +136,17 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     return counter
 
 
-def apply_groups(layers: Sequence[torch.nn.Module], groups: Groups, counter: RecomputeCounter) -> None:
-    """Checkpoint groups of `layers`, each with its policy."""
+def apply_groups(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], groups: Groups, counter: RecomputeCounter
+) -> None:
+    """Checkpoint groups of the `model`'s `layers`, each with its policy."""
+    segments: list[Segment] = []
     for group, policy in groups:
         contexts = _contexts(policy)
         segment = None
         if len(group) > 1:
             segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
+            segments.append(segment)
         for place, number in enumerate(group):
             function: Callable[..., Any]
             if segment is not None:
@@ -153,6 +159,28 @@ def apply_groups(layers: Sequence[torch.nn.Module], groups: Groups, counter: Rec
                 function = partial(_checkpoint_one, counter, number, policy, contexts)
             layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
             layers[number].gradient_checkpointing = True  # type: ignore[assignment]
+
+    if segments:
+        end_segments(model)
+        _HOOKS[model] = model.register_forward_hook(partial(_end_open, segments), always_call=True)
+
+
+_HOOKS: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+
+
+def _end_open(segments: Sequence[Segment], *call: object) -> None:
+    """After a forward pass, whichever way it ended: a segment whose last layer never ran would watch for ever."""
+    still_open = [segment for segment in segments if segment.is_open]
+    for segment in reversed(still_open):
+        segment.end()
+    if still_open and sys.exc_info()[0] is None:
+        raise NotASegment("the last layer of a group does not run")
+
+
+def end_segments(model: torch.nn.Module) -> None:
+    """Take away what watches over the segments of a model."""
+    if model in _HOOKS:
+        _HOOKS.pop(model).remove()
 
 
 def _checkpoint_one(
@@ -180,12 +208,14 @@ def _contexts(policy: Policy) -> Contexts:
     """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept."""
     if not policy.keep:
         return noop_context_fn
-    everywhere = frozenset(name for name in policy.keep if "#" not in name)
-    places = frozenset(name for name in policy.keep if "#" in name)
+    names = [name.removeprefix("aten::") for name in policy.keep]
+    everywhere = frozenset(name for name in names if "#" not in name)
+    places = frozenset(name for name in names if "#" in name)
 
     def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
         held: set[int] = set()
+        store: list[Callable[[], Any]] = []
 
         def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
             name, again = operator_name(op), context.is_recompute
@@ -193,13 +223,14 @@ def _contexts(policy: Policy) -> Contexts:
             calls[again][name] += 1
             if not again:
                 for target in held.intersection(_targets(op, args)):
-                    _spoil(contexts[0].storage, target, name)
+                    _spoil(store[0]().storage, target, name)
                 if kept:
                     outputs = tree_leaves(getattr(context, "op_output", None))
                     held.update(_storage(out) for out in outputs if isinstance(out, torch.Tensor))
             return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = create_selective_checkpoint_contexts(choose)  # type: ignore[no-untyped-call]
+        store.append(ref(contexts[0]))  # weak: what is kept must go when its last user does
         return contexts  # type: ignore[no-any-return]
 
     return make
@@ -276,6 +307,7 @@ def check_operators(names: Sequence[str]) -> None:
 
 def clear(model: torch.nn.Module) -> None:
     """Undo `apply`: no layer is checkpointed or compiled."""
+    end_segments(model)
     for layer in checkpointable_layers(model):
         layer.gradient_checkpointing = False
         layer._compiled_call_impl = None

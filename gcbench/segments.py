@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 
 
@@ -48,7 +49,14 @@ class Segment:
         self._saving = saving
         self._calls: list[_Call] = []
         self._watch: Iterator[None] | None = None
-        self._output: torch.Tensor | None = None
+        self._open: AbstractContextManager[Any] | None = None
+        self._output: tuple[torch.Tensor, int] | None = None
+        self._random: tuple[bytes, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has begun, and its last layer has not run yet."""
+        return self._watch is not None
 
     def run(
         self,
@@ -67,25 +75,48 @@ class Segment:
         call = _Call(counted(function), others)
         if place == 0:
             self._begin(hidden)
-        elif self._watch is None or place != len(self._calls):
-            self._end()
-            raise NotASegment("the layers of a group do not run one after the other")
-        elif hidden is not self._output:
-            self._end()
-            raise NotASegment("something is done to the hidden states between the layers of a group")
+        else:
+            self._check(place, hidden)
         self._calls.append(call)
         try:
             output = call(hidden)
         except BaseException:
-            self._end()
+            self.end()
             raise
-        self._output = output if isinstance(output, torch.Tensor) else output[0]
         if place == self.size - 1:
-            self._end()
+            self.end()
+        else:
+            hidden = output if isinstance(output, torch.Tensor) else output[0]
+            self._output = (hidden, hidden._version)
+            self._random = _random_state(hidden)
         return output
 
+    def end(self) -> None:
+        """Stop watching, wherever in the group it is."""
+        watch, self._watch, self._output, self._random = self._watch, None, None, ()
+        self._calls = []  # from here on the recomputation alone holds them
+        if watch is not None:
+            with suppress(StopIteration):
+                next(watch)
+        saving, self._open = self._open, None
+        if saving is not None:
+            saving.__exit__(None, None, None)
+
+    def _check(self, place: int, hidden: torch.Tensor) -> None:
+        """Raise NotASegment when this layer does not simply follow the one before it."""
+        why = None
+        if self._watch is None or place != len(self._calls) or self._output is None:
+            why = "the layers of a group do not run one after the other"
+        elif hidden is not self._output[0] or hidden._version != self._output[1]:
+            why = "something is done to the hidden states between the layers of a group"
+        elif self._random != _random_state(hidden):
+            why = "random numbers are drawn between the layers of a group"
+        if why is not None:
+            self.end()
+            raise NotASegment(why)
+
     def _begin(self, hidden: torch.Tensor) -> None:
-        self._end()  # of a pass that was cut short
+        self.end()  # of a pass that was cut short
         calls: list[_Call] = []
         self._calls = calls
 
@@ -97,12 +128,17 @@ class Segment:
         self._watch = _checkpoint_without_reentrant_generator(
             again, True, self._contexts, "default", False, True, hidden
         )
-        with self._saving():
-            next(self._watch)
+        # Open to the end, beneath what watches: contexts of saved tensors are a stack, and leaving one takes the top.
+        self._open = self._saving()
+        self._open.__enter__()
+        next(self._watch)
 
-    def _end(self) -> None:
-        watch, self._watch, self._output = self._watch, None, None
-        self._calls = []  # from here on the recomputation alone holds them
-        if watch is not None:
-            with suppress(StopIteration):
-                next(watch)
+
+def _random_state(hidden: torch.Tensor) -> tuple[bytes, ...]:
+    """What tells whether random numbers have been drawn, on the CPU and on the device; nothing while tracing."""
+    if isinstance(hidden, FakeTensor):
+        return ()
+    states = [torch.default_generator.get_state()]
+    if hidden.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(hidden.device))
+    return tuple(state.numpy().tobytes() for state in states)

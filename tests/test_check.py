@@ -91,8 +91,8 @@ def test_a_wrong_recompute_is_called_wrong_with_its_cause(model, monkeypatch):
 def test_a_layer_that_is_not_recomputed_is_called_wrong(model, monkeypatch):
     real = checkpointing.apply_groups
 
-    def lazy(layers, groups, counter):
-        return real(layers, groups[:-1], counter)
+    def lazy(model, layers, groups, counter):
+        return real(model, layers, groups[:-1], counter)
 
     monkeypatch.setattr(checkpointing, "apply_groups", lazy)
     asked = Combination(setting=PLAIN, strategy="per-layer")

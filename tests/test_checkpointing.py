@@ -145,7 +145,7 @@ def test_a_model_without_layers_of_its_own_is_refused():
 
 
 class ChangesAProduct(torch.nn.Module):
-    """A layer that adds to a matrix product in place, as Gemma 3n's do. `last`: nothing needs it in the backward pass."""
+    """A layer that adds to a matrix product in place, as Gemma 3n's do; `last`: no backward pass needs the sum."""
 
     def __init__(self, *, last=False):
         super().__init__()

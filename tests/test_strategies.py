@@ -235,6 +235,7 @@ def test_operators_to_keep_look_like_operators(argument):
         ("offload:off", "off recomputes nothing"),
         ("off+reentrant", "off recomputes nothing"),
         ("reentrant+selective:mm", "cannot keep outputs; leave one out"),
+        ("reentrant+offload", "not reentrant; leave one out"),
         ("segment:2+reentrant", "one by one; take groups of one layer"),
         ("segment:2+compile", "one by one only"),
         ("compile+offload", "without reentrant or offload"),
@@ -245,7 +246,7 @@ def test_operators_to_keep_look_like_operators(argument):
         ("every:2+", "there is no strategy"),
         ("+", "there is no strategy"),
         ("every:2+banana", "there is no strategy 'banana'"),
-        ("offload:", "there is no strategy"),
+        ("offload:", "names no layers; write offload"),
     ],
 )
 def test_parts_that_make_no_sense_together_are_refused_with_what_to_leave_out(spec, said):
@@ -344,7 +345,7 @@ def test_a_change_is_parsed_by_its_own_kind_alone(spec):
         (((2,), (1,)), "ordered and disjoint"),
         (((0, 1), (1, 2)), "ordered and disjoint"),
         (((0,), (0,)), "ordered and disjoint"),
-        (((-1,),), "ordered and disjoint"),
+        (((-1,),), "there is no layer -1; the first is layer 0"),
         (((3,), (4,)), "beyond a model of 4 layers"),
         (((2, 3, 4),), "beyond a model of 4 layers"),
     ],
@@ -368,7 +369,7 @@ ONE_EACH = ((0,), (2,))
         ({"policies": (Policy(),)}, "0 groups and 1 policies"),
         ({"groups": ONE_EACH, "policies": (Policy(),) * 3}, "2 groups and 3 policies"),
         (
-            {"groups": ((0,), (1, 2)), "policies": (Policy(reentrant=True), Policy())},
+            {"groups": ((0,), (1, 2)), "policies": (Policy(), Policy(reentrant=True))},
             "one by one; take groups of one layer",
         ),
         ({"groups": ((0, 1),), "compiled": True}, "one by one only"),

@@ -224,7 +224,8 @@ class Stage:
         with ExitStack() as stack:
             stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
-            checkpointing.apply_groups(self.layers, groups, checkpointing.RecomputeCounter())
+            checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
+            stack.callback(checkpointing.end_segments, self.model)
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
             stack.enter_context(self.fake)

@@ -35,6 +35,8 @@ def parse(spec: str) -> Strategy:
     if text.lower().startswith(_FILE):
         return _as_strategy(_part(text))
     if text.lower().startswith(_OFFLOAD):  # offload:every:2 is every:2+offload
+        if not text[len(_OFFLOAD) :].strip():
+            raise ValueError(f"{spec!r} names no layers; write offload, or a choice like offload:every:2")
         text = f"{text[len(_OFFLOAD) :]}+offload"
     parts = [_part(part.strip()) for part in text.split("+")]
     choices = [part for part in parts if isinstance(part, Strategy)]

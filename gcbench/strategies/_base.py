@@ -26,6 +26,8 @@ class Policy:
     def __post_init__(self) -> None:
         if self.reentrant and self.keep:
             raise ValueError("the reentrant variant recomputes all of a layer and cannot keep outputs; leave one out")
+        if self.reentrant and self.offload:
+            raise ValueError("offload is for the variant that is not reentrant; leave one out")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +59,8 @@ class Plan:
                 raise ValueError(
                     f"a group holds consecutive layers in rising order, not {list(group)}; write it like [0, 1]"
                 )
+            if group[0] < 0:
+                raise ValueError(f"there is no layer {group[0]}; the first is layer 0")
             if group[0] < following:
                 raise ValueError(f"layer {group[0]} comes after layer {following - 1}; groups are ordered and disjoint")
             following = group[-1] + 1
@@ -67,7 +71,7 @@ class Plan:
         if self.policies and len(self.policies) != len(self.groups):
             raise ValueError(f"there are {len(self.groups)} groups and {len(self.policies)} policies; give each one")
         several = any(len(group) > 1 for group in self.groups)
-        if several and self.any_policy("reentrant"):
+        if any(len(group) > 1 and policy.reentrant for group, policy in self.treated()):
             raise ValueError("the reentrant variant recomputes layers one by one; take groups of one layer")
         if self.compiled and (several or self.any_policy("reentrant") or self.any_policy("offload")):
             raise ValueError(

@@ -11,7 +11,7 @@ def _parse(argument: str | None) -> Change:
     if argument is None:
         return Change(spec="compile", to=lambda plan: replace(plan, compiled=True), alone="off")
     try:
-        budget = float(argument)
+        budget = float(argument) + 0.0  # -0 is 0
     except ValueError:
         budget = -1.0
     if not 0 <= budget <= 1:

@@ -27,6 +27,8 @@ def read(path: Path) -> tuple[str, Plan]:
         return text, of_json(json.loads(text))
     except json.JSONDecodeError as err:
         raise ValueError(f"plan file {path} is not JSON ({err}); write it like {_EXAMPLE}") from None
+    except RecursionError:
+        raise ValueError(f"plan file {path} is nested too deep; write it like {_EXAMPLE}") from None
     except ValueError as err:
         raise ValueError(f"plan file {path}: {err}") from None
 
