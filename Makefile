@@ -39,6 +39,9 @@ reference: $(READY) ## Make the committed results again (replaces the folders in
 	rm -rf results/reference/strategies
 	$(BIN)/gcbench predict --config configs/strategies.toml --out results/reference/strategies
 
+	rm -rf results/reference/check-llama-3.1-8b
+	$(BIN)/gcbench check -m llama-3.1-8b --device cpu --out results/reference/check-llama-3.1-8b
+
 frontier: $(READY) ## Measure the README's frontier of strategies again (some ten minutes)
 	rm -rf results/reference/frontier-cpu
 	$(BIN)/gcbench run --config configs/frontier-cpu.toml --out results/reference/frontier-cpu

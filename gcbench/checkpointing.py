@@ -19,11 +19,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gcbench.errors import UsageError
-from gcbench.segments import NotASegment, Segment
+from gcbench.segments import Contexts, NotASegment, Segment
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.selective import NAMED
 
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 Groups = Sequence[tuple[Sequence[int], Policy]]
 
 

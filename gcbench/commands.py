@@ -108,6 +108,10 @@ def check(
     for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
         if len(values) > 1:
             raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
+    if wanted.strategies == ("off",):
+        raise UsageError(
+            "--strategies off: it is what all others are compared with; name another, or leave the flag out"
+        )
     choice = {
         "precisions": configs.several("--precision", precision, configs.PRECISION_NAMES),
         "optims": configs.several("--optim", optim, configs.optimizer_names()),

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
+
+Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
 class NotASegment(NotImplementedError):
@@ -40,7 +43,7 @@ class Segment:
         self,
         size: int,
         *,
-        contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]],
+        contexts: Contexts,
         saving: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """`contexts` makes the contexts of the first run and of the recomputation, `saving` that of the inputs."""
@@ -125,13 +128,17 @@ class Segment:
                 output = call(hidden)
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
 
-        self._watch = _checkpoint_without_reentrant_generator(
-            again, True, self._contexts, "default", False, True, hidden
-        )
+        self._watch = _checkpoint_without_reentrant_generator(again, *_settings(self._contexts), hidden)
         # Open to the end, beneath what watches: contexts of saved tensors are a stack, and leaving one takes the top.
         self._open = self._saving()
         self._open.__enter__()
         next(self._watch)
+
+
+def _settings(contexts: Contexts) -> tuple[Any, ...]:
+    """`checkpoint`'s defaults by position: random state kept, contexts, determinism check, no debugging, early stop."""
+    early_stop = (True,) if "early_stop" in signature(_checkpoint_without_reentrant_generator).parameters else ()
+    return (True, contexts, "default", False, *early_stop)
 
 
 def _random_state(hidden: torch.Tensor) -> tuple[bytes, ...]:

@@ -263,6 +263,7 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
         (("--strategies", "banana"), 2, "there is no strategy 'banana'"),
         (("--strategies", "reentrant+selective:matmul"), 2, "leave one out"),
         (("--strategies", "selective:matmull/mm"), 2, "no operator 'matmull'"),
+        (("--strategies", "off"), 2, "what all others are compared with; name another"),
         (("--precision", "bf17"), 2, "did you mean bf16?"),
         (("--train", "half"), 2, "legal are full, lora, frozen-base"),
         (("--batch", "1,2"), 2, "a check takes one value"),

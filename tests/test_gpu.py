@@ -153,3 +153,49 @@ def test_env_names_the_card(cli):
     (row,) = result.document["rows"]
     assert row["device"] == "cuda:0" and row["device_name"] == torch.cuda.get_device_name(0)
     assert row["cuda"] and row["allocator_backend"]
+
+
+STRATEGIES = {
+    "off": 0,
+    "per-layer": 4,
+    "segment:2": 4,
+    "first:1": 1,
+    "last:1": 1,
+    "selective:attention": 4,
+    "selective:matmul": 4,
+    "every:2+selective:matmul": 2,
+    "offload": 4,
+    "segment:2+offload": 4,
+    "reentrant": 4,
+}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+def test_every_strategy_is_proven_on_the_card(cli, model, family):
+    """The trap: what only a card can do (boundaries on the host, other attention kernels) has never run on a CPU."""
+    result = cli(
+        *("run", "-m", model(family), "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--device", "cuda"),
+        *("--strategies", ",".join(STRATEGIES), "--rounds", 2, "--steps", 1, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert {row["proof"] for row in result.rows.values()} <= {"identical", "within noise"}
+    assert {strategy: row["layers_recomputed"] for strategy, row in result.rows.items()} == STRATEGIES
+    assert result.rows["offload"]["peak_forward_bytes"] <= result.rows["per-layer"]["peak_forward_bytes"]
+
+
+def test_compiled_layers_are_proven_on_the_card(cli, model):
+    result = cli(
+        *("run", "-m", model("llama"), "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--device", "cuda"),
+        *("--strategies", "off,compile,per-layer+compile,compile:0.5", "--rounds", 1, "--steps", 1, "--json"),
+    )
+    assert result.code == 0, result.err
+    assert {row["proof"] for row in result.rows.values()} <= {"identical", "within noise"}
+
+
+def test_a_check_on_the_card(cli, model):
+    result = cli("check", "-m", model("gpt2"), "--full-size", "--device", "cuda", "--no-compile", "--json")
+    assert result.code == 0, result.err
+    assert {row["verdict"] for row in result.document["rows"] if row["strategy"] != "reentrant"} <= {
+        "identical",
+        "within noise",
+    }

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch finds none"),
 ]
 
-STRATEGIES = "off,per-layer,every:2"
+STRATEGIES = "off,per-layer,every:2,segment:2,first:2,selective:matmul,selective:attention,offload,reentrant"
 TOLERATED = 0.03
 """Of the allocated peak: the bar for the 95th percentile of the grid."""
 

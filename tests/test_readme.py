@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from pathlib import Path
 
-from gcbench import catalogue, cli, errors
+from gcbench import catalogue, check_view, checks, cli, codec, errors
 from gcbench import report as reports
 from gcbench.formats.markdown import answer, prediction, strategies
 from gcbench.predicted import by_workload
@@ -45,6 +46,24 @@ def test_the_table_of_strategies_is_that_of_the_code():
     if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
         README.write_text(fresh, encoding="utf-8")
     assert STRATEGIES.search(text)
+    assert fresh == README.read_text(encoding="utf-8")
+
+
+CHECK = re.compile(r"(<!-- check: (\S+) -->\n).*?(<!-- end of check -->)", re.DOTALL)
+
+
+def test_the_check_is_the_committed_one():
+    """As the terminal shows it, 100 characters wide."""
+
+    def shown_check(folder: str) -> str:
+        stored = json.loads((ROOT / folder / "check.json").read_text(encoding="utf-8"))
+        return check_view.plain(codec.decode(checks.Check, stored), width=100).strip()
+
+    text = README.read_text(encoding="utf-8")
+    fresh = CHECK.sub(lambda m: f"{m[1]}\n```text\n{shown_check(m[2])}\n```\n\n{m[3]}", text)
+    if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
+        README.write_text(fresh, encoding="utf-8")
+    assert CHECK.search(text)
     assert fresh == README.read_text(encoding="utf-8")
 
 
