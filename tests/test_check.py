@@ -312,12 +312,15 @@ def test_a_child_that_dies_costs_one_combination():
 
 
 def test_time_goes_into_steps(model):
-    """At most half as long again as the steps themselves, once everything is imported."""
+    """At most half as long again as the steps themselves, once everything is imported; the best of three, as others use
+    the machine too."""
     asked = checks.combinations(compiled=False)[:21]
     folder = model("llama")
     results(task(folder, asked[:1]))
-    told = []
-    begin = time.perf_counter()
-    checker.check(task(folder, asked), told.append)
-    taken = time.perf_counter() - begin
-    assert taken <= 1.5 * sum(event.steps_s for event in told)
+    ratios = []
+    for _ in range(3):
+        told = []
+        begin = time.perf_counter()
+        checker.check(task(folder, asked), told.append)
+        ratios.append((time.perf_counter() - begin) / sum(event.steps_s for event in told))
+    assert min(ratios) <= 1.5, ratios
