@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import io
 import json
 import multiprocessing
@@ -74,12 +75,18 @@ def warm_server() -> None:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For tests that train in this process: two threads of a tiny step fight over a busy machine."""
+    """For tests that train in this process: two threads of a tiny step fight over a busy machine.
+
+    What tests before them hold is frozen, so that a probe of live tensors does not count it: a child begins like that.
+    """
     import torch
 
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.collect()
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(before)
 
 

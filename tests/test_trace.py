@@ -14,6 +14,8 @@ from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.timeline import Timeline
 from gcbench.sources import ModelSource
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCH_SIZE, SEQ_LEN = 8, 64
 LOOPING = {"mamba": 12}
 """Lengths for families whose layers loop over the sequence."""
