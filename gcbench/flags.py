@@ -188,6 +188,20 @@ CheckAttention = Annotated[
         help="default (the model's own choice), eager, sdpa, …",
     ),
 ]
+CheckBatchSize = Annotated[
+    str | None,
+    typer.Option("--batch", "-b", "--batch-size", metavar="N", rich_help_panel=WORKLOAD, help="Sequences (2)."),
+]
+CheckSeqLen = Annotated[
+    str | None,
+    typer.Option(
+        "--seq-len", "--sequence-length", metavar="N", rich_help_panel=WORKLOAD, help="Tokens in a sequence (32)."
+    ),
+]
+CheckOut = Annotated[
+    Path | None,
+    typer.Option("--out", "--output-dir", "-o", rich_help_panel=RUN, help="Folder for check.json, check.md."),
+]
 Train = Annotated[
     str | None,
     typer.Option("--train", metavar="T[,T…]", rich_help_panel=CHECK, help="Of full, lora and frozen-base."),

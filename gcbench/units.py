@@ -65,6 +65,8 @@ def format_percent(fraction: float | None, *, sign: bool = False) -> str:
     if fraction is None:
         return "–"
     percent = 100 * fraction
+    if abs(percent) < 0.05:
+        percent = 0.0  # and no "−0.0 %"
     decimals = 1 if 0 < abs(percent) < 9.95 else 0
     text = f"{percent:+.{decimals}f}" if sign else f"{percent:.{decimals}f}"
     return f"{text.replace('-', '−')} %"
