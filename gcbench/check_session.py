@@ -13,11 +13,12 @@ from gcbench import check_view, checks, runner, sources
 from gcbench.checks import FAILED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
-from gcbench.errors import ThresholdBroken, UsageError
+from gcbench.errors import ThresholdBroken
 from gcbench.formats.json_rows import document
 from gcbench.records import Json, Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.sources import ModelSource
+from gcbench.store import Store
 from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
@@ -49,7 +50,7 @@ class Wanted:
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
     if out is not None:
-        _make(out)
+        Store.create(out)
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     err = Console(stderr=True)
     with ForkedChildren() as children:
@@ -170,12 +171,3 @@ def _task(wanted: Wanted, source: ModelSource, waiting: list[tuple[int, Combinat
         seq_len=wanted.seq_len,
         seed=wanted.seed,
     )
-
-
-def _make(folder: Path) -> None:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise UsageError(f"--out {folder} exists and is not empty; take another --out")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as err:
-        raise UsageError(f"--out {folder} cannot be written ({err.strerror}); take another --out") from None

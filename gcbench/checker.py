@@ -126,8 +126,7 @@ class _Checker:
 
     def __init__(self, task: CheckTask) -> None:
         self.task = task
-        self.device = devices.open_device(devices.choose(task.device))
-        self.name = task.device if task.device != "auto" else devices.choose("auto")
+        self.name = devices.choose(task.device)
         self.source = task.source
         if not task.full_size:
             torch.set_num_threads(1)  # a small step gains nothing from more, and threads that wait for each other crawl
@@ -309,20 +308,15 @@ class _Checker:
         values = self.config.get_text_config().to_dict()
         dropout = [v for name, v in values.items() if ("drop" in name) and isinstance(v, (int, float))]
         experts = [v for name, v in values.items() if "experts" in name and isinstance(v, int)]
-        parts = asked.strategy.split("+")
-        budget = next((float(part.partition(":")[2]) for part in parts if part.startswith("compile:")), None)
-        return Observation(
-            strategy=asked.strategy,
+        return Observation.of_strategy(
+            asked.strategy,
             precision=asked.setting.precision,
             optim=asked.setting.optim,
-            reentrant="reentrant" in parts,
-            compiled=any(part.startswith("compile") for part in parts),
-            memory_budget=budget,
             has_dropout=any(value > 0 for value in dropout),
             is_moe=any(value > 1 for value in experts),
             frozen_base=asked.setting.tuned in (LORA, FROZEN_BASE),
             warnings=tuple(seen.warnings),
-            **more,  # type: ignore[arg-type]
+            **more,
         )
 
 

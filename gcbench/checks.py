@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from typing import Final, Literal
 
-from gcbench import optimizers, strategies
+from gcbench import optimizers
 from gcbench.config import PRECISION_NAMES
 
 IDENTICAL: Final = "identical"
@@ -230,8 +230,3 @@ def _one_thing_changed() -> list[Setting]:
         Setting(tuned=FROZEN_BASE),
         Setting(precision="bf16-mixed", tuned=LORA),
     ]
-
-
-def plans_for(specs: Sequence[str]) -> dict[str, strategies.Strategy]:
-    """Each strategy once, parsed; raises ValueError."""
-    return {spec: strategies.parse(spec) for spec in dict.fromkeys(specs)}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
+from typing import Any
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +60,19 @@ class Observation:
     steps_in_backward: bool = False
     sharded: bool = False
     warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def of_strategy(cls, strategy: str, **more: Any) -> Observation:
+        """An observation that takes from the strategy's name what it tells."""
+        parts = strategy.split("+")
+        budget = next((float(part.partition(":")[2]) for part in parts if part.startswith("compile:")), None)
+        return cls(
+            strategy=strategy,
+            reentrant="reentrant" in parts,
+            compiled=any(part.partition(":")[0] == "compile" for part in parts),
+            memory_budget=budget,
+            **more,
+        )
 
     def failed_with(self, *texts: str) -> bool:
         """Whether an exception whose text holds one of `texts` ended it."""

@@ -214,11 +214,9 @@ def _cause(outcome: Outcome, mine: _Summary) -> str:
     """What is known to make a proof fail in this way, with the remedy."""
     from gcbench.diagnoses import Observation, diagnose  # what a sound run does not need
 
-    parts = outcome.cell.strategy.split("+")
-    budget = next((float(part.partition(":")[2]) for part in parts if part.startswith("compile:")), None)
     known = diagnose(
-        Observation(
-            strategy=outcome.cell.strategy,
+        Observation.of_strategy(
+            outcome.cell.strategy,
             precision=outcome.cell.workload.precision,
             optim=outcome.cell.workload.optim,
             grad_rel_diff=mine.grad_rel_diff,
@@ -227,9 +225,6 @@ def _cause(outcome: Outcome, mine: _Summary) -> str:
             layers_recomputed=mine.layers_recomputed,
             num_layers=mine.layers_run,
             params_without_grad=("?",) * (mine.params_without_grad or 0),
-            reentrant="reentrant" in parts,
-            compiled=any(part.startswith("compile") for part in parts),
-            memory_budget=budget,
             frozen_base=outcome.cell.workload.lora_r is not None,
         )
     )

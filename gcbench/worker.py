@@ -252,12 +252,10 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
 def _crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Failure:
     text = str(err).strip() or type(err).__name__
     known = diagnose(
-        Observation(
-            strategy=strategy,
+        Observation.of_strategy(
+            strategy,
             error_type=type(err).__name__,
             error_text=text,
-            reentrant="reentrant" in strategy,
-            compiled="compile" in strategy,
             frozen_base=lora,
         )
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from gcbench import catalogue, check_view, checks, cli, codec, errors
@@ -26,14 +27,19 @@ def shown(report: Report) -> str:
     return answer(rows(report))
 
 
-def test_tables_are_those_of_the_committed_runs():
-    """The trap: a table pasted by hand goes stale. GCBENCH_REWRITE_GOLDEN=1 writes it anew."""
+def holds(pattern: re.Pattern[str], written: Callable[[re.Match[str]], str]) -> None:
+    """The README has such a part, and it is as it would be written now; GCBENCH_REWRITE_GOLDEN=1 writes it anew."""
     text = README.read_text(encoding="utf-8")
-    fresh = TABLE.sub(lambda m: f"{m[1]}\n{shown(reports.load(ROOT / m[2]))}\n\n{m[3]}", text)
+    fresh = pattern.sub(written, text)
     if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
         README.write_text(fresh, encoding="utf-8")
-    assert TABLE.search(text)
+    assert pattern.search(text)
     assert fresh == README.read_text(encoding="utf-8")
+
+
+def test_tables_are_those_of_the_committed_runs():
+    """The trap: a table pasted by hand goes stale. GCBENCH_REWRITE_GOLDEN=1 writes it anew."""
+    holds(TABLE, lambda m: f"{m[1]}\n{shown(reports.load(ROOT / m[2]))}\n\n{m[3]}")
 
 
 STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end of strategies -->)", re.DOTALL)
@@ -41,12 +47,7 @@ STRATEGIES = re.compile(r"(<!-- strategies -->\n).*?(<!-- end of strategies -->)
 
 def test_the_table_of_strategies_is_that_of_the_code():
     """The trap: a strategy that the README has never heard of."""
-    text = README.read_text(encoding="utf-8")
-    fresh = STRATEGIES.sub(lambda m: f"{m[1]}\n{strategies()}\n\n{m[2]}", text)
-    if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
-        README.write_text(fresh, encoding="utf-8")
-    assert STRATEGIES.search(text)
-    assert fresh == README.read_text(encoding="utf-8")
+    holds(STRATEGIES, lambda m: f"{m[1]}\n{strategies()}\n\n{m[2]}")
 
 
 CHECK = re.compile(r"(<!-- check: (\S+) -->\n).*?(<!-- end of check -->)", re.DOTALL)
@@ -59,12 +60,7 @@ def test_the_check_is_the_committed_one():
         stored = json.loads((ROOT / folder / "check.json").read_text(encoding="utf-8"))
         return check_view.plain(codec.decode(checks.Check, stored), width=100).strip()
 
-    text = README.read_text(encoding="utf-8")
-    fresh = CHECK.sub(lambda m: f"{m[1]}\n```text\n{shown_check(m[2])}\n```\n\n{m[3]}", text)
-    if os.environ.get("GCBENCH_REWRITE_GOLDEN"):
-        README.write_text(fresh, encoding="utf-8")
-    assert CHECK.search(text)
-    assert fresh == README.read_text(encoding="utf-8")
+    holds(CHECK, lambda m: f"{m[1]}\n```text\n{shown_check(m[2])}\n```\n\n{m[3]}")
 
 
 def test_the_page_of_strategies_explains_every_kind():

@@ -191,6 +191,14 @@ def number(name: str, argument: str | None, *, example: str) -> int:
     return int(argument)
 
 
+def check_depth(spec: str, needed: int, num_layers: int, *, take: str) -> None:
+    """Raises ValueError when a model has fewer layers than a strategy needs; `take` begins what would fit."""
+    if needed > num_layers:
+        raise ValueError(
+            f"{spec} needs at least {needed} layers and the model has {num_layers}; take {take} 1 to {num_layers}"
+        )
+
+
 def singles(layers: range) -> tuple[tuple[int, ...], ...]:
     """Groups of one layer each."""
     return tuple((layer,) for layer in layers)

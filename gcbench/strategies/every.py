@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Kind, Plan, Strategy, number, singles
+from gcbench.strategies._base import Kind, Plan, Strategy, check_depth, number, singles
 
 
 def _parse(argument: str | None) -> Strategy:
     stride = number("every", argument, example="every:2")
 
     def plan_for(num_layers: int) -> Plan:
-        if stride > num_layers:
-            raise ValueError(
-                f"every:{stride} needs at least {stride} layers and the model has {num_layers}; "
-                f"take a stride from 1 to {num_layers}"
-            )
+        check_depth(f"every:{stride}", stride, num_layers, take="a stride from")
         return Plan(num_layers=num_layers, groups=singles(range(0, num_layers, stride)))
 
     return Strategy(spec=f"every:{stride}", plan_for=plan_for)

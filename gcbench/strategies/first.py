@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Kind, Plan, Strategy, number, singles
+from gcbench.strategies._base import Kind, Plan, Strategy, check_depth, number, singles
 
 
 def _parse(argument: str | None) -> Strategy:
     count = number("first", argument, example="first:8")
 
     def plan_for(num_layers: int) -> Plan:
-        if count > num_layers:
-            raise ValueError(
-                f"first:{count} needs at least {count} layers and the model has {num_layers}; "
-                f"take a number from 1 to {num_layers}"
-            )
+        check_depth(f"first:{count}", count, num_layers, take="a number from")
         return Plan(num_layers=num_layers, groups=singles(range(count)))
 
     return Strategy(spec=f"first:{count}", plan_for=plan_for, counts_run=True)

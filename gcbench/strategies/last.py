@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Kind, Plan, Strategy, number, singles
+from gcbench.strategies._base import Kind, Plan, Strategy, check_depth, number, singles
 
 
 def _parse(argument: str | None) -> Strategy:
     count = number("last", argument, example="last:8")
 
     def plan_for(num_layers: int) -> Plan:
-        if count > num_layers:
-            raise ValueError(
-                f"last:{count} needs at least {count} layers and the model has {num_layers}; "
-                f"take a number from 1 to {num_layers}"
-            )
+        check_depth(f"last:{count}", count, num_layers, take="a number from")
         return Plan(num_layers=num_layers, groups=singles(range(num_layers - count, num_layers)))
 
     return Strategy(spec=f"last:{count}", plan_for=plan_for, counts_run=True)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Change, Kind, Plan
+from gcbench.strategies._base import Change, Kind
 
 
 def _parse(argument: str | None) -> Change:
     if argument is not None:
         raise ValueError(f"'offload:{argument}' names no layers; join it to a choice, like every:2+offload")
-    return Change(spec="offload", to=_to)
-
-
-def _to(plan: Plan) -> Plan:
-    return plan.with_policies(offload=True)
+    return Change(spec="offload", to=lambda plan: plan.with_policies(offload=True))
 
 
 KIND = Kind(

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Change, Kind, Plan
+from gcbench.strategies._base import Change, Kind
 
 
 def _parse(argument: str | None) -> Change:
     if argument is not None:
         raise ValueError(f"strategy 'reentrant' takes no argument; join it to a choice, like {argument}+reentrant")
-    return Change(spec="reentrant", to=_to)
-
-
-def _to(plan: Plan) -> Plan:
-    return plan.with_policies(reentrant=True)
+    return Change(spec="reentrant", to=lambda plan: plan.with_policies(reentrant=True))
 
 
 KIND = Kind(

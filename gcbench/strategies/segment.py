@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from gcbench.strategies._base import Kind, Plan, Strategy, number
+from gcbench.strategies._base import Kind, Plan, Strategy, check_depth, number
 
 
 def _parse(argument: str | None) -> Strategy:
     size = number("segment", argument, example="segment:4")
 
     def plan_for(num_layers: int) -> Plan:
-        if size > num_layers:
-            raise ValueError(
-                f"segment:{size} needs at least {size} layers and the model has {num_layers}; "
-                f"take groups of 1 to {num_layers}"
-            )
+        check_depth(f"segment:{size}", size, num_layers, take="groups of")
         starts = range(0, num_layers, size)
         groups = tuple(tuple(range(start, min(start + size, num_layers))) for start in starts)
         return Plan(num_layers=num_layers, groups=groups)
