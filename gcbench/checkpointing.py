@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -18,7 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from gcbench import keeping
 from gcbench.errors import UsageError
+from gcbench.keeping import KeptThenChanged
+from gcbench.operators import operator_name, targets
 from gcbench.segments import Contexts, NotASegment, Segment
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.selective import NAMED
@@ -205,6 +208,8 @@ def save_on_host() -> AbstractContextManager[Any]:
 
 def _contexts(policy: Policy) -> Contexts:
     """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept."""
+    if policy.skip:
+        return partial(keeping.contexts, policy)
     if not policy.keep:
         return noop_context_fn
     names = [name.removeprefix("aten::") for name in policy.keep]
@@ -221,7 +226,7 @@ def _contexts(policy: Policy) -> Contexts:
             kept = name in everywhere or (bool(places) and f"{name}#{calls[again][name]}" in places)
             calls[again][name] += 1
             if not again:
-                for target in held.intersection(_targets(op, args)):
+                for target in held.intersection(targets(op, args)):
                     _spoil(store[0]().storage, target, name)
                 if kept:
                     outputs = tree_leaves(getattr(context, "op_output", None))
@@ -235,14 +240,6 @@ def _contexts(policy: Policy) -> Contexts:
     return make
 
 
-class KeptThenChanged(NotImplementedError):
-    """A recomputation needs what was kept, and the layer has changed it in place since.
-
-    torch notices by version counters, which what `matmul` returns does not share with the product inside it: torch 2.13
-    then computes wrong gradients without a word.
-    """
-
-
 class _Spoilt:
     """Stands in for a kept output that has been changed; a recomputation that never asks for it is right."""
 
@@ -250,10 +247,7 @@ class _Spoilt:
         self.op = op
 
     def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
-        raise KeptThenChanged(
-            f"what is to be kept is changed in place ({self.op}) by this model's layers, so that a recomputation from "
-            "it would be wrong"
-        )
+        raise KeptThenChanged(self.op)
 
 
 def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:
@@ -265,30 +259,8 @@ def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:
                 entries[place] = _Spoilt(op)
 
 
-def _targets(op: Any, args: tuple[Any, ...]) -> list[int]:
-    """The storages that a call writes into."""
-    targets = (args[place] for place in _written(op) if place < len(args))
-    return [_storage(target) for target in targets if isinstance(target, torch.Tensor)]
-
-
-@cache
-def _written(op: Any) -> tuple[int, ...]:
-    """Which of an operator's arguments it writes into."""
-    if not op._schema.is_mutable:
-        return ()
-    arguments = enumerate(op._schema.arguments)
-    return tuple(place for place, argument in arguments if argument.alias_info and argument.alias_info.is_write)
-
-
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
-
-
-def operator_name(op: Any) -> str:
-    """An operator as plans name it: without overload, and without `aten::`."""
-    namespace, _, rest = str(getattr(op, "_name", op)).rpartition("::")
-    name = rest.partition(".")[0]
-    return name if namespace in ("", "aten") else f"{namespace}::{name}"
 
 
 def check_operators(names: Sequence[str]) -> None:

@@ -91,6 +91,52 @@ class PredictTask:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlanTask:
+    """Find the fastest setting that fits.
+
+    Attributes:
+        named: strategies to weigh against what is found, with their plans.
+        batch_sizes: those to try; None for all that may pay.
+        reserve_frac: the part of the device's memory that is held back.
+        layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
+        can_checkpoint: whether the model supports it.
+        device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
+    """
+
+    source: ModelSource
+    layers: int | None
+    overrides: dict[str, Json]
+    attn_implementation: str | None
+    lora: Lora | None
+    precision: str
+    optim: str
+    target: Target
+    seq_len: int
+    named: tuple[tuple[str, Plan], ...]
+    batch_sizes: tuple[int, ...] | None
+    reserve_frac: float
+    layers_in_order: tuple[int, ...] | None
+    can_checkpoint: bool
+    device_here: str | None
+
+    def as_predictions(self) -> PredictTask:
+        """The same model on the same target, with no cells yet."""
+        return PredictTask(
+            source=self.source,
+            layers=self.layers,
+            overrides=self.overrides,
+            attn_implementation=self.attn_implementation,
+            lora=self.lora,
+            precision=self.precision,
+            optim=self.optim,
+            target=self.target,
+            cells=(),
+            explain=False,
+            exact=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckTask:
     """Try combinations on small real steps.
 
@@ -117,7 +163,7 @@ class ReferenceRun:
     steps_s: float
 
 
-Task = DescribeTask | MeasureTask | PredictTask | CheckTask
+Task = DescribeTask | MeasureTask | PredictTask | PlanTask | CheckTask
 
 
 @dataclass(frozen=True, kw_only=True)

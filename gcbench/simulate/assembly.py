@@ -13,7 +13,7 @@ from gcbench.records import Phase
 from gcbench.simulate import timeline
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.pieces import Passes
-from gcbench.simulate.stage import NotComposable
+from gcbench.simulate.stage import NotComposable, Segment
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace
 from gcbench.strategies import Policy
@@ -81,6 +81,7 @@ class Assembly:
         layers: for each block, the layer that it serves; -1 for none.
         stretches: (number of the first, blocks), ascending; what is known of each block.
         segments: (number of events before it, where in the step), of the measured step, ascending.
+        places: for each of the segments but the optimizer step, what it is; nothing where layers are not told apart.
     """
 
     timeline: Timeline
@@ -88,6 +89,7 @@ class Assembly:
     layers: npt.NDArray[np.int32]
     stretches: tuple[tuple[int, Sequence[Block]], ...]
     segments: tuple[tuple[int, str], ...]
+    places: tuple[Segment, ...] = ()
 
     def part(self, event: int) -> str:
         """Where in the measured step an event is, in words."""
@@ -196,6 +198,7 @@ def assemble(
             *((start, blocks) for start, blocks in stretches if len(blocks)),
         ),
         segments=_segments(passes, stays, int(begins[0]), int(begins[2])),
+        places=tuple(segment for segment, _, _ in passes.instances),
     )
 
 

@@ -82,7 +82,7 @@ class Session:
             attention.chosen.clear()
         step = self._step(self.predictor, cell.plan, cell)
         kernels = {} if attention is None else dict(attention.chosen)
-        peak = self._peak(step.timeline)
+        peak = self.peak(step.timeline)
         needed = peak.memory.process_bytes if self.target.kind == "cuda" else peak.memory.allocated_bytes
         limit = self.target.memory_bytes
         levers = self._levers(step, peak, cell) if self.task.explain else []
@@ -103,7 +103,7 @@ class Session:
     def _step(predictor: Predictor, plan: Plan, cell: CellToPredict) -> Step:
         return predictor.step(plan, batch_size=cell.batch_size, seq_len=cell.seq_len)
 
-    def _peak(self, line: Timeline) -> Peak:
+    def peak(self, line: Timeline) -> Peak:
         """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
         if self.target.kind == "cpu":
             return timeline.exact(line)
@@ -137,19 +137,19 @@ class Session:
         sizes = without_logits(assembly, CHUNKS)
         if (sizes == assembly.timeline.nbytes).all():
             return None
-        return self._peak(replace(assembly.timeline, nbytes=sizes)).memory.allocated_bytes
+        return self.peak(replace(assembly.timeline, nbytes=sizes)).memory.allocated_bytes
 
     def _with_plan(self, cell: CellToPredict) -> int | None:
         layers = cell.plan.num_layers
         every = Plan(num_layers=layers, groups=tuple((layer,) for layer in range(layers)))
         if not layers or cell.plan == every:
             return None
-        return self._peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
+        return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
 
     def _with_fused(self, cell: CellToPredict) -> int:
         if self._fused is None:
             self._fused = self._predictor(_FUSED)
-        return self._peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
+        return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
 
 
 def _failure(err: BaseException) -> Failure:

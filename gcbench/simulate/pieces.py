@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from gcbench.costs import Work
 from gcbench.simulate.events import Block
 from gcbench.simulate.stage import BEFORE, HEAD, LOSS, REST, LayeredTrace, NotComposable, Segment
 
@@ -29,6 +30,7 @@ class Piece:
         number: for each event, the block's number within the segment in which it was taken.
         frees: whether the event gives the block back.
         ref: for each event, an index into `refs`.
+        works: what its operators have the device do, in order.
     """
 
     blocks: tuple[Block, ...]
@@ -36,6 +38,7 @@ class Piece:
     frees: npt.NDArray[np.bool_]
     ref: Ints
     refs: tuple[Ref, ...]
+    works: tuple[Work, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +94,8 @@ def cut(layered: LayeredTrace) -> Pieces:
     place: dict[int, tuple[Segment, int]] = {}
     order = {name: turn for turn, name in enumerate(_layer_order(names))}
     pieces: dict[Segment, Piece] = {}
-    for name, start, end in zip(names, starts, [*starts[1:], len(trace.events)], strict=True):
+    ends = [*starts[1:], len(trace.events)]
+    for name, start, end, works in zip(names, starts, ends, layered.works, strict=True):
         taken: list[Block] = []
         numbers: list[int] = []
         refs: dict[Ref, int] = {}
@@ -114,6 +118,7 @@ def cut(layered: LayeredTrace) -> Pieces:
             frees=np.array(frees, np.bool_),
             ref=np.array(codes, np.int64),
             refs=tuple(refs),
+            works=works,
         )
     gradients = {}
     for param, block in layered.gradients.items():

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from gcbench import costs
+from gcbench.costs import Figures, Work
 from gcbench.simulate import assembly, pieces
 from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
 from gcbench.simulate.layers import sample
@@ -24,15 +26,30 @@ class Step:
         assembly: its events, and what each block is for.
         layers_traced: how many layers stood for all.
         why_in_full: why all were traced; None where a few stood for them.
+        works: (segment, what its operators have the device do), in order; one stretch without a name where the step was
+            traced in full, with the update in it.
+        update: the optimizer phase, where it was traced by itself.
     """
 
     assembly: Assembly
     layers_traced: int
     why_in_full: str | None
+    works: tuple[tuple[Segment | None, tuple[Work, ...]], ...]
+    update: UpdateTrace | None = None
 
     @property
     def timeline(self) -> Timeline:
         return self.assembly.timeline
+
+    def seconds(self, figures: Figures) -> float:
+        """How long the step takes, by figures of its operators; an estimate."""
+        known: dict[int, float] = {}
+        for _, works in self.works:
+            if id(works) not in known:
+                known[id(works)] = costs.total(works, figures)
+        passes = sum(known[id(works)] for _, works in self.works)
+        update = 0.0 if self.update is None else self.update.scale * costs.total(self.update.works, figures)
+        return passes + update
 
 
 class Predictor:
@@ -105,16 +122,23 @@ class Predictor:
             *(Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING) for block in traced.batch),
             *self.standing,
         ]
+        update = self._update(params)
         assembled = assembly.assemble(
             passes,
-            self._update(params),
+            update,
             gradients,
             standing=standing,
             treatments={layer: treatments.get(layer) for layer in self._layers},
             layers=self._layers,
             vocab_size=self._vocab_size,
         )
-        return Step(assembly=assembled, layers_traced=len(kept), why_in_full=None)
+        return Step(
+            assembly=assembled,
+            layers_traced=len(kept),
+            why_in_full=None,
+            works=tuple((segment, piece.works) for segment, piece, _ in passes.instances),
+            update=update,
+        )
 
     def _gradients(
         self, cut: pieces.Pieces, passes: pieces.Passes, played: dict[int, int]
@@ -155,7 +179,7 @@ class Predictor:
         return self._updates[key]
 
     def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
-        trace, gradients = self.stage.trace_in_full(
+        trace, gradients, works = self.stage.trace_in_full(
             plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
         )
         kinds = [block.kind for block in self._model_blocks]
@@ -166,7 +190,7 @@ class Predictor:
             num_params=kinds.count(Kind.PARAMETERS),
             vocab_size=self._vocab_size,
         )
-        return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why)
+        return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why, works=((None, works),))
 
 
 def _treatments(plan: Plan) -> dict[int, Treatment]:

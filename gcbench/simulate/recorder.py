@@ -14,8 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import masking_utils
 
+from gcbench.costs import Work
 from gcbench.records import Phase
 from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.work import of_call
 
 Internals = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
 """(operator, arguments, keyword arguments, result) -> (name, bytes) of what its kernel takes while it runs."""
@@ -36,11 +38,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
+        self.works: list[Work] = []
+        """What each call has the device do, in order."""
 
     def note(self, tensor: torch.Tensor, op: str | None) -> None:
         """A tensor whose storage may be new."""
-        if tensor.layout is not torch.strided:
-            return
+        if tensor.layout is not torch.strided or tensor.device.type == "meta":
+            return  # on meta lies what a layer does not compute again
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
@@ -90,6 +94,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
+        if func.namespace != "prim" and not _is_skipped(result):  # questions, like prim::device, are no work
+            self.works.append(of_call(func, args, kwargs, result))
         if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_formula()):
             self._hand_over(args[0], result)
             return result
@@ -149,6 +155,12 @@ _ADD = torch.ops.aten.add.Tensor
 _INDEX_PUT = torch.ops.aten.index_put.default
 _REFUSED_BY_FAKE_TENSORS = {torch.ops.aten._grouped_mm.default}
 """Operators whose shape function demands bf16 although the real CPU kernel takes fp32 too."""
+
+
+def _is_skipped(result: Any) -> bool:
+    """Whether nothing was computed: what a layer does not run again lies on the meta device."""
+    first = result[0] if isinstance(result, (tuple, list)) and result else result
+    return isinstance(first, torch.Tensor) and first.device.type == "meta"
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:

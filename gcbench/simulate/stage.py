@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import checkpointing
 from gcbench.checkpointing import Groups
+from gcbench.costs import Work
 from gcbench.records import Phase
 from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
@@ -46,6 +47,7 @@ class LayeredTrace:
         trace: its blocks begin with those of the fake model's tensors and of the batch.
         batch: the blocks of the batch.
         segments: (number of events before it, segment), in order.
+        works: for each segment, what its operators have the device do.
         gradients: id of a parameter -> the block of its gradient.
         boundaries: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
@@ -54,6 +56,7 @@ class LayeredTrace:
     trace: Trace
     batch: tuple[Block, ...]
     segments: tuple[tuple[int, Segment], ...]
+    works: tuple[tuple[Work, ...], ...]
     gradients: Mapping[int, int]
     boundaries: Mapping[int, int]
     called: tuple[int, ...]
@@ -94,6 +97,11 @@ class Stage:
         self._absent: set[int] = set()
         """Modules of the layers that are not on the stage."""
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that can be checkpointed."""
+        return len(self.layers)
 
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
@@ -138,8 +146,8 @@ class Stage:
 
     def trace_in_full(
         self, plan: Plan, *, batch_size: int, seq_len: int, optim: str, steps_on_device: bool = True
-    ) -> tuple[Trace, frozenset[int]]:
-        """The second training step, everything before it included, and the blocks of its gradients.
+    ) -> tuple[Trace, frozenset[int], tuple[Work, ...]]:
+        """The second training step, everything before it included, the blocks of its gradients, and its work.
 
         The first step makes the optimizer's states. The trace begins with the model's blocks, parameters first, and the
         batch; they have no operator.
@@ -157,6 +165,7 @@ class Stage:
             if not steps_on_device:
                 recorder.forget(state["step"] for state in step.optimizer.state.values() if "step" in state)
             gradients: set[int | None] = set()
+            recorder.works.clear()
 
             def on_phase(phase: Phase) -> None:
                 recorder.on_phase(phase)
@@ -166,7 +175,8 @@ class Stage:
             step(on_phase)
             recorder.close()
         self._drop_gradients()
-        return recorder.trace, frozenset(number for number in gradients if number is not None)
+        found = frozenset(number for number in gradients if number is not None)
+        return recorder.trace, found, tuple(recorder.works)
 
     def trace_layers(self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
         """Forward and backward pass in which layers that are not `kept` hand their input on.
@@ -197,6 +207,10 @@ class Stage:
             trace=recorder.trace,
             batch=tuple(recorder.trace.blocks[num_model:num_standing]),
             segments=tuple(watch.segments),
+            works=tuple(
+                tuple(recorder.works[start:end])
+                for start, end in zip(watch.works_before, [*watch.works_before[1:], len(recorder.works)], strict=True)
+            ),
             gradients=gradients,
             boundaries=watch.boundaries,
             called=tuple(watch.called),
@@ -208,6 +222,12 @@ class Stage:
         self._give_storage(range(len(self.layers)))
         with self._recording(()):
             yield
+
+    def run_forward(self, kept: Sequence[int], *, batch_size: int, seq_len: int) -> None:
+        """A forward pass in which the layers that are not `kept` hand their input on, and nothing is checkpointed."""
+        self._give_storage(kept)
+        with self._recording(()) as recorder, _Watch(recorder, self.layers, kept) as watch, suppress(_Done):
+            self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")(watch.on_forward)
 
     def _modules_that_run(self) -> list[torch.nn.Module]:
         """All but what is inside of layers that are not on the stage."""
@@ -248,6 +268,8 @@ class _Watch:
         self.layers = layers
         self.kept = frozenset(kept)
         self.segments: list[tuple[int, Segment]] = []
+        self.works_before: list[int] = []
+        """For each segment, the calls of operators before it."""
         self.called: list[int] = []
         self.boundaries: dict[int, int] = {}
         self._phase: Phase | None = None
@@ -258,7 +280,7 @@ class _Watch:
         self._hooks: list[Any] = []
         self._treatments: list[tuple[torch.nn.Module, Any]] = []
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> _Watch:
         for number, layer in enumerate(self.layers):
             if number in self.kept:
                 self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True))
@@ -267,6 +289,7 @@ class _Watch:
                 self._treatments.append((layer, layer.gradient_checkpointing))
                 layer.gradient_checkpointing = False  # type: ignore[assignment]
                 layer.forward = partial(self._pass_on, number)
+        return self
 
     def __exit__(self, *exc: object) -> None:
         for hook in self._hooks:
@@ -274,6 +297,12 @@ class _Watch:
         for layer, treatment in self._treatments:
             layer.gradient_checkpointing = treatment
             del layer.forward
+
+    def on_forward(self, phase: Phase) -> None:
+        """For a step of which the forward pass alone is wanted."""
+        if phase != "forward":
+            raise _Done
+        self.on_phase(phase)
 
     def on_phase(self, phase: Phase) -> None:
         self._phase = phase
@@ -284,6 +313,7 @@ class _Watch:
 
     def _mark(self, segment: Segment) -> None:
         self.segments.append((len(self.recorder.trace.events), segment))
+        self.works_before.append(len(self.recorder.works))
 
     def _enter(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._phase != "forward":

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from gcbench.costs import Work
 from gcbench.simulate.events import Block
 from gcbench.simulate.layers import sample
 from gcbench.simulate.recorder import Recorder, as_in_a_real_run
@@ -34,6 +35,8 @@ class UpdateTrace:
         is_loop: whether parameters are handled one after the other. A loop's variables hold what they were given for
             one parameter until they are set for the next.
         first, later: events; `n` for the allocation of block n, `~n` for its release.
+        works: what the operators of a later phase have the device do, for the parameters that were traced.
+        scale: bytes of all parameters, relative to those of the traced ones.
     """
 
     num_params: int
@@ -42,6 +45,8 @@ class UpdateTrace:
     is_loop: bool
     first: tuple[int, ...]
     later: tuple[int, ...]
+    works: tuple[Work, ...] = ()
+    scale: float = 1.0
 
     @property
     def states(self) -> tuple[int, ...]:
@@ -72,8 +77,12 @@ def trace_update(
         road=road,
         steps_on_device=steps_on_device,
     )
+    if every_one:
+        return traced
     position = {number: place for place, number in enumerate(chosen.kept)}
-    return traced if every_one else _unrolled(traced, [position[number] for number in chosen.stand_in])
+    unrolled = _unrolled(traced, [position[number] for number in chosen.stand_in])
+    some = sum(params[number].nbytes for number in chosen.kept)
+    return replace(unrolled, scale=sum(param.nbytes for param in params) / some if some else 1.0)
 
 
 class _Attributing(Recorder):  # type: ignore[no-untyped-call]
@@ -149,6 +158,7 @@ def _trace(
                 param.grad = torch.empty_like(param)
                 numbers[recorder.own(param.grad, position)] = position
             start = len(recorder.trace.events)
+            recorder.works.clear()
             update()
             spans.append((start, len(recorder.trace.events)))
         recorder.close()
@@ -185,6 +195,7 @@ def _trace(
         is_loop=recorder.is_loop,
         first=first,
         later=later,
+        works=tuple(recorder.works),
     )
 
 
@@ -225,6 +236,7 @@ def _unrolled(traced: UpdateTrace, stand_in: Sequence[int]) -> UpdateTrace:
         is_loop=traced.is_loop,
         first=first,
         later=later,
+        works=traced.works,
     )
 
 

@@ -13,6 +13,7 @@ class Policy:
     Attributes:
         keep: operators whose outputs are kept inside the group, as torch names them (`mm`, `addmm`, `aten::mm`,
             `flash_attn::_flash_attn_forward`); `mm#2` is the third call of `mm` in the group alone.
+        skip: operators that are not run again, since with what is kept nothing needs their outputs.
         offload: what the group keeps of its inputs lies in the host's memory until it is needed.
         reentrant: torch's old variant, which runs the group without gradients first.
 
@@ -20,11 +21,12 @@ class Policy:
     """
 
     keep: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
     offload: bool = False
     reentrant: bool = False
 
     def __post_init__(self) -> None:
-        if self.reentrant and self.keep:
+        if self.reentrant and (self.keep or self.skip):
             raise ValueError("the reentrant variant recomputes all of a layer and cannot keep outputs; leave one out")
         if self.reentrant and self.offload:
             raise ValueError("offload is for the variant that is not reentrant; leave one out")
@@ -77,6 +79,8 @@ class Plan:
             raise ValueError(
                 "compiled layers can be recomputed one by one only, and without reentrant or offload; leave one out"
             )
+        if self.compiled and self.any_policy("skip"):
+            raise ValueError("a compiled layer decides by itself what to run again; leave skip or compiled out")
         if self.memory_budget is not None and (not self.compiled or self.groups):
             raise ValueError("a memory budget is for compiled layers that are not checkpointed; leave one out")
 

@@ -9,7 +9,7 @@ from typing import Any
 from gcbench.strategies._base import Kind, Plan, Policy, Strategy
 
 _EXAMPLE = '{"groups": [{"layers": [0, 1]}, {"layers": [2], "keep": ["mm"]}]}'
-_GROUP = {"layers", "keep", "offload", "reentrant"}
+_GROUP = {"layers", "keep", "skip", "offload", "reentrant"}
 _TOP = {"num_layers", "groups", "compiled", "memory_budget"}
 
 
@@ -43,13 +43,18 @@ def of_json(value: object) -> Plan:
         if not isinstance(group, dict):
             raise ValueError(f"{group!r} is no group; write it like {_EXAMPLE}")
         _known(group, _GROUP, "a group")
-        layers, keep = group.get("layers"), group.get("keep", [])
+        layers = group.get("layers")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
             raise ValueError(f"layers {layers!r} are no list of numbers; write them like [0, 1]")
-        if not isinstance(keep, list) or not all(isinstance(name, str) for name in keep):
-            raise ValueError(f"keep {keep!r} is no list of operators; write it like ['mm']")
         groups.append(tuple(layers))
-        policies.append(Policy(keep=tuple(keep), offload=_flag(group, "offload"), reentrant=_flag(group, "reentrant")))
+        policies.append(
+            Policy(
+                keep=_operators(group, "keep"),
+                skip=_operators(group, "skip"),
+                offload=_flag(group, "offload"),
+                reentrant=_flag(group, "reentrant"),
+            )
+        )
     deepest = max((layer for group in groups for layer in group), default=-1) + 1
     num_layers, budget = value.get("num_layers", deepest), value.get("memory_budget")
     if type(num_layers) is not int or num_layers < 0:
@@ -70,8 +75,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
     groups = []
     for layers, policy in plan.treated():
         group: dict[str, Any] = {"layers": list(layers)}
-        if policy.keep:
-            group["keep"] = list(policy.keep)
+        group |= {name: list(ops) for name in ("keep", "skip") if (ops := getattr(policy, name))}
         groups.append(group | {name: True for name in ("offload", "reentrant") if getattr(policy, name)})
     document: dict[str, Any] = {"num_layers": plan.num_layers, "groups": groups}
     if plan.compiled:
@@ -85,6 +89,13 @@ def _known(value: dict[str, Any], legal: set[str], what: str) -> None:
         raise ValueError(f"{what} has no field {unknown[0]!r}; legal are {', '.join(sorted(legal))}")
 
 
+def _operators(group: dict[str, Any], field: str) -> tuple[str, ...]:
+    names = group.get(field, [])
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} {names!r} is no list of operators; write it like ['mm']")
+    return tuple(names)
+
+
 def _flag(value: dict[str, Any], name: str) -> bool:
     flag = value.get(name, False)
     if not isinstance(flag, bool):
@@ -96,7 +107,7 @@ def _parse(argument: str | None) -> Strategy:
     if not argument:
         raise ValueError("'plan' needs a file; write it like plan:my-plan.json")
     text, stored = read(Path(argument))
-    kept = tuple(dict.fromkeys(name for policy in stored.policies for name in policy.keep))
+    kept = tuple(dict.fromkeys(name for policy in stored.policies for name in (*policy.keep, *policy.skip)))
     named = "num_layers" in json.loads(text)
 
     def plan_for(num_layers: int) -> Plan:

@@ -1,0 +1,127 @@
+"""The vocabulary of a decision: what could be run, what each would take and bring, and what was chosen. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gcbench.peaks import Phase
+from gcbench.strategies import OFF, Plan
+
+FOUND = "plan"
+"""The strategy of a candidate whose plan was found, not named."""
+AS_FAST_FRAC = 0.005
+"""Of two settings whose tokens per second differ by less, the simpler one is chosen."""
+_SIMPLEST = (OFF, "per-layer", "every:", "first:", "last:", "segment:", "selective:", "offload")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One strategy at one batch size.
+
+    Attributes:
+        strategy: its spec; `plan` for one that was found.
+        peak_bytes: what counts against the device's memory: on CUDA all that the process holds, on a CPU what tensors
+            hold.
+        allocated_bytes: what tensors hold at the peak.
+        fits: whether it stays within what may be used.
+        step_time_s: an estimate, or the median of measurements; `low` and `high` are the ends of its 95 % interval.
+        source: `predicted` from a trace of this very step, `estimated` where the memory too is put together from
+            others, `measured`.
+    """
+
+    strategy: str
+    plan: Plan
+    batch_size: int
+    peak_bytes: int
+    allocated_bytes: int
+    peak_phase: Phase | None
+    fits: bool
+    step_time_s: float
+    tokens_per_s: float
+    source: Literal["predicted", "estimated", "measured"] = "predicted"
+    tokens_per_s_low: float | None = None
+    tokens_per_s_high: float | None = None
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Lower is simpler: kinds that every trainer has first, then fewer layers recomputed, then a smaller batch."""
+        kinds = [place for place, name in enumerate(_SIMPLEST) if self.strategy.startswith(name)]
+        joined = "+" in self.strategy
+        return (len(_SIMPLEST) if not kinds or joined else kinds[0], self.plan.layers_checkpointed, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gain:
+    """Something outside of checkpointing, and the peak with it, from the same step replayed or traced anew.
+
+    Attributes:
+        name: what to change, in words.
+        flag: how to say it to gcbench; None where gcbench has no flag for it.
+        peak_bytes: as in `Candidate`.
+        fits: whether the step then stays within what may be used.
+    """
+
+    name: str
+    flag: str | None
+    peak_bytes: int
+    fits: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Largest:
+    """The largest batch that a strategy allows; None where not even one sequence fits."""
+
+    strategy: str
+    batch_size: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What to run, and everything it was chosen from.
+
+    Attributes:
+        limit_bytes: the device's memory; None where there is no bound.
+        usable_bytes: what of it may be used: less the reserve.
+        reserve_frac: the part held back.
+        choice: None where nothing fits.
+        smallest: the candidate with the lowest peak, where nothing fits.
+        candidates: all that were looked at, those that fit first, the fastest first.
+        largest: for each strategy.
+        gains: what would lower the peak of the choice (of the smallest where nothing fits).
+        longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none does.
+        peak_words: what is alive at the peak of the choice, in words.
+        binding: why not more: a sentence.
+        times_from: where the times come from, in words.
+        notices: what else the user should know.
+    """
+
+    limit_bytes: int | None
+    usable_bytes: int | None
+    reserve_frac: float
+    choice: Candidate | None
+    smallest: Candidate | None
+    candidates: tuple[Candidate, ...]
+    largest: tuple[Largest, ...]
+    gains: tuple[Gain, ...] = ()
+    longest_seq_len: int | None = None
+    peak_words: str | None = None
+    binding: str | None = None
+    times_from: str
+    notices: tuple[str, ...] = ()
+
+
+def choose(candidates: Sequence[Candidate]) -> Candidate | None:
+    """The fastest of those that fit; of those as fast as makes no difference, the simplest; None when none fits."""
+    fitting = [candidate for candidate in candidates if candidate.fits]
+    if not fitting:
+        return None
+    best = max(candidate.tokens_per_s for candidate in fitting)
+    as_fast = [candidate for candidate in fitting if candidate.tokens_per_s >= best * (1 - AS_FAST_FRAC)]
+    return min(as_fast, key=lambda candidate: (candidate.rank, -candidate.tokens_per_s))
+
+
+def ranked(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that fit first; the fastest first."""
+    return tuple(sorted(candidates, key=lambda candidate: (not candidate.fits, -candidate.tokens_per_s)))

@@ -1,0 +1,181 @@
+"""Recomputes a layer without computing what nothing needs: the two contexts of `torch.utils.checkpoint` for a policy.
+
+torch's own selective checkpointing runs every operator again that is not kept. Where an output is kept that was made in
+several steps, the steps before it are run for nothing: a rotated query is kept, and the query is projected once more.
+Here the calls that a plan says to skip compute nothing. What they return is hollow: a shape without memory, loud where
+something needs it after all. Both runs must call the same operators; one that does not is told, not believed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gcbench.operators import is_question, operator_name, targets
+from gcbench.strategies import Policy
+
+
+class KeptThenChanged(NotImplementedError):
+    """A recomputation needs what was kept, and the layer has changed it in place since.
+
+    torch notices by version counters, which what `matmul` returns does not share with the product inside it: torch 2.13
+    then computes wrong gradients without a word.
+    """
+
+    def __init__(self, op: str) -> None:
+        super().__init__(
+            f"what is to be kept is changed in place ({op}) by this model's layers, so that a recomputation from "
+            "it would be wrong"
+        )
+
+
+class SkippedButNeeded(RuntimeError):
+    """A plan skips a call whose result this layer needs: it was made for other layers, or another version of them."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(
+            f"the plan skips what {call} needs, so it was made for other layers than these; make it again with "
+            "gcbench plan for this model and this version of its code"
+        )
+
+
+def contexts(policy: Policy) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For the first run of a group of layers and for the second."""
+    names = [name.removeprefix("aten::") for name in policy.keep]
+    store = _Store(keep=frozenset(names))
+    skip = frozenset(name.removeprefix("aten::") for name in policy.skip)
+    return _FirstRun(store), _SecondRun(store, skip)
+
+
+class RunDifferently(RuntimeError):
+    """A layer calls other operators the second time, so that calls cannot be told by their number."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(
+            f"a layer calls {call} when it is recomputed and something else the first time, so that a plan cannot say "
+            "what to keep of it; take a strategy that keeps nothing inside of layers, such as per-layer"
+        )
+
+
+class _Store:
+    """What is kept from the first run to the second."""
+
+    def __init__(self, keep: frozenset[str]) -> None:
+        self.keep = keep
+        self.outputs: dict[str, Any] = {}
+        self.names: list[str] = []
+        """Of all calls of the first run, in order."""
+        self.spoilt: dict[str, str] = {}
+        """Call -> the operator that changed what was kept of it."""
+
+    def is_kept(self, name: str, call: str) -> bool:
+        return call in self.keep or name in self.keep
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Names each call, as plans do: the operator and how many of it came before."""
+
+    def __init__(self, store: _Store) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.store = store
+        self.counts: Counter[str] = Counter()
+
+    def _call(self, name: str) -> str:
+        place = self.counts[name]
+        self.counts[name] += 1
+        return f"{name}#{place}"
+
+
+class _FirstRun(_Counting):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if is_question(func):
+            return func(*args, **(kwargs or {}))
+        store, name = self.store, operator_name(func)
+        call = self._call(name)
+        store.names.append(name)
+        for target in targets(func, args):
+            for kept, outputs in store.outputs.items():
+                if any(_storage(value) == target for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)):
+                    store.spoilt[kept] = name
+        result = func(*args, **(kwargs or {}))
+        if store.is_kept(name, call):
+            # Detached, or the graph above would hang on to itself.
+            store.outputs[call] = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+        return result
+
+
+class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
+    def __init__(self, store: _Store, skip: frozenset[str]) -> None:
+        super().__init__(store)
+        self.skip = skip
+        self.num_calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if is_question(func):
+            return func(*args, **kwargs)
+        name = operator_name(func)
+        call = self._call(name)
+        if self.store.names[self.num_calls : self.num_calls + 1] != [name]:
+            raise RunDifferently(call)
+        self.num_calls += 1
+        if call in self.store.spoilt:
+            raise KeptThenChanged(self.store.spoilt[call])
+        if call in self.store.outputs:
+            return self.store.outputs.pop(call)
+        if self.store.is_kept(name, call):
+            raise RuntimeError(
+                f"what was kept of {call} is gone: a second backward pass through one forward pass cannot recompute; "
+                "leave retain_graph out, or keep nothing"
+            )
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        hollow = sum(isinstance(value, Hollow) for value in given)
+        if call not in self.skip and name not in self.skip:
+            if not hollow:
+                return func(*args, **kwargs)
+            if hollow < len(given):
+                raise SkippedButNeeded(call)
+        return _shapes_of(func, args, kwargs, given)
+
+
+class Hollow(torch.Tensor):
+    """Stands for a result that nothing needs: on its device, so that autocast takes it for what it is; no memory."""
+
+    @staticmethod
+    def __new__(cls, like: torch.Tensor, device: torch.device) -> Hollow:
+        """Of the size, strides and dtype of `like`."""
+        make = torch.Tensor._make_wrapper_subclass
+        return make(cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device)  # type: ignore[return-value]
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Whatever asks for values."""
+        raise SkippedButNeeded(operator_name(func))
+
+
+def _shapes_of(func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:
+    """What a call would return, hollow."""
+    device = kwargs.get("device") or (given[0].device if given else torch.device("cpu"))
+    if func._schema.is_mutable:
+        return args[0]
+    if "device" in kwargs:
+        kwargs = kwargs | {"device": torch.device("meta")}
+    args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
+    return tree_map_only(torch.Tensor, lambda made: Hollow(made, device), func(*args, **kwargs))
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
