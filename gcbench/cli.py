@@ -137,6 +137,59 @@ def predict(
 
 
 @app.command()
+def plan(
+    model: flags.Model = None,
+    batch_size: flags.PlanBatch = None,
+    seq_len: flags.SeqLen = None,
+    precision: flags.Precision = None,
+    optim: flags.Optim = None,
+    attn_implementation: flags.AttnImplementation = None,
+    device: flags.TargetDevice = None,
+    device_memory: flags.DeviceMemory = None,
+    device_file: flags.DeviceFile = None,
+    expandable_segments: flags.ExpandableSegments = False,
+    layers: flags.Layers = None,
+    set_: flags.Set = None,
+    trust_remote_code: flags.TrustRemoteCode = None,
+    lora_r: flags.LoraR = None,
+    lora_target_modules: flags.LoraTargetModules = None,
+    strategies: flags.PlanStrategies = None,
+    reserve: flags.Reserve = None,
+    measure: flags.MeasureFlag = False,
+    from_run: flags.FromRun = None,
+    emit: flags.Emit = None,
+    seed: flags.Seed = None,
+    timeout: flags.Timeout = None,
+    out: flags.Out = None,
+    json: flags.Json = False,
+    quiet: flags.Quiet = False,
+) -> None:
+    """Decide: the batch size and the checkpointing that give the most tokens per second within a device's memory.
+
+    Memory is predicted, time is estimated from the device's figures. Beyond the named strategies, plans are found:
+    which outputs each layer keeps, and how many layers keep how much.
+    """
+    given = flags.given(locals())
+    from gcbench import plan_command
+
+    plan_command.plan(
+        given,
+        batch=batch_size,
+        reserve=reserve,
+        emit=emit,
+        measure=measure,
+        from_run=from_run,
+        device_memory=device_memory,
+        device_file=device_file,
+        expandable_segments=expandable_segments,
+        out=out,
+        as_json=json,
+        quiet=quiet,
+        argv=sys.argv[1:],
+    )
+
+
+@app.command()
 def check(
     model: flags.Model = None,
     strategies: flags.CheckStrategies = None,

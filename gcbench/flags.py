@@ -160,6 +160,58 @@ Exact = Annotated[
     bool,
     typer.Option("--exact", rich_help_panel=RUN, help="Trace every layer, not a few for all (slower)."),
 ]
+DECISION = "Decision"
+PlanBatch = Annotated[
+    str | None,
+    typer.Option(
+        "--batch",
+        "-b",
+        "--batch-size",
+        metavar="auto|N[,N…]",
+        rich_help_panel=WORKLOAD,
+        help="Batch sizes to choose from (auto: all that may pay).",
+    ),
+]
+Reserve = Annotated[
+    str | None,
+    typer.Option(
+        "--reserve",
+        metavar="5%",
+        rich_help_panel=DECISION,
+        help="Part of the memory that is held back (5% on a card, none on a CPU).",
+    ),
+]
+Emit = Annotated[
+    str | None,
+    typer.Option(
+        "--emit",
+        metavar="TOOL",
+        rich_help_panel=DECISION,
+        help="Print the settings for trainer, trl, axolotl, llama-factory, accelerate-fsdp, torchtitan or python.",
+    ),
+]
+MeasureFlag = Annotated[
+    bool,
+    typer.Option(
+        "--measure", rich_help_panel=DECISION, help="Run the few that could be the best, on this machine, and decide."
+    ),
+]
+FromRun = Annotated[
+    Path | None,
+    typer.Option(
+        "--from", metavar="RUN", rich_help_panel=DECISION, help="Decide from a stored run in place of predicting."
+    ),
+]
+PlanStrategies = Annotated[
+    str | None,
+    typer.Option(
+        "--strategies",
+        "--strategy",
+        metavar="S[,S…]",
+        rich_help_panel=DECISION,
+        help="Named strategies to weigh against what is found.",
+    ),
+]
 CHECK = "What to try"
 CheckStrategies = Annotated[
     str | None,

@@ -150,9 +150,9 @@ class Hollow(torch.Tensor):
     def __new__(cls, like: torch.Tensor, device: torch.device) -> Hollow:
         """Of the size, strides and dtype of `like`."""
         make = torch.Tensor._make_wrapper_subclass
-        return make(cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device)  # type: ignore[return-value]
+        return make(cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device)
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]

@@ -5,15 +5,17 @@ It runs in a child process. Memory comes from the predictor, time from the figur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from gcbench import mix
-from gcbench.costs import Figures
-from gcbench.decision import FOUND, Candidate, Decision, Largest, choose, ranked
+from gcbench.costs import CardFigures, Figures
+from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
+from gcbench.errors import GcbenchError
 from gcbench.mix import Mix, Option, Problem
+from gcbench.planner_gains import gains
 from gcbench.simulate import timeline
-from gcbench.simulate.child import Session
+from gcbench.simulate.child import Session, failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
 from gcbench.simulate.parallel import in_halves
@@ -22,14 +24,31 @@ from gcbench.simulate.predictor import Step
 from gcbench.simulate.profile import StepProfile, profile
 from gcbench.simulate.scaling import TRACED, Scaling
 from gcbench.strategies import OFF, Plan, parse
-from gcbench.tasks import PlanTask
+from gcbench.tasks import Answer, Decided, PlanTask, Refusal
 
 MOST_POLICIES = 8
 """For a kind of layer; more would move the frontier by less than the figures are good for."""
 _MOST_BATCH = 2**20
 _MOST_TRIES = 5
 """Times a mix is looked for within a smaller budget, because its real peak was above the one it was chosen by."""
+_SHORTEST = 64
+"""Tokens; a shorter sequence is no remedy."""
 _LAYER_COUNTS = ("every:", "first:", "last:")
+
+
+def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
+    """Decide and tell; what cannot be decided is a refusal or a failure."""
+    try:
+        tell(Decided(decision=Planner(task, _figures(task)).decide()))
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    except Exception as err:  # modelling code may raise anything
+        return Answer(failure=failure(err))
+    return Answer()
+
+
+def _figures(task: PlanTask) -> Figures:
+    return CardFigures(task.target.card)
 
 
 class Planner:
@@ -44,6 +63,7 @@ class Planner:
         self.usable = None if self.limit is None else int(self.limit * (1 - task.reserve_frac))
         self._scalings: dict[Plan, Scaling] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
+        self._peaks: dict[tuple[Plan, int, bool], tuple[int, int, timeline.Peak]] = {}
         self._uniform: list[Plan] = []
         """Every layer treated alike: nothing recomputed, everything recomputed, then policy by policy."""
         self.notices: list[str] = []
@@ -66,6 +86,8 @@ class Planner:
             smallest=smallest,
             candidates=ranked(candidates),
             largest=tuple(self._largest(spec, plan) for spec, plan in self.task.named) + self._largest_found(),
+            gains=() if shown is None else self._gains(shown),
+            longest_seq_len=None if choice is not None else self._longest(batches),
             peak_words=None if shown is None else self._peak_words(shown),
             binding=self._binding(candidates, choice),
             times_from=self.figures.source,
@@ -113,11 +135,21 @@ class Planner:
             self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len)
         return self._scalings[plan]
 
-    def _held(self, step: Step) -> tuple[int, int, timeline.Peak]:
-        """(bytes that count against the device's memory, bytes of tensors, the peak)."""
-        peak = self.session.peak(step.timeline)
-        memory = peak.memory
-        return (memory.process_bytes or 0 if self.is_cuda else memory.allocated_bytes), memory.allocated_bytes, peak
+    def _held(self, plan: Plan, batch: int, *, traced: bool = False) -> tuple[int, int, timeline.Peak]:
+        """(bytes that count against the device's memory, bytes of tensors, the peak) of a step."""
+        key = (plan, batch, traced)
+        if key not in self._peaks:
+            scaling = self._scaling(plan)
+            step = scaling.traced(batch) if traced else scaling.step(batch)
+            peak = self.session.peak(step.timeline)
+            held = peak.memory.process_bytes if self.is_cuda else peak.memory.allocated_bytes
+            self._peaks[key] = (held or 0, peak.memory.allocated_bytes, peak)
+        return self._peaks[key]
+
+    def _counted(self, line: timeline.Timeline, session: Session) -> int:
+        """Bytes that count against the device's memory, of any step in any session."""
+        memory = session.peak(line).memory
+        return (memory.process_bytes or 0) if self.is_cuda else memory.allocated_bytes
 
     def _fits(self, held: int) -> bool:
         return self.usable is None or held <= self.usable
@@ -129,7 +161,7 @@ class Planner:
             return self._of_mix(spec, plan, batch, problem, choice, mix.peak(problem, choice))
         scaling = self._scaling(plan)
         step = scaling.traced(batch) if traced else scaling.step(batch)
-        held, allocated, peak = self._held(step)
+        held, allocated, peak = self._held(plan, batch, traced=traced)
         seconds = step.seconds(self.figures)
         return Candidate(
             strategy=spec,
@@ -160,18 +192,40 @@ class Planner:
     def _most(self, plan: Plan) -> int | None:
         """The largest batch at which a plan fits; None where one sequence does not."""
         scaling = self._scaling(plan)
+
+        def fits(batch: int) -> bool:
+            return self._fits(self._held(plan, batch)[0])
+
         if not scaling.is_affine:
-            return next((b for b in (8, 4, 2, 1) if self._fits(self._held(scaling.traced(b))[0])), None)
-        low, high = 0, 1
-        while high <= _MOST_BATCH and self._fits(self._held(scaling.step(high))[0]):
+            return next((batch for batch in (8, 4, 2, 1) if fits(batch)), None)
+        # Tensors alone are quick to add up, and tell where to ask the allocator.
+        guess = self._most_tensors(scaling)
+        low, high = max(guess - 1, 0), guess + 1
+        while low > 0 and not fits(low):
+            low, high = low // 2, low
+        while high <= _MOST_BATCH and fits(high):
             low, high = high, 2 * high
         while high - low > 1:
             middle = (low + high) // 2
-            if self._fits(self._held(scaling.step(middle))[0]):
-                low = middle
-            else:
-                high = middle
+            low, high = (middle, high) if fits(middle) else (low, middle)
         return low or None
+
+    def _most_tensors(self, scaling: Scaling) -> int:
+        """The largest batch of which the tensors alone would fit, less what the allocator held beyond them at one."""
+        assert self.usable is not None
+        held, allocated, _ = self._held(scaling.plan, 1)
+        room = self.usable - (held - allocated)
+        low, high = 0, 1
+        while high <= _MOST_BATCH and self._tensors(scaling, high) <= room:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self._tensors(scaling, middle) <= room else (low, middle)
+        return low
+
+    @staticmethod
+    def _tensors(scaling: Scaling, batch: int) -> int:
+        return timeline.exact(scaling.step(batch).timeline).memory.allocated_bytes
 
     def _largest(self, spec: str, plan: Plan) -> Largest:
         if self.usable is None:
@@ -255,7 +309,7 @@ class Planner:
 
     def _outside(self, batch: int) -> int:
         """What a process holds besides tensors: the context, and what the allocator has cached."""
-        held, allocated, _ = self._held(self._scaling(self._uniform[1]).step(batch))
+        held, allocated, _ = self._held(self._uniform[1], batch)
         return held - allocated
 
     def _mixes(self, batches: Iterable[int], best: Candidate | None) -> list[Candidate]:
@@ -348,9 +402,24 @@ class Planner:
             of_batch.append(self._candidate(lowest.strategy, lowest.plan, batch, traced=True))
         return min(of_batch, key=lambda candidate: candidate.peak_bytes, default=None)
 
+    def _gains(self, candidate: Candidate) -> tuple[Gain, ...]:
+        step = self._scaling(candidate.plan).traced(candidate.batch_size)
+        return gains(self.task, self.session, candidate, step, held=self._counted, usable=self.usable)
+
+    def _longest(self, batches: Sequence[int]) -> int | None:
+        """The longest of the halved lengths at which the smallest batch fits with everything recomputed."""
+        plan = self._uniform[min(1, len(self._uniform) - 1)]
+
+        def fits(seq_len: int) -> bool:
+            step = self.session.predictor.step(plan, batch_size=min(batches), seq_len=seq_len)
+            return self._fits(self._counted(step.timeline, self.session))
+
+        halved = [self.task.seq_len >> times for times in range(1, 20) if self.task.seq_len >> times >= _SHORTEST]
+        return next(filter(fits, halved), None) if halved and fits(halved[-1]) else None
+
     def _peak_words(self, candidate: Candidate) -> str:
         step = self._scaling(candidate.plan).traced(candidate.batch_size)
-        _, _, peak = self._held(step)
+        _, _, peak = self._held(candidate.plan, candidate.batch_size, traced=True)
         told = explain(step.assembly, peak, ())
         from gcbench.units import format_bytes
 

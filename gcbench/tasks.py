@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from gcbench.checks import Combination
+from gcbench.decision import Decision
 from gcbench.fingerprint import Fingerprint
 from gcbench.prediction import Prediction
 from gcbench.records import Cell, Failure, Json, Lora, Machine, ModelFacts, RoundResult
@@ -183,6 +184,13 @@ class Predicted:
     number: int
     prediction: Prediction | None = None
     failure: Failure | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided:
+    """A `PlanTask` answered."""
+
+    decision: Decision
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 
 from gcbench import checkpointing, devices, models, sketch
-from gcbench.checkpointing import KeptThenChanged
 from gcbench.devices import Device
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.fingerprint import Fingerprint
+from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.segments import NotASegment
 from gcbench.tasks import (
@@ -31,6 +31,7 @@ from gcbench.tasks import (
     DescribeTask,
     Event,
     MeasureTask,
+    PlanTask,
     PredictTask,
     Refusal,
     Task,
@@ -65,6 +66,10 @@ def main(task: Task, connection: Connection) -> Answer:
         from gcbench.simulate import child  # what a measurement does not need
 
         return child.predict(task, tell)
+    if isinstance(task, PlanTask):
+        from gcbench import planner
+
+        return planner.plan(task, tell)
     if isinstance(task, CheckTask):
         from gcbench import checker
 
@@ -236,6 +241,8 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
         )
     if isinstance(err, NotASegment):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
+    if isinstance(err, (RunDifferently, SkippedButNeeded)):
+        return Failure(kind="unsupported", message=first_sentence(err))
     if isinstance(err, KeptThenChanged):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; name the other operators after selective:")
     if isinstance(err, NotImplementedError) or (

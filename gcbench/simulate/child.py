@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from copy import copy
 from dataclasses import replace
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -41,7 +42,7 @@ def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
         try:
             tell(Predicted(number=cell.number, prediction=session.predict(cell)))
         except Exception as err:  # modelling code may raise anything
-            tell(Predicted(number=cell.number, failure=_failure(err)))
+            tell(Predicted(number=cell.number, failure=failure(err)))
     return Answer()
 
 
@@ -54,6 +55,13 @@ class Session:
         self.way: Way = way_to(task.target)
         self.predictor = self._predictor(task.optim)
         self._fused: Predictor | None = None
+
+    @classmethod
+    def on(cls, other: Session, target: Target) -> Session:
+        """The same steps, replayed on a target that differs in its allocator alone."""
+        found = copy(other)
+        found.target = target
+        return found
 
     def _predictor(self, optim: str) -> Predictor:
         task = self.task
@@ -152,7 +160,7 @@ class Session:
         return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
 
 
-def _failure(err: BaseException) -> Failure:
+def failure(err: BaseException) -> Failure:
     """Why a cell has no prediction."""
     why = first_sentence(err)
     if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):

@@ -1,0 +1,108 @@
+"""What `gcbench plan` does with its flags: checked all together, then a decision from a search or from a stored run."""
+
+from __future__ import annotations
+
+import difflib
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from gcbench import config as configs
+from gcbench.errors import UsageError
+from gcbench.units import parse_fraction
+
+T = TypeVar("T")
+
+
+def plan(
+    flags: dict[str, object],
+    *,
+    batch: str | None,
+    reserve: str | None,
+    emit: str | None,
+    measure: bool,
+    from_run: Path | None,
+    device_memory: str | None,
+    device_file: Path | None,
+    expandable_segments: bool,
+    out: Path | None,
+    as_json: bool,
+    quiet: bool,
+    argv: Sequence[str],
+) -> None:
+    """Decide what `flags` ask for; raises UsageError with every mistake found."""
+    mistakes: list[str] = []
+
+    def checked(parse: Callable[[], T]) -> T | None:
+        try:
+            return parse()
+        except UsageError as err:
+            mistakes.extend(line.removeprefix("- ") for line in str(err).splitlines())
+        return None
+
+    raw = {key: value for key, value in flags.items() if key not in ("device", "batch_size")}
+    if from_run is not None:
+        raw.setdefault("model", "of the run")
+    # A batch of one stands for those that are chosen from.
+    given_batch = batch is not None and batch.strip().lower() != "auto"
+    wanted = checked(lambda: configs.settings({**raw, "batch_size": batch if given_batch else "1"}))
+    memory = checked(lambda: configs.parse_memory("--device-memory", device_memory))
+    held_back = checked(lambda: _reserve(reserve))
+    tool = checked(lambda: _tool(emit))
+    if wanted is not None and wanted.seq_len is not None and len(wanted.seq_len) > 1:
+        mistakes.append(f"--seq-len: a plan is for one length, and here are {len(wanted.seq_len)}; keep one")
+    if from_run is not None and measure:
+        mistakes.append("--measure: a stored run was measured already; leave out --measure, or --from")
+    if mistakes:
+        raise UsageError.of(list(dict.fromkeys(mistakes)))
+    assert wanted is not None
+    device = flags.get("device")
+
+    from gcbench import plan_session  # only now: a wrong value is told before anything else is imported
+    from gcbench.targets import Wish
+
+    asked = plan_session.Asked(
+        batch_sizes=tuple(sorted(wanted.batch_size)) if given_batch else None,
+        reserve_frac=held_back,
+        emit=tool,
+        measure=measure,
+    )
+    wish = Wish(
+        device=str(device) if device is not None else None,
+        device_memory=memory,
+        device_file=device_file,
+        expandable_segments=expandable_segments,
+    )
+    command = shlex.join(["gcbench", *argv])
+    if from_run is not None:
+        from gcbench import plan_from
+
+        plan_from.plan(from_run, wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+        return
+    plan_session.plan(wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+
+
+def _reserve(text: str | None) -> float | None:
+    if text is None:
+        return None
+    try:
+        share = parse_fraction(text)
+    except ValueError as err:
+        raise UsageError(f"--reserve: {err}") from None
+    if not 0 <= share < 1:
+        raise UsageError(f"--reserve: {text!r} leaves no memory; write a share below 100%, like 5%")
+    return share
+
+
+def _tool(name: str | None) -> str | None:
+    if name is None:
+        return None
+    from gcbench import export
+
+    plain = name.strip().lower().replace("_", "-")
+    if plain in export.names():
+        return plain
+    near = difflib.get_close_matches(plain, export.names(), n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UsageError(f"--emit: there is no target {name!r}; {hint}legal are {', '.join(export.names())}")

@@ -1,0 +1,259 @@
+"""One `gcbench plan` from settings to what is printed: target and model found, a child asked, the answer shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench import runner, sources
+from gcbench.children import Children, ForkedChildren
+from gcbench.config import Settings
+from gcbench.decision import FOUND, Candidate, Decision
+from gcbench.errors import GcbenchError, UsageError
+from gcbench.handover import Handover, Rival
+from gcbench.records import Machine, ModelFacts
+from gcbench.report import write_text
+from gcbench.resolve import plan_of, resolve, unsupported
+from gcbench.simulate.target import Target
+from gcbench.store import Store, default_folder
+from gcbench.strategies import Plan, parse
+from gcbench.strategies.plan_file import as_json as plan_as_json
+from gcbench.targets import CPU, Wish, target_of
+from gcbench.tasks import Answer, Decided, PlanTask
+
+NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
+"""What is weighed against what is found, unless strategies are named."""
+RESERVE_FRAC = {"cpu": 0.0, "cuda": 0.05}
+"""Of the device's memory. On a CPU what is limited is what is predicted, to the byte; a card also serves others, and
+what its libraries take has not been measured on every one."""
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What `plan` takes besides the workload and the device.
+
+    Attributes:
+        batch_sizes: None for all that may pay.
+        reserve_frac: None for the default of the kind of device.
+        emit: the tool to print settings for.
+        measure: whether the best few are run before the answer.
+    """
+
+    batch_sizes: tuple[int, ...] | None
+    reserve_frac: float | None
+    emit: str | None
+    measure: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A decision with all that it was made for.
+
+    Attributes:
+        plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
+    """
+
+    settings: Settings
+    seq_len: int
+    target: Target
+    machine: Machine
+    facts: ModelFacts
+    decision: Decision
+    command: str
+    created: str
+    source: sources.ModelSource
+    plan_file: Path | None = None
+
+    @property
+    def handover(self) -> Handover | None:
+        """What a training tool is to be told; None where nothing fits."""
+        choice = self.decision.choice
+        if choice is None:
+            return None
+
+        def rival(candidate: Candidate) -> Rival:
+            return Rival(
+                strategy=candidate.strategy,
+                plan=candidate.plan,
+                batch_size=candidate.batch_size,
+                peak_bytes=candidate.peak_bytes,
+                tokens_per_s_frac=candidate.tokens_per_s / choice.tokens_per_s,
+            )
+
+        found = choice.strategy == FOUND and self.plan_file is not None
+        chosen = replace(rival(choice), strategy=f"plan:{self.plan_file}" if found else choice.strategy)
+        return Handover(
+            model=self.settings.model,
+            hub_id=None if Path(self.source.location).exists() else self.source.location,
+            choice=chosen,
+            rivals=tuple(rival(each) for each in self.decision.candidates if each.fits and each != choice),
+            plan_file=str(self.plan_file) if self.plan_file else None,
+            seq_len=self.seq_len,
+            precision=self.settings.precision,
+            optim=self.settings.optim,
+            attn_implementation=self.settings.attn_implementation,
+            lora_r=self.settings.lora_r,
+            lora_target_modules=self.settings.lora_target_modules,
+        )
+
+
+def plan(
+    wanted: Settings, wish: Wish, asked: Asked, *, out: Path | None, command: str, as_json: bool, quiet: bool
+) -> None:
+    """Decide, store and show; raises GcbenchError for what cannot be decided."""
+    from gcbench import plan_view
+
+    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    store = Store.create(out or default_folder(f"plan-{sources.slug(wanted.model)}", created))
+    err = Console(stderr=True)
+    try:
+        with ExitStack() as stack:
+            children = stack.enter_context(ForkedChildren())
+            if err.is_terminal and not quiet:
+                stack.enter_context(err.status("planning"))
+            planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
+        planned = replace(planned, created=created)
+    except GcbenchError:
+        store.discard_if_empty()
+        raise
+    planned = publish(planned, store.folder)
+    emitted = None
+    if asked.emit is not None:
+        from gcbench import export
+
+        if planned.handover is None:
+            raise UsageError(
+                f"--emit {asked.emit}: nothing fits, so there is nothing to hand over; see {store.folder}, or give "
+                "more memory"
+            )
+        emitted = export.emit(asked.emit, planned.handover)
+    plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
+    store.close()
+
+
+def decide(
+    wanted: Settings,
+    wish: Wish,
+    asked: Asked,
+    target: Target | None,
+    *,
+    source: sources.ModelSource,
+    children: Children,
+    command: str,
+) -> Planned:
+    """The decision; `target` None is what this machine has."""
+    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    machine, facts = runner.describe(replace(wanted, device=here), source, children)
+    is_here = target is None or (target.kind == CPU and machine.device == CPU)
+    target = target or target_of(wish, machine)
+    assert target is not None
+    if target.kind == CPU and target.memory_bytes is None:
+        target = replace(target, memory_bytes=machine.device_memory_bytes)
+    specs = wanted.strategies or NAMED
+    job = resolve(replace(wanted, strategies=specs if wanted.strategies else ("off",)), facts, machine, target)
+    assert job.settings.seq_len is not None
+    seq_len = job.settings.seq_len[0]
+    answered: list[Decision] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, Decided):
+            answered.append(event.decision)
+
+    task = PlanTask(
+        source=source,
+        layers=wanted.layers,
+        overrides=wanted.set or {},
+        attn_implementation=wanted.attn_implementation,
+        lora=wanted.lora,
+        precision=wanted.precision,
+        optim=wanted.optim,
+        target=target,
+        seq_len=seq_len,
+        named=_named(specs, facts, target, is_default=wanted.strategies is None),
+        batch_sizes=asked.batch_sizes,
+        reserve_frac=RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
+        layers_in_order=facts.layers_in_order,
+        can_checkpoint=facts.checkpointing_refusal is None,
+        device_here=machine.device if is_here else None,
+    )
+    answer = children.run(task, on_event=on_event, timeout_s=wanted.timeout)
+    runner.raise_refusal(Answer(refusal=answer.refusal))
+    if not answered:
+        why = answer.failure.message if answer.failure else "the process ended without a word"
+        raise GcbenchError(f"no decision could be made: {why}")
+    return Planned(
+        settings=wanted,
+        seq_len=seq_len,
+        target=target,
+        machine=machine,
+        facts=facts,
+        decision=answered[0],
+        command=command,
+        created="",
+        source=source,
+    )
+
+
+def _named(
+    specs: Sequence[str], facts: ModelFacts, target: Target, *, is_default: bool
+) -> tuple[tuple[str, Plan], ...]:
+    """The strategies to weigh, with their plans; of the default ones those that the model can have."""
+    if facts.checkpointing_refusal is not None:
+        return (("off", Plan(num_layers=facts.num_layers)),)
+    named: list[tuple[str, Plan]] = []
+    for spec in dict.fromkeys(("off", *specs)):
+        try:
+            found = plan_of(parse(spec), facts)
+        except ValueError as err:
+            if is_default:
+                continue
+            raise UsageError(f"--strategies: {err}") from None
+        why = unsupported(found, target.kind, is_predicted=True)
+        if why is None:
+            named.append((spec, found))
+        elif not is_default:
+            raise UsageError(f"--strategies {spec}: {why}")
+    return tuple(named)
+
+
+def publish(planned: Planned, folder: Path) -> Planned:
+    """Write the plan of the choice, the decision and its picture into the folder."""
+    from gcbench import plan_view
+
+    choice = planned.decision.choice
+    path = None
+    if choice is not None:
+        path = folder / PLAN_FILE
+        document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
+        write_text(path, json.dumps(document, indent=1) + "\n")
+    planned = replace(planned, plan_file=path)
+    write_text(folder / "decision.json", plan_view.document(planned, None))
+    write_text(folder / "plan.md", plan_view.markdown(planned))
+    from gcbench import plan_plot
+
+    plan_plot.draw(planned, folder / "plots")
+    return planned
+
+
+def in_run_order(plan: Plan, order: Sequence[int] | None) -> Plan:
+    """The plan with layers counted in the order in which they run, as plan files do; the reverse of `renumbered`."""
+    if order is None:
+        return plan
+    place = {layer: number for number, layer in enumerate(order)}
+    pairs = [(tuple(place[layer] for layer in group), policy) for group, policy in plan.treated()]
+    pairs.sort(key=lambda pair: pair[0])
+    return replace(
+        plan,
+        num_layers=len(order),
+        groups=tuple(group for group, _ in pairs),
+        policies=tuple(policy for _, policy in pairs) if plan.policies else (),
+    )

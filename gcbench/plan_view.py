@@ -1,0 +1,329 @@
+"""A decision as a person reads it, and as a program does."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from gcbench.decision import FOUND, Candidate, Decision
+from gcbench.records import SCHEMA, Json
+from gcbench.screen import Column, Table, plain
+from gcbench.strategies.plan_file import as_json as plan_as_json
+from gcbench.units import format_bytes, format_percent, format_seconds
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+
+    from gcbench.export import Emitted
+    from gcbench.plan_session import Planned
+
+
+def rows(planned: Planned) -> list[dict[str, Json]]:
+    """A row per candidate, the columns of other tables under their names, those of decisions behind them."""
+    settings, decision = planned.settings, planned.decision
+    choice = decision.choice
+    return [
+        {
+            "model": settings.model,
+            "strategy": candidate.strategy,
+            "status": "ok" if candidate.fits else "oom",
+            "device": planned.target.name,
+            "batch_size": candidate.batch_size,
+            "seq_len": planned.seq_len,
+            "precision": settings.precision,
+            "optim": settings.optim,
+            "attn_implementation": planned.facts.attn_implementation,
+            "num_params": planned.facts.num_params,
+            "num_layers": planned.facts.num_layers,
+            "layers_checkpointed": candidate.plan.layers_checkpointed,
+            "peak_allocated_bytes": candidate.allocated_bytes,
+            "peak_phase": candidate.peak_phase,
+            "step_time_s": candidate.step_time_s,
+            "tokens_per_s": candidate.tokens_per_s,
+            "source": candidate.source,
+            "lora_r": settings.lora_r,
+            "device_memory_bytes": decision.limit_bytes,
+            "peak_bytes": candidate.peak_bytes,
+            "usable_bytes": decision.usable_bytes,
+            "tokens_per_s_low": candidate.tokens_per_s_low,
+            "tokens_per_s_high": candidate.tokens_per_s_high,
+            "tokens_per_s_frac": candidate.tokens_per_s / choice.tokens_per_s if choice else None,
+            "is_choice": candidate == choice,
+        }
+        for candidate in decision.candidates
+    ]
+
+
+def document(planned: Planned, emitted: Emitted | None) -> str:
+    """One JSON document: the rows, and what was decided."""
+    decision = planned.decision
+    choice = decision.choice
+    value: dict[str, object] = {
+        "schema": SCHEMA,
+        "command": planned.command,
+        "created": planned.created,
+        "rows": rows(planned),
+        "choice": None if choice is None else next(row for row in rows(planned) if row["is_choice"]),
+        "plan": None if choice is None else plan_as_json(choice.plan),
+        "plan_file": str(planned.plan_file) if planned.plan_file else None,
+        "smallest_peak_bytes": decision.smallest.peak_bytes if decision.smallest else None,
+        "longest_seq_len": decision.longest_seq_len,
+        "largest_batch_sizes": {each.strategy: each.batch_size for each in decision.largest},
+        "gains": [
+            {"name": gain.name, "flag": gain.flag, "peak_bytes": gain.peak_bytes, "fits": gain.fits}
+            for gain in decision.gains
+        ],
+        "reserve_frac": decision.reserve_frac,
+        "times_from": decision.times_from,
+        "notices": list(decision.notices),
+    }
+    if emitted is not None:
+        value["emitted"] = {"text": emitted.text, "notice": emitted.notice}
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+
+
+def answer(planned: Planned) -> list[tuple[str, str]]:
+    """The answer in a few named lines."""
+    decision = planned.decision
+    choice = decision.choice
+    if choice is None:
+        return _nothing(planned)
+    return [
+        ("batch", f"{choice.batch_size} × {planned.seq_len} tokens"),
+        ("checkpointing", described(choice)),
+        ("peak", _peak(choice, decision)),
+        ("speed", _speed(choice, decision)),
+        ("why", _why(decision)),
+    ]
+
+
+def described(candidate: Candidate) -> str:
+    """A strategy in words: its name, or what a found plan does."""
+    plan = candidate.plan
+    if candidate.strategy != FOUND:
+        return candidate.strategy
+    kinds = dict.fromkeys(plan.policies)
+    parts = []
+    for policy in kinds:
+        count = plan.policies.count(policy)
+        kept = len(policy.keep)
+        parts.append(f"{count} keep {kept} outputs inside" if kept else f"{count} keep their input alone")
+    whole = plan.num_layers - plan.layers_checkpointed
+    if whole:
+        parts.append(f"{whole} keep everything")
+    return f"a found plan: of {plan.num_layers} layers {', '.join(parts)}"
+
+
+def _peak(choice: Candidate, decision: Decision) -> str:
+    text = format_bytes(choice.peak_bytes)
+    if decision.limit_bytes is None or decision.usable_bytes is None:
+        return text
+    spare = decision.limit_bytes - choice.peak_bytes
+    reserve = f", {format_percent(decision.reserve_frac)} of it held back" if decision.reserve_frac else ""
+    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free"
+
+
+def _speed(choice: Candidate, decision: Decision) -> str:
+    rate = f"{choice.tokens_per_s:,.0f} tokens/s"
+    if choice.source == "measured":
+        return f"{rate} (measured)"
+    best = best_named(decision)
+    gain = ""
+    if best is not None and best != choice:
+        more = choice.tokens_per_s / best.tokens_per_s - 1
+        gain = f"{format_percent(more)} more tokens/s than {best.strategy} at batch {best.batch_size}; "
+    return f"{gain}about {rate}, {format_seconds(choice.step_time_s)} a step (an estimate from {decision.times_from})"
+
+
+def best_named(decision: Decision) -> Candidate | None:
+    """The fastest named strategy that fits."""
+    fitting = [each for each in decision.candidates if each.fits and each.strategy != FOUND]
+    return max(fitting, key=lambda each: each.tokens_per_s, default=None)
+
+
+def _why(decision: Decision) -> str:
+    parts = [part for part in (decision.binding, decision.peak_words and f"Peak in the {decision.peak_words}.") if part]
+    return " ".join(parts)
+
+
+def _nothing(planned: Planned) -> list[tuple[str, str]]:
+    decision = planned.decision
+    smallest = decision.smallest
+    lines = [("answer", f"nothing fits into {format_bytes(decision.usable_bytes)}")]
+    if smallest is not None:
+        lines.append(
+            (
+                "smallest peak",
+                f"{format_bytes(smallest.peak_bytes)}: {described(smallest)} at batch {smallest.batch_size}",
+            )
+        )
+    if decision.peak_words:
+        lines.append(("peak", f"in the {decision.peak_words}"))
+    remedies = [gain.name for gain in decision.gains if gain.fits]
+    if decision.longest_seq_len is not None:
+        remedies.append(f"sequences of {decision.longest_seq_len} tokens")
+    if remedies:
+        lines.append(("would fit with", "; ".join(remedies)))
+    if smallest is not None and decision.limit_bytes is not None:
+        needed = int(smallest.peak_bytes / (1 - decision.reserve_frac))
+        lines.append(("or on", f"a device of {format_bytes(needed)} or more"))
+    return lines
+
+
+def best_of_each(decision: Decision) -> list[Candidate]:
+    """Of each strategy the fastest that fits, else the smallest; the fastest first."""
+    best: dict[str, Candidate] = {}
+    for candidate in decision.candidates:
+        known = best.get(candidate.strategy)
+        if known is None or (not known.fits and candidate.peak_bytes < known.peak_bytes):
+            best[candidate.strategy] = candidate
+    return sorted(best.values(), key=lambda each: (not each.fits, -each.tokens_per_s))
+
+
+def frontier_table(planned: Planned) -> Table:
+    """The best of each strategy."""
+    decision = planned.decision
+    choice = decision.choice
+    largest = {each.strategy: each.batch_size for each in decision.largest}
+    group = best_of_each(decision)
+
+    def relative(candidate: Candidate) -> str:
+        if not candidate.fits:
+            return "does not fit"
+        if choice is None:
+            return "–"
+        return (
+            "the choice"
+            if candidate == choice
+            else format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+        )
+
+    return Table(
+        title="The best of each strategy",
+        columns=(
+            Column(header="strategy", cells=tuple(each.strategy for each in group), right=False),
+            Column(header="batch", cells=tuple(str(each.batch_size) for each in group)),
+            Column(
+                header="layers recomputed",
+                short_header="layers",
+                shorten=1,
+                drop=2,
+                cells=tuple(str(each.plan.layers_checkpointed) for each in group),
+            ),
+            Column(header="peak", cells=tuple(format_bytes(each.peak_bytes) for each in group)),
+            Column(header="tokens/s", cells=tuple(relative(each) for each in group)),
+            Column(
+                header="largest batch",
+                cells=tuple(
+                    "–" if largest.get(each.strategy) is None else str(largest[each.strategy]) for each in group
+                ),
+            ),
+        ),
+    )
+
+
+def gains_table(decision: Decision) -> Table | None:
+    """What else would lower the peak."""
+    if not decision.gains:
+        return None
+    shown = decision.choice or decision.smallest
+    assert shown is not None
+    return Table(
+        title="What else would lower this peak",
+        columns=(
+            Column(header="besides checkpointing", cells=tuple(gain.name for gain in decision.gains), right=False),
+            Column(header="peak then", cells=tuple(format_bytes(gain.peak_bytes) for gain in decision.gains)),
+            Column(
+                header="frees", cells=tuple(format_bytes(shown.peak_bytes - gain.peak_bytes) for gain in decision.gains)
+            ),
+            Column(header="how", cells=tuple(gain.flag or "in the trainer" for gain in decision.gains), right=False),
+        ),
+    )
+
+
+def next_steps(planned: Planned) -> list[str]:
+    """Commands to go on with."""
+    choice = planned.decision.choice
+    if choice is None:
+        return []
+    spec = f"plan:{planned.plan_file}" if choice.strategy == FOUND else choice.strategy
+    return [
+        f"in your own loop: gcbench.apply(model, {spec!r})",
+        f"for a trainer: gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}",
+        f"to measure it: gcbench run --model {shlex.quote(planned.settings.model)} --batch {choice.batch_size} "
+        f"--seq-len {planned.seq_len} --strategies off,{spec}",
+    ]
+
+
+def renderables(planned: Planned) -> list[RenderableType]:
+    """The whole answer for a screen."""
+    from rich.table import Table as Grid
+    from rich.text import Text
+
+    settings = planned.settings
+    card = planned.target.card
+    where = (card.full_name or card.name) if card else planned.machine.device_name
+    memory = f", {format_bytes(planned.decision.limit_bytes)}" if planned.decision.limit_bytes else ""
+    head = Text(
+        f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim} on {where}{memory}"
+    )
+    head.stylize("bold")
+    grid = Grid.grid(padding=(0, 2, 0, 0))
+    grid.add_column(no_wrap=True, style="bold")
+    grid.add_column()
+    for name, text in answer(planned):
+        grid.add_row(name, Text(text))
+    parts: list[RenderableType] = [head, Text(), grid, Text(), frontier_table(planned)]
+    gains = gains_table(planned.decision)
+    if gains is not None:
+        parts.append(gains)
+    parts += [Text(step) for step in next_steps(planned)]
+    return parts
+
+
+def markdown(planned: Planned) -> str:
+    """The answer as Markdown, with every candidate."""
+    lines = [f"# gcbench plan: {planned.settings.model}", "", f"`{planned.command}`", ""]
+    lines += [f"- **{name}**: {text}" for name, text in answer(planned)]
+    lines += ["", "| strategy | batch | peak | tokens/s | |", "|---|---:|---:|---:|---|"]
+    choice = planned.decision.choice
+    for candidate in planned.decision.candidates:
+        mark = "the choice" if candidate == choice else "" if candidate.fits else "does not fit"
+        lines.append(
+            f"| `{candidate.strategy}` | {candidate.batch_size} | {format_bytes(candidate.peak_bytes)} | "
+            f"{candidate.tokens_per_s:,.0f} | {mark} |"
+        )
+    if planned.decision.gains:
+        lines += ["", "| besides checkpointing | peak then |", "|---|---:|"]
+        lines += [f"| {gain.name} | {format_bytes(gain.peak_bytes)} |" for gain in planned.decision.gains]
+    return "\n".join(lines) + "\n"
+
+
+def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: bool, err: Console, folder: Path) -> None:
+    """Print the answer; with settings for a tool, those alone on standard output and the answer beside them."""
+    from rich.console import Console
+
+    if as_json:
+        print(document(planned, emitted), end="")
+    elif emitted is not None:
+        print(emitted.text, end="")
+    screen = err if emitted is not None else Console()
+    if not as_json and not (quiet and emitted is not None):
+        for part in renderables(planned):
+            screen.print(part)
+    if quiet:
+        return
+    notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
+    for notice in [*notices, f"Everything is in {folder}"]:
+        err.print(notice, markup=False, highlight=False, soft_wrap=True)
+
+
+def text(planned: Planned, *, width: int) -> str:
+    """The answer as plain text."""
+    return plain(renderables(planned), width=width)
+
+
+__all__: Sequence[str] = ("answer", "document", "markdown", "renderables", "rows", "show", "text")

@@ -1,0 +1,107 @@
+"""What would lower the peak besides checkpointing: each replayed or traced anew, none asserted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from gcbench.decision import Candidate, Gain
+from gcbench.records import Lora
+from gcbench.simulate.assembly import Assembly, Kind
+from gcbench.simulate.child import CHUNKS, Session
+from gcbench.simulate.explain import without_logits
+from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.predictor import Step
+from gcbench.simulate.timeline import Timeline
+from gcbench.strategies import Policy
+from gcbench.tasks import PlanTask
+
+_WORTH_NAMING = 0.005
+"""Of the peak; smaller gains are no lever."""
+_LORA_R = 16
+_BLOCK = 256
+"""Elements of an 8-bit optimizer's state that share one fp32 factor, and the least that a state is quantised at: 4096
+elements (bitsandbytes 0.48, bitsandbytes/optim/optimizer.py and functional.py)."""
+_LEAST_QUANTISED = 4096
+
+Held = Callable[[Timeline, Session], int]
+
+
+def gains(
+    task: PlanTask, session: Session, candidate: Candidate, step: Step, *, held: Held, usable: int | None
+) -> tuple[Gain, ...]:
+    """The levers of a candidate, the best first; those too small to name are left out."""
+    tried: list[tuple[str, str | None, int]] = []
+
+    def note(name: str, flag: str | None, line: Timeline, by: Session = session) -> None:
+        tried.append((name, flag, held(line, by)))
+
+    assembly = step.assembly
+    sizes = without_logits(assembly, CHUNKS)
+    note(f"a loss computed in {CHUNKS} chunks", None, replace(assembly.timeline, nbytes=sizes))
+    if task.optim.startswith("adamw"):
+        note("an 8-bit AdamW", None, _quantised(assembly, 2 if task.precision == "bf16" else 4))
+    if task.target.kind == "cuda" and not task.target.expandable_segments:
+        flexible = replace(task.target, expandable_segments=True)
+        other = Session.on(session, flexible)
+        note("expandable segments", "--expandable-segments", assembly.timeline, other)
+    changes = _changes(task, candidate)
+    peaks = in_halves(lambda change: _traced(change[2], change[3], held), changes)
+    tried += [(name, flag, peak) for (name, flag, _, _), peak in zip(changes, peaks, strict=True) if peak is not None]
+    worth = [entry for entry in tried if candidate.peak_bytes - entry[2] > _WORTH_NAMING * candidate.peak_bytes]
+    return tuple(
+        Gain(name=name, flag=flag, peak_bytes=peak, fits=usable is None or peak <= usable)
+        for name, flag, peak in sorted(worth, key=lambda entry: entry[2])
+    )
+
+
+Change = tuple[str, str | None, PlanTask, Candidate]
+
+
+def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
+    """Other workloads, and other ways to treat the same layers."""
+    changes: list[Change] = []
+    if task.optim == "adamw_torch":
+        fused = replace(task, optim="adamw_torch_fused")
+        changes.append(("the fused optimizer", "--optim adamw_torch_fused", fused, candidate))
+    if task.attn_implementation == "eager":
+        changes.append(
+            ("fused attention", "--attn-implementation sdpa", replace(task, attn_implementation="sdpa"), candidate)
+        )
+    if task.lora is None:
+        adapters = replace(task, lora=Lora(r=_LORA_R))
+        changes.append(
+            (f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters, candidate)
+        )
+    if task.precision == "fp32":
+        changes.append(("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"), candidate))
+    if task.precision in ("fp32", "bf16-mixed", "fp16-mixed"):
+        changes.append(("weights in bf16", "--precision bf16", replace(task, precision="bf16"), candidate))
+    plain = all(policy == Policy() for policy in candidate.plan.policies)
+    if task.target.kind == "cuda" and candidate.plan.groups and plain and not candidate.plan.compiled:
+        away = replace(candidate, plan=candidate.plan.with_policies(offload=True))
+        changes.append(("boundaries in the host's memory", f"--strategies {candidate.strategy}+offload", task, away))
+    return changes
+
+
+def _traced(task: PlanTask, candidate: Candidate, held: Held) -> int | None:
+    """The peak of another workload; None where its step cannot be had."""
+    try:
+        session = Session(task.as_predictions())
+        plan, batch = candidate.plan, candidate.batch_size
+        return held(session.predictor.step(plan, batch_size=batch, seq_len=task.seq_len).timeline, session)
+    except Exception:  # a model's own code; a lever that cannot be tried is none
+        return None
+
+
+def _quantised(assembly: Assembly, width: int) -> Timeline:
+    """The step with AdamW's two states in 8 bits: a byte each, and a factor for every block of them.
+
+    `width` is what an element of a state takes now, in bytes.
+    """
+    line = assembly.timeline
+    of_states = (assembly.kinds == Kind.OPTIMIZER) & (line.nbytes > 4 * _LEAST_QUANTISED)
+    small = line.nbytes // width + 4 * -(-line.nbytes // (width * _BLOCK))
+    return replace(line, nbytes=np.where(of_states, small, line.nbytes))
