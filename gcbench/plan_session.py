@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +57,8 @@ class Planned:
     """A decision with all that it was made for.
 
     Attributes:
+        hub_id: under which the model is found on the Hub; None where that is not known.
+        source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
     """
 
@@ -68,8 +70,15 @@ class Planned:
     decision: Decision
     command: str
     created: str
-    source: sources.ModelSource
+    hub_id: str | None
+    source: sources.ModelSource | None = None
     plan_file: Path | None = None
+
+    @property
+    def source_or_raise(self) -> sources.ModelSource:
+        """The model; a decision from a stored run has none to run again."""
+        assert self.source is not None
+        return self.source
 
     @property
     def handover(self) -> Handover | None:
@@ -91,7 +100,7 @@ class Planned:
         chosen = replace(rival(choice), strategy=f"plan:{self.plan_file}" if found else choice.strategy)
         return Handover(
             model=self.settings.model,
-            hub_id=None if Path(self.source.location).exists() else self.source.location,
+            hub_id=self.hub_id,
             choice=chosen,
             rivals=tuple(rival(each) for each in self.decision.candidates if each.fits and each != choice),
             plan_file=str(self.plan_file) if self.plan_file else None,
@@ -108,8 +117,6 @@ def plan(
     wanted: Settings, wish: Wish, asked: Asked, *, out: Path | None, command: str, as_json: bool, quiet: bool
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
-    from gcbench import plan_view
-
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     created = datetime.now(UTC).isoformat(timespec="seconds")
@@ -118,13 +125,34 @@ def plan(
     try:
         with ExitStack() as stack:
             children = stack.enter_context(ForkedChildren())
-            if err.is_terminal and not quiet:
-                stack.enter_context(err.status("planning"))
-            planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
-        planned = replace(planned, created=created)
+            with err.status("planning") if err.is_terminal and not quiet else nullcontext():
+                planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
+            planned = replace(planned, created=created)
+            if asked.measure:
+                planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
     except GcbenchError:
         store.discard_if_empty()
         raise
+    finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+
+
+def _confirmed(planned: Planned, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
+    """The plan after its best candidates have run here."""
+    from gcbench import plan_measure, progress
+
+    if planned.target.name != planned.machine.device:
+        raise UsageError(
+            f"--measure runs on this machine, and the plan is for {planned.target.name}; leave out --device, or leave "
+            "out --measure"
+        )
+    with progress.choose(err, quiet=quiet) as display:
+        return plan_measure.confirm(planned, children=children, store=store, progress=display)
+
+
+def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
+    """Store the decision, translate it for a tool if one was named, and show it."""
+    from gcbench import plan_view
+
     planned = publish(planned, store.folder)
     emitted = None
     if asked.emit is not None:
@@ -132,8 +160,8 @@ def plan(
 
         if planned.handover is None:
             raise UsageError(
-                f"--emit {asked.emit}: nothing fits, so there is nothing to hand over; see {store.folder}, or give "
-                "more memory"
+                f"--emit {asked.emit}: nothing fits, so there is nothing to hand over; {store.folder / 'plan.md'} says "
+                "what would"
             )
         emitted = export.emit(asked.emit, planned.handover)
     plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
@@ -152,7 +180,7 @@ def decide(
 ) -> Planned:
     """The decision; `target` None is what this machine has."""
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
-    machine, facts = runner.describe(replace(wanted, device=here), source, children)
+    machine, facts = runner.describe(replace(wanted, device=here), source, children, needs_order=True)
     is_here = target is None or (target.kind == CPU and machine.device == CPU)
     target = target or target_of(wish, machine)
     assert target is not None
@@ -199,6 +227,7 @@ def decide(
         decision=answered[0],
         command=command,
         created="",
+        hub_id=None if Path(source.location).exists() else source.location,
         source=source,
     )
 

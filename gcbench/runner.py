@@ -59,20 +59,25 @@ def run(
     store.save(report)
     schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
-    tasks = [_task(job, source, cell, number) for cell, number in todo]
+    tasks = [task_for(job, source, cell, number) for cell, number in todo]
     progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=job.settings.rounds)
     for task in tasks:
         if _is_done(report, task.cell, task.round):  # it failed in an earlier round
             progress.skip(num_steps=task.num_steps)
             continue
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
-        report = _measure(report, task, job, children, store, progress)
+        report = measure_round(report, task, job, children, store, progress)
         progress.leave(_outcome(report, task.cell))
     return report
 
 
-def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple[Machine, ModelFacts]:
-    """The machine and the model, asked of a child; raises what the child would have raised."""
+def describe(
+    wanted: Settings, source: ModelSource, children: Children, *, needs_order: bool = False
+) -> tuple[Machine, ModelFacts]:
+    """The machine and the model, asked of a child; raises what the child would have raised.
+
+    With `needs_order` the order in which layers run is looked for even where no strategy counts them so.
+    """
     answer = children.run(
         DescribeTask(
             device=wanted.device,
@@ -82,7 +87,7 @@ def describe(wanted: Settings, source: ModelSource, children: Children) -> tuple
             attn_implementation=wanted.attn_implementation,
             lora=wanted.lora,
             operators=operators(wanted.strategies or ()),
-            needs_order=any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
+            needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
         ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
@@ -182,7 +187,8 @@ def _is_done(report: Report, cell: Cell, number: int) -> bool:
     return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
 
 
-def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+def task_for(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+    """One round of one cell."""
     settings = job.settings
     assert settings.warmup is not None
     return MeasureTask(
@@ -203,7 +209,7 @@ def _task(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask
     )
 
 
-def _measure(
+def measure_round(
     report: Report, task: MeasureTask, job: Job, children: Children, store: Store, progress: Progress
 ) -> Report:
     """The report with one more round, or one more failure, in it; saved."""

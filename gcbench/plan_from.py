@@ -1,0 +1,147 @@
+"""A decision from a stored run: what was measured in place of what is predicted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench import config as configs
+from gcbench import plan_session
+from gcbench import report as reports
+from gcbench.config import Settings
+from gcbench.decision import Candidate, Decision, Largest, choose, ranked
+from gcbench.errors import ResultsError, UsageError
+from gcbench.plan_session import RESERVE_FRAC, Asked, Planned
+from gcbench.records import ModelFacts, Report, Row
+from gcbench.resolve import plan_of
+from gcbench.simulate.target import Target
+from gcbench.sources import slug
+from gcbench.store import Store, default_folder
+from gcbench.strategies import OFF, Plan, parse
+from gcbench.strategies.plan_file import of_json
+from gcbench.tables import failed_proof, rows
+from gcbench.targets import Wish
+from gcbench.units import format_bytes
+
+_OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")
+
+
+def plan(
+    folder: Path,
+    wanted: Settings,
+    wish: Wish,
+    asked: Asked,
+    *,
+    out: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
+    report = reports.load(folder)
+    planned = decide(report, folder, wanted, wish, asked, command=command)
+    store = Store.create(out or default_folder(f"plan-{slug(report.model.model)}", planned.created))
+    plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+
+
+def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: Asked, *, command: str) -> Planned:
+    """The fastest measured setting that fits."""
+    if wish.device is not None:
+        raise UsageError(
+            f"--device {wish.device}: a stored run is of the device it was measured on ({report.machine.device_name}); "
+            "leave it out, or predict without --from"
+        )
+    if report.source != "measured":
+        raise ResultsError(f"{folder} holds predictions, which have no times; give a run that gcbench run measured")
+    kind = report.machine.device.partition(":")[0]
+    limit = wish.device_memory or report.machine.device_memory_bytes
+    if limit is None:
+        raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
+    reserve = RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
+    usable = int(limit * (1 - reserve))
+    table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
+    lengths = sorted({row.seq_len for row in table})
+    if wanted.seq_len is not None:
+        table = [row for row in table if row.seq_len == wanted.seq_len[0]]
+    elif len(lengths) > 1:
+        raise UsageError(f"--seq-len is missing: {folder} has lengths {', '.join(map(str, lengths))}; choose one")
+    if asked.batch_sizes is not None:
+        table = [row for row in table if row.batch_size in asked.batch_sizes]
+    if wanted.strategies is not None:
+        table = [row for row in table if row.strategy in wanted.strategies]
+    if not table:
+        raise ResultsError(
+            f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
+            "--seq-len and --strategies"
+        )
+    candidates = [_candidate(row, report, usable) for row in table]
+    choice = choose(candidates)
+    fitting = sum(each.fits for each in candidates)
+    decision = Decision(
+        limit_bytes=limit,
+        usable_bytes=usable,
+        reserve_frac=reserve,
+        choice=choice,
+        smallest=None if choice else min(candidates, key=lambda each: each.peak_bytes),
+        candidates=ranked(candidates),
+        largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
+        binding=f"The fastest of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}.",
+        times_from=f"measurements in {folder}",
+        notices=("Largest batches are those of the run: larger ones were not measured.",),
+    )
+    stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
+    return Planned(
+        settings=settings,
+        seq_len=table[0].seq_len,
+        target=Target(kind=kind, name=report.machine.device, memory_bytes=limit),
+        machine=report.machine,
+        facts=report.model,
+        decision=decision,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hub_id=None,
+    )
+
+
+def _candidate(row: Row, report: Report, usable: int) -> Candidate:
+    held = row.peak_process_bytes if report.machine.device != "cpu" else row.peak_allocated_bytes
+    held = held or row.peak_reserved_bytes or row.peak_allocated_bytes
+    assert held is not None and row.peak_allocated_bytes is not None
+    assert row.step_time_s is not None and row.tokens_per_s is not None
+    tokens = row.batch_size * row.seq_len
+    return Candidate(
+        strategy=row.strategy,
+        plan=plan_of_row(row.strategy, report.plan_files, report.model),
+        batch_size=row.batch_size,
+        peak_bytes=held,
+        allocated_bytes=row.peak_allocated_bytes,
+        peak_phase=row.peak_phase,  # type: ignore[arg-type]  # one of its names
+        fits=held <= usable,
+        step_time_s=row.step_time_s,
+        tokens_per_s=row.tokens_per_s,
+        tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,
+        tokens_per_s_high=tokens / row.step_time_low_s if row.step_time_low_s else None,
+        source="measured",
+    )
+
+
+def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Plan:
+    """The plan that a strategy of a stored run stood for."""
+    if facts.checkpointing_refusal is not None or spec == OFF:
+        return Plan(num_layers=facts.num_layers)
+    if spec in plan_files:
+        stored = of_json(json.loads(plan_files[spec]))
+        order = facts.layers_in_order
+        stored = replace(stored, num_layers=facts.num_layers if order is None else len(order))
+        return stored if order is None else stored.renumbered(order, facts.num_layers)
+    return plan_of(parse(spec), facts)
+
+
+def _largest(strategy: str, candidates: list[Candidate]) -> Largest:
+    fitting = [each.batch_size for each in candidates if each.strategy == strategy and each.fits]
+    return Largest(strategy=strategy, batch_size=max(fitting, default=None))

@@ -1,0 +1,163 @@
+"""`gcbench plan --measure`: the few settings that could be the best are run in rounds until one of them has won."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from gcbench import racing, runner
+from gcbench.children import Children
+from gcbench.config import Settings
+from gcbench.decision import FOUND, Candidate, choose, ranked
+from gcbench.errors import GcbenchError
+from gcbench.plan_from import plan_of_row
+from gcbench.plan_session import Planned, in_run_order
+from gcbench.records import Cell, Report, Workload
+from gcbench.report import write_text
+from gcbench.resolve import Job
+from gcbench.runner import Progress
+from gcbench.store import Store
+from gcbench.strategies.plan_file import as_json as plan_as_json
+from gcbench.tables import failed_proof, rows
+
+_STEPS = 2
+"""Timed steps of a contender in a round."""
+
+
+def confirm(planned: Planned, *, children: Children, store: Store, progress: Progress) -> Planned:
+    """The plan with its best candidates measured, and the choice among them; the run is kept in `store`."""
+    decision = planned.decision
+    entered = racing.contenders(decision.candidates)
+    if not entered:
+        return planned
+    named = {each: _spec(each, planned, store) for each in entered}
+    job = _job(planned, named)
+    report = runner.begin(job, planned.machine, planned.facts, planned.command)
+    store.save(report)
+    report, num_rounds = _race(report, job, planned, children=children, store=store, progress=progress)
+    measured = _measured(report, named, planned)
+    if not any(each.fits for each in measured):
+        raise GcbenchError(f"none of the {len(entered)} settings that were run can be used; {store.folder} says why")
+    others = [each for each in decision.candidates if each not in named]
+    choice = choose(measured)
+    steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
+    told = replace(
+        decision,
+        choice=choice,
+        candidates=ranked(measured) + ranked(others),
+        times_from=f"measurements of {len(entered)} settings in up to {num_rounds} rounds",
+        notices=(
+            *decision.notices,
+            f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
+            "an estimate.",
+        ),
+    )
+    return replace(planned, decision=told)
+
+
+def _spec(candidate: Candidate, planned: Planned, store: Store) -> str:
+    """The candidate's strategy; a found plan gets a file of its own."""
+    if candidate.strategy != FOUND:
+        return candidate.strategy
+    path = store.folder / f"plan-batch-{candidate.batch_size}.json"
+    document = plan_as_json(in_run_order(candidate.plan, planned.facts.layers_in_order))
+    write_text(path, json.dumps(document, indent=1) + "\n")
+    return f"plan:{path}"
+
+
+def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
+    settings = planned.settings
+    cells = tuple(
+        Cell(
+            workload=Workload(
+                model=settings.model,
+                device=planned.machine.device,
+                batch_size=candidate.batch_size,
+                seq_len=planned.seq_len,
+                precision=settings.precision,
+                optim=settings.optim,
+                attn_implementation=planned.facts.attn_implementation,
+                lora_r=settings.lora_r,
+            ),
+            strategy=spec,
+        )
+        for candidate, spec in named.items()
+    )
+    files = {spec: Path(spec.removeprefix("plan:")) for spec in named.values() if spec.startswith("plan:")}
+    wanted: Settings = replace(
+        settings,
+        device=planned.machine.device,
+        batch_size=tuple(dict.fromkeys(candidate.batch_size for candidate in named)),
+        seq_len=(planned.seq_len,),
+        strategies=tuple(dict.fromkeys(named.values())),
+        warmup=1,
+        steps=_STEPS,
+        rounds=racing.MOST_ROUNDS,
+        memory_limit=None,
+    )
+    return Job(
+        settings=wanted,
+        cells=cells,
+        plans={spec: candidate.plan for candidate, spec in named.items()},
+        refusals={},
+        plan_files={spec: path.read_text(encoding="utf-8") for spec, path in files.items()},
+        least_steps=_STEPS,
+        notices=(),
+    )
+
+
+def _race(
+    report: Report, job: Job, planned: Planned, *, children: Children, store: Store, progress: Progress
+) -> tuple[Report, int]:
+    """Rounds of those that are still in, and how many there were."""
+    running: Sequence[Cell] = job.cells
+    progress.begin(num_steps=len(running) * racing.MOST_ROUNDS * (_STEPS + 2), num_rounds=racing.MOST_ROUNDS)
+    for number in range(racing.MOST_ROUNDS):
+        for cell in running:
+            task = runner.task_for(job, planned.source_or_raise, cell, number)
+            progress.enter(cell, round=number, num_steps=task.num_steps)
+            report = runner.measure_round(report, task, job, children, store, progress)
+            progress.leave(next(outcome for outcome in report.outcomes if outcome.cell == cell))
+        rates = {
+            outcome.cell: [1 / min(result.step_times_s) * outcome.cell.workload.batch_size for result in outcome.rounds]
+            for outcome in report.outcomes
+            if outcome.failure is None and outcome.cell in running
+        }
+        if not rates:
+            return report, number + 1
+        now = racing.standing(rates)
+        running = [cell for cell in running if cell in now.still_in]
+        if now.is_settled:
+            return report, number + 1
+    return report, racing.MOST_ROUNDS
+
+
+def _measured(report: Report, named: dict[Candidate, str], planned: Planned) -> list[Candidate]:
+    """The contenders with what was measured of them; one that failed does not fit."""
+    table = {(row.strategy, row.batch_size): row for row in rows(report)}
+    usable = planned.decision.usable_bytes
+    found = []
+    for candidate, spec in named.items():
+        row = table[spec, candidate.batch_size]
+        held = row.peak_allocated_bytes if planned.machine.device == "cpu" else row.peak_process_bytes
+        if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or held is None:
+            found.append(replace(candidate, fits=False))
+            continue
+        tokens = candidate.batch_size * planned.seq_len
+        found.append(
+            replace(
+                candidate,
+                plan=plan_of_row(spec, report.plan_files, planned.facts),
+                peak_bytes=held,
+                allocated_bytes=row.peak_allocated_bytes or held,
+                fits=usable is None or held <= usable,
+                step_time_s=row.step_time_s,
+                tokens_per_s=row.tokens_per_s,
+                tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,
+                tokens_per_s_high=tokens / row.step_time_low_s if row.step_time_low_s else None,
+                source="measured",
+            )
+        )
+    return found
