@@ -67,9 +67,9 @@ def main(task: Task, connection: Connection) -> Answer:
 
         return child.predict(task, tell)
     if isinstance(task, PlanTask):
-        from gcbench import planner
+        from gcbench.planner import search
 
-        return planner.plan(task, tell)
+        return search.plan(task, tell)
     if isinstance(task, CheckTask):
         from gcbench import checker
 

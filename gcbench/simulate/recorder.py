@@ -17,7 +17,7 @@ from transformers import masking_utils
 from gcbench.costs import Work
 from gcbench.records import Phase
 from gcbench.simulate.events import Block, Trace
-from gcbench.simulate.work import of_call
+from gcbench.simulate.work import Ages, of_call
 
 Internals = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
 """(operator, arguments, keyword arguments, result) -> (name, bytes) of what its kernel takes while it runs."""
@@ -38,6 +38,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
+        self._ages = Ages()
         self.works: list[Work] = []
         """What each call has the device do, in order."""
 
@@ -95,7 +96,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
         if func.namespace != "prim" and not _is_skipped(result):  # questions, like prim::device, are no work
-            self.works.append(of_call(func, args, kwargs, result))
+            self.works.append(self._ages.aged(of_call(func, args, kwargs, result), args, kwargs, result))
         if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_formula()):
             self._hand_over(args[0], result)
             return result

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import torch
 
-from gcbench.costs import Work
+from gcbench.costs import Caller, Work
 from gcbench.operators import argument_place
+from gcbench.replay import text_of
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm"}
@@ -26,17 +29,78 @@ def of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     made = list(_tensors((result,)))
     main = given[0] if given else made[0] if made else None
     dtype = "none" if main is None else _DTYPES.get(main.dtype, str(main.dtype).removeprefix("torch."))
+    call, caller = text_of(func, args, kwargs), _caller()
     if not is_mutable(func) and _is_view(given, made):
-        return Work(op=name, kind="view", dtype=dtype, nbytes=0)
+        return Work(op=name, kind="view", dtype=dtype, nbytes=0, call=call, caller=caller)
     nbytes = sum(map(_touched, given)) + sum(map(_touched, made))
     if name in _PRODUCTS:
         left, right = args[-2:] if name == "addmm" else args[1:3] if name == "baddbmm" else args[:2]
         dims = _product(left, right)
         flops = 2 * dims[0] * dims[1] * dims[2] * dims[3]
-        return Work(op=name, kind="matmul", dtype=dtype, nbytes=nbytes, flops=flops, dims=dims)
+        return Work(
+            op=name, kind="matmul", dtype=dtype, nbytes=nbytes, flops=flops, dims=dims, call=call, caller=caller
+        )
     if "attention" in name and len(given) >= 3:
-        return _attention(name, func, args, kwargs, given, dtype=dtype, nbytes=nbytes)
-    return Work(op=name, kind="pointwise", dtype=dtype, nbytes=nbytes)
+        work = _attention(name, func, args, kwargs, given, dtype=dtype, nbytes=nbytes)
+        return replace(work, call=call, caller=caller)
+    return Work(op=name, kind="pointwise", dtype=dtype, nbytes=nbytes, call=call, caller=caller)
+
+
+def _caller() -> Caller:
+    """What calls the operator now, told from the state of autograd."""
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not torch.is_grad_enabled():
+        return "backward" if in_backward else "optimizer"
+    if in_backward:
+        return "recompute"  # nothing else builds a graph in the backward pass
+    if torch._C._autograd._top_saved_tensors_default_hooks(False) is None:
+        return "model"
+    return "policy" if _is_watched() else "checkpoint"
+
+
+_NEAREST_FRAMES = range(4, 9)
+"""Where another dispatch mode stands, seen from `_is_watched`: beyond what it was called by and the recorder's own mode,
+before code of the model's."""
+
+
+def _is_watched() -> bool:
+    """Whether the call has come through another dispatch mode, as selective checkpointing's."""
+    for place in _NEAREST_FRAMES:
+        try:
+            frame = sys._getframe(place)
+        except ValueError:  # no more frames
+            break
+        if frame.f_code.co_name == "__torch_dispatch__":
+            return True
+    return False
+
+
+class Ages:
+    """How long ago memory was touched, in bytes of traffic since: told each call of a step, in order."""
+
+    def __init__(self) -> None:
+        self._passed = 0
+        self._touched: dict[int, int] = {}
+        """Memory -> bytes that had passed when it was last read or written."""
+
+    def aged(self, work: Work, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Work:
+        """The work of a call with `cold` set."""
+        given = [tensor for tensor in _tensors((args, tuple(kwargs.values()))) if tensor.layout is torch.strided]
+        cold = 0
+        for place, tensor in enumerate(given):
+            touched = self._touched.get(storage_of(tensor))
+            if touched is None or self._passed - touched > CACHED_BYTES:
+                cold |= 1 << place
+        self._passed += work.nbytes
+        for tensor in (*given, *_tensors((result,))):
+            if tensor.layout is torch.strided:
+                self._touched[storage_of(tensor)] = self._passed
+        return replace(work, cold=cold) if cold else work
+
+
+CACHED_BYTES = 4 * 2**20
+"""Traffic after which memory is taken to be out of the caches: more than a core's own holds, less than a processor's
+shared one; between the two, what is measured hardly depends on it."""
 
 
 def _product(left: torch.Tensor, right: torch.Tensor) -> tuple[int, int, int, int]:

@@ -1,0 +1,217 @@
+"""The search itself: trace, weigh, solve, verify, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
+
+from gcbench.costs import CardFigures, Figures
+from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
+from gcbench.errors import GcbenchError
+from gcbench.planner.gains import gains
+from gcbench.planner.mixes import Mixes
+from gcbench.planner.weighing import Weighing
+from gcbench.simulate.child import failure
+from gcbench.simulate.explain import explain
+from gcbench.simulate.layer_policies import uniform_plans
+from gcbench.strategies import OFF, Plan
+from gcbench.tasks import Answer, Decided, PlanTask, Refusal
+from gcbench.units import format_bytes
+
+MOST_POLICIES = 8
+"""For a kind of layer; more would move the frontier by less than the figures are good for."""
+_WITHOUT_BOUND = (1, 2, 4, 8, 16)
+"""Batch sizes where nothing limits them."""
+_SHORTEST = 64
+"""Tokens; a shorter sequence is no remedy."""
+
+
+def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
+    """Decide and tell; what cannot be decided is a refusal or a failure."""
+    try:
+        tell(Decided(decision=Planner(task, _figures(task)).decide()))
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    except Exception as err:  # modelling code may raise anything
+        return Answer(failure=failure(err))
+    return Answer()
+
+
+def _figures(task: PlanTask) -> Figures:
+    return CardFigures(task.target.card)
+
+
+class Planner:
+    """One model on one device; `decide` is the whole of it."""
+
+    def __init__(self, task: PlanTask, figures: Figures) -> None:
+        self.task = task
+        self.weighing = Weighing(task, figures)
+        self.notices: list[str] = []
+        self.mixes = Mixes(self.weighing, self._uniform())
+        self._trace()
+
+    def limited(self, memory_bytes: int) -> Planner:
+        """The same on a device with so much memory, with nothing traced anew."""
+        other = copy(self)
+        other.task = replace(self.task, target=replace(self.task.target, memory_bytes=memory_bytes))
+        other.weighing = self.weighing.limited(other.task)
+        other.mixes = self.mixes.on(other.weighing)
+        return other
+
+    def decide(self) -> Decision:
+        """Weigh, solve, verify."""
+        batches = self._batches()
+        named = [self._candidate(spec, plan, batch) for spec, plan in self.task.named for batch in batches]
+        candidates = self._verified([*named, *self._found(batches, choose(named))])
+        choice = choose(candidates)
+        smallest = None if choice is not None else self._smallest(min(batches), candidates)
+        shown = choice or smallest
+        return Decision(
+            limit_bytes=self.task.target.memory_bytes,
+            usable_bytes=self.weighing.usable,
+            reserve_frac=self.task.reserve_frac,
+            choice=choice,
+            smallest=smallest,
+            candidates=ranked(candidates),
+            largest=self._largest(),
+            gains=() if shown is None else self._gains(shown),
+            longest_seq_len=None if choice is not None else self._longest(min(batches)),
+            peak_words=None if shown is None else self._peak_words(shown),
+            binding=self._binding(candidates, choice),
+            times_from=self.weighing.figures.source,
+            notices=tuple(self.notices),
+        )
+
+    # What is traced.
+
+    def _uniform(self) -> list[Plan]:
+        """Every layer treated alike: nothing recomputed, everything recomputed, then policy by policy."""
+        stage = self.weighing.session.predictor.stage
+        num_layers = stage.num_layers
+        layers = self.task.layers_in_order or tuple(range(num_layers))
+        off = Plan(num_layers=num_layers)
+        if not layers or not self.task.can_checkpoint:
+            return [off]
+        every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
+        try:
+            found = uniform_plans(stage, layers, self.weighing.figures, seq_len=self.task.seq_len, most=MOST_POLICIES)
+        except Exception as err:  # a model's own code, or layers that cannot be looked into
+            self.notices.append(f"Policies inside of layers were not looked for: {err}.")
+            return [off, every]
+        return [off, every, *(each for each in found if any(policy.keep for policy in each.policies))]
+
+    def _trace(self) -> None:
+        uniform = self.mixes.uniform
+        others = [plan for _, plan in self.task.named if not self._is_composed(plan)]
+        self.weighing.trace(list(dict.fromkeys([*uniform, *others])))
+
+    def _is_composed(self, plan: Plan) -> bool:
+        """Whether what it takes follows from uniform plans."""
+        return plan not in self.mixes.uniform and self.mixes.can_compose(plan)
+
+    def _candidate(self, spec: str, plan: Plan, batch: int) -> Candidate:
+        composed = self.mixes.composed(spec, plan, batch) if self._is_composed(plan) else None
+        return composed or self.weighing.candidate(spec, plan, batch)
+
+    # Batch sizes.
+
+    def _batches(self) -> tuple[int, ...]:
+        """Those asked for, or powers of two and their halves between up to the largest at which anything fits."""
+        if self.task.batch_sizes:
+            return self.task.batch_sizes
+        if self.weighing.usable is None:
+            return _WITHOUT_BOUND
+        tops = [top for plan in self.mixes.uniform if (top := self.weighing.most(plan))]
+        ladder = [step for power in range(21) for step in (2**power, 3 * 2**power) if step <= max(tops, default=1)]
+        return tuple(sorted({1, *ladder, *tops[:2]}))
+
+    def _largest(self) -> tuple[Largest, ...]:
+        if self.weighing.usable is None:
+            return ()
+        named = [
+            Largest(
+                strategy=spec,
+                batch_size=self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan),
+            )
+            for spec, plan in self.task.named
+        ]
+        if len(self.mixes.uniform) > 1:
+            tops = [top for plan in self.mixes.uniform if (top := self.weighing.most(plan))]
+            named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
+        return tuple(named)
+
+    # What is found.
+
+    def _found(self, batches: Sequence[int], best: Candidate | None) -> list[Candidate]:
+        """The fastest mixes at the batch sizes at which not everything can be kept, each traced as it is."""
+        off = self.mixes.uniform[0]
+        tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
+        drafts = [pair for batch in tight if (pair := self.mixes.fastest(batch)) is not None]
+        drafts.sort(key=lambda pair: -pair[0].tokens_per_s)
+        bar = best.tokens_per_s if best is not None else 0.0
+        found: list[Candidate] = []
+        for draft, problem in drafts:
+            if found and draft.tokens_per_s < bar:
+                break  # it would not be chosen
+            settled = self.mixes.settled(draft, problem)
+            if settled is not None:
+                found.append(settled)
+                bar = max(bar, settled.tokens_per_s)
+        return found
+
+    def _verified(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, with the one that would be chosen traced as it is, and so on until that one stands."""
+        checked = list(candidates)
+        while (choice := choose(checked)) is not None and choice.source == "estimated":
+            traced = self.weighing.candidate(choice.strategy, choice.plan, choice.batch_size, traced=True)
+            checked[checked.index(choice)] = traced
+        return checked
+
+    def _smallest(self, batch: int, candidates: Sequence[Candidate]) -> Candidate | None:
+        """The lowest peak that can be reached at a batch size."""
+        of_batch = [candidate for candidate in candidates if candidate.batch_size == batch]
+        lowest = self.mixes.smallest(batch)
+        return min([*of_batch, *([lowest] if lowest else [])], key=lambda each: each.peak_bytes, default=None)
+
+    def _longest(self, batch: int) -> int | None:
+        """The longest of the halved lengths at which a batch fits with everything recomputed."""
+        plan = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
+        weighing = self.weighing
+
+        def fits(seq_len: int) -> bool:
+            step = weighing.session.predictor.step(plan, batch_size=batch, seq_len=seq_len)
+            return weighing.fits(weighing.counted(step.timeline, weighing.session))
+
+        halved = [self.task.seq_len >> times for times in range(1, 20) if self.task.seq_len >> times >= _SHORTEST]
+        return next(filter(fits, halved), None) if halved and fits(halved[-1]) else None
+
+    # What is said of it.
+
+    def _gains(self, candidate: Candidate) -> tuple[Gain, ...]:
+        weighing = self.weighing
+        step = weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        return gains(self.task, weighing.session, candidate, step, held=weighing.counted, usable=weighing.usable)
+
+    def _peak_words(self, candidate: Candidate) -> str:
+        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        told = explain(step.assembly, peak, ())
+        shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
+        return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
+
+    def _binding(self, candidates: Sequence[Candidate], choice: Candidate | None) -> str | None:
+        """What keeps it from being faster."""
+        if choice is None:
+            return None
+        off = [candidate for candidate in candidates if candidate.strategy == OFF]
+        faster = [each for each in off if each.tokens_per_s > 1.005 * choice.tokens_per_s]
+        if not faster:
+            return "Memory does not bind: nothing recomputed at a larger batch would not be faster."
+        nearest = min(faster, key=lambda each: each.peak_bytes)
+        more = nearest.tokens_per_s / choice.tokens_per_s - 1
+        return (
+            f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
+            f"{format_bytes(nearest.peak_bytes)}."
+        )

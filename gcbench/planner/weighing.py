@@ -1,0 +1,153 @@
+"""What a plan takes and brings at a batch size: traced once, and computed from then on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import copy
+
+from gcbench.costs import Figures
+from gcbench.decision import Candidate
+from gcbench.simulate import timeline
+from gcbench.simulate.child import Session
+from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.pools import MIN_BLOCK_BYTES
+from gcbench.simulate.predictor import Step
+from gcbench.simulate.profile import StepProfile, profile
+from gcbench.simulate.scaling import TRACED, Scaling
+from gcbench.simulate.timeline import Peak, Timeline
+from gcbench.strategies import Plan
+from gcbench.tasks import PlanTask
+
+_MOST_BATCH = 2**20
+
+
+class Weighing:
+    """One model on one device, at one length.
+
+    Attributes:
+        usable: bytes that may be used; None where there is no bound.
+        is_cuda: whether the target has a caching allocator, and a process holds more than its tensors.
+    """
+
+    def __init__(self, task: PlanTask, figures: Figures) -> None:
+        self.task = task
+        self.figures = figures
+        self.session = Session(task.as_predictions())
+        self.is_cuda = task.target.kind == "cuda"
+        self.usable = _usable(task)
+        self._scalings: dict[Plan, Scaling] = {}
+        self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
+        self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
+
+    def limited(self, task: PlanTask) -> Weighing:
+        """The same for a task that differs in the target's memory alone; what was traced is shared."""
+        other = copy(self)
+        other.task, other.usable = task, _usable(task)
+        other.session = Session.on(self.session, task.target)
+        other._peaks = {}  # short of memory, an allocator gives back what it caches
+        return other
+
+    def trace(self, plans: list[Plan]) -> None:
+        """Trace what these plans' steps are computed from, on two cores."""
+        predictor, seq_len = self.session.predictor, self.task.seq_len
+
+        def steps(plan: Plan) -> dict[int, Step]:
+            return {batch: predictor.step(plan, batch_size=batch, seq_len=seq_len) for batch in TRACED}
+
+        for plan, known in zip(plans, in_halves(steps, plans), strict=True):
+            self._scalings[plan] = Scaling(predictor, plan, seq_len=seq_len, known=known)
+
+    def scaling(self, plan: Plan) -> Scaling:
+        """Its steps at any batch size."""
+        if plan not in self._scalings:
+            self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len)
+        return self._scalings[plan]
+
+    def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False) -> Candidate:
+        """A plan at a batch size; with `traced` from a trace of this very step."""
+        scaling = self.scaling(plan)
+        step = scaling.traced(batch) if traced else scaling.step(batch)
+        held, peak = self.held(plan, batch, traced=traced)
+        seconds = step.seconds(self.figures)
+        return Candidate(
+            strategy=spec,
+            plan=plan,
+            batch_size=batch,
+            peak_bytes=held,
+            allocated_bytes=peak.memory.allocated_bytes,
+            peak_phase=peak.memory.peak_phase,
+            fits=self.fits(held),
+            step_time_s=seconds,
+            tokens_per_s=batch * self.task.seq_len / seconds,
+            source="predicted" if traced or scaling.is_exact(batch) else "estimated",
+        )
+
+    def held(self, plan: Plan, batch: int, *, traced: bool = False) -> tuple[int, Peak]:
+        """(bytes that count against the device's memory, the peak) of a step."""
+        key = (plan, batch, traced)
+        if key not in self._peaks:
+            scaling = self.scaling(plan)
+            peak = self.session.peak((scaling.traced(batch) if traced else scaling.step(batch)).timeline)
+            self._peaks[key] = (self._counts(peak), peak)
+        return self._peaks[key]
+
+    def counted(self, line: Timeline, session: Session) -> int:
+        """Bytes that count against the device's memory, of any step in any session."""
+        return self._counts(session.peak(line))
+
+    def _counts(self, peak: Peak) -> int:
+        return (peak.memory.process_bytes or 0) if self.is_cuda else peak.memory.allocated_bytes
+
+    def fits(self, held: int) -> bool:
+        """Whether so many bytes may be used."""
+        return self.usable is None or held <= self.usable
+
+    def beyond_tensors(self, plan: Plan, batch: int) -> int:
+        """What a process holds besides tensors: the context, and what the allocator has cached."""
+        if not self.is_cuda:
+            return 0
+        held, peak = self.held(plan, batch)
+        return held - peak.memory.allocated_bytes
+
+    def profile(self, plan: Plan, batch: int) -> StepProfile | None:
+        """The step layer by layer; None where layers cannot be told apart."""
+        key = (plan, batch)
+        if key not in self._profiles:
+            rounding = MIN_BLOCK_BYTES if self.is_cuda else 1
+            self._profiles[key] = profile(self.scaling(plan).step(batch), self.figures, rounding=rounding)
+        return self._profiles[key]
+
+    def most(self, plan: Plan) -> int | None:
+        """The largest batch at which a plan fits; None where one sequence does not, or nothing is too large."""
+        if self.usable is None:
+            return None
+
+        def fits(batch: int) -> bool:
+            return self.fits(self.held(plan, batch)[0])
+
+        if not self.scaling(plan).is_affine:
+            return next((batch for batch in (8, 4, 2, 1) if fits(batch)), None)
+        # Tensors alone are quick to add up, and tell where to ask the allocator.
+        room = self.usable - self.beyond_tensors(plan, 1)
+        return largest(fits, start=largest(lambda batch: self._tensors(plan, batch) <= room)) or None
+
+    def _tensors(self, plan: Plan, batch: int) -> int:
+        return timeline.exact(self.scaling(plan).step(batch).timeline).memory.allocated_bytes
+
+
+def _usable(task: PlanTask) -> int | None:
+    limit = task.target.memory_bytes
+    return None if limit is None else int(limit * (1 - task.reserve_frac))
+
+
+def largest(fits: Callable[[int], bool], *, start: int = 0) -> int:
+    """The largest batch that fits, where smaller ones do too; 0 for none. `start` is a guess."""
+    low, high = start, start + 1
+    while low > 0 and not fits(low):
+        low, high = (low - 1 if low == start else low // 2), low
+    while high <= _MOST_BATCH and fits(high):
+        low, high = high, high + 1 if high == start + 1 and start else 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
