@@ -1,0 +1,66 @@
+"""Settings in the words of the tool that trains: a choice of `gcbench plan` as text. One file per target.
+
+Every module has `NAME`, `TOOL` (what sentences call it), `refusal(handover)` (why it cannot run this workload at all,
+with the remedy), `why_not(plan, handover)` (what it cannot say of a plan, after its name in a sentence) and
+`render(rival, handover)`. What a tool can say was read in its source; each module names the version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from gcbench.errors import UsageError
+from gcbench.handover import Handover, Rival
+from gcbench.plugins import modules
+from gcbench.units import format_percent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Emitted:
+    """What is printed.
+
+    Attributes:
+        text: a config file, command or program, newline included.
+        expressed: what the text says: the choice, or the best of its rivals that the tool can be told.
+        notice: why that is not the choice, and what it costs; None where it is.
+    """
+
+    text: str
+    expressed: Rival
+    notice: str | None
+
+
+def names() -> tuple[str, ...]:
+    """Every target's name."""
+    return tuple(module.NAME for module in modules(__name__))
+
+
+def emit(target: str, handover: Handover) -> Emitted:
+    """The choice as settings of `target`, or the best of its rivals that can be said there.
+
+    Raises KeyError when there is no such target; UsageError when the tool cannot run this workload, or can be told
+    none of the settings that fit.
+    """
+    tool = {module.NAME: module for module in modules(__name__)}[target]
+    refusal = tool.refusal(handover)
+    if refusal is not None:
+        raise UsageError(f"--emit {target}: {refusal}")
+    why = tool.why_not(handover.choice.plan, handover)
+    if why is None:
+        return Emitted(text=tool.render(handover.choice, handover), expressed=handover.choice, notice=None)
+    for rival in handover.rivals:
+        if tool.why_not(rival.plan, handover) is None:
+            nearest = f"{rival.strategy} at batch {rival.batch_size}: {_cost(rival)}"
+            notice = f"{tool.TOOL} {why}; the nearest it can express is {nearest}."
+            return Emitted(text=tool.render(rival, handover), expressed=rival, notice=notice)
+    raise UsageError(
+        f"--emit {target}: {tool.TOOL} {why}, and nothing else that it can express fits; take --emit python, which "
+        "expresses every plan"
+    )
+
+
+def _cost(rival: Rival) -> str:
+    lost = 1 - rival.tokens_per_s_frac
+    if abs(lost) < 0.0005:
+        return "as many tokens/s"
+    return f"{format_percent(abs(lost))} {'fewer' if lost > 0 else 'more'} tokens/s"

@@ -1,0 +1,121 @@
+"""What targets share: how far a tool's settings reach, and the lines that several of them write alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gcbench.handover import Handover, Rival
+from gcbench.records import ALL_LINEAR
+from gcbench.strategies import Plan, Policy
+from gcbench.units import format_bytes
+
+LORA_ALPHA = 8
+"""peft's own default, which gcbench measures with."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reach:
+    """What a tool's settings can say of a plan, beyond checkpointing all layers or none.
+
+    Attributes:
+        stride: every k-th layer, from the first on.
+        keep: operators whose outputs are kept, by name.
+        offload: what layers keep of their inputs lies in the host's memory.
+        reentrant: torch's old variant.
+        compiled: `torch.compile` layer by layer, with or without a memory budget.
+    """
+
+    stride: bool = False
+    keep: bool = False
+    offload: bool = False
+    reentrant: bool = False
+    compiled: bool = False
+
+    def why_not(self, plan: Plan) -> str | None:
+        """What cannot be said of `plan`, in the words after the tool's name; None where all can."""
+        if any(len(group) > 1 for group in plan.groups):
+            return "cannot recompute several layers as one"
+        if len({policy for _, policy in plan.treated()}) > 1:
+            return "cannot recompute one layer differently from another"
+        stride = stride_of(plan)
+        if plan.groups and stride != 1 and not self.stride:
+            return "can only checkpoint all layers or none"
+        if plan.groups and stride is None:
+            return "can only choose every k-th layer"
+        if plan.compiled and not self.compiled:
+            return "cannot compile layer by layer"
+        policy = policy_of(plan)
+        if any("#" in name for name in policy.keep):
+            return "cannot say which call of an operator is kept"
+        if policy.keep and not self.keep:
+            return "cannot say which operators are kept"
+        if policy.offload and not self.offload:
+            return "cannot hold what layers keep in the host's memory"
+        if policy.reentrant and not self.reentrant:
+            return "cannot use torch's reentrant variant"
+        if policy != Policy(keep=policy.keep, offload=policy.offload, reentrant=policy.reentrant):
+            return "cannot say all that this plan does inside a layer"
+        return None
+
+
+def stride_of(plan: Plan) -> int | None:
+    """k where the plan checkpoints layers 0, k, 2k, …, each on its own, and no others; else None.
+
+    The number of layers for the first layer alone, as transformers' `every_n_layers` has it.
+    """
+    layers = [group[0] for group in plan.groups if len(group) == 1]
+    if not layers or len(layers) != len(plan.groups):
+        return None
+    stride = layers[1] if len(layers) > 1 else plan.num_layers
+    return stride if layers == list(range(0, plan.num_layers, stride)) else None
+
+
+def policy_of(plan: Plan) -> Policy:
+    """How the groups of a plan that treats all of them alike are recomputed."""
+    return next((policy for _, policy in plan.treated()), Policy())
+
+
+def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
+    """Operators as torch's own `name()` has them: `aten::mm`."""
+    return tuple(name if "::" in name else f"aten::{name}" for name in keep)
+
+
+def described(rival: Rival, handover: Handover) -> str:
+    """The comment that begins every text: what it is, and for which workload."""
+    lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
+    return (
+        f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
+        f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
+    )
+
+
+def targets_of(handover: Handover) -> list[str] | str | None:
+    """LoRA's targets as peft takes them."""
+    modules = handover.lora_target_modules
+    if modules is None or modules == (ALL_LINEAR,):
+        return modules and ALL_LINEAR
+    return list(modules)
+
+
+def yaml(settings: Mapping[str, object], indent: str = "") -> str:
+    """Settings as YAML: a mapping or list is a block of its own, all else as JSON has it, so that "no" is a text.
+
+    A key that begins with # is a comment line.
+    """
+    lines = []
+    for key, value in settings.items():
+        if key.startswith("#"):
+            lines.append(f"{indent}{key}\n")
+        elif isinstance(value, Mapping):
+            lines.append(f"{indent}{key}:\n{yaml(value, indent + '  ')}")
+        elif isinstance(value, (list, tuple)):
+            lines.append(f"{indent}{key}:\n" + "".join(f"{indent}  - {_scalar(item)}\n" for item in value))
+        else:
+            lines.append(f"{indent}{key}: {_scalar(value)}\n")
+    return "".join(lines)
+
+
+def _scalar(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

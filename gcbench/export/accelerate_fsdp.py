@@ -1,0 +1,75 @@
+"""`accelerate-fsdp`: the config file of `accelerate launch` for FSDP.
+
+Read in accelerate 1.15.0 (`utils/fsdp_utils.py: fsdp2_apply_ac`, `utils/launch.py`): every layer that FSDP wraps is
+checkpointed, or none; `fsdp_activation_checkpointing_offload` is new in 1.15. It checkpoints with
+`preserve_rng_state=False`, so that layers with dropout get wrong gradients (seen in a run). What the file has no key
+for is written into it as comments.
+"""
+
+from __future__ import annotations
+
+from gcbench.export._base import Reach, described, policy_of, targets_of, yaml
+from gcbench.handover import Handover, Rival
+from gcbench.strategies import Plan
+
+NAME = "accelerate-fsdp"
+TOOL = "accelerate's FSDP"
+REACH = Reach(offload=True)
+_MIXED = {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}
+
+
+def refusal(handover: Handover) -> str | None:
+    """It runs every workload: what it runs is the user's own program."""
+    return None
+
+
+def why_not(plan: Plan, handover: Handover) -> str | None:
+    """What cannot be said of a plan."""
+    return REACH.why_not(plan)
+
+
+def render(rival: Rival, handover: Handover) -> str:
+    """YAML for `--config_file`."""
+    checkpoints, offloads = bool(rival.plan.groups), policy_of(rival.plan).offload
+    notes = ["# Planned for one GPU that holds all of the model; FSDP on several leaves each of them more room."]
+    notes += ["# This file cannot say what your program has to:", *_program_s(rival, handover)]
+    fsdp: dict[str, object] = {
+        "fsdp_version": 2,
+        "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "fsdp_reshard_after_forward": True,
+        "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+    }
+    if checkpoints:
+        fsdp["# Layers with dropout get wrong gradients: accelerate draws new random numbers in the recomputation."] = (
+            ""
+        )
+    fsdp["fsdp_activation_checkpointing"] = checkpoints
+    if offloads:
+        fsdp["# From accelerate 1.15 on; before, this key is passed over without a word."] = ""
+        fsdp["fsdp_activation_checkpointing_offload"] = True
+    settings: dict[str, object] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": "FSDP",
+        "num_machines": 1,
+        "# Your number of GPUs.": "",
+        "num_processes": 1,
+        "mixed_precision": _MIXED.get(handover.precision, "no"),
+        "fsdp_config": fsdp,
+    }
+    return "\n".join([described(rival, handover), *notes]) + "\n" + yaml(settings)
+
+
+def _program_s(rival: Rival, handover: Handover) -> list[str]:
+    """What the program that is launched has to say, as comments."""
+    dtype = "torch.bfloat16" if handover.precision == "bf16" else "torch.float32"
+    attention = handover.attn_implementation
+    lines = [
+        f"batches of {rival.batch_size} sequences of {handover.seq_len} tokens on each GPU",
+        f"from_pretrained(…, dtype={dtype}" + (f', attn_implementation="{attention}")' if attention else ")"),
+        f'the optimizer that TrainingArguments calls optim="{handover.optim}"',
+        "activation_checkpointing off in TrainingArguments (gradient_checkpointing before transformers 5.23)",
+    ]
+    if handover.lora_r is not None:
+        targets = targets_of(handover)
+        lines.append(f"LoRA of rank {handover.lora_r}" + (f" on {targets}" if targets else ""))
+    return [f"#   {line}" for line in lines]

@@ -1,0 +1,101 @@
+"""`axolotl`: the config file of axolotl.
+
+Read in axolotl 0.19.0, which brings transformers 5.16.1 (`utils/schemas/`, `utils/config/`, `loaders/model.py`,
+`core/builders/base.py`, `monkeypatch/selective_checkpointing.py`, `monkeypatch/checkpoint_activation_offload.py`): the
+kwargs go to transformers, and no kwargs mean reentrant. It has settings of its own for operators that are kept, matched
+by parts of their names, and for inputs in the host's memory. Weights are bf16 wherever anything is, under autocast.
+"""
+
+from __future__ import annotations
+
+from gcbench.export._base import LORA_ALPHA, Reach, described, policy_of, qualified, stride_of, targets_of, yaml
+from gcbench.handover import Handover, Rival
+from gcbench.records import ALL_LINEAR
+from gcbench.strategies import Plan
+from gcbench.strategies.selective import MATMUL, NAMED
+
+NAME = "axolotl"
+TOOL = "axolotl"
+REACH = Reach(stride=True, keep=True, offload=True, reentrant=True)
+_ATTENTION = (
+    *("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flash_attention_torch"),
+    *("flex_attention", "xformers", "sage", "fp8"),
+)
+"""Which names it takes, besides those of kernels on the Hub, which have a slash in them."""
+
+
+def refusal(handover: Handover) -> str | None:
+    """Workloads that it cannot run."""
+    if handover.precision.endswith("-mixed"):
+        return (
+            f"axolotl has no {handover.precision}: it holds the weights themselves in 16 bits; plan with --precision "
+            "bf16, or take --emit python"
+        )
+    attention = handover.attn_implementation
+    if attention is not None and attention not in _ATTENTION and "/" not in attention:
+        return f"axolotl does not know the attention {attention}; plan with one of {', '.join(_ATTENTION)}"
+    if handover.lora_r is not None and handover.lora_target_modules is None:
+        return "axolotl does not choose LoRA's targets by itself; plan with --lora-target-modules"
+    return None
+
+
+def why_not(plan: Plan, handover: Handover) -> str | None:
+    """What cannot be said of a plan."""
+    why = REACH.why_not(plan)
+    if why is not None:
+        return why
+    keep = [name.removeprefix("aten::") for name in policy_of(plan).keep]
+    unsafe = [name for name in keep if name not in NAMED["matmul"]]
+    if unsafe:
+        return f"matches parts of operators' names, so that it cannot be told to keep {unsafe[0]} alone"
+    if handover.lora_r is not None and any(name in MATMUL for name in keep):
+        return "cannot keep the outputs of matrix products with LoRA"
+    return None
+
+
+def render(rival: Rival, handover: Handover) -> str:
+    """YAML for `axolotl train`."""
+    settings: dict[str, object] = {
+        "base_model": handover.source,
+        "sequence_len": handover.seq_len,
+        "micro_batch_size": rival.batch_size,
+        "# Yours: it changes nothing about the peak.": "",
+        "gradient_accumulation_steps": 1,
+        "bf16": handover.precision == "bf16",
+        "fp16": False,
+        "optimizer": handover.optim,
+    }
+    if handover.attn_implementation is not None:
+        settings["attn_implementation"] = handover.attn_implementation
+    lines = [
+        described(rival, handover),
+        "# axolotl 0.19 with the transformers 5.16 that it brings; add your datasets and learning rate.",
+    ]
+    if handover.precision == "bf16":
+        lines.append("# bf16: true holds weights and optimizer states in bf16, as planned, and adds autocast.")
+    return "\n".join(lines) + "\n" + yaml(settings | _lora(handover) | _checkpointing(rival.plan))
+
+
+def _checkpointing(plan: Plan) -> dict[str, object]:
+    policy = policy_of(plan)
+    if not plan.groups:
+        return {"gradient_checkpointing": False}
+    kwargs: dict[str, object] = {"use_reentrant": policy.reentrant}
+    if stride_of(plan) != 1:
+        kwargs["every_n_layers"] = stride_of(plan)
+    said: dict[str, object] = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": kwargs}
+    if policy.keep:
+        said["selective_checkpointing"] = {"save": qualified(policy.keep), "save_sliding_window": True}
+    if policy.offload:
+        said["activation_offloading"] = "hidden_states"
+    return said
+
+
+def _lora(handover: Handover) -> dict[str, object]:
+    if handover.lora_r is None:
+        return {}
+    targets = targets_of(handover)
+    where: dict[str, object] = (
+        {"lora_target_linear": True} if targets == ALL_LINEAR else {"lora_target_modules": targets}
+    )
+    return {"adapter": "lora", "lora_r": handover.lora_r, "lora_alpha": LORA_ALPHA, "lora_dropout": 0.0, **where}

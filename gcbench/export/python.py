@@ -1,0 +1,81 @@
+"""`python`: a training loop of one's own, in which gcbench itself applies the plan. It expresses every plan."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from gcbench.export import _program
+from gcbench.export._base import described
+from gcbench.export._program import Code, call, literal, program
+from gcbench.handover import FOUND, Handover, Rival
+from gcbench.strategies import Plan, Policy
+
+NAME = "python"
+TOOL = "Python"
+_OPTIMIZERS = {
+    "adamw_torch": "torch.optim.AdamW(model.parameters(), lr=5e-5)",
+    "adamw_torch_fused": "torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True)",
+    "sgd": "torch.optim.SGD(model.parameters(), lr=5e-5)",
+    "adafactor": "Adafactor(model.parameters(), lr=5e-5, scale_parameter=False, relative_step=False)",
+}
+_AUTOCAST = {"bf16-mixed": "torch.bfloat16", "fp16-mixed": "torch.float16"}
+
+
+def refusal(handover: Handover) -> str | None:
+    """It runs every workload."""
+    return None
+
+
+def why_not(plan: Plan, handover: Handover) -> str | None:
+    """Nothing."""
+    return None
+
+
+def render(rival: Rival, handover: Handover) -> str:
+    """A program, with the data left to the user."""
+    lora = _program.lora(handover)
+    dtype = _AUTOCAST.get(handover.precision)
+    forward = "loss = model(**batch).loss"
+    scaled = handover.precision == "fp16-mixed"
+    return program(
+        described(rival, handover),
+        "import torch",
+        lora and "from peft import LoraConfig, get_peft_model",
+        "from transformers import AutoModelForCausalLM",
+        "from transformers.optimization import Adafactor" if handover.optim == "adafactor" else "",
+        "\nimport gcbench",
+        '\ndevice = "cuda" if torch.cuda.is_available() else "cpu"',
+        _program.model(handover),
+        lora and f"model = get_peft_model(model, {lora})",
+        "model.to(device).train()",
+        "# With a trainer instead of the loop below, leave its own checkpointing off.",
+        _plan(rival, handover),
+        "# The learning rate is yours.",
+        f"optimizer = {_OPTIMIZERS[handover.optim]}",
+        "scaler = torch.amp.GradScaler(device)" if scaled else "",
+        f"for batch in batches:  # your data: input_ids and labels, shape ({rival.batch_size}, {handover.seq_len})",
+        f"    with torch.autocast(device, {dtype}):\n        {forward}" if dtype else f"    {forward}",
+        f"    {'scaler.scale(loss)' if scaled else 'loss'}.backward()",
+        "    scaler.step(optimizer)\n    scaler.update()" if scaled else "    optimizer.step()",
+        "    optimizer.zero_grad()",
+    )
+
+
+def _plan(rival: Rival, handover: Handover) -> str:
+    """What applies the plan: its spec, the file it is stored in, or all of it."""
+    spec = f"plan:{handover.plan_file}" if rival.strategy == FOUND and handover.plan_file else rival.strategy
+    if spec != FOUND:
+        return f"gcbench.apply(model, {literal(spec)})"
+    named = {field.name: getattr(rival.plan, field.name) for field in fields(rival.plan)}
+    policies = [Code(f"\n        {_policy(policy)}") for policy in named.pop("policies")]
+    default = Plan(num_layers=rival.plan.num_layers)
+    given = {name: value for name, value in named.items() if name == "num_layers" or value != getattr(default, name)}
+    if policies:
+        given["policies"] = Code("(" + ",".join(policies) + ",\n    )")
+    return f"{call('plan = gcbench.Plan', **given)}\ngcbench.apply(model, plan)"
+
+
+def _policy(policy: Policy) -> str:
+    given = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    said = ", ".join(f"{name}={literal(value)}" for name, value in given.items() if value != getattr(Policy(), name))
+    return f"gcbench.Policy({said})"

@@ -1,0 +1,71 @@
+"""`torchtitan`: the command line of torchtitan.
+
+Read in torchtitan 0.3.0 (`distributed/activation_checkpoint.py`, `config/`): all blocks are checkpointed (`full`), or
+none, or each is compiled with a memory budget. `selective` keeps every second matrix product, which no strategy here
+does, and by a list of its own. The layer frequency of 0.2 (which took layers k-1, 2k-1, … and not 0, k, …) is gone.
+"""
+
+from __future__ import annotations
+
+import shlex
+
+from gcbench.export._base import Reach, described
+from gcbench.handover import Handover, Rival
+from gcbench.strategies import Plan
+
+NAME = "torchtitan"
+TOOL = "torchtitan"
+REACH = Reach(compiled=True)
+_DTYPES = {"fp32": ("float32", "float32"), "bf16": ("bfloat16", "bfloat16"), "bf16-mixed": ("float32", "bfloat16")}
+"""precision -> --training.dtype, --training.mixed_precision_param."""
+_OPTIMIZERS = {"adamw_torch": "foreach", "adamw_torch_fused": "fused"}
+
+
+def refusal(handover: Handover) -> str | None:
+    """Workloads that it cannot run."""
+    if handover.lora_r is not None:
+        return "torchtitan has LoRA in its models' Python configs alone; take --emit trainer, trl, axolotl or python"
+    if handover.precision not in _DTYPES:
+        precision = handover.precision
+        return f"torchtitan does not train in {precision}; plan with --precision bf16-mixed, or take --emit python"
+    if handover.optim not in _OPTIMIZERS:
+        return f"torchtitan has no {handover.optim}; plan with --optim adamw_torch, or take --emit python"
+    return None
+
+
+def why_not(plan: Plan, handover: Handover) -> str | None:
+    """What cannot be said of a plan."""
+    return REACH.why_not(plan)
+
+
+def render(rival: Rival, handover: Handover) -> str:
+    """A shell command."""
+    plan = rival.plan
+    dtype, computed = _DTYPES[handover.precision]
+    mode, old = ("full", "full") if plan.groups else ("none", "none")
+    last = []
+    if plan.memory_budget is not None:
+        mode, old = "memory-budget", "memory_budget"
+        last = [f"--activation_checkpoint.memory_budget {plan.memory_budget:g}"]
+    parts = [
+        "torchrun --nproc_per_node 1 -m torchtitan.train",
+        "--module transformers_modeling_backend --config transformers_modeling_backend_full",
+        f"--hf_model {shlex.quote(handover.source)}",
+        f"--training.local_batch_size {rival.batch_size}",
+        f"--training.seq_len {handover.seq_len}",
+        f"--training.dtype {dtype}",
+        f"--training.mixed_precision_param {computed}",
+        f"--optimizer.implementation {_OPTIMIZERS[handover.optim]}",
+        *(["--compile.enable", "--compile.components model"] if plan.compiled else []),
+        f"activation-checkpoint:{mode}",
+        *last,
+    ]
+    return (
+        f"{described(rival, handover)}\n"
+        f'# torchtitan 0.3; in the TOML file of 0.2: [activation_checkpoint] mode = "{old}".\n'
+        "# Add --hf_assets_path, your data and learning rate.\n"
+        "# Its backend for transformers' models takes their layers, with attention of its own and no tied weights, so\n"
+        "# that the peak is another one. For a model of torchtitan's own, give that one's --module and --config.\n"
+        + " \\\n    ".join(parts)
+        + "\n"
+    )

@@ -1,0 +1,47 @@
+"""`trainer`: transformers' Trainer.
+
+Read in transformers 5.23.0 (`training_args.py`, `trainer.py`, `modeling_utils.py`): `every_n_layers` and `offload` in
+the kwargs go to the model's own method, all else to `torch.utils.checkpoint.checkpoint`. Other layers than every k-th,
+and layers treated differently, cannot be said.
+"""
+
+from __future__ import annotations
+
+from gcbench.export import _program
+from gcbench.export._base import Reach
+from gcbench.export._program import Code
+from gcbench.handover import Handover, Rival
+from gcbench.strategies import Plan
+
+NAME = "trainer"
+TOOL = "transformers' Trainer"
+REACH = Reach(stride=True, keep=True, offload=True, reentrant=True)
+
+
+def refusal(handover: Handover) -> str | None:
+    """It runs every workload."""
+    return None
+
+
+def why_not(plan: Plan, handover: Handover) -> str | None:
+    """What cannot be said of a plan."""
+    return REACH.why_not(plan)
+
+
+def render(rival: Rival, handover: Handover) -> str:
+    """A program up to the trainer, with the data left to the user."""
+    lora = _program.lora(handover)
+    return _program.program(
+        _program.head(
+            rival,
+            handover,
+            peft="LoraConfig, get_peft_model",
+            imports=("from transformers import AutoModelForCausalLM, Trainer, TrainingArguments",),
+        ),
+        _program.model(handover),
+        lora and f"model = get_peft_model(model, {lora})",
+        _program.keeping(rival.plan).rstrip(),
+        _program.call("args = TrainingArguments", **_program.arguments(rival, handover)),
+        f"# Your data: sequences of {handover.seq_len} tokens. TrainingArguments has no setting for their length.",
+        _program.call("trainer = Trainer", model=Code("model"), args=Code("args"), train_dataset=Code("dataset")),
+    )
