@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 from gcbench.cards import Card
 
 WorkKind = Literal["matmul", "attention", "pointwise", "view"]
+Caller = Literal["model", "checkpoint", "policy", "recompute", "backward", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,6 +24,10 @@ class Work:
         flops: floating-point operations of products; 0 for all else.
         dims: (batch, m, n, k) of a product of (m, k) and (k, n); (batch, heads, queries, keys, head size) of attention.
         is_causal: attention in which a token sees only those before it.
+        call: the call as text (`gcbench.calls`), enough to make it again; empty where there is none.
+        cold: bit n is set where the n-th tensor given was touched so long ago that no cache holds it.
+        caller: what calls it: the model's forward pass, a checkpointed group in it, one in which a policy watches every
+            operator, a recomputation, the backward pass, the optimizer.
     """
 
     op: str
@@ -32,6 +37,9 @@ class Work:
     flops: int = 0
     dims: tuple[int, ...] = ()
     is_causal: bool = False
+    call: str = ""
+    cold: int = 0
+    caller: Caller = "model"
 
 
 class Figures(Protocol):

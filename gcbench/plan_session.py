@@ -15,7 +15,7 @@ from gcbench import runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
-from gcbench.errors import GcbenchError, UsageError
+from gcbench.errors import GcbenchError, ThresholdBroken, UsageError
 from gcbench.handover import Handover, Rival
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
@@ -166,6 +166,8 @@ def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet
         emitted = export.emit(asked.emit, planned.handover)
     plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
     store.close()
+    if planned.decision.choice is None:
+        raise ThresholdBroken(plan_view.nothing_fits(planned))
 
 
 def decide(

@@ -154,23 +154,40 @@ def _nothing(planned: Planned) -> list[tuple[str, str]]:
     smallest = decision.smallest
     lines = [("answer", f"nothing fits into {format_bytes(decision.usable_bytes)}")]
     if smallest is not None:
-        lines.append(
-            (
-                "smallest peak",
-                f"{format_bytes(smallest.peak_bytes)}: {described(smallest)} at batch {smallest.batch_size}",
-            )
-        )
+        at = f"{described(smallest)} at batch {smallest.batch_size}"
+        lines.append(("smallest peak", f"{format_bytes(smallest.peak_bytes)}: {at}"))
     if decision.peak_words:
         lines.append(("peak", f"in the {decision.peak_words}"))
-    remedies = [gain.name for gain in decision.gains if gain.fits]
-    if decision.longest_seq_len is not None:
-        remedies.append(f"sequences of {decision.longest_seq_len} tokens")
-    if remedies:
-        lines.append(("would fit with", "; ".join(remedies)))
-    if smallest is not None and decision.limit_bytes is not None:
-        needed = int(smallest.peak_bytes / (1 - decision.reserve_frac))
+    found = remedies(planned)
+    if found:
+        lines.append(("would fit with", "; ".join(found)))
+    if (needed := needed_bytes(decision)) is not None:
         lines.append(("or on", f"a device of {format_bytes(needed)} or more"))
     return lines
+
+
+def remedies(planned: Planned) -> list[str]:
+    """What would make something fit, each on its own."""
+    decision = planned.decision
+    found = [gain.name for gain in decision.gains if gain.fits]
+    if decision.longest_seq_len is not None:
+        found.append(f"sequences of {decision.longest_seq_len} tokens")
+    return found
+
+
+def needed_bytes(decision: Decision) -> int | None:
+    """The device that the smallest peak needs, with its reserve."""
+    return None if decision.smallest is None else int(decision.smallest.peak_bytes / (1 - decision.reserve_frac))
+
+
+def nothing_fits(planned: Planned) -> str:
+    """The sentence that ends a plan without a choice."""
+    decision = planned.decision
+    said = f"nothing fits into {format_bytes(decision.usable_bytes)}"
+    if decision.smallest is not None:
+        said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
+    ways = [*remedies(planned)[:2], f"a device of {format_bytes(needed_bytes(decision))}"]
+    return f"{said}; take {', or '.join(ways)}"
 
 
 def best_of_each(decision: Decision) -> list[Candidate]:

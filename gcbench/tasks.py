@@ -102,6 +102,7 @@ class PlanTask:
         layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
         can_checkpoint: whether the model supports it.
         device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
+        calibration_s: seconds that timing operators on it may take, twice.
     """
 
     source: ModelSource
@@ -119,6 +120,7 @@ class PlanTask:
     layers_in_order: tuple[int, ...] | None
     can_checkpoint: bool
     device_here: str | None
+    calibration_s: float = 4.0
 
     def as_predictions(self) -> PredictTask:
         """The same model on the same target, with no cells yet."""

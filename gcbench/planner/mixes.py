@@ -32,6 +32,7 @@ class Mixes:
         """The same plans, weighed for another memory."""
         other = copy(self)
         other.weighing = weighing
+        other._problems = dict(self._problems)
         return other
 
     def problem(self, batch: int) -> Problem | None:
@@ -42,6 +43,10 @@ class Mixes:
             self._problems[batch] = _problem(known) if 1 < len(known) == len(profiles) else None
             self._order = known[0].layers if known else ()
         return self._problems[batch]
+
+    def forget(self) -> None:
+        """What was put together from figures that hold no longer."""
+        self._problems = {}
 
     def can_compose(self, plan: Plan) -> bool:
         """Whether what a plan takes follows from uniform ones: layers are recomputed plainly or not at all."""

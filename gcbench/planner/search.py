@@ -30,7 +30,7 @@ _SHORTEST = 64
 def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
     """Decide and tell; what cannot be decided is a refusal or a failure."""
     try:
-        tell(Decided(decision=Planner(task, _figures(task)).decide()))
+        tell(Decided(decision=Planner(task, figures_for(task)).decide()))
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:  # modelling code may raise anything
@@ -38,8 +38,14 @@ def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
     return Answer()
 
 
-def _figures(task: PlanTask) -> Figures:
-    return CardFigures(task.target.card)
+def figures_for(task: PlanTask) -> Figures:
+    """What the target needs for operators: as calibrated on this machine, or as published for a card."""
+    if task.device_here is None:
+        return CardFigures(task.target.card)
+    from gcbench import devices
+    from gcbench.calibration import calibrate_for  # imports what a card out of the catalogue does not need
+
+    return calibrate_for((), device=devices.open_device(task.device_here), budget_s=task.calibration_s)
 
 
 class Planner:
@@ -63,6 +69,7 @@ class Planner:
     def decide(self) -> Decision:
         """Weigh, solve, verify."""
         batches = self._batches()
+        self._calibrate(batches)
         named = [self._candidate(spec, plan, batch) for spec, plan in self.task.named for batch in batches]
         candidates = self._verified([*named, *self._found(batches, choose(named))])
         choice = choose(candidates)
@@ -89,7 +96,7 @@ class Planner:
     def _uniform(self) -> list[Plan]:
         """Every layer treated alike: nothing recomputed, everything recomputed, then policy by policy."""
         stage = self.weighing.session.predictor.stage
-        num_layers = stage.num_layers
+        num_layers = len(stage.layers)
         layers = self.task.layers_in_order or tuple(range(num_layers))
         off = Plan(num_layers=num_layers)
         if not layers or not self.task.can_checkpoint:
@@ -114,6 +121,21 @@ class Planner:
     def _candidate(self, spec: str, plan: Plan, batch: int) -> Candidate:
         composed = self.mixes.composed(spec, plan, batch) if self._is_composed(plan) else None
         return composed or self.weighing.candidate(spec, plan, batch)
+
+    def _calibrate(self, batches: Sequence[int]) -> None:
+        """On the machine at hand, time what the steps are made of and has not been timed yet, the costliest first."""
+        if self.task.device_here is None:
+            return
+        from gcbench import devices
+        from gcbench.calibration import calibrate_for
+
+        device = devices.open_device(self.task.device_here)
+        plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.task.named if not self._is_composed(plan)))
+        works = [
+            work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.works(plan, batch)
+        ]
+        self.weighing.use(calibrate_for(works, device=device, budget_s=self.task.calibration_s))
+        self.mixes.forget()
 
     # Batch sizes.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import copy
 
-from gcbench.costs import Figures
+from gcbench.costs import Figures, Work
 from gcbench.decision import Candidate
 from gcbench.simulate import timeline
 from gcbench.simulate.child import Session
@@ -46,6 +46,17 @@ class Weighing:
         other.session = Session.on(self.session, task.target)
         other._peaks = {}  # short of memory, an allocator gives back what it caches
         return other
+
+    def use(self, figures: Figures) -> None:
+        """Other figures from now on."""
+        self.figures = figures
+        self._profiles = {}
+
+    def works(self, plan: Plan, batch: int) -> list[Work]:
+        """Every call of an operator in a step."""
+        step = self.scaling(plan).step(batch)
+        update = () if step.update is None else step.update.works
+        return [*(work for _, works in step.works for work in works), *update]
 
     def trace(self, plans: list[Plan]) -> None:
         """Trace what these plans' steps are computed from, on two cores."""

@@ -98,11 +98,6 @@ class Stage:
         """Modules of the layers that are not on the stage."""
         self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    @property
-    def num_layers(self) -> int:
-        """Layers that can be checkpointed."""
-        return len(self.layers)
-
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
         """What each layer is: equal for layers that do the same."""

@@ -1,0 +1,354 @@
+"""How much speed `gcbench plan` gives away: its choice against the best of everything measured, over many budgets.
+
+    python benchmarks/regret.py              plan and measure what is not stored yet, then score (about half an hour)
+    python benchmarks/regret.py --score      score what is stored, in seconds
+
+Twelve workloads on the CPU, each measured exhaustively: every named strategy at every batch size, and every plan that
+was found for one of its budgets. Peaks come from the allocator's events, one setting after another; times from rounds
+in which all settings of a workload take turns in one process, in a new order each round. Kept in
+results/reference/regret-DEVICE.json.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from gcbench import racing
+from gcbench.decision import Candidate
+from gcbench.report import write_text
+from gcbench.strategies.plan_file import as_json, of_json
+
+REFERENCE = Path(__file__).parent.parent / "results" / "reference"
+ROUNDS, TIMED = 6, 2
+BUDGETS = 6
+STRATEGIES = (
+    "off", "per-layer", "every:2", "first:2", "last:2", "selective:attention", "selective:matmul"
+)  # fmt: skip
+_LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {**_LLAMA, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 2000},
+    "llama, many words": {
+        **_LLAMA, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 16000
+    },
+    "llama, wide inside": {
+        **_LLAMA, "hidden_size": 128, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 1000
+    },
+    "qwen3": {
+        "model_type": "qwen3", "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 6,
+        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4000,
+    },
+    "gpt2": {
+        "model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 6, "vocab_size": 2000, "n_positions": 512
+    },
+    "gpt-neox": {
+        "model_type": "gpt_neox", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 5,
+        "num_attention_heads": 4, "vocab_size": 3000,
+    },
+}  # fmt: skip
+LENGTHS = {128: (1, 2, 4, 8, 16), 384: (1, 2, 3, 4, 6)}
+"""Tokens -> batch sizes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One strategy or found plan at one batch size."""
+
+    strategy: str
+    batch_size: int
+    plan: str
+
+    @property
+    def key(self) -> str:
+        return f"{self.batch_size} {self.strategy} {self.plan}"
+
+
+def setting(candidate: Candidate) -> Setting:
+    return Setting(
+        strategy=candidate.strategy,
+        batch_size=candidate.batch_size,
+        plan=json.dumps(as_json(candidate.plan), separators=(",", ":")),
+    )
+
+
+def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[dict[str, Any]]]:
+    """The grid of a workload, and what is chosen for each budget with the candidates it was chosen from."""
+    from gcbench import sources
+    from gcbench.planner.search import Planner, figures_for
+    from gcbench.simulate.target import Target
+    from gcbench.strategies import parse
+    from gcbench.tasks import PlanTask
+
+    num_layers = shape.get("num_hidden_layers") or shape["n_layer"]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.json"
+        path.write_text(json.dumps(shape), encoding="utf-8")
+        source = sources.resolve(str(path), pretrained=False, trust_remote_code=False)
+        task = PlanTask(
+            source=source,
+            layers=None,
+            overrides={},
+            attn_implementation=None,
+            lora=None,
+            precision="fp32",
+            optim="adamw_torch",
+            target=Target(kind="cpu", name="cpu", memory_bytes=2**40),
+            seq_len=seq_len,
+            named=tuple((spec, parse(spec).plan_for(num_layers)) for spec in STRATEGIES),
+            batch_sizes=LENGTHS[seq_len],
+            reserve_frac=0.0,
+            layers_in_order=None,
+            can_checkpoint=True,
+            device_here="cpu",
+            calibration_s=20.0,
+        )
+        planner = Planner(task, figures_for(task))
+        grid = [
+            planner.weighing.candidate(spec, plan, batch) for spec, plan in task.named for batch in LENGTHS[seq_len]
+        ]
+        peaks = [candidate.peak_bytes for candidate in grid]
+        low, high = min(peaks), max(peaks)
+        cases = []
+        for number in range(BUDGETS):
+            budget = round(low * (1.01 * high / low) ** ((number + 0.5) / BUDGETS))
+            decision = planner.limited(budget).decide()
+            assert decision.choice is not None
+            cases.append(
+                {
+                    "budget_bytes": budget,
+                    "choice": setting(decision.choice).key,
+                    "candidates": [
+                        {
+                            "key": setting(candidate).key,
+                            "strategy": candidate.strategy,
+                            "batch_size": candidate.batch_size,
+                            "peak_bytes": candidate.peak_bytes,
+                            "tokens_per_s": candidate.tokens_per_s,
+                        }
+                        for candidate in decision.candidates
+                        if candidate.fits
+                    ],
+                    "found": [asdict(setting(candidate)) for candidate in decision.candidates if candidate.fits],
+                }
+            )
+    found = [Setting(**each) for case in cases for each in case["found"]]
+    return list(dict.fromkeys([*map(setting, grid), *found])), cases
+
+
+def measured(shape: dict[str, Any], seq_len: int, settings: list[Setting]) -> dict[str, dict[str, Any]]:
+    """Peak and step times of every setting."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from gcbench import checkpointing, devices
+    from gcbench.training import TrainingStep, random_batch
+
+    torch.manual_seed(0)
+    values = dict(shape)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    config.use_cache = False
+    model = AutoModelForCausalLM.from_config(config).train()
+    device = devices.open_device("cpu")
+    device.limit_memory(None)
+    plans = {each.key: of_json(json.loads(each.plan)) for each in settings}
+
+    def step_of(batch_size: int) -> TrainingStep:
+        batch = random_batch(model, batch_size=batch_size, seq_len=seq_len, seed=0)
+        return TrainingStep(model, batch=batch, precision="fp32", optim="adamw_torch", seed=0)
+
+    result: dict[str, dict[str, Any]] = {}
+    for each in settings:
+        checkpointing.apply(model, plans[each.key])
+        step = step_of(each.batch_size)
+        gc.collect()
+        with device.probe_memory() as probe:
+            step()
+            device.settle()
+            step(probe.on_phase)
+        result[each.key] = {**asdict(each), "peak_bytes": probe.peaks().allocated_bytes, "rounds": []}
+        checkpointing.clear(model)
+        del step
+    steps = {batch: step_of(batch) for batch in dict.fromkeys(each.batch_size for each in settings)}
+    order = list(settings)
+    for number in range(ROUNDS):
+        random.Random(number).shuffle(order)
+        for each in order:
+            checkpointing.apply(model, plans[each.key])
+            step = steps[each.batch_size]
+            step()
+            result[each.key]["rounds"].append([device.time(step) for _ in range(TIMED)])
+            checkpointing.clear(model)
+    return result
+
+
+def rates(cell: dict[str, Any], seq_len: int) -> list[float]:
+    """Tokens per second of a setting, round by round."""
+    return [cell["batch_size"] * seq_len / min(times) for times in cell["rounds"]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """One budget: relative speeds are over the best measured setting that fits."""
+
+    workload: str
+    budget_bytes: int
+    choice: str
+    speed_frac: float
+    fair_frac: float
+    """The same with the best picked by one half of the rounds and judged by the other, so that luck does not win."""
+    fits: bool
+    best: str
+    raced: str
+    raced_frac: float
+    raced_steps_frac: float
+
+
+def scores(workload: dict[str, Any]) -> list[Score]:
+    """Every budget of one workload."""
+    seq_len, cells = workload["seq_len"], workload["cells"]
+    speed = {key: rates(cell, seq_len) for key, cell in cells.items()}
+    typical = {key: statistics.median(each) for key, each in speed.items()}
+    num_steps = sum(len(cell["rounds"]) * (TIMED + 1) for cell in cells.values())
+    found = []
+    for case in workload["cases"]:
+        fitting = [key for key, cell in cells.items() if cell["peak_bytes"] <= case["budget_bytes"]]
+        best = max(fitting, key=lambda key: typical[key])
+        choice = case["choice"]
+        winner, used = race(case, speed)
+        found.append(
+            Score(
+                workload=workload["name"],
+                budget_bytes=case["budget_bytes"],
+                choice=_name(choice),
+                speed_frac=typical[choice] / typical[best],
+                fair_frac=_fair(choice, fitting, speed),
+                fits=choice in fitting,
+                best=_name(best),
+                raced=_name(winner),
+                raced_frac=typical[winner] / typical[best] if winner in fitting else 0.0,
+                raced_steps_frac=used / num_steps,
+            )
+        )
+    return found
+
+
+def _name(key: str) -> str:
+    batch, strategy, _ = key.split(" ", 2)
+    return f"{strategy} at {batch}"
+
+
+def _fair(choice: str, fitting: list[str], speed: dict[str, list[float]]) -> float:
+    ratios = []
+    for parity in (0, 1):
+        seen = {key: statistics.median(speed[key][parity::2]) for key in fitting}
+        judged = {key: statistics.median(each[1 - parity :: 2]) for key, each in speed.items()}
+        ratios.append(judged[choice] / judged[max(fitting, key=seen.__getitem__)])
+    return statistics.fmean(ratios)
+
+
+def race(case: dict[str, Any], speed: dict[str, list[float]]) -> tuple[str, int]:
+    """Who wins `--measure`, run on the stored rounds, and the training steps that this takes."""
+    plan = of_json({"num_layers": 1, "groups": []})
+    keys: dict[Candidate, str] = {}
+    for each in case["candidates"]:
+        candidate = Candidate(
+            strategy=each["strategy"], plan=plan, batch_size=each["batch_size"], peak_bytes=each["peak_bytes"],
+            allocated_bytes=each["peak_bytes"], peak_phase=None, fits=True, step_time_s=1.0,
+            tokens_per_s=each["tokens_per_s"],
+        )  # fmt: skip
+        if each["key"] in speed:
+            keys[candidate] = each["key"]
+    running = [keys[candidate] for candidate in racing.contenders(list(keys))]
+    used, seen = 0, {key: [] for key in running}
+    for number in range(min(racing.MOST_ROUNDS, ROUNDS)):
+        for key in running:
+            seen[key].append(speed[key][number])
+            used += TIMED + (2 if number == 0 else 1)  # a warm-up step, and in the first round one that reads memory
+        now = racing.standing({key: seen[key] for key in running})
+        running = list(now.still_in)
+        if now.is_settled:
+            break
+    return running[0], used
+
+
+def report(path: Path) -> None:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    table = [score for workload in stored["workloads"].values() for score in scores(workload)]
+    for score in table:
+        mark = "" if score.fits else "  DOES NOT FIT"
+        print(
+            f"{score.workload:28} {score.budget_bytes / 2**20:7.0f} MiB  {score.choice:26} {score.speed_frac:6.3f} "
+            f"(fair {score.fair_frac:.3f})  best {score.best:26} raced {score.raced_frac:.3f}{mark}"
+        )
+    fractions = sorted(score.speed_frac for score in table)
+    fair = sorted(score.fair_frac for score in table)
+    raced = [1 - score.raced_frac for score in table]
+    steps = statistics.fmean(score.raced_steps_frac for score in table)
+    most = max(score.raced_steps_frac for score in table)
+    lowest = fractions[len(fractions) // 20]
+    held = sum(fraction >= 0.95 for fraction in fractions) / len(fractions)
+
+    def verdict(good: bool) -> str:
+        return "PASS" if good else "MISS"
+
+    print(f"\n{len(table)} cases on {stored['machine']}")
+    print(f"speed of the choice, over the best measured: median {statistics.median(fractions):.3f} (bar 0.98: "
+          f"{verdict(statistics.median(fractions) >= 0.98)}), 5th percentile {lowest:.3f}, at least 0.95 in "
+          f"{held:.0%} (bar 95 %: {verdict(held >= 0.95)}), worst {fractions[0]:.3f}")  # fmt: skip
+    print(f"the same with luck taken out: median {statistics.median(fair):.3f}, 5th percentile "
+          f"{fair[len(fair) // 20]:.3f}")  # fmt: skip
+    print(f"the choice fits in {sum(score.fits for score in table)} of {len(table)} "
+          f"({verdict(all(score.fits for score in table))})")  # fmt: skip
+    print(f"with --measure: median regret {statistics.median(raced):.2%} (bar 1 %: "
+          f"{verdict(statistics.median(raced) <= 0.01)}), steps {steps:.1%} of the grid's on average, "
+          f"{most:.1%} at most (bar 10 %: {verdict(most <= 0.10)})")  # fmt: skip
+
+
+def main() -> None:
+    from gcbench.devices import open_device
+
+    machine = open_device("cpu").describe()
+    slug = "-".join(machine.device_name.lower().split()[:2])
+    path = REFERENCE / f"regret-cpu-{slug}.json"
+    if "--score" in sys.argv:
+        path = next(iter(sorted(REFERENCE.glob("regret-*.json"))), path)
+        report(path)
+        return
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"workloads": {}}
+    stored |= {
+        "command": "python benchmarks/regret.py",
+        "machine": machine.device_name,
+        "versions": machine.versions,
+        "settings": machine.settings,
+    }
+    for name, shape in SHAPES.items():
+        for seq_len in LENGTHS:
+            key = f"{name} × {seq_len}"
+            if key in stored["workloads"]:
+                continue
+            begin = time.perf_counter()
+            settings, cases = planned(shape, seq_len)
+            done_planning = time.perf_counter()
+            cells = measured(shape, seq_len, settings)
+            stored["workloads"][key] = {
+                "name": key, "shape": shape, "seq_len": seq_len, "cases": cases, "cells": cells,
+            }  # fmt: skip
+            write_text(path, json.dumps(stored, indent=1) + "\n")
+            print(
+                f"{key}: {len(settings)} settings; planned in {done_planning - begin:.0f} s, measured in "
+                f"{time.perf_counter() - done_planning:.0f} s",
+                flush=True,
+            )
+    report(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,287 @@
+"""Times calls of operators on a device of this machine: what a plan's estimates of time are made of.
+
+Calls are made as the step makes them: with its sizes and strides, results in memory newly taken, arguments out of the
+caches where the step finds them there no more. What a call takes in a step beyond that is measured on a small model
+(`calibration_host`).
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+from gcbench import calibrated, calls
+from gcbench.calibrated import GENERIC, Calibration, Point, machine_key
+from gcbench.costs import Work
+from gcbench.devices import Device, cpu
+from gcbench.replay import Made, NotReplayable, Replayer
+from gcbench.simulate.work import CACHED_BYTES, of_call
+from gcbench.units import GIB, KIB, MIB
+
+_LEAST_SAMPLES, _MOST_SAMPLES = 3, 15
+"""Times that a call is made; one more comes first and does not count."""
+_ENOUGH_S = 0.05
+"""Spent on one call: with the least samples taken, there are no more."""
+_WITH_ALL = 2.0
+"""What a sample takes in all, against the call alone: its arguments are found, made cold or hot, results let go."""
+_HEADROOM = 2
+"""A call is begun if what is left of the time is this many times what it is expected to take."""
+_COLD_BYTES = 64 * MIB
+"""More than the caches of most devices hold: an EPYC's 32 MiB a core complex, an H100's 50 MB."""
+_HELD_BYTES = 16 * MIB
+"""Of results kept alive, as those of a step are, so that the next results lie elsewhere."""
+_MOST_BYTES = 2 * GIB
+_MEMORY_SHARE = 4
+"""One call, and all arguments together, may take this part of the memory that is free."""
+_QUEUE = 8
+"""Calls that a card is given at a time, so that what is timed is not how fast one alone is handed over."""
+_PREPARED, _PREPARED_BYTES = 32, 256 * MIB
+"""Calls, and bytes that they touch, after which those that are ready are made."""
+_SHORT_BYTES = 2 * MIB
+"""Of traffic: below it, what precedes a call tells on it."""
+_GRID_BYTES = (4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 128 * MIB)
+"""Of each tensor: from what a core's own cache holds to what no cache does."""
+_GRID_SIZES = (64, 256, 1024)
+"""Rows and columns of products."""
+_TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def calibrate_for(works: Iterable[Work], *, device: Device, budget_s: float, folder: Path | None = None) -> Calibration:
+    """What is stored for this machine, after what it lacks for `works` was measured, in `budget_s` seconds, and stored.
+
+    `works` names each call as often as the step makes it: what costs most comes first.
+    """
+    works = tuple(works)
+    known = calibrated.load(machine_key(device.describe()), folder)
+    if known is not None and _is_complete(known, device) and not known.missing(works):
+        return known
+    measured = measure(works, device=device, budget_s=budget_s, known=known)
+    calibrated.save(measured, folder)
+    return measured
+
+
+def _is_complete(known: Calibration, device: Device) -> bool:
+    return bool(known.points) and (bool(known.overheads) or device.name != cpu.TYPE)
+
+
+def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Calibration | None) -> Calibration:
+    """`known`, with what it lacks for `works` measured; what costs most comes first.
+
+    Where nothing is known, a generic grid and the caller's overheads come before, in at most half of the time.
+    """
+    works = tuple(works)
+    start = time.monotonic()
+    found = known or Calibration(machine=machine_key(device.describe()), created="")
+    with _undisturbed(device):
+        timer = Timer(device)
+        if not found.points:
+            grid = tuple(_grid({work.dtype for work in works}))
+            found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))
+        if not _is_complete(found, device):
+            from gcbench import calibration_host  # traces and trains a model, which is rarely called for
+
+            found = _with(found, overheads=calibration_host.overheads(timer, until=start + budget_s / 2))
+        there = {(point.call, point.cold) for point in found.points}
+        lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
+        return _with(found, timer.points(lacking, expected=found.by_itself, until=start + budget_s))
+
+
+def _with(
+    known: Calibration, points: Iterable[Point] = (), *, overheads: dict[str, float] | None = None
+) -> Calibration:
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    return known.merged(
+        Calibration(machine=known.machine, created=created, points=tuple(points), overheads=overheads or {})
+    )
+
+
+def _grid(dtypes: Iterable[str]) -> Iterator[Work]:
+    """Generic calls from which those that were not measured are interpolated."""
+    for dtype in sorted({"fp32", *dtypes} & _TORCH_NAMES.keys()):
+        name = _TORCH_NAMES[dtype]
+        itemsize = getattr(torch, name).itemsize
+        for nbytes in _GRID_BYTES:
+            tensor = {"t": name, "s": [nbytes // itemsize]}
+            call = calls.write(GENERIC, [tensor, tensor], {})
+            yield Work(op="mul", kind="pointwise", dtype=dtype, nbytes=3 * nbytes, call=call)
+        for size in _GRID_SIZES:
+            left, right = {"t": name, "s": [size, size]}, {"t": name, "s": [size, size], "d": [1, size]}
+            yield Work(
+                op="mm",
+                kind="matmul",
+                dtype=dtype,
+                nbytes=3 * size * size * itemsize,
+                flops=2 * size**3,
+                dims=(1, size, size, size),
+                call=calls.write("aten::mm", [left, right], {}),
+            )
+
+
+@contextmanager
+def _undisturbed(device: Device) -> Iterator[None]:
+    """No garbage is looked for, and random numbers go on afterwards as if none had been drawn."""
+    was_enabled = gc.isenabled()
+    cards = [] if device.name == cpu.TYPE else [device.name]
+    with torch.random.fork_rng(devices=cards):
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_enabled:
+                gc.enable()
+
+
+class Timer:
+    """Makes calls on one device, over and over, and looks at the clock."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.is_cpu = device.name == cpu.TYPE
+        self._free_bytes = _free_bytes(device)
+        most_bytes = min(_MOST_BYTES, self._free_bytes // _MEMORY_SHARE)
+        self._replayer = Replayer(torch.device(device.name), cold_bytes=_COLD_BYTES, most_bytes=most_bytes)
+        self._held: deque[tuple[object, int]] = deque()
+        self._held_bytes = 0
+
+    def points(self, works: Sequence[Work], *, expected: Callable[[Work], float], until: float) -> tuple[Point, ...]:
+        """As many of the works, from the first on, as can be timed up to the moment `until` of the monotonic clock."""
+        left = deque(works)
+        found: list[Point] = []
+        while left:
+            batch: list[Work] = []
+            room = until - time.monotonic()
+            while left:
+                takes = expected(left[0]) * _WITH_ALL * (_LEAST_SAMPLES + 1)
+                if takes > room and (batch or takes > until - time.monotonic()):
+                    break
+                room -= takes
+                batch.append(left.popleft())
+            if not batch:
+                left.popleft()  # too long for what is left of the time; shorter ones may not be
+                continue
+            random.Random(0).shuffle(batch)  # calls of one size beside each other would find their like in the caches
+            found += self._batch(batch, expected, until)
+            if time.monotonic() >= until:
+                break
+        return tuple(found)
+
+    def _batch(self, works: list[Work], expected: Callable[[Work], float], until: float) -> Iterator[Point]:
+        """All in turn, again and again, so that a slow moment spoils one sample of each."""
+        samples: dict[Work, list[float]] = {work: [] for work in works}
+        did: dict[Work, Work] = {}
+        for turn in range(_MOST_SAMPLES + 1):
+            for ready in self._prepared(self._wanting(samples, turn, expected, until)):
+                for work, call, before in ready:
+                    try:
+                        with torch.no_grad():
+                            seconds, result = self._time(call, before)
+                    except Exception:  # an operator may raise anything at arguments that are not those of a real step
+                        del samples[work]
+                        continue
+                    samples[work].append(seconds)
+                    if not turn:
+                        did[work] = of_call(call.func, call.args, call.kwargs, result)
+                    self._hold(result)
+        for work, taken in samples.items():
+            if len(taken) > 1:
+                yield _point(did[work], work, typical(taken[1:]))
+
+    def _wanting(
+        self, samples: dict[Work, list[float]], turn: int, expected: Callable[[Work], float], until: float
+    ) -> Iterator[Work]:
+        """Those of which one more sample is to be had, and time is left to take it."""
+        for work in list(samples):
+            taken = samples[work]
+            if turn > _LEAST_SAMPLES and sum(taken) > _ENOUGH_S:
+                continue
+            if time.monotonic() + _HEADROOM * (taken[-1] if taken else expected(work)) < until:
+                yield work
+
+    def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, Made, Made | None]]]:
+        """Calls ready to be made, some at a time, each with another of its kind to make just before.
+
+        Python that prepares a call, and other operators, push the code of its kernel out of the caches; in a step the
+        same few operators come again and again. Calls that take long do not feel it.
+        """
+        ready: list[tuple[Work, Made, Made | None]] = []
+        nbytes = 0
+        for work in works:
+            if work.nbytes > self._free_bytes // _MEMORY_SHARE:
+                continue
+            try:
+                before = self._replayer.make(work.call, work.cold) if work.nbytes < _SHORT_BYTES else None
+                ready.append((work, self._replayer.make(work.call, work.cold), before))
+            except NotReplayable:
+                continue
+            nbytes += work.nbytes
+            if len(ready) == _PREPARED or nbytes > _PREPARED_BYTES:
+                yield ready
+                ready, nbytes = [], 0
+        yield ready
+
+    def _time(self, call: Made, before: Made | None) -> tuple[float, object]:
+        """Seconds of one call, and what it returned."""
+        if not self.is_cpu:
+            return self._time_on_card(call)
+        for memory in call.hot:
+            if memory.nbytes <= CACHED_BYTES:
+                memory.sum()
+        if before is not None:
+            before()
+        start = time.perf_counter()
+        result = call()
+        return time.perf_counter() - start, result
+
+    def _time_on_card(self, call: Made) -> tuple[float, object]:
+        """Between two events, as many times as fill the queue."""
+        results: list[object] = []
+
+        def run() -> None:
+            for _ in range(_QUEUE):
+                results[:] = [call()]
+
+        return self.device.time(run) / _QUEUE, results[0]
+
+    def _hold(self, result: object) -> None:
+        nbytes = sum(value.nbytes for value in tree_leaves(result) if isinstance(value, torch.Tensor))
+        self._held.append((result, nbytes))
+        self._held_bytes += nbytes
+        while self._held_bytes > _HELD_BYTES and len(self._held) > 1:
+            self._held_bytes -= self._held.popleft()[1]
+
+
+def typical(samples: Sequence[float]) -> float:
+    """The median of the lower half: what a call takes where nothing else runs."""
+    return median(sorted(samples)[: (len(samples) + 1) // 2])
+
+
+def _point(did: Work, asked: Work, seconds: float) -> Point:
+    return Point(
+        op=did.op,
+        kind=did.kind,
+        dtype=did.dtype,
+        nbytes=did.nbytes,
+        flops=did.flops,
+        dims=did.dims,
+        is_causal=did.is_causal,
+        call=asked.call,
+        cold=asked.cold,
+        seconds=max(seconds, 1e-9),  # below what the clock tells apart
+    )
+
+
+def _free_bytes(device: Device) -> int:
+    if device.name == cpu.TYPE:
+        return cpu.available_bytes() or _MOST_BYTES
+    return int(torch.cuda.mem_get_info(device.name)[0])
+
