@@ -1,3 +1,21 @@
 """gcbench: which gradient-checkpointing setting to use, measured on the real model."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gcbench.api import apply, remove
+    from gcbench.strategies import Plan, Policy
+
+__all__ = ["Plan", "Policy", "apply", "remove"]
+
 __version__ = "0.1.0"
+
+_HOMES = {"apply": "gcbench.api", "remove": "gcbench.api", "Plan": "gcbench.strategies", "Policy": "gcbench.strategies"}
+
+
+def __getattr__(name: str) -> Any:
+    """What is public, imported when it is first asked for: the command line answers without torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gcbench' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,379 @@
+"""`gcbench.apply` and `gcbench.remove`: a strategy on a model of the user's own, for the user's own training loop."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch.nn import Module
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gcbench import checkpointing, strategies, training
+from gcbench.checkpointing import RecomputeCounter
+from gcbench.errors import UsageError
+from gcbench.resolve import unsupported
+from gcbench.segments import NotASegment
+from gcbench.simulate.stage import Stage
+from gcbench.strategies import Plan
+
+_BEFORE = "_gcbench_before"
+"""The attribute of a model that holds what `remove` puts back."""
+
+_ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl")
+"""What a strategy sets on modules."""
+
+_TRACED_TOKENS = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Applied:
+    """What `apply` has done to a model.
+
+    Attributes:
+        plan: which layers are recomputed, which of them together, and how; numbers are in `modules()` order.
+    """
+
+    plan: Plan
+    _counter: RecomputeCounter = field(repr=False)
+
+    @property
+    def recomputed(self) -> frozenset[int] | None:
+        """The layers that backward passes have really run a second time since `apply` or `reset`.
+
+        None where layers are compiled, so that what they run again cannot be seen.
+        """
+        return None if self._counter.is_blind else frozenset(self._counter.layers)
+
+    def reset(self) -> None:
+        """Begin to count anew."""
+        self._counter.reset()
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Before:
+    """How a model was before `apply`.
+
+    Attributes:
+        attributes: each module that can checkpoint, with those of `_ATTRIBUTES` that were its own.
+        configs: those that asked for a cache.
+        memory_budget: torch's, where the plan changes it.
+        watched: the module through which segments are watched.
+        hooks: those that `apply` has added.
+    """
+
+    attributes: tuple[tuple[Module, dict[str, Any]], ...]
+    configs: tuple[Any, ...]
+    memory_budget: float | None
+    watched: Module
+    hooks: tuple[Any, ...]
+
+
+def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
+    """Checkpoint a model's layers from now on, as `gcbench run` measures it.
+
+    The model is a Hugging Face model or whatever holds one: a `PeftModel`, `DistributedDataParallel`, FSDP, what
+    `Accelerator.prepare` or `torch.compile` returned. It may be wrapped, sharded or compiled before or after the call
+    (call `get_peft_model` before: it changes models that already checkpoint). A second `apply` takes the place of the
+    first, and one that raises changes nothing.
+
+    The strategy alone decides: layers that it leaves alone keep everything, also where transformers' own
+    `activation_checkpointing_enable` was called before. Called later, as the Trainer does with
+    `activation_checkpointing=True`, that takes the strategy's place; leave it out. `config.use_cache` becomes False, as
+    a cache is of no use in training. In `eval()` nothing is recomputed. `compile:BUDGET` sets torch's budget for the
+    whole process. In a compiled model, layers in groups of several, offloaded or reentrant ones are run uncompiled.
+
+    Args:
+        model: to be trained; it stays where it is and computes nothing here.
+        strategy_or_plan: `"per-layer"`, `"every:2+selective:matmul"`, `"plan:FILE.json"` or any other strategy that
+            `gcbench strategies` lists, or a `Plan`, whose layers are numbered in `modules()` order.
+
+    Returns:
+        The plan that the strategy became, with a count of the layers that are really recomputed. It need not be kept.
+
+    Raises:
+        TypeError: for a model or strategy of another type.
+        ValueError: for a strategy that does not exist, for a model that cannot checkpoint or is wrapped in other
+            checkpointing, and for a plan that this model, its sharding, this torch or this machine cannot have.
+        gcbench.segments.NotASegment: later, in a forward pass, where a model does not simply run the layers of one
+            group one after the other.
+    """
+    trained = _trained(model)
+    layers = checkpointing.checkpointable_layers(trained)
+    plan = _plan(trained, layers, strategy_or_plan)
+    groups = [group for group, _ in plan.treated() if len(group) > 1]
+    _check(model, layers, plan, groups)
+
+    remove(trained)
+    watched = _watched(model, trained, layers, groups)
+    before = _Before(
+        attributes=tuple(_attributes(trained)),
+        configs=tuple(_caching_configs(trained)),
+        memory_budget=functorch_config.activation_memory_budget if plan.memory_budget is not None else None,
+        watched=watched,
+        hooks=tuple(_hooks(trained, watched, layers, plan, groups)),
+    )
+    setattr(trained, _BEFORE, before)
+    for module, _ in before.attributes:
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False  # type: ignore[assignment]
+    for config in before.configs:
+        config.use_cache = False
+    return Applied(plan=plan, _counter=_switch_on(trained, watched, layers, plan))
+
+
+def remove(model: Module) -> None:
+    """Put a model back to how it was before `apply`: its flags and functions, its cache, its hooks, torch's budget.
+
+    What transformers' own checkpointing was before `apply`, on or off, it is again. A model that `apply` never saw is
+    left alone. It may be given with other wrappers around it than `apply` got it with.
+
+    Raises TypeError for what is no model, ValueError for a module that holds several of them.
+    """
+    trained = _trained(model)
+    before: _Before | None = vars(trained).pop(_BEFORE, None)
+    if before is None:
+        return
+    checkpointing.end_segments(before.watched)
+    for hook in before.hooks:
+        hook.remove()
+    for module, attributes in before.attributes:
+        for name in _ATTRIBUTES:
+            vars(module).pop(name, None)
+        vars(module).update(attributes)
+    for config in before.configs:
+        config.use_cache = True
+    if before.memory_budget is not None:
+        functorch_config.activation_memory_budget = before.memory_budget
+
+
+def _trained(model: Module) -> Module:
+    """The Hugging Face model inside of its wrappers; the model itself where there is none."""
+    if not isinstance(model, Module):
+        raise TypeError(f"{model!r} is no model; give the torch.nn.Module that is trained")
+    found = {id(one): one for one in _outermost(model)}
+    if len(found) > 1:
+        names = " and ".join(type(one).__name__ for one in found.values())
+        raise ValueError(f"{type(model).__name__} holds several models ({names}); give the one that is trained")
+    return next(iter(found.values()), model)
+
+
+def _outermost(module: Module) -> Iterator[PreTrainedModel]:
+    if isinstance(module, PreTrainedModel):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost(child)
+
+
+# The plan, and whether it can be had
+
+
+def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
+    if not isinstance(wanted, str | Plan):
+        raise TypeError(f"{wanted!r} is no strategy; give one by name, like 'per-layer', or a gcbench.Plan")
+    strategy = strategies.parse(wanted) if isinstance(wanted, str) else None
+    refusal = checkpointing.refusal(model)
+    if refusal is not None:
+        raise ValueError(f"{refusal}; train it without")
+    if isinstance(wanted, Plan):
+        if wanted.num_layers != len(layers):
+            raise ValueError(
+                f"the plan is for {wanted.num_layers} layers and {type(model).__name__} has {len(layers)}; make one "
+                f"with num_layers={len(layers)}"
+            )
+        return wanted
+    assert strategy is not None
+    order = _order_run(model, layers) if strategy.counts_run else None
+    if order is None:
+        return strategy.plan_for(len(layers))
+    return strategy.plan_for(len(order)).renumbered(order, len(layers))
+
+
+def _check(model: Module, layers: Sequence[Module], plan: Plan, groups: Sequence[Sequence[int]]) -> None:
+    """Raise ValueError for what this model, torch or machine cannot do."""
+    operators = [name for _, policy in plan.treated() for name in (*policy.keep, *policy.skip)]
+    try:
+        checkpointing.check_operators(tuple(dict.fromkeys(operators)))
+    except UsageError as err:
+        raise ValueError(str(err).removeprefix("--strategies: ")) from None
+    refusal = None if torch.cuda.is_available() else unsupported(plan, "cpu")
+    if refusal is not None:
+        raise ValueError(refusal)
+    wrappers = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    if wrappers is not None and any(isinstance(module, wrappers.CheckpointWrapper) for module in model.modules()):
+        raise ValueError(
+            "the model's layers are wrapped in torch's CheckpointWrapper and would be recomputed twice; leave "
+            "activation checkpointing out of the FSDP settings"
+        )
+    _check_gathering(layers, groups, model)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_gathering(layers: Sequence[Module], groups: Sequence[Sequence[int]], model: Module, *call: object) -> None:
+    """Raise ValueError where FSDP gathers the weights of one group's layers apart from one another.
+
+    The group would be run again when the weights of its last layer alone are there.
+    """
+    units: dict[int, object] = {}
+    _note_units(model, None, units)
+    for group in groups:
+        if len({id(units.get(id(layers[number]))) for number in group}) > 1:
+            raise ValueError(
+                f"layers {list(group)} are to be recomputed as one, and FSDP gathers the weights of each on its own; "
+                "take groups of one layer, such as per-layer or every:2, or shard each group as one unit"
+            )
+
+
+def _note_units(module: Module, unit: object, units: dict[int, object]) -> None:
+    """Under the id of each layer, what FSDP gathers it with."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
+        unit = module._get_fsdp_state()
+    elif fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
+        unit = module
+    if isinstance(module, GradientCheckpointingLayer):
+        units[id(module)] = unit
+        return
+    for child in module.children():
+        _note_units(child, unit, units)
+
+
+# The order in which layers run
+
+
+def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | None:
+    """The numbers of the layers that training on text runs, in the order in which it does.
+
+    Found on a twin of the model without weights, so that nothing is asked of the model itself, which may be sharded.
+    None stands for all of them in `modules()` order: where they are of one class and lie in one list, without a look,
+    and where no look is possible, because the twin's code asks for values or for other inputs than text.
+    """
+    if not isinstance(model, PreTrainedModel) or _are_alike_in_one_list(model, layers):
+        return None
+    try:
+        with torch.device("cpu"):
+            return _order_of_twin(model, len(layers))
+    except Exception:  # a model's own code
+        return None
+
+
+def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
+    config = copy.deepcopy(model.config)
+    config._attn_implementation = "eager"  # runs on any device
+    with torch.device("meta"):
+        twin = type(model)(config).to(torch.bfloat16)
+    stage = Stage(twin, precision="bf16")
+    if len(stage.layers) != num_layers:
+        return None
+    with checkpointing.layers_run(twin) as ran, stage.ready():
+        twin(**training.forward_inputs(twin, torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64)))
+    return tuple(ran.order)
+
+
+def _are_alike_in_one_list(model: Module, layers: Sequence[Module]) -> bool:
+    """Layers of another class may be for images, and passed over in text."""
+    if len({type(layer) for layer in layers}) > 1:
+        return False
+    ids = {id(layer) for layer in layers}
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    return any(ids == {id(child) for child in one.children()} for one in lists)
+
+
+# Switching on
+
+
+def _switch_on(trained: Module, watched: Module, layers: Sequence[Module], plan: Plan) -> RecomputeCounter:
+    """Apply the plan such that the model may be compiled, now or later."""
+    if plan.compiled:
+        return checkpointing.apply(trained, plan)
+    traceable = [
+        (group, policy)
+        for group, policy in plan.treated()
+        if len(group) == 1 and not (policy.skip or policy.offload or policy.reentrant)
+    ]
+    checkpointing.apply_groups(watched, layers, traceable, RecomputeCounter(is_blind=True))
+    traced: dict[int, Any] = {number: layers[number]._gradient_checkpointing_func for (number,), _ in traceable}
+    counter = RecomputeCounter()
+    checkpointing.apply_groups(watched, layers, plan.treated(), counter)
+    for number in (number for group, _ in plan.treated() for number in group):
+        counted: Any = layers[number]._gradient_checkpointing_func
+        if number in traced:
+            function = partial(_traced_or_counted, counter, traced[number], counted)
+        else:
+            function = partial(_uncompiled, counted)
+        layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
+    return counter
+
+
+def _traced_or_counted(
+    counter: RecomputeCounter, traced: Callable[..., Any], counted: Callable[..., Any], *call: Any
+) -> Any:
+    """The compiler sees through torch's own function alone, and its layers cannot be counted."""
+    if torch.compiler.is_compiling():
+        counter.is_blind = True
+        return traced(*call)
+    return counted(*call)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _uncompiled(function: Callable[..., Any], *call: Any) -> Any:
+    """Of the other ways to recompute the compiler makes layers that do not agree with their first run."""
+    try:
+        return function(*call)
+    except NotASegment as err:
+        raise NotASegment(f"{err}; take groups of one layer, such as per-layer or every:2") from None
+
+
+def _watched(model: Module, trained: Module, layers: Sequence[Module], groups: Sequence[Sequence[int]]) -> Module:
+    """The module whose calls enclose those of all groups of several layers, and which no wrapper goes around.
+
+    peft 0.18 calls the `forward` of the Hugging Face model, which fires none of its hooks.
+    """
+    wanted = {id(layers[number]) for group in groups for number in group}
+    paths = [name.split(".")[:-1] for name, module in trained.named_modules() if id(module) in wanted]
+    common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
+    stack = trained.get_submodule(".".join(common))
+    while isinstance(stack, torch.nn.ModuleList | torch.nn.ModuleDict):
+        common = common[:-1]
+        stack = trained.get_submodule(".".join(common))
+    return model if stack is trained else stack
+
+
+def _hooks(
+    trained: Module, watched: Module, layers: Sequence[Module], plan: Plan, groups: Sequence[Sequence[int]]
+) -> Iterator[Any]:
+    if groups:  # the model may be sharded only after this
+        yield watched.register_forward_pre_hook(partial(_check_gathering, layers, groups))
+    if plan.any_policy("reentrant") and (embeddings := _embeddings(trained)) is not None:
+        yield embeddings.register_forward_hook(_ask_for_gradients)
+
+
+def _embeddings(model: Module) -> Module | None:
+    try:
+        return model.get_input_embeddings()  # type: ignore[no-any-return, operator]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _ask_for_gradients(module: Module, inputs: object, output: torch.Tensor) -> None:
+    """As transformers does for the reentrant variant, in which layers get no gradients where no input asks for them."""
+    output.requires_grad_(True)
+
+
+def _attributes(model: Module) -> Iterator[tuple[Module, dict[str, Any]]]:
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            yield module, {name: vars(module)[name] for name in _ATTRIBUTES if name in vars(module)}
+
+
+def _caching_configs(model: Module) -> Iterator[Any]:
+    configs = {id(config): config for module in model.modules() if (config := getattr(module, "config", None))}
+    return (config for config in configs.values() if getattr(config, "use_cache", None))
