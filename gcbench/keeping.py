@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager
+from functools import cache
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 class _FirstRun(_Counting):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if is_question(func):
+        if is_question(func) or _is_view(func):
             return func(*args, **(kwargs or {}))
         store, name = self.store, operator_name(func)
         call = self._call(name)
@@ -119,6 +120,10 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
         kwargs = kwargs or {}
         if is_question(func):
             return func(*args, **kwargs)
+        if _is_view(func):
+            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+            is_hollow = any(isinstance(value, Hollow) for value in given)
+            return _shapes_of(func, args, kwargs, given) if is_hollow else func(*args, **kwargs)
         name = operator_name(func)
         call = self._call(name)
         if self.store.names[self.num_calls : self.num_calls + 1] != [name]:
@@ -160,6 +165,13 @@ class Hollow(torch.Tensor):
     ) -> Any:
         """Whatever asks for values."""
         raise SkippedButNeeded(operator_name(func))
+
+
+@cache
+def _is_view(op: Any) -> bool:
+    """Whether a call only looks at memory another way: autograd makes views of hollow tensors again after a change in
+    place, so that the second run may call more of them."""
+    return not op._schema.is_mutable and any(result.alias_info for result in op._schema.returns)
 
 
 def _shapes_of(func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:

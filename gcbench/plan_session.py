@@ -269,6 +269,7 @@ def publish(planned: Planned, folder: Path) -> Planned:
     planned = replace(planned, plan_file=path)
     write_text(folder / "decision.json", plan_view.document(planned, None))
     write_text(folder / "plan.md", plan_view.markdown(planned))
+    write_text(folder / "plan.txt", plan_view.text(planned, width=100))
     from gcbench import plan_plot
 
     plan_plot.draw(planned, folder / "plots")

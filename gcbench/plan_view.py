@@ -108,12 +108,12 @@ def described(candidate: Candidate) -> str:
     kinds = dict.fromkeys(plan.policies)
     parts = []
     for policy in kinds:
-        count = plan.policies.count(policy)
-        kept = len(policy.keep)
-        parts.append(f"{count} keep {kept} outputs inside" if kept else f"{count} keep their input alone")
+        count, kept = plan.policies.count(policy), len(policy.keep)
+        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
+        parts.append(f"{count} {verb} {kept} outputs inside" if kept else f"{count} {verb} {own} input alone")
     whole = plan.num_layers - plan.layers_checkpointed
     if whole:
-        parts.append(f"{whole} keep everything")
+        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
     return f"a found plan: of {plan.num_layers} layers {', '.join(parts)}"
 
 
@@ -191,13 +191,17 @@ def nothing_fits(planned: Planned) -> str:
 
 
 def best_of_each(decision: Decision) -> list[Candidate]:
-    """Of each strategy the fastest that fits, else the smallest; the fastest first."""
-    best: dict[str, Candidate] = {}
+    """The choice, and of each other strategy the fastest that fits, else the smallest; measured ones first."""
+    choice = decision.choice
+    best: dict[str, Candidate] = {} if choice is None else {choice.strategy: choice}
     for candidate in decision.candidates:
         known = best.get(candidate.strategy)
         if known is None or (not known.fits and candidate.peak_bytes < known.peak_bytes):
             best[candidate.strategy] = candidate
-    return sorted(best.values(), key=lambda each: (not each.fits, -each.tokens_per_s))
+    return sorted(
+        best.values(),
+        key=lambda each: (each != choice, not each.fits, each.source != "measured", -each.tokens_per_s),
+    )
 
 
 def frontier_table(planned: Planned) -> Table:
@@ -212,11 +216,11 @@ def frontier_table(planned: Planned) -> Table:
             return "does not fit"
         if choice is None:
             return "–"
-        return (
-            "the choice"
-            if candidate == choice
-            else format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
-        )
+        if candidate == choice:
+            return "the choice"
+        if choice.source == "measured" and candidate.source != "measured":
+            return "not run"
+        return format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
 
     return Table(
         title="The best of each strategy",
@@ -244,19 +248,17 @@ def frontier_table(planned: Planned) -> Table:
 
 def gains_table(decision: Decision) -> Table | None:
     """What else would lower the peak."""
-    if not decision.gains:
-        return None
     shown = decision.choice or decision.smallest
-    assert shown is not None
+    gains = [gain for gain in decision.gains if shown is not None and gain.peak_bytes < shown.peak_bytes]
+    if not gains or shown is None:
+        return None
     return Table(
         title="What else would lower this peak",
         columns=(
-            Column(header="besides checkpointing", cells=tuple(gain.name for gain in decision.gains), right=False),
-            Column(header="peak then", cells=tuple(format_bytes(gain.peak_bytes) for gain in decision.gains)),
-            Column(
-                header="frees", cells=tuple(format_bytes(shown.peak_bytes - gain.peak_bytes) for gain in decision.gains)
-            ),
-            Column(header="how", cells=tuple(gain.flag or "in the trainer" for gain in decision.gains), right=False),
+            Column(header="besides checkpointing", cells=tuple(gain.name for gain in gains), right=False),
+            Column(header="peak then", cells=tuple(format_bytes(gain.peak_bytes) for gain in gains)),
+            Column(header="frees", cells=tuple(format_bytes(shown.peak_bytes - gain.peak_bytes) for gain in gains)),
+            Column(header="how", cells=tuple(gain.flag or "in the trainer" for gain in gains), right=False),
         ),
     )
 

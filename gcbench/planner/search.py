@@ -55,6 +55,8 @@ class Planner:
         self.task = task
         self.weighing = Weighing(task, figures)
         self.notices: list[str] = []
+        self._calibrated: set[int] = set()
+        """Batch sizes."""
         self.mixes = Mixes(self.weighing, self._uniform())
         self._trace()
 
@@ -124,11 +126,12 @@ class Planner:
 
     def _calibrate(self, batches: Sequence[int]) -> None:
         """On the machine at hand, time what the steps are made of and has not been timed yet, the costliest first."""
-        if self.task.device_here is None:
+        if self.task.device_here is None or set(batches) <= self._calibrated:
             return
         from gcbench import devices
         from gcbench.calibration import calibrate_for
 
+        self._calibrated.update(batches)
         device = devices.open_device(self.task.device_here)
         plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.task.named if not self._is_composed(plan)))
         works = [

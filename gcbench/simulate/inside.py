@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -50,6 +50,8 @@ class _Watch:
 
     calls: list[InnerCall] = field(default_factory=list)
     owner: dict[int, int] = field(default_factory=dict)
+    inside: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+    """Memory -> all calls of which an output lies in it."""
     counts: Counter[str] = field(default_factory=Counter)
     held: list[torch.Tensor] = field(default_factory=list)
     """Every output, so that no memory is used twice while the layer runs."""
@@ -123,8 +125,8 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         fresh = {storage_of(value): value for value in made if storage_of(value) not in given}
         written = set(targets(func, args))
         for storage in written:
-            if (owner := watch.owner.get(storage)) is not None:
-                watch.calls[owner].is_changed = True
+            for earlier in watch.inside[storage]:
+                watch.calls[earlier].is_changed = True
         watch.calls.append(
             InnerCall(
                 name=f"{name}#{place}",
@@ -139,7 +141,8 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # What a view lies in, and what is written into, is what it depends on: asking for the one asks for the other.
         for storage in (*fresh, *written):
             watch.owner[storage] = number
-        for value in made:
-            watch.owner[storage_of(value)] = number
+        for storage in {storage_of(value) for value in made}:
+            watch.owner[storage] = number
+            watch.inside[storage].append(number)
         watch.held.extend(made)
         return result

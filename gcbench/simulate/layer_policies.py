@@ -28,10 +28,13 @@ def uniform_plans(stage: Stage, layers: Sequence[int], figures: Figures, *, seq_
     looked_at = sorted({*examples.values(), layers[0], layers[-1]})
     calls = inner_calls(stage, looked_at, batch_size=_BATCH_SIZE, seq_len=seq_len)
     by_kind = {kind: _policies(calls[layer], figures, most) for kind, layer in examples.items()}
-    longest = max(map(len, by_kind.values()))
+    chosen = {layer: by_kind[kinds[layer]] for layer in layers}
+    # What is before the first layer or behind the last may have them call other operators, in another dtype say.
+    for layer in (layers[0], layers[-1]):
+        if _told(calls[layer]) != _told(calls[examples[kinds[layer]]]):
+            chosen[layer] = _policies(calls[layer], figures, most)
     plans = []
-    for number in range(longest):
-        chosen = {layer: by_kind[kinds[layer]] for layer in layers}
+    for number in range(max(map(len, chosen.values()))):
         plans.append(
             Plan(
                 num_layers=len(stage.layers),
@@ -40,6 +43,11 @@ def uniform_plans(stage: Stage, layers: Sequence[int], figures: Figures, *, seq_
             )
         )
     return plans
+
+
+def _told(calls: Sequence[InnerCall]) -> list[Hashable]:
+    """What policies are told of a layer's calls."""
+    return [(call.name, call.work.nbytes, call.nbytes, call.reads, call.needed, call.is_changed) for call in calls]
 
 
 def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[Policy]:
@@ -56,10 +64,31 @@ def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[P
         )
         for call in calls
     ]
+    last = max((number for number, call in enumerate(calls) if call.needed), default=-1)
     found = []
     for choice in policies(weighed, most):
-        keep = tuple(calls[number].name for number in choice.keep)
         # What only looks at memory another way costs nothing, and follows by itself what it looks at.
-        skip = tuple(calls[number].name for number in choice.skip if not calls[number].is_view)
-        found.append(Policy(keep=keep, skip=skip))
-    return [policy for policy in found if policy != Policy()] or [Policy()]
+        idle = [number for number in _idle(weighed, choice.keep, last) if not calls[number].is_view]
+        if choice.keep or any(number < last for number in idle):
+            found.append(Policy(keep=_names(calls, choice.keep), skip=_names(calls, idle)))
+    return found or [Policy()]
+
+
+def _idle(calls: Sequence[Call], keep: Sequence[int], last: int) -> list[int]:
+    """What need not run with these outputs kept: up to the last call too, since what is kept is asked for once more.
+
+    `last` is the last call that the backward pass reads an output of.
+    """
+    waiting = [number for number, call in enumerate(calls) if call.needed and number not in keep]
+    waiting += [number for number, call in enumerate(calls[: last + 1]) if call.must_run]
+    again: set[int] = set()
+    while waiting:
+        number = waiting.pop()
+        if number not in again:
+            again.add(number)
+            waiting += [earlier for earlier in calls[number].reads if earlier not in keep]
+    return [number for number in range(len(calls)) if number not in again and number not in keep]
+
+
+def _names(calls: Sequence[InnerCall], numbers: Sequence[int]) -> tuple[str, ...]:
+    return tuple(calls[number].name for number in numbers)

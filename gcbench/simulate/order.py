@@ -53,8 +53,10 @@ def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
 
 
 def _in_one_list(model: torch.nn.Module) -> bool:
-    layers = {id(layer) for layer in checkpointing.checkpointable_layers(model)}
-    return any(
+    """Whether the layers lie in one list and are of one class: mllama's list has some that text never runs."""
+    found = checkpointing.checkpointable_layers(model)
+    layers = {id(layer) for layer in found}
+    return len({type(layer) for layer in found}) == 1 and any(
         layers == {id(child) for child in module.children()}
         for module in model.modules()
         if isinstance(module, torch.nn.ModuleList)
