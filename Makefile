@@ -39,6 +39,9 @@ reference: $(READY) ## Make the committed results again (replaces the folders in
 	rm -rf results/reference/strategies
 	$(BIN)/gcbench predict --config configs/strategies.toml --out results/reference/strategies
 
+	rm -rf results/reference/plan-llama-3.1-8b
+	$(BIN)/gcbench plan -m llama-3.1-8b --seq-len 4096 --precision bf16 --device h200 --out results/reference/plan-llama-3.1-8b
+
 	rm -rf results/reference/check-llama-3.1-8b
 	$(BIN)/gcbench check -m llama-3.1-8b --device cpu --out results/reference/check-llama-3.1-8b
 
@@ -59,7 +62,12 @@ bench-predict: $(READY) ## Measure how fast predictions are, and for how many ty
 	$(BIN)/python benchmarks/prediction_speed.py
 	$(BIN)/python benchmarks/coverage.py
 
+bench-plan: $(READY) ## Measure how good plans are: regret on this machine, frontier by prediction, speed
+	$(BIN)/python benchmarks/regret.py
+	$(BIN)/python benchmarks/plan_frontier.py
+	$(BIN)/python benchmarks/plan_speed.py
+
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test lint bench reference truth accuracy bench-predict frontier families clean
+.PHONY: help install run test lint bench reference truth accuracy bench-predict bench-plan frontier families clean

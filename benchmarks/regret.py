@@ -1,6 +1,7 @@
 """How much speed `gcbench plan` gives away: its choice against the best of everything measured, over many budgets.
 
     python benchmarks/regret.py              plan and measure what is not stored yet, then score (about half an hour)
+    python benchmarks/regret.py --rounds 8   as many rounds of everything: what is stored is measured some more
     python benchmarks/regret.py --score      score what is stored, in seconds
 
 Twelve workloads on the CPU, each measured exhaustively: every named strategy at every batch size, and every plan that
@@ -28,33 +29,33 @@ from gcbench.report import write_text
 from gcbench.strategies.plan_file import as_json, of_json
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
-ROUNDS, TIMED = 6, 2
+ROUNDS, TIMED = 4, 2
 BUDGETS = 6
 STRATEGIES = (
     "off", "per-layer", "every:2", "first:2", "last:2", "selective:attention", "selective:matmul"
 )  # fmt: skip
 _LLAMA = {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 2}
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama": {**_LLAMA, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 6, "vocab_size": 2000},
+    "llama": {**_LLAMA, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 2000},
     "llama, many words": {
-        **_LLAMA, "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 16000
+        **_LLAMA, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "vocab_size": 8000
     },
     "llama, wide inside": {
-        **_LLAMA, "hidden_size": 128, "intermediate_size": 1536, "num_hidden_layers": 8, "vocab_size": 1000
+        **_LLAMA, "hidden_size": 128, "intermediate_size": 1024, "num_hidden_layers": 5, "vocab_size": 1000
     },
     "qwen3": {
-        "model_type": "qwen3", "hidden_size": 192, "intermediate_size": 640, "num_hidden_layers": 6,
-        "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": 4000,
+        "model_type": "qwen3", "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 3000,
     },
     "gpt2": {
-        "model_type": "gpt2", "n_embd": 192, "n_layer": 6, "n_head": 6, "vocab_size": 2000, "n_positions": 512
+        "model_type": "gpt2", "n_embd": 192, "n_layer": 4, "n_head": 6, "vocab_size": 2000, "n_positions": 512
     },
     "gpt-neox": {
-        "model_type": "gpt_neox", "hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 5,
+        "model_type": "gpt_neox", "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4,
         "num_attention_heads": 4, "vocab_size": 3000,
     },
 }  # fmt: skip
-LENGTHS = {128: (1, 2, 4, 8, 16), 384: (1, 2, 3, 4, 6)}
+LENGTHS = {96: (1, 2, 4, 8), 256: (1, 2, 4)}
 """Tokens -> batch sizes."""
 
 
@@ -143,8 +144,10 @@ def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[di
     return list(dict.fromkeys([*map(setting, grid), *found])), cases
 
 
-def measured(shape: dict[str, Any], seq_len: int, settings: list[Setting]) -> dict[str, dict[str, Any]]:
-    """Peak and step times of every setting."""
+def measured(
+    shape: dict[str, Any], seq_len: int, settings: list[Setting], known: dict[str, dict[str, Any]], num_rounds: int
+) -> dict[str, dict[str, Any]]:
+    """Peak and step times of every setting; of those in `known` the rounds that are lacking."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -164,8 +167,10 @@ def measured(shape: dict[str, Any], seq_len: int, settings: list[Setting]) -> di
         batch = random_batch(model, batch_size=batch_size, seq_len=seq_len, seed=0)
         return TrainingStep(model, batch=batch, precision="fp32", optim="adamw_torch", seed=0)
 
-    result: dict[str, dict[str, Any]] = {}
+    result = dict(known)
     for each in settings:
+        if each.key in known:
+            continue
         checkpointing.apply(model, plans[each.key])
         step = step_of(each.batch_size)
         gc.collect()
@@ -178,9 +183,11 @@ def measured(shape: dict[str, Any], seq_len: int, settings: list[Setting]) -> di
         del step
     steps = {batch: step_of(batch) for batch in dict.fromkeys(each.batch_size for each in settings)}
     order = list(settings)
-    for number in range(ROUNDS):
+    for number in range(num_rounds):
         random.Random(number).shuffle(order)
         for each in order:
+            if len(result[each.key]["rounds"]) > number:
+                continue
             checkpointing.apply(model, plans[each.key])
             step = steps[each.batch_size]
             step()
@@ -329,15 +336,25 @@ def main() -> None:
         "versions": machine.versions,
         "settings": machine.settings,
     }
+    num_rounds = int(sys.argv[sys.argv.index("--rounds") + 1]) if "--rounds" in sys.argv else ROUNDS
     for name, shape in SHAPES.items():
         for seq_len in LENGTHS:
             key = f"{name} × {seq_len}"
-            if key in stored["workloads"]:
+            known = stored["workloads"].get(key)
+            if known and all(len(cell["rounds"]) >= num_rounds for cell in known["cells"].values()):
                 continue
             begin = time.perf_counter()
-            settings, cases = planned(shape, seq_len)
+            if known:
+                cells, cases = known["cells"], known["cases"]
+                settings = [
+                    Setting(**{name: cell[name] for name in ("strategy", "batch_size", "plan")})
+                    for cell in cells.values()
+                ]
+            else:
+                cells = {}
+                settings, cases = planned(shape, seq_len)
             done_planning = time.perf_counter()
-            cells = measured(shape, seq_len, settings)
+            cells = measured(shape, seq_len, settings, cells, num_rounds)
             stored["workloads"][key] = {
                 "name": key, "shape": shape, "seq_len": seq_len, "cases": cases, "cells": cells,
             }  # fmt: skip

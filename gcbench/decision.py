@@ -90,7 +90,7 @@ class Decision:
         candidates: all that were looked at, those that fit first, the fastest first.
         largest: for each strategy.
         gains: what would lower the peak of the choice (of the smallest where nothing fits).
-        longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none does.
+        longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
         times_from: where the times come from, in words.

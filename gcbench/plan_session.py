@@ -226,11 +226,22 @@ def decide(
         target=target,
         machine=machine,
         facts=facts,
-        decision=answered[0],
+        decision=replace(answered[0], notices=(*job.notices, *answered[0].notices, *_unconfirmed(target, is_here))),
         command=command,
         created="",
         hub_id=None if Path(source.location).exists() else source.location,
         source=source,
+    )
+
+
+def _unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
+    """What nobody has measured yet."""
+    if target.kind == CPU:
+        return ()
+    how = "add --measure" if is_here else "run gcbench plan --measure there"
+    return (
+        "What CUDA does follows PyTorch's sources and published figures, and has not been compared with a card yet; to "
+        f"have it confirmed, {how}.",
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import replace
 
@@ -82,8 +83,11 @@ class Mixes:
         problem = self.problem(batch)
         if problem is None:
             return None
-        draft = self._draft(mix.smallest(problem), problem, batch)
-        return self.weighing.candidate(draft.strategy, draft.plan, batch, traced=True)
+        for part in (problem, _plainly(problem)):
+            draft = self._draft(mix.smallest(part), part, batch)
+            with suppress(Exception):  # as in `settled`
+                return self.weighing.candidate(draft.strategy, draft.plan, batch, traced=True)
+        return None
 
     def settled(self, draft: Candidate, problem: Problem) -> Candidate | None:
         """The mix as a trace of it sees it; one that turns out too large is looked for again in a smaller budget."""
@@ -91,7 +95,18 @@ class Mixes:
         assert usable is not None
         budget = usable - (draft.peak_bytes - draft.allocated_bytes)
         for _ in range(_MOST_TRIES):
-            verified = self.weighing.candidate(draft.strategy, draft.plan, draft.batch_size, traced=True)
+            try:
+                verified = self.weighing.candidate(draft.strategy, draft.plan, draft.batch_size, traced=True)
+            except Exception:
+                # One sequence alone may go through other operators than several: then layers are kept whole or not.
+                if not draft.plan.policies:
+                    raise
+                problem = _plainly(problem)
+                solved = mix.solve(replace(problem, budget_bytes=budget))
+                if solved is None:
+                    return None
+                draft = self._draft(solved, problem, draft.batch_size)
+                continue
             if verified.fits:
                 return verified
             budget -= max(verified.peak_bytes - usable, MIN_BLOCK_BYTES)
@@ -110,7 +125,7 @@ class Mixes:
     ) -> Candidate:
         weighing = self.weighing
         extra = sum(options[number].seconds for options, number in zip(problem.options, choice, strict=True))
-        seconds = weighing.scaling(self.uniform[0]).seconds(batch, weighing.figures) + extra
+        seconds = weighing.seconds(self.uniform[0], batch) + extra
         held = peak + weighing.beyond_tensors(self.uniform[1], batch)
         return Candidate(
             strategy=spec,
@@ -167,6 +182,11 @@ def _problem(profiles: Sequence[StepProfile]) -> Problem:
         other_peak_bytes=max(each.other_peak_bytes for each in profiles),
         budget_bytes=0,
     )
+
+
+def _plainly(problem: Problem) -> Problem:
+    """Without policies: a layer is recomputed plainly or not at all."""
+    return replace(problem, options=tuple(options[:2] for options in problem.options))
 
 
 def _is_plain(plan: Plan) -> bool:

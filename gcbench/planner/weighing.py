@@ -38,6 +38,7 @@ class Weighing:
         self._scalings: dict[Plan, Scaling] = {}
         self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
+        self._seconds: dict[tuple[Plan, int, bool], float] = {}
 
     def limited(self, task: PlanTask) -> Weighing:
         """The same for a task that differs in the target's memory alone; what was traced is shared."""
@@ -50,7 +51,7 @@ class Weighing:
     def use(self, figures: Figures) -> None:
         """Other figures from now on."""
         self.figures = figures
-        self._profiles = {}
+        self._profiles, self._seconds = {}, {}
 
     def works(self, plan: Plan, batch: int) -> list[Work]:
         """Every call of an operator in a step."""
@@ -76,10 +77,8 @@ class Weighing:
 
     def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False) -> Candidate:
         """A plan at a batch size; with `traced` from a trace of this very step."""
-        scaling = self.scaling(plan)
-        step = scaling.traced(batch) if traced else scaling.step(batch)
         held, peak = self.held(plan, batch, traced=traced)
-        seconds = step.seconds(self.figures)
+        seconds = self.seconds(plan, batch, traced=traced)
         return Candidate(
             strategy=spec,
             plan=plan,
@@ -90,15 +89,25 @@ class Weighing:
             fits=self.fits(held),
             step_time_s=seconds,
             tokens_per_s=batch * self.task.seq_len / seconds,
-            source="predicted" if traced or scaling.is_exact(batch) else "estimated",
+            source="predicted" if traced or self.scaling(plan).is_exact(batch) else "estimated",
         )
+
+    def seconds(self, plan: Plan, batch: int, *, traced: bool = False) -> float:
+        """How long a step takes; an estimate."""
+        key = (plan, batch, traced)
+        if key not in self._seconds:
+            self._seconds[key] = self._step(plan, batch, traced=traced).seconds(self.figures)
+        return self._seconds[key]
+
+    def _step(self, plan: Plan, batch: int, *, traced: bool) -> Step:
+        scaling = self.scaling(plan)
+        return scaling.traced(batch) if traced else scaling.step(batch)
 
     def held(self, plan: Plan, batch: int, *, traced: bool = False) -> tuple[int, Peak]:
         """(bytes that count against the device's memory, the peak) of a step."""
         key = (plan, batch, traced)
         if key not in self._peaks:
-            scaling = self.scaling(plan)
-            peak = self.session.peak((scaling.traced(batch) if traced else scaling.step(batch)).timeline)
+            peak = self.session.peak(self._step(plan, batch, traced=traced).timeline)
             self._peaks[key] = (self._counts(peak), peak)
         return self._peaks[key]
 

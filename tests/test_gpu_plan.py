@@ -1,0 +1,51 @@
+"""`gcbench plan` on a card: what it chooses runs there, fits, changes no gradient, and is measured by --measure."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import write_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+
+WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_hidden_layers": 8}
+
+
+def gcbench(*args, cwd):
+    done = subprocess.run(
+        [sys.executable, "-m", "gcbench", *map(str, args)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
+def test_a_plan_that_was_found_for_this_card_is_what_it_says(tmp_path, precision):
+    """The traps: what is skipped is needed by the card's kernels; the predicted peak is not the real one."""
+    model = write_model(tmp_path / "model", "llama", **WIDE)
+    workload = ("-m", model, "--seq-len", 1024, "--precision", precision, "--batch", 8)
+    free = gcbench("plan", *workload, "--device", "auto", "--json", "--out", "free", cwd=tmp_path)
+    peaks = {row["strategy"]: row["peak_bytes"] for row in free["rows"]}
+    budget = (peaks["off"] + peaks["per-layer"]) // 2
+    memory = ("--device-memory", budget, "--reserve", "1%")
+    planned = gcbench("plan", *workload, *memory, "--json", "--out", "tight", cwd=tmp_path)
+    spec = f"plan:{planned['plan_file']}"
+    report = gcbench("run", *workload, "--strategies", f"off,{spec}", "--json", "--out", "run", cwd=tmp_path)
+    off, found = report["rows"]
+    assert found["proof"] in ("identical", "within noise")
+    assert found["peak_allocated_bytes"] == pytest.approx(planned["choice"]["peak_allocated_bytes"], rel=0.02)
+    assert found["peak_allocated_bytes"] < off["peak_allocated_bytes"]
+
+
+def test_measuring_decides_on_the_card(tmp_path):
+    model = write_model(tmp_path / "model", "llama", **WIDE)
+    workload = ("-m", model, "--seq-len", 512, "--precision", "bf16", "--batch", "4,8")
+    planned = gcbench("plan", *workload, "--device", "auto", "--measure", "--json", "--out", "plan", cwd=tmp_path)
+    assert planned["choice"]["source"] == "measured"
