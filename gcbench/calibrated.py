@@ -1,4 +1,4 @@
-"""What calls of operators take on this machine, as measured: kept in a file per machine, and asked for any work. No torch.
+"""What calls of operators take on this machine, as measured: a file per machine, asked for any work. No torch.
 
 A call that was measured takes what it took. For any other, calls of its like are interpolated: traffic by its bytes,
 products and attention by the rate of those with the nearest dimensions.
@@ -20,7 +20,7 @@ from statistics import median
 
 from gcbench.calls import form
 from gcbench.codec import decode, encode
-from gcbench.costs import Caller, Work, WorkKind
+from gcbench.costs import Work, WorkKind
 from gcbench.records import Machine
 from gcbench.report import write_text
 
@@ -172,7 +172,7 @@ class _Index:
         near = next((group for group in groups if group), [])
         if not near:
             return work.flops / _GUESSED_FLOPS + _GUESSED_CALL_S
-        apart = sorted(((_distance(point.dims, work.dims), place) for place, point in enumerate(near)))
+        apart = sorted((_distance(point.dims, work.dims), place) for place, point in enumerate(near))
         weights, logs = 0.0, 0.0
         for distance, place in apart[:_NEIGHBOURS]:
             weight = 1.0 / max(distance, 1e-3) ** 2
@@ -249,7 +249,7 @@ def machine_key(machine: Machine) -> str:
 
 
 def default_folder() -> Path:
-    """Where calibrations lie: `gcbench` in the user's cache folder, as the XDG base directory specification names it."""
+    """Where calibrations lie: in the user's cache folder, as the XDG base directory specification names it."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "gcbench"
 

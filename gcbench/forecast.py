@@ -92,15 +92,15 @@ def forecast(
     machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
     target = target or target_of(wish, machine)
     assert target is not None
-    job = resolve(wanted, facts, _described(machine, target), target)
-    report = runner.begin(job, _described(machine, target), facts, command)
+    job = resolve(wanted, facts, described(machine, target), target)
+    report = runner.begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
     report = replace(report, source="predicted", settings=settings | wish.as_json())
     return _answered(report, job, wish, target, source, children, on_cell)
 
 
-def _described(machine: Machine, target: Target) -> Machine:
+def described(machine: Machine, target: Target) -> Machine:
     """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
     if target.kind == CPU or target.name == machine.device:
         return machine

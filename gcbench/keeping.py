@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -63,19 +64,38 @@ class RunDifferently(RuntimeError):
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Shape:
+    """All of a tensor but its numbers."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _Shape:
+        return cls(tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
+
+
 class _Store:
     """What is kept from the first run to the second."""
 
     def __init__(self, keep: frozenset[str]) -> None:
         self.keep = keep
         self.outputs: dict[str, Any] = {}
+        self.versions: dict[str, list[int]] = {}
+        """Of what is kept, as autograd counts changes in place: some come when the layer is done."""
+        self.shapes: dict[str, Any] = {}
+        """What every call of the first run returned: shapes for tensors."""
         self.names: list[str] = []
         """Of all calls of the first run, in order."""
         self.spoilt: dict[str, str] = {}
         """Call -> the operator that changed what was kept of it."""
 
-    def is_kept(self, name: str, call: str) -> bool:
-        return call in self.keep or name in self.keep
+    def is_kept(self, func: Any, name: str, call: str) -> bool:
+        """What writes into its arguments has to do so again, kept or not."""
+        return (call in self.keep or name in self.keep) and not func._schema.is_mutable
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,9 +124,10 @@ class _FirstRun(_Counting):  # type: ignore[no-untyped-call]
                 if any(_storage(value) == target for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)):
                     store.spoilt[kept] = name
         result = func(*args, **(kwargs or {}))
-        if store.is_kept(name, call):
-            # Detached, or the graph above would hang on to itself.
-            store.outputs[call] = tree_map_only(torch.Tensor, torch.Tensor.detach, result)
+        store.shapes[call] = tree_map_only(torch.Tensor, _Shape.of, result)
+        if store.is_kept(func, name, call):
+            store.outputs[call] = tree_map_only(torch.Tensor, _detached, result)
+            store.versions[call] = _versions(store.outputs[call])
         return result
 
 
@@ -115,15 +136,26 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
         super().__init__(store)
         self.skip = skip
         self.num_calls = 0
+        self.unwritten: dict[int, torch.Tensor] = {}
+        """Memory -> a tensor that a skipped call was to write into: as good as hollow."""
+
+    def __enter__(self) -> Any:
+        """Each backward pass through the same forward pass counts from 0 on."""
+        self.counts.clear()
+        self.num_calls = 0
+        self.unwritten = {}
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if is_question(func):
-            return func(*args, **kwargs)
-        if _is_view(func):
-            given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-            is_hollow = any(isinstance(value, Hollow) for value in given)
-            return _shapes_of(func, args, kwargs, given) if is_hollow else func(*args, **kwargs)
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        hollow = sum(self._is_hollow(value) for value in given)
+        if is_question(func) or _is_view(func):
+            if not hollow or func.namespace == "prim":
+                return func(*args, **kwargs)
+            if not isinstance(args[0], Hollow):
+                raise SkippedButNeeded(operator_name(func))
+            return _seen_another_way(func, args, kwargs)
         name = operator_name(func)
         call = self._call(name)
         if self.store.names[self.num_calls : self.num_calls + 1] != [name]:
@@ -132,30 +164,40 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
         if call in self.store.spoilt:
             raise KeptThenChanged(self.store.spoilt[call])
         if call in self.store.outputs:
-            return self.store.outputs.pop(call)
-        if self.store.is_kept(name, call):
+            kept = self.store.outputs.pop(call)
+            if _versions(kept) != self.store.versions[call]:
+                raise KeptThenChanged("when the layer had run")
+            return kept
+        if self.store.is_kept(func, name, call):
             raise RuntimeError(
                 f"what was kept of {call} is gone: a second backward pass through one forward pass cannot recompute; "
                 "leave retain_graph out, or keep nothing"
             )
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        hollow = sum(isinstance(value, Hollow) for value in given)
-        if call not in self.skip and name not in self.skip:
-            if not hollow:
-                return func(*args, **kwargs)
-            if hollow < len(given):
+        writes = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and not isinstance(args[0], Hollow)
+        is_skipped = call in self.skip or name in self.skip
+        if not hollow and (writes or not is_skipped):
+            return func(*args, **kwargs)
+        if hollow < len(given) and not is_skipped:
+            raise SkippedButNeeded(call)
+        if writes:
+            if not args[0].requires_grad:  # autograd may save it unasked
                 raise SkippedButNeeded(call)
-        return _shapes_of(func, args, kwargs, given)
+            self.unwritten[_storage(args[0])] = args[0]
+        if func._schema.is_mutable:
+            return args[0]
+        return tree_map_only(_Shape, Hollow, self.store.shapes[call])
+
+    def _is_hollow(self, tensor: torch.Tensor) -> bool:
+        return isinstance(tensor, Hollow) or (bool(self.unwritten) and _storage(tensor) in self.unwritten)
 
 
 class Hollow(torch.Tensor):
     """Stands for a result that nothing needs: on its device, so that autocast takes it for what it is; no memory."""
 
     @staticmethod
-    def __new__(cls, like: torch.Tensor, device: torch.device) -> Hollow:
-        """Of the size, strides and dtype of `like`."""
+    def __new__(cls, shape: _Shape) -> Hollow:
         make = torch.Tensor._make_wrapper_subclass
-        return make(cls, like.size(), strides=like.stride(), dtype=like.dtype, device=device)
+        return make(cls, shape.size, strides=shape.stride, dtype=shape.dtype, device=shape.device)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -174,19 +216,29 @@ def _is_view(op: Any) -> bool:
     return not op._schema.is_mutable and any(result.alias_info for result in op._schema.returns)
 
 
-def _shapes_of(func: Any, args: Any, kwargs: Any, given: list[torch.Tensor]) -> Any:
-    """What a call would return, hollow."""
-    device = kwargs.get("device") or (given[0].device if given else torch.device("cpu"))
-    if func._schema.is_mutable:
-        return args[0]
-    if "device" in kwargs:
-        kwargs = kwargs | {"device": torch.device("meta")}
+def _seen_another_way(view: Any, args: Any, kwargs: Any) -> Any:
+    """A view of a hollow tensor, hollow too."""
+    device = args[0].device
     args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
-    return tree_map_only(torch.Tensor, lambda made: Hollow(made, device), func(*args, **kwargs))
+
+    def hollow(made: torch.Tensor) -> Hollow:
+        return Hollow(_Shape(made.size(), made.stride(), made.dtype, device))
+
+    return tree_map_only(torch.Tensor, hollow, view(*args, **kwargs))
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Or the graph above would hang on to itself; changes in place are still counted with those of the tensor."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
+def _versions(outputs: Any) -> list[int]:
+    return [value._version for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

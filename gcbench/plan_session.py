@@ -16,6 +16,7 @@ from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.errors import GcbenchError, ThresholdBroken, UsageError
+from gcbench.forecast import described
 from gcbench.handover import Handover, Rival
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
@@ -189,7 +190,8 @@ def decide(
     if target.kind == CPU and target.memory_bytes is None:
         target = replace(target, memory_bytes=machine.device_memory_bytes)
     specs = wanted.strategies or NAMED
-    job = resolve(replace(wanted, strategies=specs if wanted.strategies else ("off",)), facts, machine, target)
+    checked = replace(wanted, strategies=specs if wanted.strategies else ("off",))
+    job = resolve(checked, facts, described(machine, target), target)
     assert job.settings.seq_len is not None
     seq_len = job.settings.seq_len[0]
     answered: list[Decision] = []

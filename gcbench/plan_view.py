@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
+from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.units import format_bytes, format_percent, format_seconds
 
@@ -273,7 +274,7 @@ def next_steps(planned: Planned) -> list[str]:
         f"in your own loop: gcbench.apply(model, {spec!r})",
         f"for a trainer: gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}",
         f"to measure it: gcbench run --model {shlex.quote(planned.settings.model)} --batch {choice.batch_size} "
-        f"--seq-len {planned.seq_len} --strategies off,{spec}",
+        f"--seq-len {planned.seq_len} --strategies {spec if spec == OFF else f'{OFF},{spec}'}",
     ]
 
 

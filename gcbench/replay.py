@@ -122,9 +122,7 @@ class Replayer:
         hot = tuple(memory for memory, is_cold in taken if not is_cold)
         return Made(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
 
-    def _take(
-        self, spec: TensorSpec, used: set[int], *, bound: int, is_cold: bool, is_written: bool
-    ) -> torch.Tensor:
+    def _take(self, spec: TensorSpec, used: set[int], *, bound: int, is_cold: bool, is_written: bool) -> torch.Tensor:
         """Memory for the tensor, which is none of `used`; whole numbers in it are below `bound`."""
         dtype = _dtype(spec.dtype)
         key = (dtype, spec.extent, bound, is_written)
@@ -225,7 +223,9 @@ def _bound(op: str, args: Sequence[Any]) -> int:
         sizes = _sizes(args[0])
         return sizes[args[1]] if sizes else 1
     if op in _INDEXED:
-        return min((size for size, index in zip(_sizes(args[0]), args[1], strict=False) if index is not None), default=1)
+        return min(
+            (size for size, index in zip(_sizes(args[0]), args[1], strict=False) if index is not None), default=1
+        )
     return 1
 
 

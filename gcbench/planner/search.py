@@ -54,6 +54,7 @@ class Planner:
     def __init__(self, task: PlanTask, figures: Figures) -> None:
         self.task = task
         self.weighing = Weighing(task, figures)
+        self.named = task.named
         self.notices: list[str] = []
         self._calibrated: set[int] = set()
         """Batch sizes."""
@@ -72,7 +73,7 @@ class Planner:
         """Weigh, solve, verify."""
         batches = self._batches()
         self._calibrate(batches)
-        named = [self._candidate(spec, plan, batch) for spec, plan in self.task.named for batch in batches]
+        named = [self._candidate(spec, plan, batch) for spec, plan in self.named for batch in batches]
         candidates = self._verified([*named, *self._found(batches, choose(named))])
         choice = choose(candidates)
         smallest = None if choice is not None else self._smallest(min(batches), candidates)
@@ -112,9 +113,19 @@ class Planner:
         return [off, every, *(each for each in found if any(policy.keep for policy in each.policies))]
 
     def _trace(self) -> None:
+        """Trace all that others are computed from; what cannot be traced is told, and not looked at."""
         uniform = self.mixes.uniform
         others = [plan for _, plan in self.task.named if not self._is_composed(plan)]
-        self.weighing.trace(list(dict.fromkeys([*uniform, *others])))
+        refused = self.weighing.trace(list(dict.fromkeys([*uniform, *others])))
+        if not refused:
+            return
+        self.named = tuple((spec, plan) for spec, plan in self.named if plan not in refused)
+        self.mixes = Mixes(self.weighing, [plan for plan in uniform if plan not in refused])
+        told = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
+        policies = [why for plan, why in refused.items() if plan in uniform[2:]]
+        if policies:
+            told.append(f"{len(policies)} policies that were found ({policies[0]})")
+        self.notices.append(f"Left out, since they cannot be traced: {', '.join(told)}.")
 
     def _is_composed(self, plan: Plan) -> bool:
         """Whether what it takes follows from uniform plans."""
@@ -133,7 +144,7 @@ class Planner:
 
         self._calibrated.update(batches)
         device = devices.open_device(self.task.device_here)
-        plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.task.named if not self._is_composed(plan)))
+        plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.named if not self._is_composed(plan)))
         works = [
             work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.works(plan, batch)
         ]
@@ -160,7 +171,7 @@ class Planner:
                 strategy=spec,
                 batch_size=self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan),
             )
-            for spec, plan in self.task.named
+            for spec, plan in self.named
         ]
         if len(self.mixes.uniform) > 1:
             tops = [top for plan in self.mixes.uniform if (top := self.weighing.most(plan))]

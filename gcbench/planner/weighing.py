@@ -7,6 +7,7 @@ from copy import copy
 
 from gcbench.costs import Figures, Work
 from gcbench.decision import Candidate
+from gcbench.errors import first_sentence
 from gcbench.simulate import timeline
 from gcbench.simulate.child import Session
 from gcbench.simulate.parallel import in_halves
@@ -59,15 +60,28 @@ class Weighing:
         update = () if step.update is None else step.update.works
         return [*(work for _, works in step.works for work in works), *update]
 
-    def trace(self, plans: list[Plan]) -> None:
-        """Trace what these plans' steps are computed from, on two cores."""
+    def trace(self, plans: list[Plan]) -> dict[Plan, str]:
+        """Trace what these plans' steps are computed from, on two cores; those that cannot be traced, and why.
+
+        Raises what the model's own code raises on tensors without values, with nothing recomputed.
+        """
         predictor, seq_len = self.session.predictor, self.task.seq_len
 
-        def steps(plan: Plan) -> dict[int, Step]:
-            return {batch: predictor.step(plan, batch_size=batch, seq_len=seq_len) for batch in TRACED}
+        def steps(plan: Plan) -> dict[int, Step] | str:
+            try:
+                return {batch: predictor.step(plan, batch_size=batch, seq_len=seq_len) for batch in TRACED}
+            except Exception as err:  # a model's own code, which may not bear that some of it is not run again
+                if not plan.groups:
+                    raise
+                return first_sentence(err)
 
+        refused: dict[Plan, str] = {}
         for plan, known in zip(plans, in_halves(steps, plans), strict=True):
-            self._scalings[plan] = Scaling(predictor, plan, seq_len=seq_len, known=known)
+            if isinstance(known, str):
+                refused[plan] = known
+            else:
+                self._scalings[plan] = Scaling(predictor, plan, seq_len=seq_len, known=known)
+        return refused
 
     def scaling(self, plan: Plan) -> Scaling:
         """Its steps at any batch size."""

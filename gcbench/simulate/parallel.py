@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import TypeVar
@@ -28,18 +29,22 @@ def in_halves(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
         code = 1
         try:
             os.close(reading)
-            with os.fdopen(writing, "wb") as pipe:
-                pickle.dump([work(item) for item in there], pipe, protocol=pickle.HIGHEST_PROTOCOL)
+            with os.fdopen(writing, "wb") as telling:
+                pickle.dump([work(item) for item in there], telling, protocol=pickle.HIGHEST_PROTOCOL)
             code = 0
         finally:
             os._exit(code)  # nothing of this process is to be cleaned up twice
     os.close(writing)
     told: list[R] | None = None
+    pipe = os.fdopen(reading, "rb")
     try:
         here = [work(item) for item in items[0::2]]
-        with os.fdopen(reading, "rb") as pipe:
-            content = pipe.read()
+        content = pipe.read()
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)  # it may wait for somebody to read what it has to say
+        raise
     finally:
+        pipe.close()
         _, status = os.waitpid(pid, 0)
     if status == 0:
         told = pickle.loads(content)

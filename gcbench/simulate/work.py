@@ -58,9 +58,9 @@ def _caller() -> Caller:
     return "policy" if _is_watched() else "checkpoint"
 
 
-_NEAREST_FRAMES = range(4, 9)
-"""Where another dispatch mode stands, seen from `_is_watched`: beyond what it was called by and the recorder's own mode,
-before code of the model's."""
+_NEAREST_FRAMES = range(4, 10)
+"""Where another dispatch mode stands, seen from `_is_watched`: beyond its callers and the recorder's own mode, before
+code of the model's."""
 
 
 def _is_watched() -> bool:
