@@ -94,7 +94,8 @@ def form(text: str) -> str:
     if not text:
         return ""
     op, args, kwargs = read(text)
-    given = [*args, *(kwargs[name] for name in sorted(kwargs))]
+    # What is left to its default may be written or not.
+    given = [value for value in (*args, *(kwargs[name] for name in sorted(kwargs))) if value is not None]
     largest = max((spec.numel for spec in specs(given)), default=0)
     width = max((spec.sizes[-1] for spec in specs(given) if spec.sizes), default=1)
     return f"{op}({','.join(_form(value, largest, width) for value in given)})"

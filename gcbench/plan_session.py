@@ -119,6 +119,11 @@ def plan(
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    if asked.measure and early is not None and early.kind != CPU:
+        raise UsageError(
+            f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "
+            "--measure"
+        )
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     store = Store.create(out or default_folder(f"plan-{sources.slug(wanted.model)}", created))

@@ -273,9 +273,27 @@ def next_steps(planned: Planned) -> list[str]:
     return [
         f"in your own loop: gcbench.apply(model, {spec!r})",
         f"for a trainer: gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}",
-        f"to measure it: gcbench run --model {shlex.quote(planned.settings.model)} --batch {choice.batch_size} "
-        f"--seq-len {planned.seq_len} --strategies {spec if spec == OFF else f'{OFF},{spec}'}",
+        f"to measure it: gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}",
     ]
+
+
+def _flags(planned: Planned, batch_size: int, spec: str) -> list[str]:
+    """Flags of `gcbench run` for the workload."""
+    settings = planned.settings
+    flags = ["-m", settings.model, "-b", str(batch_size), "--seq-len", str(planned.seq_len)]
+    for flag, value, usual in (
+        ("--precision", settings.precision, "fp32"),
+        ("--optim", settings.optim, "adamw_torch"),
+        ("--attn-implementation", settings.attn_implementation, None),
+        ("--layers", settings.layers, None),
+        ("--lora-r", settings.lora_r, None),
+        ("--lora-target-modules", ",".join(settings.lora_target_modules or ()), ""),
+    ):
+        if value != usual:
+            flags += [flag, str(value)]
+    for name, changed in (settings.set or {}).items():
+        flags += ["--set", f"{name}={json.dumps(changed)}"]
+    return [*flags, "--strategies", spec if spec == OFF else f"{OFF},{spec}"]
 
 
 def renderables(planned: Planned) -> list[RenderableType]:

@@ -63,6 +63,14 @@ def test_the_check_is_the_committed_one():
     holds(CHECK, lambda m: f"{m[1]}\n```text\n{shown_check(m[2])}\n```\n\n{m[3]}")
 
 
+PLAN = re.compile(r"(<!-- plan: (\S+) -->\n).*?(<!-- end of plan -->)", re.DOTALL)
+
+
+def test_the_plan_is_the_committed_one():
+    """As the terminal shows it, 100 characters wide."""
+    holds(PLAN, lambda m: f"{m[1]}\n```text\n{(ROOT / m[2] / 'plan.txt').read_text('utf-8').strip()}\n```\n\n{m[3]}")
+
+
 def test_the_page_of_strategies_explains_every_kind():
     text = (ROOT / "docs" / "strategies.md").read_text(encoding="utf-8")
     for kind in kinds():

@@ -38,7 +38,7 @@ class Piece:
     frees: npt.NDArray[np.bool_]
     ref: Ints
     refs: tuple[Ref, ...]
-    works: tuple[Work, ...]
+    works: tuple[Work, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,8 @@ def cut(layered: LayeredTrace) -> Pieces:
     order = {name: turn for turn, name in enumerate(_layer_order(names))}
     pieces: dict[Segment, Piece] = {}
     ends = [*starts[1:], len(trace.events)]
-    for name, start, end, works in zip(names, starts, ends, layered.works, strict=True):
+    works_of = layered.works or [()] * len(names)
+    for name, start, end, works in zip(names, starts, ends, works_of, strict=True):
         taken: list[Block] = []
         numbers: list[int] = []
         refs: dict[Ref, int] = {}

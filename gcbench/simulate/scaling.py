@@ -81,6 +81,7 @@ def _alike(low: Step, high: Step) -> bool:
         and a.marks == b.marks
         and len(a.nbytes) == len(b.nbytes)
         and not ((b.nbytes - a.nbytes) % apart).any()
+        and bool((TRACED[0] * b.nbytes <= TRACED[1] * a.nbytes).all())  # not with the square, as pairs of sequences do
         and len(low.works) == len(high.works)
         and all(
             segment == other and [(w.op, w.kind) for w in one] == [(w.op, w.kind) for w in two]

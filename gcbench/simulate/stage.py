@@ -56,10 +56,10 @@ class LayeredTrace:
     trace: Trace
     batch: tuple[Block, ...]
     segments: tuple[tuple[int, Segment], ...]
-    works: tuple[tuple[Work, ...], ...]
     gradients: Mapping[int, int]
     boundaries: Mapping[int, int]
     called: tuple[int, ...]
+    works: tuple[tuple[Work, ...], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,245 @@
+"""The part of `plan_frontier.py` that is measured: a small Llama on this machine's CPU, real training steps.
+
+Every plan must give the gradients of off bit for bit. Peaks are the allocator's. Times are taken in interleaved rounds
+in one process, and overheads are ratios within a round. Predictions rest on calls timed on this machine first.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from plan_ground import FULL, OFF, Ground
+
+from gcbench import checkpointing, models, strategies
+from gcbench.calibration import calibrate_for
+from gcbench.costs import CardFigures, Figures
+from gcbench.devices import cpu
+from gcbench.planner.search import Planner
+from gcbench.simulate.target import Target
+from gcbench.sources import ModelSource
+from gcbench.stats import Estimate, estimate
+from gcbench.strategies import Plan
+from gcbench.tasks import PlanTask
+from gcbench.training import TrainingStep, random_batch
+
+CONFIG = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 2000,
+    "max_position_embeddings": 512,
+}
+BATCH, SEQ_LEN, PRECISION, OPTIM = 4, 512, "fp32", "adamw_torch"
+WAYS = (0.25, 0.5, 0.75)
+NAMED = ("off", "per-layer", "every:2", "first:3", "selective:matmul")
+ROUNDS, STEPS = 10, 1
+CALIBRATION_S = 90.0
+_QUIET, _PATIENCE_S = 1.2, 1800
+"""Load of the machine beneath which times are taken, and how long that is waited for."""
+
+
+def measured() -> dict[str, Any]:
+    """Peaks, gradients and times of named strategies and found plans, beside what was predicted."""
+    source = ModelSource(name="llama, 512 wide", origin="", config=CONFIG, location="")
+    ground = _ground(source)
+    points = {
+        spec: ground.point(spec, [number] * len(ground.layers)) for spec, number in (("off", OFF), ("per-layer", FULL))
+    }
+    for spec in NAMED[2:]:
+        plan = strategies.parse(spec).plan_for(len(ground.layers))
+        if plan.policies:
+            (number,) = ground.add([plan])
+            choice = [number] * len(ground.layers)
+        else:
+            chosen = {layer for group in plan.groups for layer in group}
+            choice = [FULL if layer in chosen else OFF for layer in ground.layers]
+        points[spec] = ground.point(spec, choice)
+    low, high = points["per-layer"], points["off"]
+    for way in WAYS:
+        budget = int(low.peak_bytes + way * (high.peak_bytes - low.peak_bytes))
+        (found,) = ground.found([budget])
+        assert found is not None
+        points[f"found at {way}"] = found
+    plans = {name: ground.plan_of(point.choice) for name, point in points.items()}
+    real = _Real(source)
+    same = real.gradients(plans)
+    peaks = real.peaks(plans)
+    load = _wait_for_quiet()
+    times = real.times(plans)
+    rows = []
+    for name, point in points.items():
+        ratios = [mine / off for mine, off in zip(times[name], times["off"], strict=True)]
+        shares = [
+            (mine - off) / (full - off)
+            for mine, off, full in zip(times[name], times["off"], times["per-layer"], strict=True)
+        ]
+        rows.append(
+            {
+                "plan": name,
+                "layers": len(plans[name].groups),
+                "same_gradients": same[name],
+                "predicted_bytes": point.peak_bytes,
+                "peak_bytes": peaks[name],
+                "predicted_overhead": point.seconds / low.seconds,
+                "overhead": _interval(estimate(shares)),
+                "ratio_to_off": _interval(estimate(ratios)),
+                "step_times_s": times[name],
+            }
+        )
+    off_s = ground.planner.weighing.scaling(ground.plans[OFF]).seconds(BATCH, ground.figures)
+    return {
+        "config": CONFIG,
+        "batch_size": BATCH,
+        "seq_len": SEQ_LEN,
+        "precision": PRECISION,
+        "optim": OPTIM,
+        "threads": torch.get_num_threads(),
+        "processor": cpu.CpuDevice().describe().device_name,
+        "load_before": load,
+        "load_after": os.getloadavg()[0],
+        "rounds": ROUNDS,
+        "steps_in_a_round": STEPS,
+        "times_from": ground.figures.source,
+        "predicted_step_s": {"off": off_s, "per-layer": off_s + low.seconds},
+        "rows": rows,
+    }
+
+
+def _interval(found: Estimate | None) -> dict[str, float | None]:
+    assert found is not None
+    return {"centre": found.centre, "low": found.low, "high": found.high}
+
+
+def _wait_for_quiet() -> float:
+    begin = time.monotonic()
+    quiet = 0
+    while quiet < 3 and time.monotonic() - begin < _PATIENCE_S:
+        quiet = quiet + 1 if os.getloadavg()[0] < _QUIET else 0
+        if quiet < 3:
+            time.sleep(10)
+    return os.getloadavg()[0]
+
+
+def _ground(source: ModelSource) -> Ground:
+    """With times of this machine for the calls that its steps make."""
+
+    def planner(figures: Figures) -> Planner:
+        task = PlanTask(
+            source=source,
+            layers=None,
+            overrides={},
+            attn_implementation=None,
+            lora=None,
+            precision=PRECISION,
+            optim=OPTIM,
+            target=Target(kind="cpu", name="cpu", memory_bytes=None),
+            seq_len=SEQ_LEN,
+            named=(),
+            batch_sizes=(BATCH,),
+            reserve_frac=0.0,
+            layers_in_order=None,
+            can_checkpoint=True,
+            device_here=None,
+        )
+        return Planner(task, figures)
+
+    rough = planner(CardFigures(None))
+    works = [
+        work
+        for plan in rough.mixes.uniform
+        for _, some in rough.weighing.scaling(plan).step(BATCH).works
+        for work in some
+    ]
+    _wait_for_quiet()
+    with tempfile.TemporaryDirectory() as folder:
+        figures = calibrate_for(works, device=cpu.CpuDevice(), budget_s=CALIBRATION_S, folder=Path(folder))
+    return Ground(planner(figures), BATCH)
+
+
+class _Real:
+    """The model with real weights, and its training step."""
+
+    def __init__(self, source: ModelSource) -> None:
+        config = models.build_config(source, layers=None, overrides={})
+        self.model = models.build(source, config, device="cpu", dtype=torch.float32, attn_implementation=None, seed=0)
+        batch = random_batch(self.model, batch_size=BATCH, seq_len=SEQ_LEN, seed=0)
+        self.step = TrainingStep(self.model, batch=batch, precision=PRECISION, optim=OPTIM, seed=0)
+
+    @contextmanager
+    def _with(self, plan: Plan) -> Iterator[None]:
+        checkpointing.apply(self.model, plan)
+        try:
+            yield
+        finally:
+            checkpointing.clear(self.model)
+
+    def gradients(self, plans: Mapping[str, Plan]) -> dict[str, bool]:
+        """Whether each plan's gradients are those of off, bit for bit."""
+        expected: list[torch.Tensor] = []
+        same = {}
+        for name, plan in plans.items():
+            with self._with(plan):
+                torch.manual_seed(0)
+                self.model(**self.step.inputs).loss.backward()
+            found = [param.grad for param in self.model.parameters() if param.grad is not None]
+            expected = expected or [gradient.clone() for gradient in found]
+            same[name] = len(found) == len(expected) and all(map(torch.equal, found, expected))
+            self.model.zero_grad(set_to_none=True)
+        return same
+
+    def peaks(self, plans: Mapping[str, Plan]) -> dict[str, int]:
+        device = cpu.CpuDevice()
+        self.step()
+        found = {}
+        for name, plan in plans.items():
+            with self._with(plan):
+                with device.probe_memory() as probe:
+                    self.step()
+                    self.step(probe.on_phase)
+                found[name] = probe.peaks().allocated_bytes
+        return found
+
+    def times(self, plans: Mapping[str, Plan]) -> dict[str, list[float]]:
+        """Seconds a step, a figure per round: the fastest of its steps after one that does not count."""
+        found: dict[str, list[float]] = {name: [] for name in plans}
+        names = list(plans)
+        for number in range(ROUNDS):
+            turned = names[number % len(names) :] + names[: number % len(names)]
+            for name in turned:
+                with self._with(plans[name]):
+                    self.step()
+                    taken = []
+                    for _ in range(STEPS):
+                        begin = time.perf_counter()
+                        self.step()
+                        taken.append(time.perf_counter() - begin)
+                found[name].append(min(taken))
+        return found
+
+
+def show_measured(done: dict[str, Any]) -> None:
+    """The table."""
+    print(
+        f"\nmeasured: Llama, 6 layers, 512 wide, batch {done['batch_size']} x {done['seq_len']}, {done['precision']}, "
+        f"on {done['processor']}, {done['threads']} threads; load {done['load_before']:.2f} before, {done['load_after']:.2f} after; "
+        f"{done['times_from']}"
+    )
+    print(f"  {'plan':18} {'peak MiB':>9} {'predicted':>10} {'overhead':>9} {'95 % interval':>16} {'predicted':>10}")
+    for row in done["rows"]:
+        over = row["overhead"]
+        print(
+            f"  {row['plan']:18} {row['peak_bytes'] / 2**20:9.1f} {row['predicted_bytes'] / 2**20:10.1f} "
+            f"{over['centre']:9.3f} {over['low']:7.3f} to {over['high']:5.3f} {row['predicted_overhead']:10.3f}"
+            f"{'' if row['same_gradients'] else '  GRADIENTS DIFFER'}"
+        )

@@ -1,0 +1,378 @@
+"""What happens inside of layers, on layers by hand; and what each layer adds to a step, against the step itself."""
+
+from __future__ import annotations
+
+import random
+
+import planned
+import pytest
+import torch
+import toys
+from torch.nn import functional
+
+from gcbench import mix
+from gcbench.costs import CardFigures
+from gcbench.planner.mixes import _problem
+from gcbench.policies import Call, frontier
+from gcbench.simulate import timeline
+from gcbench.simulate.inside import inner_calls
+from gcbench.simulate.layer_policies import uniform_plans
+from gcbench.simulate.profile import profile
+from gcbench.simulate.stage import NotComposable
+from gcbench.strategies import Plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+BATCH_SIZE, SEQ_LEN = 2, 4
+ROWS = BATCH_SIZE * SEQ_LEN
+WIDTH, INNER = toys.WIDTH, toys.INNER["a"]
+FP32 = 4
+
+
+def toy_of(forward, kinds="aaa"):
+    """A model whose layers do that; `forward` takes the layer and its hidden states."""
+
+    class Layer(toys.Layer):
+        def forward(self, hidden_states, masks):
+            return forward(self, hidden_states)
+
+    class Toy(toys.Toy):
+        layer = Layer
+
+    return toys.predictor(lambda: Toy(kinds))
+
+
+def calls_of(forward):
+    """The calls of the middle one of three layers."""
+    stage = toy_of(forward).stage
+    return inner_calls(stage, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
+
+
+def named(calls):
+    assert len({call.name for call in calls}) == len(calls)
+    return {call.name: call for call in calls}
+
+
+def reads(calls, name):
+    """The names of the calls that one reads, whatever views lie between."""
+
+    def of(number):
+        found = set()
+        for earlier in calls[number].reads:
+            found |= of(earlier) if calls[earlier].is_view else {calls[earlier].name}
+        return found
+
+    return of([call.name for call in calls].index(name))
+
+
+def needed(calls):
+    """The calls whose memory the backward pass reads, directly or through a view."""
+
+    def source(number):
+        call = calls[number]
+        return {number} if not call.is_view else {part for earlier in call.reads for part in source(earlier)}
+
+    return {calls[part].name for number, call in enumerate(calls) if call.needed for part in source(number)}
+
+
+def mlp(layer, hidden):
+    return hidden + layer.down(layer.up(hidden).relu()).tanh()
+
+
+def test_a_small_layer_by_hand():
+    """The traps: the input of a product, which is saved through a view; the product behind a relu, of which only the
+    relu's output is saved; and the layer's own input, which is no call of it."""
+    calls = calls_of(mlp)
+    by_name = named(calls)
+    assert {name for name in by_name if not by_name[name].is_view} == {
+        "addmm#0",
+        "relu#0",
+        "addmm#1",
+        "tanh#0",
+        "add#0",
+    }
+    assert reads(calls, "addmm#0") == set()
+    assert reads(calls, "relu#0") == {"addmm#0"}
+    assert reads(calls, "addmm#1") == {"relu#0"}
+    assert reads(calls, "tanh#0") == {"addmm#1"}
+    assert reads(calls, "add#0") == {"tanh#0"}
+    assert needed(calls) == {"relu#0", "tanh#0"}
+    assert [by_name[name].nbytes for name in ("addmm#0", "relu#0", "addmm#1")] == [
+        *(ROWS * INNER * FP32, ROWS * INNER * FP32, ROWS * WIDTH * FP32),
+    ]
+    assert by_name["addmm#0"].work.flops == 2 * ROWS * WIDTH * INNER
+    assert not any(call.is_changed or call.is_random or call.is_in_place for call in calls)
+
+
+def test_views_hold_nothing_and_lead_to_what_they_look_at():
+    def forward(layer, hidden):
+        one, other = layer.up(hidden).split(INNER // 2, dim=-1)
+        return hidden + (one.sin() * other.cos()).sum(-1, keepdim=True)
+
+    calls = calls_of(forward)
+    by_name = named(calls)
+    assert by_name["split#0"].is_view and by_name["split#0"].nbytes == 0
+    assert by_name["split#0"].work.kind == "view"
+    assert reads(calls, "sin#0") == reads(calls, "cos#0") == {"addmm#0"}
+    assert reads(calls, "mul#0") == {"sin#0", "cos#0"}
+    assert needed(calls) == {"addmm#0", "sin#0", "cos#0"}
+
+
+def test_an_operator_with_several_outputs_is_one_call():
+    """The traps: the bytes of the first output alone; needed only if the first output is."""
+
+    def forward(layer, hidden):
+        values, places = layer.up(hidden).topk(3, dim=-1)
+        return hidden + values.sum(-1, keepdim=True) * places.sum(-1, keepdim=True)
+
+    calls = calls_of(forward)
+    by_name = named(calls)
+    assert by_name["topk#0"].nbytes == ROWS * 3 * (FP32 + 8)
+    assert reads(calls, "sum#0") == reads(calls, "sum#1") == {"topk#0"}
+    assert by_name["topk#0"].needed  # its places are: gradients go back there
+    assert by_name["sum#1"].needed and not by_name["addmm#0"].needed
+
+
+def test_what_is_given_in_a_list_is_read():
+    calls = calls_of(lambda layer, hidden: hidden + torch.cat([hidden.sin(), hidden.cos()], dim=-1)[..., :WIDTH])
+    assert reads(calls, "cat#0") == {"sin#0", "cos#0"}
+
+    def picking(layer, hidden):
+        places = hidden.detach().argmax(-1)
+        return hidden + hidden.exp().flatten(0, 1)[places.flatten()].view_as(hidden)
+
+    calls = calls_of(picking)
+    assert reads(calls, "index#0") == {"exp#0", "argmax#0"}
+    assert "argmax#0" in needed(calls)
+
+
+# In place
+
+
+def test_what_is_written_into_can_no_longer_be_kept_and_is_read_through_the_writer():
+    """The trap: the exponential of what was there before the sum."""
+
+    def forward(layer, hidden):
+        made = hidden * 3.0
+        made += hidden.sin()
+        return made.exp()
+
+    calls = calls_of(forward)
+    by_name = named(calls)
+    assert by_name["mul#0"].is_changed and not by_name["mul#0"].is_in_place
+    assert by_name["add_#0"].is_in_place and not by_name["add_#0"].is_view and by_name["add_#0"].nbytes == 0
+    assert reads(calls, "add_#0") == {"mul#0", "sin#0"}
+    assert reads(calls, "exp#0") == {"add_#0"}
+    assert not by_name["sin#0"].is_changed and not by_name["exp#0"].is_changed
+
+
+def test_all_that_lies_in_the_memory_is_changed():
+    """The trap: of a tensor that is filled half by half, only the last half taken for what was written into; the plan
+    keeps the empty tensor, and each step ends with `KeptThenChanged`."""
+
+    def forward(layer, hidden):
+        made = hidden.new_empty(*hidden.shape[:-1], 2 * WIDTH)
+        before = made.sum()
+        made[..., :WIDTH] = hidden.sin()
+        made[..., WIDTH:] = hidden.cos()
+        return hidden + made.exp()[..., :WIDTH] + before
+
+    calls = calls_of(forward)
+    by_name = named(calls)
+    assert by_name["new_empty#0"].is_changed
+    assert reads(calls, "copy_#1") == {"copy_#0", "cos#0"}
+    assert reads(calls, "exp#0") == {"copy_#1"}
+    assert not by_name["sum#0"].is_changed
+    plans = uniform_plans(toy_of(forward).stage, (0, 1, 2), CardFigures(None), seq_len=SEQ_LEN, most=8)
+    kept = {name.partition("#")[0] for plan in plans for policy in plan.policies for name in policy.keep}
+    assert "exp" in kept and not kept & {"new_empty", "copy_", "slice"}
+
+
+# Random numbers
+
+
+def test_random_numbers():
+    """Dropout draws them; attention is marked as if it did, and does with dropout alone."""
+    calls = calls_of(lambda layer, hidden: functional.dropout(hidden, 0.1) + torch.rand_like(hidden))
+    assert [call.is_random for call in calls if call.name.startswith(("bernoulli_", "native_dropout", "rand"))] == [
+        *(True, True),
+    ]
+    calls = calls_of(lambda layer, hidden: functional.dropout(hidden, 0.0) + hidden.sin())
+    assert not any(call.is_random for call in calls)
+
+    def attending(layer, hidden):
+        heads = hidden.unsqueeze(1)
+        return functional.scaled_dot_product_attention(heads, heads, heads).squeeze(1)
+
+    calls = calls_of(attending)
+    (attention,) = [call for call in calls if call.work.kind == "attention"]
+    assert not attention.is_random and attention.needed
+
+
+# Layers that cannot be looked into
+
+
+def test_a_layer_that_runs_twice_or_never_cannot_be_looked_into():
+    class Twice(toys.Toy):
+        def run(self, hidden, masks):
+            return super().run(super().run(hidden, masks), masks)
+
+    class Never(toys.Toy):
+        def run(self, hidden, masks):
+            for layer in self.layers[:-1]:
+                hidden = layer(hidden, masks)
+            return hidden
+
+    for model in (Twice, Never):
+        stage = toys.predictor(lambda model=model: model("aaa")).stage
+        with pytest.raises(NotComposable):
+            inner_calls(stage, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+
+
+def test_looking_leaves_the_layers_as_they_were():
+    one = toys.predictor(toys.Toy)
+    plan = toys.plan(6, (0, 3))
+    before = one.step(plan, batch_size=2, seq_len=4)
+    inner_calls(one.stage, (0, 1, 5), batch_size=3, seq_len=4)
+    assert not any("forward" in vars(layer) for layer in one.stage.layers)
+    after = one.step(plan, batch_size=2, seq_len=4)
+    assert timeline.exact(after.timeline) == timeline.exact(before.timeline)
+
+
+# The policies that follow
+
+
+def test_a_first_layer_that_is_called_otherwise_has_policies_of_its_own():
+    """The trap: Mamba's first layer gets bf16 hidden states and the others fp32 ones, so that `_to_copy#1` is another
+    call; what one skips, the other needs."""
+    for plan in planned.found_plans("mamba", "bf16"):
+        assert plan.policies[1] == plan.policies[2]
+    assert any(plan.policies[0] != plan.policies[1] for plan in planned.found_plans("mamba", "bf16"))
+    for plan in planned.found_plans("llama", "bf16"):
+        assert len(set(plan.policies)) == 1
+
+
+def test_kinds_of_layers_have_each_their_own():
+    one = toys.predictor(lambda: toys.Toy("abacab"))
+    plans = uniform_plans(one.stage, range(6), planned.Traffic(), seq_len=SEQ_LEN, most=4)
+    assert 1 < len(plans) <= 4
+    for plan in plans:
+        assert plan.policies[0] == plan.policies[2] == plan.policies[4]
+        assert plan.policies[1] == plan.policies[5]
+
+
+def test_what_is_skipped_is_all_that_nothing_needs():
+    """Of a policy that keeps all that is saved, everything is skipped but views and random numbers: the second run asks
+    for each kept output once more and so goes on to the last, past calls that only led on from there."""
+    stage = toys.predictor(lambda: toys.Toy("aaa")).stage
+    calls = inner_calls(stage, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
+    last = uniform_plans(stage, range(3), planned.Traffic(), seq_len=SEQ_LEN, most=8)[-1].policies[1]
+    assert set(last.keep) == needed(calls)
+    assert set(last.skip) == {call.name for call in calls if not call.is_view} - set(last.keep)
+
+
+def test_policies_are_those_of_the_frontier_from_the_fewest_bytes_on():
+    stage = toys.predictor(lambda: toys.Toy("aaa")).stage
+    calls = inner_calls(stage, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
+    figures = planned.Traffic()
+    weighed = [
+        Call(
+            name=call.name,
+            seconds=figures.seconds(call.work),
+            nbytes=call.nbytes,
+            reads=call.reads,
+            needed=call.needed,
+            can_keep=not (call.is_view or call.is_in_place),
+            must_run=False,
+        )
+        for call in calls
+    ]
+    plans = uniform_plans(stage, range(3), figures, seq_len=SEQ_LEN, most=8)
+    expected = [tuple(calls[number].name for number in found.keep) for found in frontier(weighed)]
+    assert [plan.policies[1].keep for plan in plans] == [keep for keep in expected if keep]
+    kept = [sum(named(calls)[name].nbytes for name in plan.policies[1].keep) for plan in plans]
+    assert kept == sorted(kept)
+
+
+# What a layer adds to a step
+
+FIGURES = planned.Traffic()
+
+
+def peak_of(step):
+    return timeline.exact(step.timeline).memory.allocated_bytes
+
+
+def test_what_a_layer_keeps_is_what_its_calls_say():
+    """Nothing recomputed: the saved outputs, and its own output, which the next layer saves."""
+    one = toy_of(mlp, "aaaa")
+    calls = inner_calls(one.stage, (0, 1, 2, 3), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
+    found = profile(one.step(toys.plan(4, ()), batch_size=BATCH_SIZE, seq_len=SEQ_LEN), FIGURES)
+    saved = sum(named(calls)[name].nbytes for name in needed(calls))
+    output = ROWS * WIDTH * FP32
+    assert found.layers == (0, 1, 2, 3)
+    assert {layer.kept_bytes for layer in found.profiles} == {saved + output}
+    weights = FP32 * (2 * WIDTH * INNER + WIDTH + INNER)
+    assert {layer.gradient_bytes for layer in found.profiles[:-1]} == {weights}
+    again = profile(one.step(toys.plan(4, range(4)), batch_size=BATCH_SIZE, seq_len=SEQ_LEN), FIGURES)
+    state = len(torch.get_rng_state())  # checkpointing keeps it
+    assert {layer.kept_bytes for layer in again.profiles} == {output + state}
+
+
+@pytest.fixture(scope="module")
+def uniform():
+    """A toy of nine layers of two kinds: the predictor, plans in which every layer is treated alike, their steps."""
+    one = toys.predictor(lambda: toys.Toy("aabbaabba"), optim="adamw_torch")
+    found = uniform_plans(one.stage, range(9), FIGURES, seq_len=16, most=3)
+    plans = [toys.plan(9, ()), toys.plan(9, range(9)), *found]
+    return one, plans, [one.step(plan, batch_size=3, seq_len=16) for plan in plans]
+
+
+def test_the_highest_of_a_uniform_plan_is_that_of_its_step(uniform):
+    """The traps: a layer's gradients counted with what it keeps; the head's above the wrong floor."""
+    _, plans, steps = uniform
+    profiles = [profile(step, FIGURES) for step in steps]
+    for number, step in enumerate(steps):
+        problem = _problem([profiles[number]] * 2)
+        assert mix.peak(problem, (0,) * 9) == peak_of(step)
+    assert len({peak_of(step) for step in steps}) == len(plans)
+
+
+def test_seconds_of_layers_are_what_plans_differ_in(uniform):
+    _, _, steps = uniform
+    profiles = [profile(step, FIGURES) for step in steps]
+    times = [sum(layer.seconds for layer in found.profiles) for found in profiles]
+    for step, seconds in zip(steps[1:], times[1:], strict=True):
+        assert seconds - times[0] == pytest.approx(step.seconds(FIGURES) - steps[0].seconds(FIGURES), rel=1e-6)
+    assert times[0] == pytest.approx(min(times)) and max(times[2:]) < times[1]
+
+
+def test_a_mix_is_put_together_within_a_boundary_of_its_trace(uniform):
+    """The trap: the tensor between two layers, which one or the other holds, depending on how both are treated."""
+    one, plans, steps = uniform
+    problem = _problem([profile(step, FIGURES) for step in steps])
+    rng = random.Random(0)
+    boundary = 3 * 16 * WIDTH * FP32
+    exact = 0
+    for _ in range(10):
+        choice = [rng.randrange(len(plans)) for _ in range(9)]
+        pairs = [pair for layer, number in enumerate(choice) for pair in plans[number].treated() if pair[0] == (layer,)]
+        plan = Plan(num_layers=9, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))
+        traced = peak_of(one.step(plan, batch_size=3, seq_len=16))
+        assert abs(mix.peak(problem, choice) - traced) <= boundary, choice
+        exact += mix.peak(problem, choice) == traced
+    assert exact > 0
+
+
+def test_sizes_are_rounded_up_as_an_allocator_does(uniform):
+    _, _, steps = uniform
+    rounded, plain = profile(steps[0], FIGURES, rounding=512), profile(steps[0], FIGURES)
+    assert all(layer.kept_bytes % 512 == 0 for layer in rounded.profiles)
+    for one, other in zip(rounded.profiles, plain.profiles, strict=True):
+        assert other.kept_bytes <= one.kept_bytes
+    assert rounded.standing_bytes > plain.standing_bytes
+
+
+def test_a_step_traced_in_full_has_no_layers():
+    one = toys.predictor(toys.Toy, exact=True)
+    assert profile(one.step(toys.plan(6, ()), batch_size=2, seq_len=4), FIGURES) is None

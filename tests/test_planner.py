@@ -1,0 +1,348 @@
+"""The decision, against everything there is to choose from: on layers by hand, which are traced in no time."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from dataclasses import replace
+from functools import cache
+from types import SimpleNamespace
+
+import planned
+import pytest
+import torch
+import toys
+
+from gcbench.decision import AS_FAST_FRAC, FOUND
+from gcbench.planner import search
+from gcbench.planner.search import Planner
+from gcbench.simulate import parallel, timeline
+from gcbench.simulate.child import Session
+from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.predictor import Predictor
+from gcbench.simulate.target import Target
+from gcbench.strategies import OFF, Plan, Policy, parse
+from gcbench.tasks import PlanTask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SEQ_LEN = 16
+FIGURES = planned.Traffic()
+SPECS = (OFF, "per-layer", "every:2", "selective:matmul")
+BOUNDARY_BYTES = SEQ_LEN * toys.WIDTH * 4
+"""Of one sequence."""
+
+
+def task(memory_bytes=None, *, layers=4, specs=SPECS, **changes):
+    return PlanTask(
+        **{
+            "source": planned.source_of("llama"),
+            "layers": None,
+            "overrides": {},
+            "attn_implementation": None,
+            "lora": None,
+            "precision": "fp32",
+            "optim": "sgd",
+            "target": Target(kind="cpu", name="cpu", memory_bytes=memory_bytes),
+            "seq_len": SEQ_LEN,
+            "named": tuple((spec, parse(spec).plan_for(layers)) for spec in specs),
+            "batch_sizes": None,
+            "reserve_frac": 0.0,
+            "layers_in_order": None,
+            "can_checkpoint": True,
+            "device_here": None,
+        }
+        | changes
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Few policies, and no levers: they have a file of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "MOST_POLICIES", 3)
+        patch.setattr(search, "gains", lambda *args, **kwargs: ())
+        yield
+
+
+def predicting(patch, make):
+    """Have every session predict for the model that `make` makes."""
+
+    def predictor(session, optim):
+        with torch.device("meta"):
+            model = make()
+        return Predictor(model, precision="fp32", optim=optim, road=session.way.road, exact=session.task.exact)
+
+    patch.setattr(Session, "_predictor", predictor)
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    return lambda make: predicting(monkeypatch, make)
+
+
+@pytest.fixture(scope="module")
+def planner():
+    """`planner(memory_bytes)` for a toy of four layers; what it traces serves all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        predicting(patch, four_layers)
+        first = Planner(task(10**9), FIGURES)
+    return first.limited
+
+
+@cache
+def exact_predictor(model):
+    return toys.predictor(model, exact=True)
+
+
+def four_layers():
+    return toys.Toy("aaaa")
+
+
+def exact_peak(plan, batch_size, *, model=four_layers, seq_len=SEQ_LEN):
+    """By a trace of every layer, of nobody the planner knows."""
+    step = exact_predictor(model).step(plan, batch_size=batch_size, seq_len=seq_len)
+    return timeline.exact(step.timeline).memory.allocated_bytes
+
+
+def content(decision):
+    choice = decision.choice
+    return (choice.strategy, choice.plan, choice.batch_size, choice.peak_bytes, decision.largest)
+
+
+# What is chosen
+
+
+@pytest.mark.parametrize("memory_bytes", [80_000, 130_000, 300_000, 1_000_000])
+def test_the_choice_fits_and_nothing_that_fits_is_faster(planner, memory_bytes):
+    """The traps: a mix that is chosen by what it was put together from and is larger; a strategy that is faster at a
+    batch size of its own."""
+    one = planner(memory_bytes)
+    decision = one.decide()
+    choice = decision.choice
+    assert choice is not None and choice.fits and decision.smallest is None
+    assert choice.source == "predicted"
+    assert choice.peak_bytes == exact_peak(choice.plan, choice.batch_size) <= decision.usable_bytes == memory_bytes
+    fitting = [each for each in decision.candidates if each.fits]
+    assert {spec for spec, _ in one.named} <= {each.strategy for each in decision.candidates}
+    assert max(each.tokens_per_s for each in fitting) * (1 - AS_FAST_FRAC) <= choice.tokens_per_s
+    largest = {each.strategy: each.batch_size for each in decision.largest}
+    for spec, plan in one.named:
+        for batch in {1, largest[spec] // 2, largest[spec]} - {0}:
+            rival = one.weighing.candidate(spec, plan, batch)
+            assert rival.tokens_per_s * (1 - AS_FAST_FRAC) <= choice.tokens_per_s, rival
+
+
+def test_more_memory_is_never_slower(planner):
+    speeds = [planner(memory).decide().choice.tokens_per_s for memory in range(70_000, 400_000, 80_000)]
+    for less, more in itertools.pairwise(speeds):
+        assert more >= less * (1 - AS_FAST_FRAC)
+    assert speeds[-1] > 1.02 * speeds[0]
+
+
+def test_no_mix_of_all_is_better(toy):
+    """Every mix of the policies at one batch size, each traced: of those that fit with a boundary to spare, which is
+    what putting together may be off by, none is faster than the choice."""
+    toy(lambda: toys.Toy("aaa"))
+    batch = 4
+    first = Planner(task(10**9, layers=3, specs=(OFF, "per-layer"), batch_sizes=(batch,)), FIGURES)
+    uniform = first.mixes.uniform
+    assert len(uniform) == 4, "neither too little to choose from nor too much to try"
+    every = []
+    for choice in itertools.product(range(len(uniform)), repeat=3):
+        pairs = [
+            pair for layer, number in enumerate(choice) for pair in uniform[number].treated() if pair[0] == (layer,)
+        ]
+        plan = Plan(num_layers=3, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))
+        every.append(first.weighing.candidate("mix", plan, batch, traced=True))
+    lowest, highest = (pick(each.peak_bytes for each in every) for pick in (min, max))
+    slack = batch * BOUNDARY_BYTES
+    found = set()
+    for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
+        memory = int(lowest + slack + share * (highest - lowest))
+        choice = first.limited(memory).decide().choice
+        assert choice.peak_bytes <= memory
+        best = max(each.tokens_per_s for each in every if each.peak_bytes <= memory - slack)
+        assert choice.tokens_per_s >= best * (1 - AS_FAST_FRAC), share
+        found.add((choice.strategy, choice.plan))
+    assert len(found) >= 4 and any(strategy == FOUND for strategy, _ in found)
+
+
+def test_a_name_is_that_of_the_plan(planner):
+    """The trap: a mix that is called per-layer, and the user is told to run that."""
+    for each in planner(130_000).decide().candidates:
+        if each.strategy != FOUND:
+            assert parse(each.strategy).plan_for(4).treated() == each.plan.treated()
+
+
+def test_a_reserve_is_held_back(toy):
+    toy(four_layers)
+    decision = Planner(task(200_000, reserve_frac=0.25), FIGURES).decide()
+    assert (decision.limit_bytes, decision.usable_bytes) == (200_000, 150_000)
+    assert exact_peak(decision.choice.plan, decision.choice.batch_size) <= 150_000
+
+
+def test_only_the_batch_sizes_that_were_asked_for(toy):
+    toy(four_layers)
+    decision = Planner(task(300_000, batch_sizes=(2, 3)), FIGURES).decide()
+    assert {each.batch_size for each in decision.candidates} == {2, 3}
+    assert decision.choice.batch_size in (2, 3)
+
+
+# What is said besides
+
+
+@pytest.mark.parametrize("memory_bytes", [80_000, 500_000])
+def test_one_more_sequence_than_the_largest_batch_does_not_fit(planner, memory_bytes):
+    """Of what is traced and of what is put together; by a trace of every layer."""
+    largest = {each.strategy: each.batch_size for each in planner(memory_bytes).decide().largest}
+    assert set(largest) == {*SPECS, FOUND}
+    for spec in SPECS:
+        plan, batch = parse(spec).plan_for(4), largest[spec]
+        slack = BOUNDARY_BYTES * batch if spec == "every:2" else 0
+        assert exact_peak(plan, batch) <= memory_bytes + slack, spec
+        assert exact_peak(plan, batch + 1) > memory_bytes - slack, spec
+    assert largest[FOUND] >= largest["per-layer"] >= largest[OFF]
+
+
+def test_memory_binds_or_does_not(planner):
+    assert planner(10**12).decide().binding.startswith("Memory does not bind")
+    binding = planner(100_000).decide().binding
+    assert binding.startswith("Memory binds: off at batch ") and "% faster" in binding
+
+
+def test_without_a_bound_nothing_is_recomputed_at_the_largest_batch(toy):
+    toy(four_layers)
+    decision = Planner(task(None), FIGURES).decide()
+    assert decision.choice.strategy == OFF
+    assert decision.choice.batch_size == max(each.batch_size for each in decision.candidates) == 16
+    assert decision.usable_bytes is None and decision.largest == ()
+    assert all(each.fits for each in decision.candidates)
+
+
+def test_where_nothing_fits_the_smallest_is_shown_with_a_length_that_would_do(toy):
+    """The traps: a smallest that is not; a length at which it does not fit either, or half of one that does."""
+    toy(four_layers)
+    first = Planner(task(10**9, seq_len=512), FIGURES)
+    every = parse("per-layer").plan_for(4)
+    memory = exact_peak(every, 1, seq_len=130)
+    decision = first.limited(memory).decide()
+    assert decision.choice is None and decision.binding is None
+    assert not any(each.fits for each in decision.candidates)
+    smallest = decision.smallest
+    assert smallest.batch_size == 1
+    assert smallest.peak_bytes == exact_peak(smallest.plan, 1, seq_len=512)
+    for plan in first.mixes.uniform:
+        assert smallest.peak_bytes <= exact_peak(plan, 1, seq_len=512)
+    assert decision.longest_seq_len == 128
+    assert [each.batch_size for each in decision.largest] == [None] * len(decision.largest)
+    nothing = first.limited(1000).decide()
+    assert nothing.choice is None and nothing.longest_seq_len is None
+
+
+# Models that do not bear it
+
+
+def test_a_model_that_cannot_checkpoint_is_not_recomputed(toy):
+    toy(four_layers)
+    one = Planner(task(150_000, specs=(OFF,), can_checkpoint=False), FIGURES)
+    decision = one.decide()
+    assert {each.strategy for each in decision.candidates} == {OFF}
+    assert [each.strategy for each in decision.largest] == [OFF]
+    assert decision.choice.batch_size == decision.largest[0].batch_size
+    refused = one.limited(1000).decide()
+    assert refused.choice is None and refused.smallest.strategy == OFF
+
+
+class Twice(toys.Toy):
+    """Runs all its layers twice, so that none can be looked into by itself."""
+
+    def run(self, hidden, masks):
+        return super().run(super().run(hidden, masks), masks)
+
+
+def two_layers_twice():
+    return Twice("aa")
+
+
+def test_a_model_that_cannot_be_looked_into_gets_an_answer_of_the_named_ones(toy):
+    specs = (OFF, "per-layer")
+    toy(two_layers_twice)
+    decision = Planner(task(80_000, layers=2, specs=specs), FIGURES).decide()
+    assert any("Policies inside of layers were not looked for" in notice for notice in decision.notices)
+    choice = decision.choice
+    assert {each.strategy for each in decision.candidates} == set(specs) and choice.strategy in specs
+    assert exact_peak(choice.plan, choice.batch_size, model=two_layers_twice) == choice.peak_bytes <= 80_000
+
+
+def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
+    """The trap: one policy of eight that a model does not bear, and no answer at all."""
+    toy(four_layers)
+    every = parse("per-layer").plan_for(4)
+    lie = replace(every, policies=(Policy(keep=("addmm#1",), skip=("addmm#0",)),) * 4)
+    monkeypatch.setattr(search, "uniform_plans", lambda *args, **kwargs: [lie])
+    decision = Planner(task(150_000), FIGURES).decide()
+    assert decision.choice is not None and decision.choice.plan != lie
+    (notice,) = decision.notices
+    assert notice.startswith("Left out, since they cannot be traced: 1 policies that were found (the plan skips what")
+
+
+# One planner for several memories
+
+
+def test_another_memory_shares_what_was_traced(toy, monkeypatch):
+    """And decides as a planner for that memory alone would; what is left is the trace of the choice itself."""
+    toy(four_layers)
+    shared = Planner(task(10**9), FIGURES)
+    steps = []
+    step = shared.weighing.session.predictor.step
+
+    def counted(plan, **kwargs):
+        steps.append(plan)
+        return step(plan, **kwargs)
+
+    monkeypatch.setattr(shared.weighing.session.predictor, "step", counted)
+    found = {memory: shared.limited(memory) for memory in (80_000, 250_000)}
+    assert steps == []
+    decided = {memory: one.decide() for memory, one in found.items()}
+    assert len(steps) <= 2 * 6
+    assert content(decided[250_000]) == content(Planner(task(250_000), FIGURES).decide())
+    assert content(decided[80_000]) != content(decided[250_000])
+    assert {memory: decision.limit_bytes for memory, decision in decided.items()} == {each: each for each in found}
+
+
+# Two cores
+
+
+def test_halves_come_back_in_order():
+    assert in_halves(lambda number: number * number, range(7)) == [number * number for number in range(7)]
+    assert in_halves(str, []) == [] and in_halves(str, [1]) == ["1"]
+
+
+def test_what_the_other_half_cannot_do_or_send_is_done_here(monkeypatch):
+    monkeypatch.setattr(parallel, "_has_two_cores", lambda: True)
+    here = os.getpid()
+
+    def work(number):
+        if os.getpid() != here:
+            raise ValueError
+        return number
+
+    assert in_halves(work, range(4)) == [0, 1, 2, 3]
+    unpicklable = in_halves(lambda number: SimpleNamespace(number=number, other=lambda: None), range(3))
+    assert [each.number for each in unpicklable] == [0, 1, 2]
+
+
+def test_a_mistake_in_this_half_is_raised_and_leaves_no_process(monkeypatch):
+    monkeypatch.setattr(parallel, "_has_two_cores", lambda: True)
+    here = os.getpid()
+
+    def work(number):
+        if os.getpid() == here:
+            raise KeyError(number)
+        return b"x" * 10**6  # more than a pipe holds
+
+    with pytest.raises(KeyError):
+        in_halves(work, range(4))
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, os.WNOHANG)

@@ -1,0 +1,176 @@
+"""The decision for real models, on this CPU and on cards out of the catalogue; every lever predicted a second time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import planned
+import pytest
+
+from gcbench.cards import find
+from gcbench.costs import CardFigures
+from gcbench.decision import AS_FAST_FRAC, FOUND
+from gcbench.planner import search
+from gcbench.planner.gains import gains
+from gcbench.planner.search import Planner
+from gcbench.records import Lora
+from gcbench.simulate.child import Session
+from gcbench.simulate.target import Target
+from gcbench.strategies import OFF, parse
+from gcbench.tasks import CellToPredict, PlanTask
+from gcbench.units import MIB
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+LAYERS = 2
+FIGURES = CardFigures(None)
+"""By launches: more sequences at a time are worth recomputing for."""
+
+
+def task(target, *, family="llama", specs=(OFF, "per-layer"), **changes):
+    return PlanTask(
+        **{
+            "source": planned.source_of(family),
+            "layers": LAYERS,
+            "overrides": {},
+            "attn_implementation": None,
+            "lora": None,
+            "precision": "fp32",
+            "optim": "adamw_torch",
+            "target": target,
+            "seq_len": 32,
+            "named": tuple((spec, parse(spec).plan_for(LAYERS)) for spec in specs),
+            "batch_sizes": None,
+            "reserve_frac": 0.0,
+            "layers_in_order": None,
+            "can_checkpoint": True,
+            "device_here": None,
+        }
+        | changes
+    )
+
+
+def cpu(memory_bytes):
+    return Target(kind="cpu", name="cpu", memory_bytes=memory_bytes)
+
+
+@pytest.fixture(autouse=True)
+def few_policies(monkeypatch):
+    monkeypatch.setattr(search, "MOST_POLICIES", 2)
+
+
+def peak(asked, plan, batch_size):
+    """What counts against the memory of the target, by a session of its own."""
+    return peaks(asked, plan, batch_size)[0]
+
+
+def peaks(asked, plan, *batch_sizes):
+    session, found = Session(asked.as_predictions()), []
+    for batch in batch_sizes:
+        memory = session.predict(CellToPredict(number=0, batch_size=batch, seq_len=asked.seq_len, plan=plan)).memory
+        found.append(memory.process_bytes if asked.target.kind == "cuda" else memory.allocated_bytes)
+    return found
+
+
+def changed(asked, plan, flag):
+    """The workload and the plan with what a lever's flag says."""
+    name, _, value = flag.removeprefix("--").partition(" ")
+    if name == "strategies":
+        assert value.endswith("+offload")
+        return asked, plan.with_policies(offload=True)
+    if name == "expandable-segments":
+        return replace(asked, target=replace(asked.target, expandable_segments=True)), plan
+    if name == "lora-r":
+        return replace(asked, lora=Lora(r=int(value))), plan
+    return replace(asked, **{name.replace("-", "_"): value}), plan
+
+
+def assert_gains(asked, decision, expected):
+    """The levers are `expected`, the best first; each that has a flag is what a prediction with that flag says."""
+    shown = decision.choice or decision.smallest
+    gains = decision.gains
+    assert {gain.name for gain in gains} == expected
+    assert [gain.peak_bytes for gain in gains] == sorted(gain.peak_bytes for gain in gains)
+    for gain in gains:
+        assert gain.peak_bytes < 0.995 * shown.peak_bytes
+        assert gain.fits == (gain.peak_bytes <= decision.usable_bytes)
+        if gain.flag is not None:
+            assert peak(*changed(asked, shown.plan, gain.flag), shown.batch_size) == gain.peak_bytes, gain
+
+
+EIGHT_BIT, CHUNKS, FUSED = "an 8-bit AdamW", "a loss computed in 8 chunks", "the fused optimizer"
+ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 in place of all weights", "mixed precision", "weights in bf16"
+
+
+def test_levers_where_the_optimizer_sets_the_peak():
+    """A short sequence alone: what the optimizer holds and makes is most of it, and nothing of the loss is."""
+    asked = task(cpu(10**9), seq_len=8, batch_sizes=(1,))
+    decision = Planner(asked, FIGURES).decide()
+    assert decision.choice.strategy == OFF and decision.choice.peak_phase == "optimizer"
+    assert_gains(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
+    by_name = {gain.name: gain for gain in decision.gains}
+    # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have over 4096 elements.
+    model = planned.model_of("llama", "fp32", LAYERS)
+    quantised = sum(param.numel() for param in model.parameters() if param.numel() > 4096)
+    saved = decision.choice.peak_bytes - by_name[EIGHT_BIT].peak_bytes
+    assert saved == pytest.approx(quantised * 2 * (4 - 1 - 4 / 256), rel=0.01)
+
+
+def test_levers_where_the_logits_set_the_peak_and_memory_binds():
+    asked = task(cpu(2 * MIB), attn_implementation="eager")
+    decision = Planner(asked, FIGURES).decide()
+    choice = decision.choice
+    assert choice.strategy != OFF and decision.binding.startswith("Memory binds")
+    assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= 2 * MIB
+    names = {gain.name for gain in decision.gains}
+    assert CHUNKS in names and MIXED in names and FUSED not in names
+    assert_gains(asked, decision, names)
+    logits = 32 * 256 * 4 * choice.batch_size
+    by_name = {gain.name: gain for gain in decision.gains}
+    assert choice.peak_bytes - by_name[CHUNKS].peak_bytes <= 3 * logits
+
+
+# A card
+
+CARD = find("t4")
+
+
+def card(memory_bytes):
+    return Target(kind="cuda", name=CARD.name, memory_bytes=memory_bytes, card=CARD)
+
+
+def test_on_a_card_what_the_process_holds_has_to_fit():
+    """The traps: what tensors hold taken for what the allocator takes from the card, and the context forgotten."""
+    wide = task(card(CARD.memory_bytes), seq_len=64, precision="bf16-mixed")
+    first = Planner(wide, CardFigures(CARD))
+    every = parse("per-layer").plan_for(LAYERS)
+    top = first.weighing.candidate("per-layer", every, 512)
+    assert top.peak_bytes > top.allocated_bytes + 100 * MIB, "there is no context in it"
+    memory = top.peak_bytes
+    decision = first.limited(memory).decide()
+    choice, asked = decision.choice, replace(wide, target=card(memory))
+    assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= memory
+    for each in decision.candidates:
+        if each.fits:
+            assert each.peak_bytes <= memory
+            assert each.tokens_per_s * (1 - AS_FAST_FRAC) <= choice.tokens_per_s
+    largest = {each.strategy: each.batch_size for each in decision.largest}
+    assert largest[FOUND] >= largest["per-layer"] >= 512 > largest[OFF]
+    fitting, too_large = peaks(asked, every, largest["per-layer"], largest["per-layer"] + 1)
+    assert fitting <= memory < too_large
+    assert decision.times_from == f"the published rates of {CARD.full_name}"
+
+
+def test_levers_of_a_card():
+    """Boundaries in the host's memory, and an allocator that can grow what it has taken."""
+    asked = task(card(CARD.memory_bytes), seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
+    weighing = Planner(asked, CardFigures(CARD)).weighing
+    plan = asked.named[0][1]
+    shown = weighing.candidate("per-layer", plan, 1024)
+    step = weighing.scaling(plan).traced(1024)
+    found = gains(asked, weighing.session, shown, step, held=weighing.counted, usable=weighing.usable)
+    decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)
+    names = {gain.name for gain in found}
+    assert {"expandable segments", "boundaries in the host's memory", CHUNKS} <= names
+    assert_gains(asked, decision, names)
