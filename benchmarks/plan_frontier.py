@@ -234,7 +234,7 @@ def _traced(ground: Ground, scale: Scale, way: float) -> dict[str, Any]:
         }
         if told["fits"]:
             break
-        asked -= max(seen.allocated_bytes - budget, MIN_BLOCK_BYTES) << tries
+        asked = min(asked, point.peak_bytes) - max(seen.allocated_bytes - budget, MIN_BLOCK_BYTES)
     return told
 
 

@@ -232,7 +232,8 @@ def show_measured(done: dict[str, Any]) -> None:
     """The table."""
     print(
         f"\nmeasured: Llama, 6 layers, 512 wide, batch {done['batch_size']} x {done['seq_len']}, {done['precision']}, "
-        f"on {done['processor']}, {done['threads']} threads; load {done['load_before']:.2f} before, {done['load_after']:.2f} after; "
+        f"on {done['processor']}, {done['threads']} threads; load {done['load_before']:.2f} before, "
+        f"{done['load_after']:.2f} after; "
         f"{done['times_from']}"
     )
     print(f"  {'plan':18} {'peak MiB':>9} {'predicted':>10} {'overhead':>9} {'95 % interval':>16} {'predicted':>10}")

@@ -342,7 +342,16 @@ def test_a_mistake_in_this_half_is_raised_and_leaves_no_process(monkeypatch):
             raise KeyError(number)
         return b"x" * 10**6  # more than a pipe holds
 
+    begun = []
+    fork = os.fork
+
+    def noted():
+        pid = fork()
+        begun.append(pid)
+        return pid
+
+    monkeypatch.setattr(os, "fork", noted)
     with pytest.raises(KeyError):
         in_halves(work, range(4))
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    with pytest.raises(ChildProcessError):  # it has ended and was waited for
+        os.waitpid(begun[0], os.WNOHANG)

@@ -159,9 +159,9 @@ class Planner:
             return self.task.batch_sizes
         if self.weighing.usable is None:
             return _WITHOUT_BOUND
-        tops = [top for plan in self.mixes.uniform if (top := self.weighing.most(plan))]
+        tops = [top for plan in self.mixes.uniform[:2] if (top := self.weighing.most(plan))]
         ladder = [step for power in range(21) for step in (2**power, 3 * 2**power) if step <= max(tops, default=1)]
-        return tuple(sorted({1, *ladder, *tops[:2]}))
+        return tuple(sorted({1, *ladder, *tops}))
 
     def _largest(self) -> tuple[Largest, ...]:
         if self.weighing.usable is None:
@@ -174,7 +174,8 @@ class Planner:
             for spec, plan in self.named
         ]
         if len(self.mixes.uniform) > 1:
-            tops = [top for plan in self.mixes.uniform if (top := self.weighing.most(plan))]
+            # Nothing found keeps less than every layer's input.
+            tops = [top for plan in self.mixes.uniform[:2] if (top := self.weighing.most(plan))]
             named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
         return tuple(named)
 
