@@ -65,16 +65,14 @@ def total(works: Iterable[Work], figures: Figures) -> float:
 
 
 LAUNCH_S = 5e-6
-"""A kernel that does nothing, from the queue on: what small kernels take on cards of the last ten years, measured as
-2 to 5 us in "Understanding the Overheads of Launching CUDA Kernels" (Zhang et al., ICPP 2019), plus what PyTorch's
-dispatch adds where the queue runs dry."""
+"""The least that a kernel takes, by judgement; no source was looked up and no card has confirmed it."""
 _OF_PEAK_MATMUL = 0.8
 _OF_PEAK_BANDWIDTH = 0.85
 """Where no measurement is published: what those of the other cards in the catalogue come to, rounded down."""
 _ATTENTION = {7: 0.5, 8: 0.70, 9: 0.40, 10: 0.40, 12: 0.55}
 """Of the matmul rate that attention kernels reach, by major compute capability. FlashAttention-2: 73 % of the peak
-forward and 63 % backward on an A100 (Dao 2023, arXiv:2307.08691, section 4.1), 35 % on an H100 (Shah et al. 2024,
-arXiv:2407.08608, abstract); the others in between, by judgement."""
+forward and 63 % backward on an A100 (Dao 2023, arXiv:2307.08691), 35 % on an H100 (Shah et al. 2024, arXiv:2407.08608),
+both from memory and still to be looked up there; the others in between, by judgement."""
 _ATTENTION_ELSEWHERE = 0.5
 _UNKNOWN_CARD = Card(
     name="cuda", memory_bytes=0, bandwidth_bytes_per_s=1555e9, matmul_flops={"fp32": 19.5e12, "bf16": 312e12}
