@@ -156,9 +156,11 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
             if not isinstance(args[0], Hollow):
                 raise SkippedButNeeded(operator_name(func))
             return _seen_another_way(func, args, kwargs)
-        name = operator_name(func)
+        name, expected = operator_name(func), self.store.names[self.num_calls : self.num_calls + 1]
+        if hollow and [_MIRRORED.get(name)] == expected:
+            name = _MIRRORED[name]
         call = self._call(name)
-        if self.store.names[self.num_calls : self.num_calls + 1] != [name]:
+        if expected != [name]:
             raise RunDifferently(call)
         self.num_calls += 1
         if call in self.store.spoilt:
@@ -207,6 +209,10 @@ class Hollow(torch.Tensor):
     ) -> Any:
         """Whatever asks for values."""
         raise SkippedButNeeded(operator_name(func))
+
+
+_MIRRORED = {"ge": "le", "le": "ge", "gt": "lt", "lt": "gt"}
+"""Python asks the right side of a comparison first where that is of a subclass, as `Hollow` is of `Tensor`."""
 
 
 @cache

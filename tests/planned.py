@@ -90,7 +90,7 @@ def predictor_of(family, precision="fp32", *, layers=LAYERS, optim="sgd", exact=
     return Predictor(meta, precision=precision, optim=optim, exact=exact, **kwargs)
 
 
-def found_plans(family, precision="fp32", layers=LAYERS, most=4):
+def found_plans(family, precision="fp32", layers=LAYERS, most=3):
     """All plans that are found for a family, each once, from the fewest bytes kept on for either figures."""
     return _found_plans(family, precision, layers, most)
 

@@ -354,7 +354,7 @@ def test_a_mix_is_put_together_within_a_boundary_of_its_trace(uniform):
     rng = random.Random(0)
     boundary = 3 * 16 * WIDTH * FP32
     exact = 0
-    for _ in range(10):
+    for _ in range(6):
         choice = [rng.randrange(len(plans)) for _ in range(9)]
         pairs = [pair for layer, number in enumerate(choice) for pair in plans[number].treated() if pair[0] == (layer,)]
         plan = Plan(num_layers=9, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))

@@ -14,7 +14,7 @@ import torch
 import toys
 
 from gcbench.decision import AS_FAST_FRAC, FOUND
-from gcbench.planner import search
+from gcbench.planner import mixes, search
 from gcbench.planner.search import Planner
 from gcbench.simulate import parallel, timeline
 from gcbench.simulate.child import Session
@@ -113,7 +113,7 @@ def content(decision):
 # What is chosen
 
 
-@pytest.mark.parametrize("memory_bytes", [80_000, 130_000, 300_000, 1_000_000])
+@pytest.mark.parametrize("memory_bytes", [80_000, 130_000, 1_000_000])
 def test_the_choice_fits_and_nothing_that_fits_is_faster(planner, memory_bytes):
     """The traps: a mix that is chosen by what it was put together from and is larger; a strategy that is faster at a
     batch size of its own."""
@@ -168,6 +168,28 @@ def test_no_mix_of_all_is_better(toy):
     assert len(found) >= 4 and any(strategy == FOUND for strategy, _ in found)
 
 
+@pytest.mark.parametrize("hidden_bytes", [3_000, 10_000])
+def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hidden_bytes):
+    """The trap: what mixes are put together from lacks something, and nobody looks at the step itself."""
+    problem = mixes._problem
+
+    def short(profiles):
+        found = problem(profiles)
+        return replace(found, standing_bytes=found.standing_bytes - hidden_bytes)
+
+    monkeypatch.setattr(mixes, "_problem", short)
+    toy(four_layers)
+    peaks = [exact_peak(parse(spec).plan_for(4), 8) for spec in (OFF, "per-layer")]
+    memory = sum(peaks) // 2
+    one = Planner(task(memory, specs=(OFF,), batch_sizes=(8,)), FIGURES)
+    draft, whole = one.mixes.fastest(8)
+    assert draft.fits and exact_peak(draft.plan, 8) > memory
+    settled = one.mixes.settled(draft, whole)
+    assert settled.fits and settled.peak_bytes == exact_peak(settled.plan, 8) <= memory
+    choice = one.decide().choice
+    assert choice.source == "predicted" and exact_peak(choice.plan, 8) <= memory
+
+
 def test_a_name_is_that_of_the_plan(planner):
     """The trap: a mix that is called per-layer, and the user is told to run that."""
     for each in planner(130_000).decide().candidates:
@@ -192,7 +214,7 @@ def test_only_the_batch_sizes_that_were_asked_for(toy):
 # What is said besides
 
 
-@pytest.mark.parametrize("memory_bytes", [80_000, 500_000])
+@pytest.mark.parametrize("memory_bytes", [130_000])
 def test_one_more_sequence_than_the_largest_batch_does_not_fit(planner, memory_bytes):
     """Of what is traced and of what is put together; by a trace of every layer."""
     largest = {each.strategy: each.batch_size for each in planner(memory_bytes).decide().largest}

@@ -109,7 +109,8 @@ class Mixes:
                 continue
             if verified.fits:
                 return verified
-            budget -= max(verified.peak_bytes - usable, MIN_BLOCK_BYTES)
+            # Below what it was put together as, or the same mix would be found again.
+            budget = min(budget, draft.allocated_bytes) - max(verified.peak_bytes - usable, MIN_BLOCK_BYTES)
             solved = mix.solve(replace(problem, budget_bytes=budget))
             if solved is None:
                 return None
