@@ -305,19 +305,29 @@ def load() -> dict[str, Any]:
 
 def save(**parts: Any) -> dict[str, Any]:
     """Keep these parts beside what is stored."""
-    document = load() | {
-        "command": "make plan-frontier",
+    before = load()
+    document = before | {
+        "command": "make bench-plan",
         "machine": {"cores": len(os.sched_getaffinity(0)), "platform": platform.platform()},
         "versions": {
             "gcbench": __version__,
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": metadata.version("transformers"),
+            **_solvers(before),
         },
         "ways": list(WAYS),
     }
     write_text(STORED, json.dumps(document | parts, indent=1) + "\n")
     return document | parts
+
+
+def _solvers(stored: dict[str, Any]) -> dict[str, str]:
+    """Versions of what sac_ilp needs: those here, else those that the stored curves were made with."""
+    try:
+        return {name: metadata.version(name) for name in ("pulp", "pwlf")}
+    except metadata.PackageNotFoundError:
+        return {name: version for name, version in stored.get("versions", {}).items() if name in ("pulp", "pwlf")}
 
 
 def main() -> None:

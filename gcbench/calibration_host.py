@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
+from statistics import median
 
 import torch
 
 from gcbench import checkpointing, models, sources, strategies
-from gcbench.calibrated import Point
 from gcbench.calibration import Timer, typical
 from gcbench.costs import Caller, Work
 from gcbench.records import PHASES, Phase
@@ -26,25 +29,28 @@ from gcbench.training import TrainingStep, random_batch
 _MODEL = "llama-3.2-1b"
 _LAYERS = 2
 _SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 384,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+    "hidden_size": 192,
+    "intermediate_size": 576,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
     "head_dim": 32,
     "vocab_size": 1024,
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
-_BATCH_SIZE, _SEQ_LEN = 1, 64
+_BATCH_SIZE, _SEQ_LEN = 1, 96
 """The model's code is that of most current ones. Its calls take microseconds, and yet what they touch pushes code and
 Python's objects out of a core's own cache, as that of any model worth training does."""
 _STRATEGIES: dict[str, Caller] = {"off": "model", "per-layer": "checkpoint", "selective:matmul": "policy"}
 """With what calls the operators of a layer's first run."""
 _PRECISION, _OPTIM = "fp32", "adamw_torch"
-_MOST_STEPS = 30
-_LEAST_STEPS = 4
-LEAST_S = 3.0
+_ROUNDS = 4
+_LEAST_STEPS, _MOST_STEPS = 2, 30
+"""With each strategy, in one round."""
+LEAST_S = 4.0
 """By then calls and steps have been made some ten times each, on a slow machine."""
+_CALL_S = 10e-6
+"""What one of the calls takes, more or less."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,48 +72,78 @@ def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> dict[s
     works: dict[str, tuple[Work, ...]] = {}
     for strategy in _STRATEGIES:
         plan = strategies.parse(strategy).plan_for(_LAYERS)
-        step = predictor.step(plan, batch_size=_BATCH_SIZE, seq_len=_SEQ_LEN)
-        works[strategy] = tuple(work for _, part in step.works for work in part)
-    until = max(until, time.monotonic() + least_s)
-    calls = [work for part in works.values() for work in part]
-    alone = _alone(timer, calls, until=(time.monotonic() + until) / 2)
+        traced = predictor.step(plan, batch_size=_BATCH_SIZE, seq_len=_SEQ_LEN)
+        works[strategy] = tuple(work for _, part in traced.works for work in part)
     model = models.build(source, config, device="cpu", dtype=torch.float32, attn_implementation=None, seed=0)
-    seconds = _seconds(model, until=until)
-    timed = {name: _Timed(works=_by_phase(part), seconds=seconds[name]) for name, part in works.items()}
-    return _solved(timed, alone)
+    with _one_thread():
+        return _measured(timer, model, works, max(until, time.monotonic() + least_s))
 
 
-def _alone(timer: Timer, works: list[Work], *, until: float) -> dict[Work, float]:
-    """What each call takes by itself."""
-    counted = [work for work, _ in Counter(works).most_common() if work.call]
-    points = timer.points(counted, expected=lambda work: 5e-6, until=until)
-    by_call: dict[tuple[str, int], Point] = {(point.call, point.cold): point for point in points}
-    nothing = typical([point.seconds for point in points]) if points else 0.0
-    return {
-        work: by_call[work.call, work.cold].seconds if (work.call, work.cold) in by_call else nothing for work in works
-    }
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is looked for happens in one; several wait for each other, and for whatever else runs on their cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
-def _seconds(model: torch.nn.Module, *, until: float) -> dict[str, dict[Phase, float]]:
-    """Of the phases of each strategy's step; the strategies take turns."""
-    samples: dict[str, dict[Phase, list[float]]] = {name: {phase: [] for phase in PHASES} for name in _STRATEGIES}
-    batch = random_batch(model, batch_size=_BATCH_SIZE, seq_len=_SEQ_LEN, seed=0)
-    step = TrainingStep(model, batch=batch, precision=_PRECISION, optim=_OPTIM, seed=0)
-    for turn in range(_MOST_STEPS + 1):
-        for strategy in _STRATEGIES:
-            checkpointing.apply(model, strategies.parse(strategy).plan_for(_LAYERS))
-            marks: list[float] = []
-            step(partial(_mark, marks))
-            marks.append(time.perf_counter())
-            checkpointing.clear(model)
-            if turn:
-                for phase, begun, ended in zip(PHASES, marks, marks[1:], strict=False):
-                    samples[strategy][phase].append(ended - begun)
-        if turn >= _LEAST_STEPS and time.monotonic() > until:
+def _measured(
+    timer: Timer, model: torch.nn.Module, works: Mapping[str, tuple[Work, ...]], until: float
+) -> dict[str, float]:
+    step = _Step(model)
+    counts = Counter(work for part in works.values() for work in part)
+    calls = list({(work.call, work.cold): work for work, _ in counts.most_common() if work.call}.values())
+    share = (until - time.monotonic()) / (2 * _ROUNDS)
+    alone: dict[tuple[str, int], float] = {}
+    seconds: dict[str, dict[Phase, float]] = {}
+    for turn in range(_ROUNDS):  # calls and steps in turn, so that a slow moment does not meet the one alone
+        if turn and time.monotonic() > until:
             break
-    return {
-        strategy: {phase: typical(taken) for phase, taken in phases.items()} for strategy, phases in samples.items()
-    }
+        for point in timer.points(calls, expected=lambda work: _CALL_S, until=time.monotonic() + share):
+            key = (point.call, point.cold)
+            alone[key] = min(point.seconds, alone.get(key, point.seconds))
+        for strategy, phases in step.seconds(until=time.monotonic() + share).items():
+            before = seconds.get(strategy, phases)
+            seconds[strategy] = {phase: min(took, before[phase]) for phase, took in phases.items()}
+    other = median(alone.values()) if alone else _CALL_S
+    took = {work: alone.get((work.call, work.cold), other) for part in works.values() for work in part}
+    timed = {name: _Timed(works=_by_phase(part), seconds=seconds[name]) for name, part in works.items()}
+    return _solved(timed, took)
+
+
+class _Step:
+    """The real step, with each strategy in turn."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        batch = random_batch(model, batch_size=_BATCH_SIZE, seq_len=_SEQ_LEN, seed=0)
+        self.step = TrainingStep(model, batch=batch, precision=_PRECISION, optim=_OPTIM, seed=0)
+        for strategy in _STRATEGIES:  # what is done once: the optimizer's states, the libraries' workspaces
+            self._phases(strategy)
+
+    def seconds(self, *, until: float) -> dict[str, dict[Phase, float]]:
+        """Of the phases of each strategy's step."""
+        samples: dict[str, list[list[float]]] = {strategy: [] for strategy in _STRATEGIES}
+        for turn in range(_MOST_STEPS):
+            for strategy, taken in samples.items():
+                taken.append(self._phases(strategy))
+            if turn + 1 >= _LEAST_STEPS and time.monotonic() > until:
+                break
+        return {
+            strategy: dict(zip(PHASES, map(typical, zip(*taken, strict=True)), strict=True))
+            for strategy, taken in samples.items()
+        }
+
+    def _phases(self, strategy: str) -> list[float]:
+        checkpointing.apply(self.model, strategies.parse(strategy).plan_for(_LAYERS))
+        marks: list[float] = []
+        self.step(partial(_mark, marks))
+        marks.append(time.perf_counter())
+        checkpointing.clear(self.model)
+        return [ended - begun for begun, ended in pairwise(marks)]
 
 
 def _mark(marks: list[float], phase: Phase) -> None:
@@ -131,14 +167,14 @@ def _solved(timed: dict[str, _Timed], alone: dict[Work, float]) -> dict[str, flo
     def count(strategy: str, phase: Phase, caller: Caller | None = None) -> int:
         return sum(caller in (None, work.caller) for work in timed[strategy].works[phase])
 
-    # Python has a call made that does nothing in this time; a caller that is no Python saves no more than that.
-    nothing = min((alone[work] for work in alone if work.kind == "view"), default=0.0)
-    found = {
-        "model": max(left("off", "forward", {}) / count("off", "forward"), 0.0),
-        "backward": max(left("off", "backward", {}) / count("off", "backward"), -nothing),
-        "optimizer": max(left("off", "optimizer", {}) / count("off", "optimizer"), -nothing),
-    }
-    found["recompute"] = found["model"]
+    # What a call that does nothing takes is Python's part in all that were timed: no caller saves more than that.
+    nothing = min((took for work, took in alone.items() if work.kind == "view"), default=0.0)
+    model = max(left("off", "forward", {}) / count("off", "forward"), 0.0)
+    found: dict[str, float] = {"model": model, "recompute": model}
+    phases: tuple[Phase, ...] = ("backward", "optimizer")
+    for phase in phases:
+        each = left("off", phase, {}) / count("off", phase)
+        found[phase] = min(max(each, -nothing), model)  # nor does any add more than a model's own code
     for strategy, caller in list(_STRATEGIES.items())[1:]:
         both = left(strategy, "forward", found) + left(strategy, "backward", found)
         found[caller] = max(both / count(strategy, "forward", caller), found["model"])

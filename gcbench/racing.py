@@ -26,8 +26,8 @@ _NOISE = 0.06
 """Of the logarithm of a ratio within a round, before it can be told from the rounds: what a shared machine has."""
 _LEAST_NOISE = 0.01
 _BOUND = 1.64
-"""Standard errors: one in twenty winners is lost at a look, on one side, where the noise is known. From three rounds on it is
-taken from the rounds themselves, and simulations lose 6 % (two contenders) to 10 % (five) at that look."""
+"""Standard errors: one in twenty winners is lost at a look, on one side, where the noise is known. From three rounds on
+it is taken from the rounds themselves, and simulations lose 6 % (two contenders) to 10 % (five) at that look."""
 AS_FAST = 0.005
 
 
