@@ -46,15 +46,15 @@ def _bound(
         corners[kind] = _corners(those, sizes, ground.figures)
 
     def held(place: int, number: int) -> int:
-        left = ground.uniform[number].layers[place].left_bytes
-        return round(share * ground.through(place, number) + (1 - share) * left)
+        left = ground.uniform[number].profiles[place].left_bytes
+        return round(share * ground.layered.through(place, number) + (1 - share) * left)
 
-    least: float = off.standing_bytes + share * ground.loss + (1 - share) * ground.head
+    least: float = off.standing_bytes + share * ground.layered.loss + (1 - share) * ground.layered.head
     most, pieces = 0.0, []
     for place, layer in enumerate(ground.layers):
         points = [(held(place, FULL) + kept, seconds) for kept, seconds in corners[ground.stage.kinds[layer]]]
         points += [
-            (held(place, n), each.layers[place].seconds - off.layers[place].seconds)
+            (held(place, n), each.profiles[place].seconds - off.profiles[place].seconds)
             for n, each in enumerate(ground.uniform)
         ]
         hull = lower_hull(points)

@@ -8,7 +8,7 @@ A workload is a model at up to 4096 tokens on one card's published rates, at the
 which activations set the peak. A budget is told as a way: 0 is the peak with every layer recomputed, 1 with none.
 Overhead is extra time against recomputing nothing, as a fraction of what recomputing everything takes extra. Curves:
 
-- found: the planner's policies, mixed by `gcbench.mix`; as_planned: with the peaks that the planner takes for true;
+- found: the mixes of its policies that the planner finds;
 - layer_counts: the best of every:k, first:n and last:n for any number;
 - sac_ilp, activation_memory_budget: others' methods on the same ground (`plan_frontier_others.py`), as the best of the
   plans they give that fit;
@@ -163,10 +163,10 @@ def examined(workload: Workload) -> dict[str, Any]:
     alike = [ground.point("", [number] * len(ground.layers)) for number in (OFF, FULL)]
     scale = Scale(off_bytes=alike[0].peak_bytes, full_bytes=alike[1].peak_bytes, full_s=alike[1].seconds)
     budgets = [scale.budget(way) for way in WAYS]
-    found, planned, counts = ground.found(budgets), ground.as_planned(budgets), ground.layer_counts()
+    found, counts = ground.found(budgets), ground.layer_counts()
     bound = lower_bound(ground)
     named = _named(ground)
-    ours = {"found": found, "as_planned": planned, "layer_counts": [best_within(counts, b) for b in budgets]}
+    ours = {"found": found, "layer_counts": [best_within(counts, b) for b in budgets]}
     curves = {name: [scale.overhead(p and p.seconds) for p in points] for name, points in ours.items()}
     curves["bound"] = [scale.overhead(bound(budget)) for budget in budgets]
     methods: dict[str, Any] = {}
@@ -253,7 +253,7 @@ def show(done: dict[str, Any]) -> None:
         f"{lowest['peak_bytes'] / 2**30:.1f} GiB per-layer, {highest['peak_bytes'] / 2**30:.1f} GiB off, "
         f"per-layer takes {lowest['step_s'] / highest['step_s'] - 1:+.1%}"
     )
-    names = ("found", "as_planned", "layer_counts", "sac_ilp", "activation_memory_budget", "bound")
+    names = ("found", "layer_counts", "sac_ilp", "activation_memory_budget", "bound")
     curves = done["curves"]
     print(f"  {'way':>4}  " + "  ".join(f"{name[:12]:>12}" for name in names))
     for place, way in enumerate(WAYS):

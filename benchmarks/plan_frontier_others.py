@@ -180,7 +180,7 @@ def _graph(ground: Ground, found: Mapping[Any, _Sac]) -> Any:
     """
     off, full = ground.uniform[OFF], ground.uniform[FULL]
     layers = [f"model.layers.{place}" for place in range(len(ground.layers))]
-    through = [ground.through(place, OFF) for place in range(len(layers))]
+    through = [ground.layered.through(place, OFF) for place in range(len(layers))]
     total = sum(through)
     empty = {
         "param_per_module": 0,
@@ -197,7 +197,7 @@ def _graph(ground: Ground, found: Mapping[Any, _Sac]) -> Any:
         "param_per_module": off.standing_bytes,
         "grad_total": 0,
         "act_fw_per_module": total,
-        "act_grad_per_module": ground.loss,
+        "act_grad_per_module": ground.layered.loss,
         "act_total": total,
         "is_leaf": False,
         "sac_runtime": 1.0,
@@ -208,18 +208,18 @@ def _graph(ground: Ground, found: Mapping[Any, _Sac]) -> Any:
         "breakpoints": [],
     }
     stats = [root]
-    kept, gradients = 0, ground.loss_left + sum(ground.gradients)
+    kept, gradients = 0, ground.layered.loss_left + sum(ground.layered.gradients)
     for place, layer in enumerate(ground.layers):
         kept += through[place]
-        gradients -= ground.gradients[place]
+        gradients -= ground.layered.gradients[place]
         tradeoff = found[ground.stage.kinds[layer]].tradeoff
         stats.append(
             empty
             | {
                 "fqn": layers[place],
                 "grad_total": gradients,
-                "act_fw_per_module": through[place] - full.layers[place].left_bytes,
-                "act_grad_per_module": max(0, off.layers[place].backward_bytes),
+                "act_fw_per_module": through[place] - full.profiles[place].left_bytes,
+                "act_grad_per_module": max(0, off.profiles[place].backward_bytes),
                 "act_total": kept,
                 "is_leaf": False,
                 "sac_runtime": tradeoff.sac_runtime,

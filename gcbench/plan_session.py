@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from importlib import import_module
 from pathlib import Path
 
 from rich.console import Console
@@ -130,7 +132,10 @@ def plan(
     err = Console(stderr=True)
     try:
         with ExitStack() as stack:
-            children = stack.enter_context(ForkedChildren())
+            preload = (*sources.modules(source), "gcbench.planner.search")
+            children = stack.enter_context(ForkedChildren(preload=preload))
+            # Half a second that the plot takes to begin with, spent while the children are at work.
+            threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
             with err.status("planning") if err.is_terminal and not quiet else nullcontext():
                 planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
             planned = replace(planned, created=created)

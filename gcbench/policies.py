@@ -73,42 +73,33 @@ def frontier(calls: Sequence[Call]) -> tuple[Found, ...]:
     return tuple(layer.found(corner) for corner in corners)
 
 
-def policies(calls: Sequence[Call], most: int) -> tuple[Found, ...]:
-    """At most `most` corners of `frontier`, chosen so that the rest is missed least; both ends are among them.
+def fewer(corners: Sequence[Found], most: int) -> tuple[Found, ...]:
+    """At most `most` of these corners, rising in bytes, chosen so that the rest is missed least; both ends are kept.
 
-    The loss at a price of a byte is how much more seconds + price x bytes is for the best of the chosen corners than
-    for the best of all, as a fraction. The choice makes the largest loss over all prices as small as it can be.
+    Layers that differ reach every point on the lines between the corners that are chosen. The choice makes the area
+    between those lines and the lines between all corners, in seconds times bytes, as small as it can be.
 
     Raises ValueError when `most` is less than 2.
     """
     if most < 2:
         raise ValueError(f"a choice has at least its two ends, not {most}; ask for 2 or more")
-    corners = frontier(calls)
     if len(corners) <= most:
-        return corners
-    loss = [[_loss(corners, left, right) for left in range(right)] for right in range(len(corners))]
-    # For each corner: the smallest largest loss on a way there from the first, and the way; one step longer each time.
+        return tuple(corners)
+    # For each corner: the smallest area on a way there from the first, and the way; one step longer each time.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for _ in range(most - 1):
         longer = dict(best)
         for end in range(1, len(corners)):
-            ways = [(max(worst, loss[end][at]), (*way, end)) for at, (worst, way) in best.items() if at < end]
+            ways = [
+                (area + _area(corners[at], corners[end]), (*way, end)) for at, (area, way) in best.items() if at < end
+            ]
             longer[end] = min([*ways, longer[end]] if end in longer else ways)
         best = longer
     return tuple(corners[number] for number in best[len(corners) - 1][1])
 
 
-def _loss(corners: Sequence[Found], left: int, right: int) -> float:
-    """The largest loss when all corners between these two are left out, as a fraction.
-
-    It is reached at the price where the two cost the same. At a lower price the right one, r, is the better; its cost
-    over that of a corner k between them, (seconds_r + price bytes_r) / (seconds_k + price bytes_k), rises with the
-    price, as bytes_r seconds_k > seconds_r bytes_k. At a higher price the left one falls likewise.
-    """
-    a, b = corners[left], corners[right]
-    per_second, per_byte = b.kept_bytes - a.kept_bytes, a.seconds - b.seconds
-    costs = [per_second * c.seconds + per_byte * c.kept_bytes for c in corners[left : right + 1]]
-    return costs[0] / min(costs) - 1
+def _area(left: Found, right: Found) -> float:
+    return (right.kept_bytes - left.kept_bytes) * (left.seconds + right.seconds) / 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

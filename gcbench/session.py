@@ -37,7 +37,10 @@ def measure(
     err = Console(stderr=True)
     with _interruptible(store):
         try:
-            with ForkedChildren(preload=_preload(source)) as children, progress.choose(err, quiet=quiet) as display:
+            with (
+                ForkedChildren(preload=sources.modules(source)) as children,
+                progress.choose(err, quiet=quiet) as display,
+            ):
                 report = runner.run(
                     wanted,
                     source=source,
@@ -59,12 +62,6 @@ def measure(
             f"{len(broken)} of {len(report.outcomes)} cells crashed, timed out or were killed; "
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
         )
-
-
-def _preload(source: sources.ModelSource) -> tuple[str, ...]:
-    """The module of the model's own code, for the server process to import once for all children."""
-    family = str(source.config["model_type"]).replace("-", "_").removesuffix("_text")
-    return (f"transformers.models.{family}.modeling_{family}",)
 
 
 @contextmanager

@@ -191,3 +191,9 @@ def slug(name: str) -> str:
     """A model's name as a folder name: the last part of a path or id, without awkward characters."""
     last = Path(name.removesuffix(".json").removesuffix("/config")).name or "model"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
+
+
+def modules(source: ModelSource) -> tuple[str, ...]:
+    """The module of the model's own code, for the server process to import once for all children."""
+    family = str(source.config["model_type"]).replace("-", "_").removesuffix("_text")
+    return (f"transformers.models.{family}.modeling_{family}",)

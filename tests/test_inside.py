@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from gcbench import mix
 from gcbench.costs import CardFigures
-from gcbench.planner.mixes import _problem
+from gcbench.planner.layered import Layered
 from gcbench.policies import Call, frontier
 from gcbench.simulate import timeline
 from gcbench.simulate.inside import inner_calls
@@ -175,7 +175,7 @@ def test_all_that_lies_in_the_memory_is_changed():
         before = made.sum()
         made[..., :WIDTH] = hidden.sin()
         made[..., WIDTH:] = hidden.cos()
-        return hidden + made.exp()[..., :WIDTH] + before
+        return hidden + made.exp()[..., :WIDTH].tanh() + before
 
     calls = calls_of(forward)
     by_name = named(calls)
@@ -262,13 +262,18 @@ def test_kinds_of_layers_have_each_their_own():
 
 
 def test_what_is_skipped_is_all_that_nothing_needs():
-    """Of a policy that keeps all that is saved, everything is skipped but views and random numbers: the second run asks
-    for each kept output once more and so goes on to the last, past calls that only led on from there."""
+    """All but views and what leads to something saved that is not kept: the second run asks for each kept output once
+    more and so goes on to the last, past calls that only led on from there."""
     stage = toys.predictor(lambda: toys.Toy("aaa")).stage
     calls = inner_calls(stage, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
     last = uniform_plans(stage, range(3), planned.Traffic(), seq_len=SEQ_LEN, most=8)[-1].policies[1]
-    assert set(last.keep) == needed(calls)
-    assert set(last.skip) == {call.name for call in calls if not call.is_view} - set(last.keep)
+    assert (set(last.keep), needed(calls) - set(last.keep)) == ({"relu#0", "tanh#0"}, {"mul#0"})
+    again = {"mul#0"}
+    for call in reversed(calls):
+        if call.name in again:
+            again |= {calls[number].name for number in call.reads} - set(last.keep)
+    assert set(last.skip) == {call.name for call in calls if not call.is_view} - set(last.keep) - again
+    assert last.skip
 
 
 def test_policies_are_those_of_the_frontier_from_the_fewest_bytes_on():
@@ -288,8 +293,10 @@ def test_policies_are_those_of_the_frontier_from_the_fewest_bytes_on():
         for call in calls
     ]
     plans = uniform_plans(stage, range(3), figures, seq_len=SEQ_LEN, most=8)
-    expected = [tuple(calls[number].name for number in found.keep) for found in frontier(weighed)]
-    assert [plan.policies[1].keep for plan in plans] == [keep for keep in expected if keep]
+    corners = frontier(weighed)
+    assert not corners[0].keep and corners[-1].seconds == 0, "which recomputing everything and nothing are as good as"
+    expected = [tuple(calls[number].name for number in found.keep) for found in corners[1:-1]]
+    assert [plan.policies[1].keep for plan in plans] == expected
     kept = [sum(named(calls)[name].nbytes for name in plan.policies[1].keep) for plan in plans]
     assert kept == sorted(kept)
 
@@ -311,12 +318,14 @@ def test_what_a_layer_keeps_is_what_its_calls_say():
     saved = sum(named(calls)[name].nbytes for name in needed(calls))
     output = ROWS * WIDTH * FP32
     assert found.layers == (0, 1, 2, 3)
-    assert {layer.kept_bytes for layer in found.profiles} == {saved + output}
+    assert {layer.left_bytes for layer in found.profiles} == {saved + output}
     weights = FP32 * (2 * WIDTH * INNER + WIDTH + INNER)
-    assert {layer.gradient_bytes for layer in found.profiles[:-1]} == {weights}
+    layered = Layered([found])
+    assert set(layered.gradients[:-1]) == {weights}
+    assert {layered.through(place, 0) for place in range(4)} == {saved + output}
     again = profile(one.step(toys.plan(4, range(4)), batch_size=BATCH_SIZE, seq_len=SEQ_LEN), FIGURES)
     state = len(torch.get_rng_state())  # checkpointing keeps it
-    assert {layer.kept_bytes for layer in again.profiles} == {output + state}
+    assert {layer.left_bytes for layer in again.profiles} == {output + state}
 
 
 @pytest.fixture(scope="module")
@@ -331,10 +340,9 @@ def uniform():
 def test_the_highest_of_a_uniform_plan_is_that_of_its_step(uniform):
     """The traps: a layer's gradients counted with what it keeps; the head's above the wrong floor."""
     _, plans, steps = uniform
-    profiles = [profile(step, FIGURES) for step in steps]
+    layered = Layered([profile(step, FIGURES) for step in steps])
     for number, step in enumerate(steps):
-        problem = _problem([profiles[number]] * 2)
-        assert mix.peak(problem, (0,) * 9) == peak_of(step)
+        assert layered.peak((number,) * 9) == peak_of(step)
     assert len({peak_of(step) for step in steps}) == len(plans)
 
 
@@ -347,29 +355,44 @@ def test_seconds_of_layers_are_what_plans_differ_in(uniform):
     assert times[0] == pytest.approx(min(times)) and max(times[2:]) < times[1]
 
 
+def random_mixes(plans, count):
+    rng = random.Random(0)
+    for _ in range(count):
+        choice = [rng.randrange(len(plans)) for _ in range(9)]
+        pairs = [pair for layer, number in enumerate(choice) for pair in plans[number].treated() if pair[0] == (layer,)]
+        yield (
+            choice,
+            Plan(num_layers=9, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs)),
+        )
+
+
 def test_a_mix_is_put_together_within_a_boundary_of_its_trace(uniform):
     """The trap: the tensor between two layers, which one or the other holds, depending on how both are treated."""
     one, plans, steps = uniform
-    problem = _problem([profile(step, FIGURES) for step in steps])
-    rng = random.Random(0)
+    layered = Layered([profile(step, FIGURES) for step in steps])
     boundary = 3 * 16 * WIDTH * FP32
     exact = 0
-    for _ in range(6):
-        choice = [rng.randrange(len(plans)) for _ in range(9)]
-        pairs = [pair for layer, number in enumerate(choice) for pair in plans[number].treated() if pair[0] == (layer,)]
-        plan = Plan(num_layers=9, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))
+    for choice, plan in random_mixes(plans, 6):
         traced = peak_of(one.step(plan, batch_size=3, seq_len=16))
-        assert abs(mix.peak(problem, choice) - traced) <= boundary, choice
-        exact += mix.peak(problem, choice) == traced
+        assert abs(layered.peak(choice) - traced) <= boundary, choice
+        exact += layered.peak(choice) == traced
     assert exact > 0
+
+
+def test_what_mix_is_asked_is_the_peak_of_the_layers(uniform):
+    """Without autocast there is one number for what a layer keeps, and the two must not differ."""
+    _, plans, steps = uniform
+    layered = Layered([profile(step, FIGURES) for step in steps])
+    for choice, _ in random_mixes(plans, 20):
+        assert mix.peak(layered.problem(9), choice) == layered.peak(choice)
 
 
 def test_sizes_are_rounded_up_as_an_allocator_does(uniform):
     _, _, steps = uniform
     rounded, plain = profile(steps[0], FIGURES, rounding=512), profile(steps[0], FIGURES)
-    assert all(layer.kept_bytes % 512 == 0 for layer in rounded.profiles)
+    assert all(layer.left_bytes % 512 == 0 for layer in rounded.profiles)
     for one, other in zip(rounded.profiles, plain.profiles, strict=True):
-        assert other.kept_bytes <= one.kept_bytes
+        assert other.left_bytes <= one.left_bytes
     assert rounded.standing_bytes > plain.standing_bytes
 
 

@@ -14,10 +14,12 @@ import torch
 import toys
 
 from gcbench.decision import AS_FAST_FRAC, FOUND
-from gcbench.planner import mixes, search
+from gcbench.planner import search
+from gcbench.planner.layered import Layered
 from gcbench.planner.search import Planner
 from gcbench.simulate import parallel, timeline
 from gcbench.simulate.child import Session
+from gcbench.simulate.combine import Combiner
 from gcbench.simulate.parallel import in_halves
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.target import Target
@@ -60,7 +62,7 @@ def task(memory_bytes=None, *, layers=4, specs=SPECS, **changes):
 def quick():
     """Few policies, and no levers: they have a file of their own."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "MOST_POLICIES", 3)
+        patch.setattr(search, "_MOST_POLICIES", 3)
         patch.setattr(search, "gains", lambda *args, **kwargs: ())
         yield
 
@@ -171,20 +173,31 @@ def test_no_mix_of_all_is_better(toy):
 @pytest.mark.parametrize("hidden_bytes", [3_000, 10_000])
 def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hidden_bytes):
     """The trap: what mixes are put together from lacks something, and nobody looks at the step itself."""
-    problem = mixes._problem
+    put_together = Combiner.line
 
-    def short(profiles):
-        found = problem(profiles)
-        return replace(found, standing_bytes=found.standing_bytes - hidden_bytes)
+    def short(self, choice, lines):
+        line = put_together(self, choice, lines)
+        nbytes = line.nbytes.copy()
+        nbytes[int(nbytes[:10].argmax())] -= hidden_bytes  # of what stands
+        return replace(line, nbytes=nbytes)
 
-    monkeypatch.setattr(mixes, "_problem", short)
     toy(four_layers)
     peaks = [exact_peak(parse(spec).plan_for(4), 8) for spec in (OFF, "per-layer")]
     memory = sum(peaks) // 2
     one = Planner(task(memory, specs=(OFF,), batch_sizes=(8,)), FIGURES)
-    draft, whole = one.mixes.fastest(8)
+    monkeypatch.setattr(Combiner, "line", short)
+    layered = one.mixes.layered(8)
+    monkeypatch.setattr(layered, "peak", lambda choice: Layered.peak(layered, choice) - hidden_bytes)
+    monkeypatch.setattr(
+        layered,
+        "problem",
+        lambda guess, ways=None: replace(
+            (asked := Layered.problem(layered, guess, ways=ways)), standing_bytes=asked.standing_bytes - hidden_bytes
+        ),
+    )
+    draft = one.mixes.fastest(8)
     assert draft.fits and exact_peak(draft.plan, 8) > memory
-    settled = one.mixes.settled(draft, whole)
+    settled = one.mixes.settled(draft)
     assert settled.fits and settled.peak_bytes == exact_peak(settled.plan, 8) <= memory
     choice = one.decide().choice
     assert choice.source == "predicted" and exact_peak(choice.plan, 8) <= memory

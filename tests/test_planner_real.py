@@ -12,7 +12,7 @@ from gcbench.cards import find
 from gcbench.costs import CardFigures
 from gcbench.decision import AS_FAST_FRAC, FOUND
 from gcbench.planner import search
-from gcbench.planner.gains import gains
+from gcbench.planner.gains import Trial, gains
 from gcbench.planner.search import Planner
 from gcbench.records import Lora
 from gcbench.simulate.child import Session
@@ -57,7 +57,7 @@ def cpu(memory_bytes):
 
 @pytest.fixture(autouse=True)
 def few_policies(monkeypatch):
-    monkeypatch.setattr(search, "MOST_POLICIES", 2)
+    monkeypatch.setattr(search, "_MOST_POLICIES", 2)
 
 
 def peak(asked, plan, batch_size):
@@ -184,6 +184,7 @@ def test_levers_of_a_card(expandable, expected):
     plan = asked.named[0][1]
     shown = weighing.candidate("per-layer", plan, 1024)
     step = weighing.scaling(plan).traced(1024)
-    found = gains(asked, weighing.session, shown, step, held=weighing.counted, usable=weighing.usable)
+    with Trial(asked, shown, held=weighing.counted) as trial:
+        found = gains(asked, weighing.session, shown, step, trial, held=weighing.counted, usable=weighing.usable)
     decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)
     assert_gains(asked, decision, expected)

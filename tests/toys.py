@@ -60,9 +60,9 @@ class Toy(nn.Module):
         return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
-def predictor(make, *, exact=False, optim="sgd"):
+def predictor(make, *, exact=False, optim="sgd", precision="fp32"):
     with torch.device("meta"):
-        return Predictor(make(), precision="fp32", optim=optim, exact=exact)
+        return Predictor(make(), precision=precision, optim=optim, exact=exact)
 
 
 def plan(num_layers, chosen):

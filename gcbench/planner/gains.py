@@ -12,7 +12,7 @@ from gcbench.records import Lora
 from gcbench.simulate.assembly import Assembly, Kind
 from gcbench.simulate.child import CHUNKS, Session
 from gcbench.simulate.explain import without_logits
-from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.parallel import Ahead
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline
 from gcbench.strategies import Policy
@@ -29,8 +29,40 @@ _LEAST_QUANTISED = 4096
 Held = Callable[[Timeline, Session], int]
 
 
+class Trial:
+    """The levers of one candidate that take traces of their own, half of them tried ahead; a context manager."""
+
+    def __init__(self, task: PlanTask, candidate: Candidate, *, held: Held) -> None:
+        self.of = (candidate.plan, candidate.batch_size)
+        self._changes = _changes(task, candidate)
+        self._held = held
+        self._ahead: Ahead[Change, int | None] = Ahead(self._try, self._changes[0::2])
+
+    def __enter__(self) -> Trial:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ahead.__exit__(*exc)
+
+    def _try(self, change: Change) -> int | None:
+        return _traced(change[2], change[3], self._held)
+
+    def peaks(self) -> list[tuple[str, str | None, int]]:
+        """(name, flag, bytes) of each that can be had."""
+        other = [self._try(change) for change in self._changes[1::2]]
+        ahead = self._ahead.results()
+        if ahead is None:
+            ahead = [self._try(change) for change in self._changes[0::2]]
+        found = [ahead[place // 2] if place % 2 == 0 else other[place // 2] for place in range(len(self._changes))]
+        return [
+            (name, flag, peak)
+            for (name, flag, _, _), peak in zip(self._changes, found, strict=True)
+            if peak is not None
+        ]
+
+
 def gains(
-    task: PlanTask, session: Session, candidate: Candidate, step: Step, *, held: Held, usable: int | None
+    task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, held: Held, usable: int | None
 ) -> tuple[Gain, ...]:
     """The levers of a candidate, the best first; those too small to name are left out."""
     tried: list[tuple[str, str | None, int]] = []
@@ -47,9 +79,7 @@ def gains(
         flexible = replace(task.target, expandable_segments=True)
         other = Session.on(session, flexible)
         note("expandable segments", "--expandable-segments", assembly.timeline, other)
-    changes = _changes(task, candidate)
-    peaks = in_halves(lambda change: _traced(change[2], change[3], held), changes)
-    tried += [(name, flag, peak) for (name, flag, _, _), peak in zip(changes, peaks, strict=True) if peak is not None]
+    tried += trial.peaks()
     worth = [entry for entry in tried if candidate.peak_bytes - entry[2] > _WORTH_NAMING * candidate.peak_bytes]
     return tuple(
         Gain(name=name, flag=flag, peak_bytes=peak, fits=usable is None or peak <= usable)
@@ -61,19 +91,19 @@ Change = tuple[str, str | None, PlanTask, Candidate]
 
 
 def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
-    """Other workloads, and other ways to treat the same layers."""
+    """Other workloads, and other ways to treat the same layers; what takes longest first."""
     changes: list[Change] = []
+    if task.lora is None:
+        adapters = replace(task, lora=Lora(r=_LORA_R))
+        changes.append(
+            (f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters, candidate)
+        )
     if task.optim == "adamw_torch":
         fused = replace(task, optim="adamw_torch_fused")
         changes.append(("the fused optimizer", "--optim adamw_torch_fused", fused, candidate))
     if task.attn_implementation == "eager":
         changes.append(
             ("fused attention", "--attn-implementation sdpa", replace(task, attn_implementation="sdpa"), candidate)
-        )
-    if task.lora is None:
-        adapters = replace(task, lora=Lora(r=_LORA_R))
-        changes.append(
-            (f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters, candidate)
         )
     if task.precision == "fp32":
         changes.append(("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"), candidate))

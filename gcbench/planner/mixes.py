@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
-from dataclasses import replace
+from functools import cached_property
 
-from gcbench import mix
 from gcbench.decision import FOUND, Candidate
-from gcbench.mix import Mix, Option, Problem
+from gcbench.planner.layered import Layered
 from gcbench.planner.weighing import Weighing, largest
+from gcbench.simulate.combine import Combiner
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
-from gcbench.simulate.profile import StepProfile
+from gcbench.simulate.scaling import TRACED
+from gcbench.simulate.stage import NotComposable
+from gcbench.simulate.timeline import Peak
 from gcbench.strategies import OFF, Plan, Policy, parse
 
-_MOST_TRIES = 5
-"""Times a mix is looked for within a smaller budget, because its real peak was above the one it was chosen by."""
+_PLAIN = 2
+"""The first two ways to treat a layer: not recomputed, and recomputed plainly."""
+_MOST_LOOKS = 12
+"""Times a mix is looked for within a smaller budget, because an allocator has to reserve more than its tensors take."""
+_MOST_TRACES = 4
+"""Mixes at one batch size of which a trace shows that they do not fit after all."""
+_LEAST_STEP = 1 / 512
+"""Of the budget, by which it is lowered at least."""
 
 
 class Mixes:
@@ -26,28 +34,35 @@ class Mixes:
         """`uniform` begins with nothing recomputed and everything recomputed; then policy by policy."""
         self.weighing = weighing
         self.uniform = tuple(uniform)
-        self._problems: dict[int, Problem | None] = {}
-        self._order: tuple[int, ...] = ()
+        self._layered: dict[int, Layered | None] = {}
+        self._held: dict[tuple[int, tuple[int, ...]], tuple[int, Peak]] = {}
 
     def on(self, weighing: Weighing) -> Mixes:
         """The same plans, weighed for another memory."""
         other = copy(self)
         other.weighing = weighing
-        other._problems = dict(self._problems)
+        other._layered, other._held = dict(self._layered), {}
         return other
-
-    def problem(self, batch: int) -> Problem | None:
-        """Which options there are for which layer, at one batch size; None where layers cannot be told apart."""
-        if batch not in self._problems:
-            profiles = [self.weighing.profile(plan, batch) for plan in self.uniform]
-            known = [each for each in profiles if each is not None]
-            self._problems[batch] = _problem(known) if 1 < len(known) == len(profiles) else None
-            self._order = known[0].layers if known else ()
-        return self._problems[batch]
 
     def forget(self) -> None:
         """What was put together from figures that hold no longer."""
-        self._problems = {}
+        self._layered = {}
+
+    def layered(self, batch: int) -> Layered | None:
+        """Which ways there are to treat which layer, at one batch size; None where layers cannot be told apart."""
+        if batch not in self._layered:
+            profiles = [self.weighing.profile(plan, batch) for plan in self.uniform]
+            known = [each for each in profiles if each is not None]
+            can = 1 < len(known) == len(profiles) and self._combiner is not None
+            self._layered[batch] = Layered(known) if can else None
+        return self._layered[batch]
+
+    @cached_property
+    def _combiner(self) -> Combiner | None:
+        try:
+            return Combiner([self.weighing.scaling(plan).traced(TRACED[0]) for plan in self.uniform])
+        except NotComposable:
+            return None
 
     def can_compose(self, plan: Plan) -> bool:
         """Whether what a plan takes follows from uniform ones: layers are recomputed plainly or not at all."""
@@ -55,10 +70,11 @@ class Mixes:
 
     def composed(self, spec: str, plan: Plan, batch: int) -> Candidate | None:
         """A plan whose layers are recomputed plainly or not at all, without a trace of its own; None for others."""
-        if not self.can_compose(plan) or (problem := self.problem(batch)) is None:
+        if not self.can_compose(plan) or (layered := self.layered(batch)) is None:
             return None
-        choice = self._choice_of(plan)
-        return self._candidate(spec, plan, batch, problem, choice, mix.peak(problem, choice))
+        checkpointed = {layer for group in plan.groups for layer in group}
+        choice = tuple(1 if layer in checkpointed else 0 for layer in layered.layers)
+        return self._candidate(spec, plan, batch, layered, choice)
 
     def most_composed(self, plan: Plan) -> int | None:
         """The largest batch of such a plan; None where one sequence does not fit."""
@@ -67,89 +83,113 @@ class Mixes:
             found = self.composed("", plan, batch)
             return found is not None and found.fits
 
-        return largest(fits) or None
+        tops = [top for plan in self.uniform[:_PLAIN] if (top := self.weighing.most(plan))]
+        return largest(fits, start=min(tops, default=0)) or None
 
-    def fastest(self, batch: int) -> tuple[Candidate, Problem] | None:
-        """The fastest mix within the budget, by what it is put together from; None where none fits."""
-        problem, weighing = self.problem(batch), self.weighing
-        if problem is None or weighing.usable is None:
+    def bound(self, batch: int) -> float:
+        """Tokens per second that no mix within the budget goes beyond; 0.0 where none fits."""
+        layered, budget = self.layered(batch), self._budget
+        found = None if layered is None or budget is None else layered.fastest(budget)
+        if layered is None or found is None:
+            return 0.0
+        return self._rate(batch, layered, found.choice)
+
+    def fastest(
+        self, batch: int, *, above: float = 0.0, below: int | None = None, ways: int | None = None
+    ) -> Candidate | None:
+        """The fastest mix within the budget, by what it is put together from; None where none fits.
+
+        None too where it would not process more than `above` tokens per second. With `below` the tensors of the mix
+        take at most so many bytes. `ways` limits those of treating a layer to the first so many.
+        """
+        layered, budget, usable = self.layered(batch), self._budget, self.weighing.usable
+        if layered is None or budget is None or usable is None:
             return None
-        budget = weighing.usable - weighing.beyond_tensors(self.uniform[1], batch)
-        solved = mix.solve(replace(problem, budget_bytes=budget))
-        return None if solved is None else (self._draft(solved, problem, batch), problem)
+        budget = budget if below is None else min(budget, below)
+        for _ in range(_MOST_LOOKS):
+            solved = layered.fastest(budget, ways=ways)
+            if solved is None or self._rate(batch, layered, solved.choice) <= above:
+                return None
+            plan = self._plan_of(layered, solved.choice)
+            draft = self._candidate(_name(plan), plan, batch, layered, solved.choice)
+            if draft.fits:
+                return draft
+            over = max((draft.peak_bytes - usable) // 2, int(_LEAST_STEP * usable), MIN_BLOCK_BYTES)
+            budget = min(budget, solved.peak_bytes) - over
+        return None
+
+    @property
+    def _budget(self) -> int | None:
+        """What tensors may take, were there nothing lost between them."""
+        usable = self.weighing.usable
+        return None if usable is None else usable - self.weighing.outside_bytes
 
     def smallest(self, batch: int) -> Candidate | None:
         """The mix with the lowest peak, traced."""
-        problem = self.problem(batch)
-        if problem is None:
+        layered = self.layered(batch)
+        if layered is None:
             return None
-        for part in (problem, _plainly(problem)):
-            draft = self._draft(mix.smallest(part), part, batch)
+        for ways in (None, _PLAIN):
+            plan = self._plan_of(layered, layered.smallest(ways=ways).choice)
             with suppress(Exception):  # as in `settled`
-                return self.weighing.candidate(draft.strategy, draft.plan, batch, traced=True)
+                return self.weighing.candidate(_name(plan), plan, batch, traced=True)
         return None
 
-    def settled(self, draft: Candidate, problem: Problem) -> Candidate | None:
+    def settled(self, draft: Candidate) -> Candidate | None:
         """The mix as a trace of it sees it; one that turns out too large is looked for again in a smaller budget."""
         usable = self.weighing.usable
         assert usable is not None
-        budget = usable - (draft.peak_bytes - draft.allocated_bytes)
-        for _ in range(_MOST_TRIES):
+        found: Candidate | None = draft
+        below, ways = draft.allocated_bytes, None
+        for _ in range(_MOST_TRACES):
+            if found is None:
+                return None
             try:
-                verified = self.weighing.candidate(draft.strategy, draft.plan, draft.batch_size, traced=True)
+                verified = self.weighing.candidate(found.strategy, found.plan, found.batch_size, traced=True)
             except Exception:
                 # One sequence alone may go through other operators than several: then layers are kept whole or not.
-                if not draft.plan.policies:
+                if not found.plan.policies:
                     raise
-                problem = _plainly(problem)
-                solved = mix.solve(replace(problem, budget_bytes=budget))
-                if solved is None:
-                    return None
-                draft = self._draft(solved, problem, draft.batch_size)
-                continue
-            if verified.fits:
-                return verified
-            # Below what it was put together as, or the same mix would be found again.
-            budget = min(budget, draft.allocated_bytes) - max(verified.peak_bytes - usable, MIN_BLOCK_BYTES)
-            solved = mix.solve(replace(problem, budget_bytes=budget))
-            if solved is None:
-                return None
-            draft = self._draft(solved, problem, draft.batch_size)
+                ways = _PLAIN
+            else:
+                if verified.fits:
+                    return verified
+                # Below what it was put together as, or the same mix would be found again.
+                below = min(below, found.allocated_bytes) - max(verified.peak_bytes - usable, MIN_BLOCK_BYTES)
+            found = self.fastest(draft.batch_size, below=below, ways=ways)
         return None
 
-    def _draft(self, solved: Mix, problem: Problem, batch: int) -> Candidate:
-        plan = self._plan_of(solved.choice)
-        return self._candidate(_name(plan), plan, batch, problem, solved.choice, solved.peak_bytes)
+    def _rate(self, batch: int, layered: Layered, choice: Sequence[int]) -> float:
+        seconds = self.weighing.seconds(self.uniform[0], batch) + layered.seconds(choice)
+        return batch * self.weighing.task.seq_len / seconds
 
-    def _candidate(
-        self, spec: str, plan: Plan, batch: int, problem: Problem, choice: Sequence[int], peak: int
-    ) -> Candidate:
+    def _candidate(self, spec: str, plan: Plan, batch: int, layered: Layered, choice: Sequence[int]) -> Candidate:
         weighing = self.weighing
-        extra = sum(options[number].seconds for options, number in zip(problem.options, choice, strict=True))
-        seconds = weighing.seconds(self.uniform[0], batch) + extra
-        held = peak + weighing.beyond_tensors(self.uniform[1], batch)
+        key = (batch, tuple(choice))
+        if key not in self._held:
+            assert self._combiner is not None
+            lines = [weighing.scaling(each).step(batch).timeline for each in self.uniform]
+            self._held[key] = weighing.weighed(self._combiner.line(choice, lines))
+        held, peak = self._held[key]
+        rate = self._rate(batch, layered, choice)
         return Candidate(
             strategy=spec,
             plan=plan,
             batch_size=batch,
             peak_bytes=held,
-            allocated_bytes=peak,
-            peak_phase=None,
+            allocated_bytes=peak.memory.allocated_bytes,
+            peak_phase=peak.memory.peak_phase,
             fits=weighing.fits(held),
-            step_time_s=seconds,
-            tokens_per_s=batch * weighing.task.seq_len / seconds,
+            step_time_s=batch * weighing.task.seq_len / rate,
+            tokens_per_s=rate,
             source="estimated",
         )
 
-    def _choice_of(self, plan: Plan) -> tuple[int, ...]:
-        checkpointed = {layer for group in plan.groups for layer in group}
-        return tuple(1 if layer in checkpointed else 0 for layer in self._order)
-
-    def _plan_of(self, choice: Sequence[int]) -> Plan:
+    def _plan_of(self, layered: Layered, choice: Sequence[int]) -> Plan:
         """The plan that gives each layer its option."""
         groups: list[tuple[int, ...]] = []
         policies: list[Policy] = []
-        for layer, number in sorted(zip(self._order, choice, strict=True)):
+        for layer, number in sorted(zip(layered.layers, choice, strict=True)):
             for group, policy in self.uniform[number].treated():
                 if group == (layer,):
                     groups.append(group)
@@ -158,36 +198,6 @@ class Mixes:
         return Plan(
             num_layers=self.uniform[0].num_layers, groups=tuple(groups), policies=() if plain else tuple(policies)
         )
-
-
-def _problem(profiles: Sequence[StepProfile]) -> Problem:
-    off, full = profiles[:2]
-    options = tuple(
-        tuple(
-            Option(
-                seconds=each.profiles[place].seconds - off.profiles[place].seconds,
-                kept_bytes=each.profiles[place].kept_bytes,
-                forward_bytes=each.profiles[place].forward_bytes,
-                backward_bytes=each.profiles[place].backward_bytes,
-            )
-            for each in profiles
-        )
-        for place in range(len(off.layers))
-    )
-    return Problem(
-        options=options,
-        gradient_bytes=tuple(layer.gradient_bytes for layer in full.profiles),
-        standing_bytes=off.standing_bytes,
-        head_bytes=max(each.head_bytes for each in profiles),
-        loss_left_bytes=max(each.loss_left_bytes for each in profiles),
-        other_peak_bytes=max(each.other_peak_bytes for each in profiles),
-        budget_bytes=0,
-    )
-
-
-def _plainly(problem: Problem) -> Problem:
-    """Without policies: a layer is recomputed plainly or not at all."""
-    return replace(problem, options=tuple(options[:2] for options in problem.options))
 
 
 def _is_plain(plan: Plan) -> bool:

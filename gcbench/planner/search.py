@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
+from typing import Any
 
 from gcbench.costs import CardFigures, Figures
 from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
 from gcbench.errors import GcbenchError
-from gcbench.planner.gains import gains
+from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
 from gcbench.planner.weighing import Weighing
 from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
+from gcbench.simulate.parallel import in_halves
 from gcbench.strategies import OFF, Plan
 from gcbench.tasks import Answer, Decided, PlanTask, Refusal
 from gcbench.units import format_bytes
 
-MOST_POLICIES = 8
-"""For a kind of layer; more would move the frontier by less than the figures are good for."""
+MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
+"""By precision, for a kind of layer; else 5. For Llama-3.1-8B one more changes the recomputation left at a budget by at
+most 2 % of that of everything. Autocast has a layer keep weights that it cast too, so there is more to choose from."""
+_MOST_POLICIES = 5
 _WITHOUT_BOUND = (1, 2, 4, 8, 16)
 """Batch sizes where nothing limits them."""
 _SHORTEST = 64
@@ -73,11 +78,18 @@ class Planner:
         """Weigh, solve, verify."""
         batches = self._batches()
         self._calibrate(batches)
-        named = [self._candidate(spec, plan, batch) for spec, plan in self.named for batch in batches]
-        candidates = self._verified([*named, *self._found(batches, choose(named))])
-        choice = choose(candidates)
-        smallest = None if choice is not None else self._smallest(min(batches), candidates)
-        shown = choice or smallest
+        wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
+        named = in_halves(lambda one: self._candidate(*one), wanted)
+        finds: list[Callable[[], Any]] = [lambda: self._drafts(batches), self._largest]
+        drafts, largest = in_halves(lambda find: find(), finds)
+        with ExitStack() as stack:
+            likely = choose([*named, *drafts])
+            trial = None if likely is None else stack.enter_context(self._trial(likely))
+            candidates = self._verified([*named, *self._found(drafts, choose(named))])
+            choice = choose(candidates)
+            smallest = None if choice is not None else self._smallest(min(batches), candidates)
+            shown = choice or smallest
+            found = () if shown is None else self._gains(shown, trial)
         return Decision(
             limit_bytes=self.task.target.memory_bytes,
             usable_bytes=self.weighing.usable,
@@ -85,8 +97,8 @@ class Planner:
             choice=choice,
             smallest=smallest,
             candidates=ranked(candidates),
-            largest=self._largest(),
-            gains=() if shown is None else self._gains(shown),
+            largest=largest,
+            gains=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
             binding=self._binding(candidates, choice),
@@ -106,7 +118,8 @@ class Planner:
             return [off]
         every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
         try:
-            found = uniform_plans(stage, layers, self.weighing.figures, seq_len=self.task.seq_len, most=MOST_POLICIES)
+            most = MOST_POLICIES.get(self.task.precision, _MOST_POLICIES)
+            found = uniform_plans(stage, layers, self.weighing.figures, seq_len=self.task.seq_len, most=most)
         except Exception as err:  # a model's own code, or layers that cannot be looked into
             self.notices.append(f"Policies inside of layers were not looked for: {err}.")
             return [off, every]
@@ -181,18 +194,27 @@ class Planner:
 
     # What is found.
 
-    def _found(self, batches: Sequence[int], best: Candidate | None) -> list[Candidate]:
-        """The fastest mixes at the batch sizes at which not everything can be kept, each traced as it is."""
+    def _drafts(self, batches: Sequence[int]) -> list[Candidate]:
+        """The fastest mixes at the batch sizes at which not everything can be kept, the fastest of all first."""
         off = self.mixes.uniform[0]
         tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
-        drafts = [pair for batch in tight if (pair := self.mixes.fastest(batch)) is not None]
-        drafts.sort(key=lambda pair: -pair[0].tokens_per_s)
+        bounds = {batch: self.mixes.bound(batch) for batch in tight}
+        drafts: list[Candidate] = []
+        bar = 0.0
+        for batch in sorted(tight, key=lambda batch: -bounds[batch]):
+            if bounds[batch] > bar and (draft := self.mixes.fastest(batch, above=bar)) is not None:
+                drafts.append(draft)
+                bar = draft.tokens_per_s
+        return drafts[::-1]
+
+    def _found(self, drafts: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
+        """The mixes, each traced as it is, as far as they could be chosen."""
         bar = best.tokens_per_s if best is not None else 0.0
         found: list[Candidate] = []
-        for draft, problem in drafts:
+        for draft in drafts:
             if found and draft.tokens_per_s < bar:
                 break  # it would not be chosen
-            settled = self.mixes.settled(draft, problem)
+            settled = self.mixes.settled(draft)
             if settled is not None:
                 found.append(settled)
                 bar = max(bar, settled.tokens_per_s)
@@ -226,10 +248,17 @@ class Planner:
 
     # What is said of it.
 
-    def _gains(self, candidate: Candidate) -> tuple[Gain, ...]:
+    def _trial(self, candidate: Candidate) -> Trial:
+        return Trial(self.task, candidate, held=self.weighing.counted)
+
+    def _gains(self, candidate: Candidate, trial: Trial | None) -> tuple[Gain, ...]:
+        """`trial` may be that of another candidate."""
         weighing = self.weighing
         step = weighing.scaling(candidate.plan).traced(candidate.batch_size)
-        return gains(self.task, weighing.session, candidate, step, held=weighing.counted, usable=weighing.usable)
+        if trial is None or trial.of != (candidate.plan, candidate.batch_size):
+            with self._trial(candidate) as own:
+                return self._gains(candidate, own)
+        return gains(self.task, weighing.session, candidate, step, trial, held=weighing.counted, usable=weighing.usable)
 
     def _peak_words(self, candidate: Candidate) -> str:
         step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)

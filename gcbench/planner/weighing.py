@@ -40,13 +40,14 @@ class Weighing:
         self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
         self._seconds: dict[tuple[Plan, int, bool], float] = {}
+        self._most: dict[Plan, int | None] = {}
 
     def limited(self, task: PlanTask) -> Weighing:
         """The same for a task that differs in the target's memory alone; what was traced is shared."""
         other = copy(self)
         other.task, other.usable = task, _usable(task)
         other.session = Session.on(self.session, task.target)
-        other._peaks = {}  # short of memory, an allocator gives back what it caches
+        other._peaks, other._most = {}, {}  # short of memory, an allocator gives back what it caches
         return other
 
     def use(self, figures: Figures) -> None:
@@ -67,19 +68,28 @@ class Weighing:
         """
         predictor, seq_len = self.session.predictor, self.task.seq_len
 
-        def steps(plan: Plan) -> dict[int, Step] | str:
+        def step(pair: tuple[Plan, int]) -> Step | str:
+            plan, batch = pair
             try:
-                return {batch: predictor.step(plan, batch_size=batch, seq_len=seq_len) for batch in TRACED}
+                return predictor.step(plan, batch_size=batch, seq_len=seq_len)
             except Exception as err:  # a model's own code, which may not bear that some of it is not run again
                 if not plan.groups:
                     raise
                 return first_sentence(err)
 
+        pairs = [(plan, batch) for plan in plans for batch in TRACED]
+        with timeline.without_collections():
+            found = dict(zip(pairs, in_halves(step, pairs), strict=True))
         refused: dict[Plan, str] = {}
-        for plan, known in zip(plans, in_halves(steps, plans), strict=True):
-            if isinstance(known, str):
-                refused[plan] = known
-            else:
+        for plan in plans:
+            known: dict[int, Step] = {}
+            for batch in TRACED:
+                of_pair = found[plan, batch]
+                if isinstance(of_pair, str):
+                    refused[plan] = of_pair
+                else:
+                    known[batch] = of_pair
+            if plan not in refused:
                 self._scalings[plan] = Scaling(predictor, plan, seq_len=seq_len, known=known)
         return refused
 
@@ -121,9 +131,13 @@ class Weighing:
         """(bytes that count against the device's memory, the peak) of a step."""
         key = (plan, batch, traced)
         if key not in self._peaks:
-            peak = self.session.peak(self._step(plan, batch, traced=traced).timeline)
-            self._peaks[key] = (self._counts(peak), peak)
+            self._peaks[key] = self.weighed(self._step(plan, batch, traced=traced).timeline)
         return self._peaks[key]
+
+    def weighed(self, line: Timeline) -> tuple[int, Peak]:
+        """The same of any step."""
+        peak = self.session.peak(line)
+        return self._counts(peak), peak
 
     def counted(self, line: Timeline, session: Session) -> int:
         """Bytes that count against the device's memory, of any step in any session."""
@@ -131,6 +145,11 @@ class Weighing:
 
     def _counts(self, peak: Peak) -> int:
         return (peak.memory.process_bytes or 0) if self.is_cuda else peak.memory.allocated_bytes
+
+    @property
+    def outside_bytes(self) -> int:
+        """What the process takes of the device outside of an allocator."""
+        return self.session.way.outside_bytes if self.is_cuda else 0
 
     def fits(self, held: int) -> bool:
         """Whether so many bytes may be used."""
@@ -153,6 +172,11 @@ class Weighing:
 
     def most(self, plan: Plan) -> int | None:
         """The largest batch at which a plan fits; None where one sequence does not, or nothing is too large."""
+        if plan not in self._most:
+            self._most[plan] = self._found_most(plan)
+        return self._most[plan]
+
+    def _found_most(self, plan: Plan) -> int | None:
         if self.usable is None:
             return None
 

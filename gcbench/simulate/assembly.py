@@ -127,38 +127,10 @@ def assemble(
     num_own = len(update.blocks) - update.num_params
     first_step, first_update = num_standing, num_standing + num_passes
     second_step = first_update + num_own
-    persistent = _persistent(passes, gradients)
+    persistent = _persistent(passes.events, num_passes, gradients)
     if nbytes_of_passes[persistent].sum() > _MOST_KEPT_BYTES:
         raise NotComposable("the model keeps tensors from one step to the next")
-
-    once = passes.events + np.where(passes.events >= 0, first_step, -first_step)
     stays = _among(passes.events, persistent, num_passes)
-    again = passes.events[~stays]
-    second = again + np.where(again >= 0, second_step, -second_step)
-    boundary = int(np.count_nonzero(~stays[: passes.backward_at]))
-
-    def renumbered(events: Sequence[int], step: int) -> Ints:
-        of_gradients = np.array(gradients, np.int64) + step
-        table = np.concatenate([of_gradients, first_update + np.arange(num_own, dtype=np.int64)])
-        values = np.array(events, np.int64)
-        blocks = table[np.where(values >= 0, values, ~values)] if len(values) else values
-        return np.where(values >= 0, blocks, ~blocks)
-
-    before = [n for n, term in enumerate(standing) if term.requested_at is None]
-    forward = [n for n, term in enumerate(standing) if term.requested_at == "forward"]
-    backward = [n for n, term in enumerate(standing) if term.requested_at not in (None, "forward")]
-    opening = [
-        np.array([*before, *forward], np.int64),
-        once[: passes.backward_at],
-        np.array(backward, np.int64),
-        once[passes.backward_at :],
-        renumbered(update.first, first_step),
-    ]
-    measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]
-    settled_at = sum(map(len, opening))
-    begins = settled_at + np.cumsum([0, *(len(part) for part in measured)])
-    phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
-
     own_blocks = update.blocks[update.num_params :]
     nbytes = np.concatenate(
         [
@@ -168,6 +140,16 @@ def assemble(
             nbytes_of_passes,
         ]
     )
+    line = line_of(
+        passes.events,
+        nbytes,
+        gradients,
+        num_blocks=num_passes,
+        backward_at=passes.backward_at,
+        standing=standing,
+        update=update,
+    )
+    (begin, _), _, (update_begins, _) = line.marks
     kinds, of_layers = _classified(
         passes, gradients, treatments=treatments, layers=layers, vocab_size=vocab_size, persistent=persistent
     )
@@ -176,12 +158,7 @@ def assemble(
     stretches += [(first_update, own_blocks)]
     stretches += [(second_step + base, piece.blocks) for _, piece, base in passes.instances]
     return Assembly(
-        timeline=Timeline(
-            nbytes=nbytes,
-            events=np.concatenate([*opening, *measured]),
-            marks=tuple(zip(map(int, begins), phases, strict=False)),
-            settled_at=(settled_at,),
-        ),
+        timeline=line,
         kinds=np.concatenate(
             [
                 np.array([term.kind for term in standing], np.int8),
@@ -197,8 +174,64 @@ def assemble(
             (0, [Block(term.nbytes, term.name) for term in standing]),
             *((start, blocks) for start, blocks in stretches if len(blocks)),
         ),
-        segments=_segments(passes, stays, int(begins[0]), int(begins[2])),
+        segments=_segments(passes, stays, begin, update_begins),
         places=tuple(segment for segment, _, _ in passes.instances),
+    )
+
+
+def line_of(
+    events: Ints,
+    nbytes: Ints,
+    gradients: Sequence[int],
+    *,
+    num_blocks: int,
+    backward_at: int,
+    standing: Sequence[Standing],
+    update: UpdateTrace,
+) -> Timeline:
+    """The first step and the measured one, of passes with these events.
+
+    Args:
+        nbytes: the sizes of what stands, of the passes' blocks, of the update's own, and of the passes' once more.
+        gradients: for each parameter of `update`, the block of its gradient in the passes.
+        num_blocks: how many the passes have.
+        backward_at: number of the passes' events before the backward pass.
+    """
+    num_own = len(update.blocks) - update.num_params
+    first_step, first_update = len(standing), len(standing) + num_blocks
+    second_step = first_update + num_own
+    once = events + np.where(events >= 0, first_step, -first_step)
+    stays = _among(events, _persistent(events, num_blocks, gradients), num_blocks)
+    again = events[~stays]
+    second = again + np.where(again >= 0, second_step, -second_step)
+    boundary = int(np.count_nonzero(~stays[:backward_at]))
+
+    def renumbered(events: Sequence[int], step: int) -> Ints:
+        of_gradients = np.array(gradients, np.int64) + step
+        table = np.concatenate([of_gradients, first_update + np.arange(num_own, dtype=np.int64)])
+        values = np.array(events, np.int64)
+        blocks = table[np.where(values >= 0, values, ~values)] if len(values) else values
+        return np.where(values >= 0, blocks, ~blocks)
+
+    before = [n for n, term in enumerate(standing) if term.requested_at is None]
+    forward = [n for n, term in enumerate(standing) if term.requested_at == "forward"]
+    backward = [n for n, term in enumerate(standing) if term.requested_at not in (None, "forward")]
+    opening = [
+        np.array([*before, *forward], np.int64),
+        once[:backward_at],
+        np.array(backward, np.int64),
+        once[backward_at:],
+        renumbered(update.first, first_step),
+    ]
+    measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]
+    settled_at = sum(map(len, opening))
+    begins = settled_at + np.cumsum([0, *(len(part) for part in measured)])
+    phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+    return Timeline(
+        nbytes=nbytes,
+        events=np.concatenate([*opening, *measured]),
+        marks=tuple(zip(map(int, begins), phases, strict=False)),
+        settled_at=(settled_at,),
     )
 
 
@@ -277,10 +310,10 @@ def _segments(
     return (*named, (update_begins, "optimizer step"))
 
 
-def _persistent(passes: Passes, gradients: Sequence[int]) -> Ints:
+def _persistent(events: Ints, num_blocks: int, gradients: Sequence[int]) -> Ints:
     """Blocks that the passes take and never give back, other than gradients: later steps find them there."""
-    freed = np.zeros(passes.num_blocks, np.bool_)
-    freed[~passes.events[passes.events < 0]] = True
+    freed = np.zeros(num_blocks, np.bool_)
+    freed[~events[events < 0]] = True
     freed[np.array(gradients, np.int64)] = True
     return np.flatnonzero(~freed)
 

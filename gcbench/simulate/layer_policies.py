@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 
 from gcbench.costs import Figures
-from gcbench.policies import Call, policies
+from gcbench.policies import Call, fewer, frontier
 from gcbench.simulate.inside import InnerCall, inner_calls
 from gcbench.simulate.stage import Stage
 from gcbench.strategies import Plan, Policy
 
 _BATCH_SIZE = 4
 """At which calls are weighed against each other: times and bytes of all that matters grow with the batch alike."""
+
+_AT_ONCE = 0.002
+"""Of the time that the policy with the fewest bytes takes to recompute."""
 
 
 def uniform_plans(stage: Stage, layers: Sequence[int], figures: Figures, *, seq_len: int, most: int) -> list[Plan]:
@@ -66,7 +69,10 @@ def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[P
     ]
     last = max((number for number, call in enumerate(calls) if call.needed), default=-1)
     found = []
-    for choice in policies(weighed, most):
+    corners = frontier(weighed)
+    for choice in fewer(corners, most + 2):
+        if choice.seconds <= _AT_ONCE * corners[0].seconds:
+            continue  # as fast as recomputing nothing, which keeps no more
         # What only looks at memory another way costs nothing, and follows by itself what it looks at.
         idle = [number for number in _idle(weighed, choice.keep, last) if not calls[number].is_view]
         if choice.keep or any(number < last for number in idle):

@@ -1,4 +1,4 @@
-"""Two cores for work that takes a model already built: the process is split in two, and one half tells the other."""
+"""Two cores for work that takes a model already built: a copy of the process does one half, and tells the other."""
 
 from __future__ import annotations
 
@@ -7,51 +7,77 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
+class Ahead(Generic[T, R]):
+    """`work` of each item, begun at once by a forked copy of this process; a context manager, which ends the copy.
+
+    Results must be picklable. Where there is one core, or the copy fails, for whatever reason, nothing comes of it.
+    """
+
+    def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
+        self.items = tuple(items)
+        self._pid: int | None = None
+        if not items or not _has_two_cores():
+            return
+        reading, writing = os.pipe()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.close(reading)
+                with os.fdopen(writing, "wb") as telling:
+                    pickle.dump([work(item) for item in items], telling, protocol=pickle.HIGHEST_PROTOCOL)
+                code = 0
+            finally:
+                os._exit(code)  # nothing of this process is to be cleaned up twice
+        os.close(writing)
+        self._pid = pid
+        self._pipe = os.fdopen(reading, "rb")
+
+    def __enter__(self) -> Ahead[T, R]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._pid is not None:
+            os.kill(self._pid, signal.SIGKILL)  # it may wait for somebody to read what it has to say
+            self._end()
+
+    def results(self) -> list[R] | None:
+        """One for each item, once they are there; None where nothing came of it."""
+        if self._pid is None:
+            return None
+        content = self._pipe.read()
+        if self._end() != 0:
+            return None
+        results: list[R] = pickle.loads(content)
+        return results
+
+    def _end(self) -> int:
+        assert self._pid is not None
+        self._pipe.close()
+        _, status = os.waitpid(self._pid, 0)
+        self._pid = None
+        return status
+
+
 def in_halves(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of each item, in order, every second one done by a forked copy of this process.
+    """`work` of each item, in order, every second one done by a copy of this process.
 
     Results must be picklable. What the copy cannot do, for whatever reason, is done here.
     """
-    there = items[1::2]
-    if not there or not _has_two_cores():
-        return [work(item) for item in items]
-    reading, writing = os.pipe()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            os.close(reading)
-            with os.fdopen(writing, "wb") as telling:
-                pickle.dump([work(item) for item in there], telling, protocol=pickle.HIGHEST_PROTOCOL)
-            code = 0
-        finally:
-            os._exit(code)  # nothing of this process is to be cleaned up twice
-    os.close(writing)
-    told: list[R] | None = None
-    pipe = os.fdopen(reading, "rb")
-    try:
+    with Ahead(work, items[1::2]) as there:
         here = [work(item) for item in items[0::2]]
-        content = pipe.read()
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)  # it may wait for somebody to read what it has to say
-        raise
-    finally:
-        pipe.close()
-        _, status = os.waitpid(pid, 0)
-    if status == 0:
-        told = pickle.loads(content)
-    results: list[R] = []
-    for place, item in enumerate(items):
-        results.append(here[place // 2] if place % 2 == 0 else told[place // 2] if told is not None else work(item))
-    return results
+        told = there.results()
+    if told is None:
+        told = [work(item) for item in items[1::2]]
+    return [told[place // 2] if place % 2 else here[place // 2] for place in range(len(items))]
 
 
 def _has_two_cores() -> bool:

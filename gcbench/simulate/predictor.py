@@ -12,10 +12,25 @@ from gcbench.costs import Figures, Work
 from gcbench.simulate import assembly, pieces
 from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
 from gcbench.simulate.layers import sample
+from gcbench.simulate.pieces import Passes
 from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace, trace_update
 from gcbench.strategies import Plan, Policy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a step whose layers were told apart was put together from.
+
+    Attributes:
+        gradients: for each parameter that the optimizer steps, the block of its gradient in `passes`.
+        standing: what the device holds besides.
+    """
+
+    passes: Passes
+    gradients: tuple[int, ...]
+    standing: tuple[Standing, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +44,7 @@ class Step:
         works: (segment, what its operators have the device do), in order; one stretch without a name where the step was
             traced in full, with the update in it.
         update: the optimizer phase, where it was traced by itself.
+        parts: what the assembly was put together from; None where the step was traced in full.
     """
 
     assembly: Assembly
@@ -36,6 +52,7 @@ class Step:
     why_in_full: str | None
     works: tuple[tuple[Segment | None, tuple[Work, ...]], ...]
     update: UpdateTrace | None = None
+    parts: Parts | None = None
 
     @property
     def timeline(self) -> Timeline:
@@ -138,6 +155,7 @@ class Predictor:
             why_in_full=None,
             works=tuple((segment, piece.works) for segment, piece, _ in passes.instances),
             update=update,
+            parts=Parts(passes=passes, gradients=tuple(gradients), standing=tuple(standing)),
         )
 
     def _gradients(

@@ -16,39 +16,42 @@ class LayerProfile:
     """One layer in one step; bytes.
 
     Attributes:
-        kept_bytes: alive from its forward to its backward pass.
-        forward_bytes: highest while its forward pass runs, above what stood when that began.
-        backward_bytes: highest while its backward pass runs, above what stood when that began less what it keeps.
-        gradient_bytes: what its backward pass leaves behind.
+        left_bytes: alive when its forward pass ends, above what stood when that began. Weights that autocast has cast
+            are among them: they lie in its cache until the forward pass of the model ends, whoever needs them.
+        forward_bytes: highest in its forward pass, above the same.
+        freed_bytes: what its backward pass gives back, less what it leaves.
+        backward_bytes: highest in its backward pass, above what stood when that began.
         seconds: both passes, recomputation included.
     """
 
-    kept_bytes: int
+    left_bytes: int
     forward_bytes: int
+    freed_bytes: int
     backward_bytes: int
-    gradient_bytes: int
     seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepProfile:
-    """A step, layer by layer.
+    """A step in which all layers are treated alike, layer by layer; highest bytes of its other parts.
 
     Attributes:
         layers: their numbers, in the order in which they run.
         profiles: for each of them.
         standing_bytes: alive when the first layer begins.
-        head_bytes: highest between the last layer's forward and its backward pass, above all that is kept.
-        loss_left_bytes: alive when the last layer's backward pass begins, above all that is kept.
-        other_peak_bytes: highest before the first layer, after its backward pass, and in the optimizer step.
+        head_bytes: in the forward pass of what follows the last layer.
+        loss_bytes: in its backward pass.
+        before_backward_bytes: alive when the last layer's backward pass begins.
+        other_bytes: before the first layer, after its backward pass, and in the optimizer step.
     """
 
     layers: tuple[int, ...]
     profiles: tuple[LayerProfile, ...]
     standing_bytes: int
     head_bytes: int
-    loss_left_bytes: int
-    other_peak_bytes: int
+    loss_bytes: int
+    before_backward_bytes: int
+    other_bytes: int
 
 
 def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile | None:
@@ -79,28 +82,23 @@ def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile |
             known[id(works)] = total(works, figures)
         seconds[segment] = known[id(works)]
     layers = tuple(layer for part, layer in assembly.places if part == "forward")
-    profiles = []
-    for layer in layers:
-        there, back = ("forward", layer), ("backward", layer)
-        kept = after[there] - before[there]
-        profiles.append(
-            LayerProfile(
-                kept_bytes=kept,
-                forward_bytes=highest[there] - before[there],
-                backward_bytes=highest[back] - before[back] + kept,
-                gradient_bytes=after[back] - before[back] + kept,
-                seconds=seconds[there] + seconds[back],
-            )
-        )
-    standing = before["forward", layers[0]]
-    all_kept = sum(layer.kept_bytes for layer in profiles)
     outside = [place for place in assembly.places if place[1] < 0 and place not in (HEAD, LOSS)]
     update = starts[len(assembly.places)]
     return StepProfile(
         layers=layers,
-        profiles=tuple(profiles),
-        standing_bytes=standing,
-        head_bytes=max(highest[HEAD], highest[LOSS]) - standing - all_kept,
-        loss_left_bytes=before["backward", layers[-1]] - standing - all_kept,
-        other_peak_bytes=max([int(live[update:].max()), *(highest[place] for place in outside)]),
+        profiles=tuple(
+            LayerProfile(
+                left_bytes=after["forward", layer] - before["forward", layer],
+                forward_bytes=highest["forward", layer] - before["forward", layer],
+                freed_bytes=before["backward", layer] - after["backward", layer],
+                backward_bytes=highest["backward", layer] - before["backward", layer],
+                seconds=seconds["forward", layer] + seconds["backward", layer],
+            )
+            for layer in layers
+        ),
+        standing_bytes=before["forward", layers[0]],
+        head_bytes=highest[HEAD],
+        loss_bytes=highest[LOSS],
+        before_backward_bytes=before["backward", layers[-1]],
+        other_bytes=max([int(live[update:].max()), *(highest[place] for place in outside)]),
     )

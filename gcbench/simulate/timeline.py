@@ -103,7 +103,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     events: Sequence[int] = timeline.events.tolist()
     take, give = allocator.take, allocator.give
     done = 0
-    with _without_collections():  # a hundred thousand blocks, and none of them garbage
+    with without_collections():
         for stop in stops:
             for place in range(done, stop):
                 event = events[place]
@@ -129,7 +129,8 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
 
 
 @contextmanager
-def _without_collections() -> Iterator[None]:
+def without_collections() -> Iterator[None]:
+    """No garbage collection, which would look through a great many objects of which none is garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:
