@@ -15,12 +15,12 @@ from gcbench.simulate.explain import without_logits
 from gcbench.simulate.parallel import Ahead
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline
-from gcbench.strategies import Policy
 from gcbench.tasks import PlanTask
 
 _WORTH_NAMING = 0.005
 """Of the peak; smaller gains are no lever."""
 _LORA_R = 16
+_FUSED = "adamw_torch_fused"
 _BLOCK = 256
 """Elements of an 8-bit optimizer's state that share one fp32 factor, and the least that a state is quantised at: 4096
 elements (bitsandbytes 0.48, bitsandbytes/optim/optimizer.py and functional.py)."""
@@ -79,6 +79,10 @@ def gains(
         flexible = replace(task.target, expandable_segments=True)
         other = Session.on(session, flexible)
         note("expandable segments", "--expandable-segments", assembly.timeline, other)
+    if task.optim == "adamw_torch":
+        fused = session.predictor.with_optimizer(step, _FUSED, steps_on_device=True)
+        if fused is not None:
+            note("the fused optimizer", f"--optim {_FUSED}", fused)
     tried += trial.peaks()
     worth = [entry for entry in tried if candidate.peak_bytes - entry[2] > _WORTH_NAMING * candidate.peak_bytes]
     return tuple(
@@ -91,27 +95,27 @@ Change = tuple[str, str | None, PlanTask, Candidate]
 
 
 def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
-    """Other workloads, and other ways to treat the same layers; what takes longest first."""
+    """Other workloads, what takes longest first, and other ways to treat the same layers."""
     changes: list[Change] = []
+    # A policy names calls of operators, and these are not the same ones any more.
+    plan = candidate.plan
+    whole = candidate if not plan.policies else replace(candidate, plan=replace(plan, policies=()))
+    besides = "" if whole is candidate else ", the same layers recomputed whole"
+
+    def change(name: str, flag: str, other: PlanTask) -> None:
+        changes.append((name + besides, flag, other, whole))
+
     if task.lora is None:
         adapters = replace(task, lora=Lora(r=_LORA_R))
-        changes.append(
-            (f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters, candidate)
-        )
-    if task.optim == "adamw_torch":
-        fused = replace(task, optim="adamw_torch_fused")
-        changes.append(("the fused optimizer", "--optim adamw_torch_fused", fused, candidate))
+        change(f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters)
     if task.attn_implementation == "eager":
-        changes.append(
-            ("fused attention", "--attn-implementation sdpa", replace(task, attn_implementation="sdpa"), candidate)
-        )
+        change("fused attention", "--attn-implementation sdpa", replace(task, attn_implementation="sdpa"))
     if task.precision == "fp32":
-        changes.append(("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"), candidate))
+        change("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"))
     if task.precision in ("fp32", "bf16-mixed", "fp16-mixed"):
-        changes.append(("weights in bf16", "--precision bf16", replace(task, precision="bf16"), candidate))
-    plain = all(policy == Policy() for policy in candidate.plan.policies)
-    if task.target.kind == "cuda" and candidate.plan.groups and plain and not candidate.plan.compiled:
-        away = replace(candidate, plan=candidate.plan.with_policies(offload=True))
+        change("weights in bf16", "--precision bf16", replace(task, precision="bf16"))
+    if task.target.kind == "cuda" and plan.groups and whole is candidate and not plan.compiled:
+        away = replace(candidate, plan=plan.with_policies(offload=True))
         changes.append(("boundaries in the host's memory", f"--strategies {candidate.strategy}+offload", task, away))
     return changes
 

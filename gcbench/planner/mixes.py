@@ -9,12 +9,12 @@ from functools import cached_property
 
 from gcbench.decision import FOUND, Candidate
 from gcbench.planner.layered import Layered
-from gcbench.planner.weighing import Weighing, largest
+from gcbench.planner.weighing import Weighing
 from gcbench.simulate.combine import Combiner
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
 from gcbench.simulate.scaling import TRACED
 from gcbench.simulate.stage import NotComposable
-from gcbench.simulate.timeline import Peak
+from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.strategies import OFF, Plan, Policy, parse
 
 _PLAIN = 2
@@ -72,19 +72,32 @@ class Mixes:
         """A plan whose layers are recomputed plainly or not at all, without a trace of its own; None for others."""
         if not self.can_compose(plan) or (layered := self.layered(batch)) is None:
             return None
+        return self._candidate(spec, plan, batch, layered, self._plainly(plan, layered.layers))
+
+    @staticmethod
+    def _plainly(plan: Plan, layers: Sequence[int]) -> tuple[int, ...]:
         checkpointed = {layer for group in plan.groups for layer in group}
-        choice = tuple(1 if layer in checkpointed else 0 for layer in layered.layers)
-        return self._candidate(spec, plan, batch, layered, choice)
+        return tuple(1 if layer in checkpointed else 0 for layer in layers)
+
+    def _line(self, choice: Sequence[int], batch: int) -> Timeline:
+        assert self._combiner is not None
+        return self._combiner.line(choice, [self.weighing.scaling(each).line(batch) for each in self.uniform])
+
+    def _weighed(self, choice: Sequence[int], batch: int) -> tuple[int, Peak]:
+        key = (batch, tuple(choice))
+        if key not in self._held:
+            self._held[key] = self.weighing.weighed(self._line(choice, batch), batch)
+        return self._held[key]
 
     def most_composed(self, plan: Plan) -> int | None:
-        """The largest batch of such a plan; None where one sequence does not fit."""
-
-        def fits(batch: int) -> bool:
-            found = self.composed("", plan, batch)
-            return found is not None and found.fits
-
-        tops = [top for plan in self.uniform[:_PLAIN] if (top := self.weighing.most(plan))]
-        return largest(fits, start=min(tops, default=0)) or None
+        """The largest batch of such a plan; None where one sequence does not fit, or nothing is too large."""
+        weighing = self.weighing
+        if weighing.usable is None or self._combiner is None:
+            return None
+        choice = self._plainly(plan, self._combiner.layers)
+        return weighing.largest_of(
+            lambda batch: weighing.tensors(self._line(choice, batch)), lambda batch: self._weighed(choice, batch)
+        )
 
     def bound(self, batch: int) -> float:
         """Tokens per second that no mix within the budget goes beyond; 0.0 where none fits."""
@@ -165,12 +178,7 @@ class Mixes:
 
     def _candidate(self, spec: str, plan: Plan, batch: int, layered: Layered, choice: Sequence[int]) -> Candidate:
         weighing = self.weighing
-        key = (batch, tuple(choice))
-        if key not in self._held:
-            assert self._combiner is not None
-            lines = [weighing.scaling(each).step(batch).timeline for each in self.uniform]
-            self._held[key] = weighing.weighed(self._combiner.line(choice, lines))
-        held, peak = self._held[key]
+        held, peak = self._weighed(choice, batch)
         rate = self._rate(batch, layered, choice)
         return Candidate(
             strategy=spec,

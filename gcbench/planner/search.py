@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
-from typing import Any
 
 from gcbench.costs import CardFigures, Figures
 from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
@@ -76,12 +75,15 @@ class Planner:
 
     def decide(self) -> Decision:
         """Weigh, solve, verify."""
-        batches = self._batches()
+        most = self._most()
+        batches = self._batches(most)
         self._calibrate(batches)
+        lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
+        if self.weighing.candidate("", lightest, batches[0]).fits:
+            self.weighing.all_up_to = batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
         named = in_halves(lambda one: self._candidate(*one), wanted)
-        finds: list[Callable[[], Any]] = [lambda: self._drafts(batches), self._largest]
-        drafts, largest = in_halves(lambda find: find(), finds)
+        drafts = self._drafts(batches)
         with ExitStack() as stack:
             likely = choose([*named, *drafts])
             trial = None if likely is None else stack.enter_context(self._trial(likely))
@@ -97,7 +99,7 @@ class Planner:
             choice=choice,
             smallest=smallest,
             candidates=ranked(candidates),
-            largest=largest,
+            largest=self._largest(most),
             gains=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
@@ -166,29 +168,34 @@ class Planner:
 
     # Batch sizes.
 
-    def _batches(self) -> tuple[int, ...]:
+    def _most(self) -> dict[Plan, int | None]:
+        """The largest batch of each plan; empty where nothing limits it."""
+        if self.weighing.usable is None:
+            return {}
+        plans = list(dict.fromkeys([*self.mixes.uniform[:2], *(plan for _, plan in self.named)]))
+
+        def most(plan: Plan) -> int | None:
+            return self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan)
+
+        return dict(zip(plans, in_halves(most, plans), strict=True))
+
+    def _batches(self, most: Mapping[Plan, int | None]) -> tuple[int, ...]:
         """Those asked for, or powers of two and their halves between up to the largest at which anything fits."""
         if self.task.batch_sizes:
             return self.task.batch_sizes
         if self.weighing.usable is None:
             return _WITHOUT_BOUND
-        tops = [top for plan in self.mixes.uniform[:2] if (top := self.weighing.most(plan))]
+        tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
         ladder = [step for power in range(21) for step in (2**power, 3 * 2**power) if step <= max(tops, default=1)]
         return tuple(sorted({1, *ladder, *tops}))
 
-    def _largest(self) -> tuple[Largest, ...]:
-        if self.weighing.usable is None:
+    def _largest(self, most: Mapping[Plan, int | None]) -> tuple[Largest, ...]:
+        if not most:
             return ()
-        named = [
-            Largest(
-                strategy=spec,
-                batch_size=self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan),
-            )
-            for spec, plan in self.named
-        ]
+        named = [Largest(strategy=spec, batch_size=most[plan]) for spec, plan in self.named]
         if len(self.mixes.uniform) > 1:
             # Nothing found keeps less than every layer's input.
-            tops = [top for plan in self.mixes.uniform[:2] if (top := self.weighing.most(plan))]
+            tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
             named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
         return tuple(named)
 
@@ -276,8 +283,10 @@ class Planner:
         if not faster:
             return "Memory does not bind: nothing recomputed at a larger batch would not be faster."
         nearest = min(faster, key=lambda each: each.peak_bytes)
+        line = self.weighing.scaling(nearest.plan).line(nearest.batch_size)
+        needed = self.weighing.counted(line, self.weighing.session)
         more = nearest.tokens_per_s / choice.tokens_per_s - 1
         return (
             f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
-            f"{format_bytes(nearest.peak_bytes)}."
+            f"{format_bytes(needed)}."
         )

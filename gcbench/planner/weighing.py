@@ -28,7 +28,10 @@ class Weighing:
     Attributes:
         usable: bytes that may be used; None where there is no bound.
         is_cuda: whether the target has a caching allocator, and a process holds more than its tensors.
+        all_up_to: the batch size up to which all is known of what does not fit either; None for all batch sizes.
     """
+
+    all_up_to: int | None = None
 
     def __init__(self, task: PlanTask, figures: Figures) -> None:
         self.task = task
@@ -40,14 +43,13 @@ class Weighing:
         self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
         self._seconds: dict[tuple[Plan, int, bool], float] = {}
-        self._most: dict[Plan, int | None] = {}
 
     def limited(self, task: PlanTask) -> Weighing:
         """The same for a task that differs in the target's memory alone; what was traced is shared."""
         other = copy(self)
         other.task, other.usable = task, _usable(task)
         other.session = Session.on(self.session, task.target)
-        other._peaks, other._most = {}, {}  # short of memory, an allocator gives back what it caches
+        other._peaks = {}  # short of memory, an allocator gives back what it caches
         return other
 
     def use(self, figures: Figures) -> None:
@@ -131,11 +133,22 @@ class Weighing:
         """(bytes that count against the device's memory, the peak) of a step."""
         key = (plan, batch, traced)
         if key not in self._peaks:
-            self._peaks[key] = self.weighed(self._step(plan, batch, traced=traced).timeline)
+            scaling = self.scaling(plan)
+            line = scaling.traced(batch).timeline if traced else scaling.line(batch)
+            self._peaks[key] = self.weighed(line, None if traced else batch)
         return self._peaks[key]
 
-    def weighed(self, line: Timeline) -> tuple[int, Peak]:
-        """The same of any step."""
+    def weighed(self, line: Timeline, batch: int | None = None) -> tuple[int, Peak]:
+        """The same of any step; of batches above `all_up_to` with no look at the allocator where tensors are too much.
+
+        What is returned then is what they take, and the process besides: less than it would hold.
+        """
+        limit = self.task.target.memory_bytes
+        if self.all_up_to is not None and batch is not None and batch > self.all_up_to and limit is not None:
+            tensors = timeline.exact(line)
+            held = tensors.memory.allocated_bytes + self.outside_bytes
+            if held > limit:
+                return held, tensors
         peak = self.session.peak(line)
         return self._counts(peak), peak
 
@@ -155,13 +168,6 @@ class Weighing:
         """Whether so many bytes may be used."""
         return self.usable is None or held <= self.usable
 
-    def beyond_tensors(self, plan: Plan, batch: int) -> int:
-        """What a process holds besides tensors: the context, and what the allocator has cached."""
-        if not self.is_cuda:
-            return 0
-        held, peak = self.held(plan, batch)
-        return held - peak.memory.allocated_bytes
-
     def profile(self, plan: Plan, batch: int) -> StepProfile | None:
         """The step layer by layer; None where layers cannot be told apart."""
         key = (plan, batch)
@@ -172,25 +178,33 @@ class Weighing:
 
     def most(self, plan: Plan) -> int | None:
         """The largest batch at which a plan fits; None where one sequence does not, or nothing is too large."""
-        if plan not in self._most:
-            self._most[plan] = self._found_most(plan)
-        return self._most[plan]
-
-    def _found_most(self, plan: Plan) -> int | None:
         if self.usable is None:
             return None
+        scaling = self.scaling(plan)
+        if not scaling.is_affine:
+            return next((batch for batch in (8, 4, 2, 1) if self.fits(self.held(plan, batch)[0])), None)
+        return self.largest_of(lambda batch: self.tensors(scaling.line(batch)), lambda batch: self.held(plan, batch))
+
+    def largest_of(self, tensors: Callable[[int], int], held: Callable[[int], tuple[int, Peak]]) -> int | None:
+        """The largest batch that fits, by what its tensors take, which is quick to tell, and what it holds in all."""
+        assert self.usable is not None
+        room = self.usable - self.outside_bytes
 
         def fits(batch: int) -> bool:
-            return self.fits(self.held(plan, batch)[0])
+            return self.fits(held(batch)[0])
 
-        if not self.scaling(plan).is_affine:
-            return next((batch for batch in (8, 4, 2, 1) if fits(batch)), None)
-        # Tensors alone are quick to add up, and tell where to ask the allocator.
-        room = self.usable - self.beyond_tensors(plan, 1)
-        return largest(fits, start=largest(lambda batch: self._tensors(plan, batch) <= room)) or None
+        # No more fit than would with nothing lost between tensors; where the search then begins, about as much is lost.
+        most = largest(lambda batch: tensors(batch) <= room)
+        if most == 0 or fits(most):
+            return most or None
+        nbytes, peak = held(most)
+        room = self.usable - (nbytes - peak.memory.allocated_bytes)
+        return largest(fits, start=min(most - 1, largest(lambda batch: tensors(batch) <= room))) or None
 
-    def _tensors(self, plan: Plan, batch: int) -> int:
-        return timeline.exact(self.scaling(plan).step(batch).timeline).memory.allocated_bytes
+    @staticmethod
+    def tensors(line: Timeline) -> int:
+        """Bytes that tensors take at a step's peak."""
+        return timeline.exact(line).memory.allocated_bytes
 
 
 def _usable(task: PlanTask) -> int | None:

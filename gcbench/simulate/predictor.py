@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from gcbench import costs
@@ -24,11 +25,13 @@ class Parts:
     """What a step whose layers were told apart was put together from.
 
     Attributes:
-        gradients: for each parameter that the optimizer steps, the block of its gradient in `passes`.
+        params: the parameters that the optimizer steps, by their place among all.
+        gradients: for each of them, the block of its gradient in `passes`.
         standing: what the device holds besides.
     """
 
     passes: Passes
+    params: tuple[int, ...]
     gradients: tuple[int, ...]
     standing: tuple[Standing, ...]
 
@@ -115,6 +118,25 @@ class Predictor:
             why = f"with layers left out, it raises {type(err).__name__}"
         return self._in_full(plan, batch_size, seq_len, why)
 
+    def with_optimizer(self, step: Step, optim: str, *, steps_on_device: bool) -> Timeline | None:
+        """The same step with another optimizer; None where it was traced in full."""
+        parts = step.parts
+        if parts is None:
+            return None
+        update = self._traced_update(parts.params, optim, steps_on_device)
+        passes = parts.passes.nbytes()
+        own = np.array([block.nbytes for block in update.blocks[update.num_params :]], np.int64)
+        standing = np.array([term.nbytes for term in parts.standing], np.int64)
+        return assembly.line_of(
+            parts.passes.events,
+            np.concatenate([standing, passes, own, passes]),
+            parts.gradients,
+            num_blocks=parts.passes.num_blocks,
+            backward_at=parts.passes.backward_at,
+            standing=parts.standing,
+            update=update,
+        )
+
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
@@ -155,7 +177,7 @@ class Predictor:
             why_in_full=None,
             works=tuple((segment, piece.works) for segment, piece, _ in passes.instances),
             update=update,
-            parts=Parts(passes=passes, gradients=tuple(gradients), standing=tuple(standing)),
+            parts=Parts(passes=passes, params=tuple(params), gradients=tuple(gradients), standing=tuple(standing)),
         )
 
     def _gradients(
@@ -187,14 +209,17 @@ class Predictor:
     def _update(self, params: Sequence[int]) -> UpdateTrace:
         key = tuple(params)
         if key not in self._updates:
-            self._updates[key] = trace_update(
-                [self.stage.parameters[place] for place in params],
-                precision=self.precision,
-                optim=self.optim,
-                road=self.road,
-                steps_on_device=self.steps_on_device,
-            )
+            self._updates[key] = self._traced_update(key, self.optim, self.steps_on_device)
         return self._updates[key]
+
+    def _traced_update(self, params: Sequence[int], optim: str, steps_on_device: bool) -> UpdateTrace:
+        return trace_update(
+            [self.stage.parameters[place] for place in params],
+            precision=self.precision,
+            optim=optim,
+            road=self.road,
+            steps_on_device=steps_on_device,
+        )
 
     def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
         trace, gradients, works = self.stage.trace_in_full(

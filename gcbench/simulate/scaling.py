@@ -9,6 +9,7 @@ import numpy as np
 
 from gcbench.costs import Figures, Work
 from gcbench.simulate.predictor import Predictor, Step
+from gcbench.simulate.timeline import Timeline
 from gcbench.strategies import Plan
 
 TRACED = (2, 4)
@@ -49,10 +50,15 @@ class Scaling:
             (segment, self._scaled(one, two, batch_size))
             for (segment, one), (_, two) in zip(low.works, high.works, strict=True)
         )
-        line = low.timeline
-        more = (high.timeline.nbytes - line.nbytes) // (TRACED[1] - TRACED[0])
-        line = replace(line, nbytes=line.nbytes + (batch_size - TRACED[0]) * more)
-        return replace(low, assembly=replace(low.assembly, timeline=line), works=works)
+        return replace(low, assembly=replace(low.assembly, timeline=self.line(batch_size)), works=works)
+
+    def line(self, batch_size: int) -> Timeline:
+        """The step's timeline alone, which takes less to come by."""
+        if batch_size in self._steps or not self.is_affine:
+            return self.traced(batch_size).timeline
+        low, high = (self.traced(batch).timeline for batch in TRACED)
+        more = (high.nbytes - low.nbytes) // (TRACED[1] - TRACED[0])
+        return replace(low, nbytes=low.nbytes + (batch_size - TRACED[0]) * more)
 
     def seconds(self, batch_size: int, figures: Figures) -> float:
         """How long the step takes; an estimate."""
