@@ -109,7 +109,6 @@ def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[di
             layers_in_order=None,
             can_checkpoint=True,
             device_here="cpu",
-            calibration_s=20.0,
         )
         planner = Planner(task, figures_for(task))
         grid = [

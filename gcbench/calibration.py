@@ -82,10 +82,10 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
     not where that leaves less than it needs.
     """
     works = tuple(works)
-    start = time.monotonic()
     found = known or Calibration(machine=machine_key(device.describe()), created="")
     with _undisturbed(device):
         timer = Timer(device)
+        start = time.monotonic()
         if not found.points:
             grid = tuple(_grid({work.dtype for work in works}))
             found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))

@@ -23,7 +23,7 @@ _LORA_R = 16
 _FUSED = "adamw_torch_fused"
 _BLOCK = 256
 """Elements of an 8-bit optimizer's state that share one fp32 factor, and the least that a state is quantised at: 4096
-elements (bitsandbytes 0.48, bitsandbytes/optim/optimizer.py and functional.py)."""
+elements (bitsandbytes 0.50.2, `init_state` in bitsandbytes/optim/optimizer.py)."""
 _LEAST_QUANTISED = 4096
 
 Held = Callable[[Timeline, Session], int]
