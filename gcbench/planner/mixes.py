@@ -93,7 +93,7 @@ class Mixes:
         """The largest batch of such a plan; None where one sequence does not fit, or nothing is too large."""
         weighing = self.weighing
         if weighing.usable is None or self._combiner is None:
-            return None
+            return weighing.most(plan)
         choice = self._plainly(plan, self._combiner.layers)
         return weighing.largest_of(
             lambda batch: weighing.tensors(self._line(choice, batch)), lambda batch: self._weighed(choice, batch)

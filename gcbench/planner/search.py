@@ -79,6 +79,7 @@ class Planner:
         batches = self._batches(most)
         self._calibrate(batches)
         lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
+        self.weighing.all_up_to = None
         if self.weighing.candidate("", lightest, batches[0]).fits:
             self.weighing.all_up_to = batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
