@@ -57,6 +57,10 @@ _GRID_SIZES = (64, 256, 1024)
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
+_WITH_OVERHEADS_S = 2.0
+"""Of a budget."""
+
+
 def calibrate_for(works: Iterable[Work], *, device: Device, budget_s: float, folder: Path | None = None) -> Calibration:
     """What is stored for this machine, after what it lacks for `works` was measured, in `budget_s` seconds, and stored.
 
@@ -76,10 +80,11 @@ def _is_complete(known: Calibration, device: Device) -> bool:
 
 
 def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Calibration | None) -> Calibration:
-    """`known`, with what it lacks for `works` measured; what costs most comes first.
+    """`known`, with what it lacks for `works` measured in `budget_s` seconds; what costs most comes first.
 
-    Where nothing is known, a generic grid comes before, in a quarter of the time, and what callers add in another, but
-    not where that leaves less than it needs.
+    Where nothing is known, a generic grid comes before, in a quarter of the time, and what callers add, in seconds of
+    its own (`calibration_host.LEAST_S`): without it a call made from Python would take what it takes alone, and keeping
+    outputs next to nothing. A budget of less than `_WITH_OVERHEADS_S` is for the calls alone.
     """
     works = tuple(works)
     found = known or Calibration(machine=machine_key(device.describe()), created="")
@@ -91,8 +96,10 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
             found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))
         from gcbench import calibration_host  # traces and trains a model, which is rarely called for
 
-        if not _is_complete(found, device) and budget_s / 2 >= calibration_host.LEAST_S:
-            found = _with(found, overheads=calibration_host.overheads(timer, until=start + budget_s / 2))
+        if not _is_complete(found, device) and budget_s >= _WITH_OVERHEADS_S:
+            begun = time.monotonic()
+            found = _with(found, overheads=calibration_host.overheads(timer, until=begun + calibration_host.LEAST_S))
+            start += time.monotonic() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
         return _with(found, timer.points(lacking, expected=found.by_itself, until=start + budget_s))

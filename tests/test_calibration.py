@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import time
 from dataclasses import replace
 
@@ -17,6 +18,7 @@ from gcbench.costs import Work
 from gcbench.replay import NotReplayable, Replayer
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.work import CACHED_BYTES, Ages, of_call
+from gcbench.tasks import PlanTask
 
 MACHINE = "cpu, a processor, torch 2.13.0"
 US = 1e-6
@@ -459,3 +461,21 @@ def test_the_reference_model_gives_an_overhead_for_every_caller():
     found = calibration_host.overheads(timer, until=0.0, least_s=0.3)
     assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
     assert found["policy"] >= found["model"] >= 0 and found["checkpoint"] >= found["model"]
+
+
+def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkeypatch):
+    """The trap, met on a whole grid: a budget too short for it, so that keeping outputs costs nothing, and found plans
+    are chosen that are a third slower than what they beat."""
+    asked = inspect.signature(PlanTask).parameters["calibration_s"].default
+    given = []
+
+    def overheads(timer, *, until):
+        given.append(until - time.monotonic())
+        return {"model": 1e-5, "policy": 1e-4}
+
+    monkeypatch.setattr(calibration_host, "overheads", overheads)
+    found = calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    assert found.overheads == {"model": 1e-5, "policy": 1e-4}
+    assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
+    calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    assert len(given) == 1, "once per machine"

@@ -188,3 +188,36 @@ def test_levers_of_a_card(expandable, expected):
         found = gains(asked, weighing.session, shown, step, trial, held=weighing.counted, usable=weighing.usable)
     decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)
     assert_gains(asked, decision, expected)
+
+
+def test_levers_of_a_found_plan_recompute_its_layers_whole():
+    """The trap: a policy names calls of operators, adapters make others of them, and the lever is lost in silence."""
+    asked = task(cpu(2**40), batch_sizes=(4,), specs=(OFF,))
+    one = Planner(asked, FIGURES)
+    plan = next(each for each in one.mixes.uniform if each.policies)
+    shown = one.weighing.candidate(FOUND, plan, 4, traced=True)
+    step = one.weighing.scaling(plan).traced(4)
+    with Trial(asked, shown, held=one.weighing.counted) as trial:
+        found = gains(asked, one.weighing.session, shown, step, trial, held=one.weighing.counted, usable=None)
+    by_name = {gain.name: gain for gain in found}
+    lora = by_name[f"{ADAPTERS}, the same layers recomputed whole"]
+    assert lora.peak_bytes == peak(replace(asked, lora=Lora(r=16)), replace(plan, policies=()), 4)
+    assert by_name[FUSED].peak_bytes == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
+
+
+def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
+    """The traps: a setting that would fit is said not to; one that is asked for in full is told in part."""
+    asked = task(card(64 * MIB + 2**30), seq_len=64, specs=(OFF,))
+    weighing = Planner(asked, CardFigures(CARD)).weighing
+    off = asked.named[0][1]
+    sizes = (1, 64, 256, 1024, 4096)
+    in_full = [weighing.candidate(OFF, off, batch) for batch in sizes]
+    assert [each.fits for each in in_full][::4] == [True, False]
+    brief = Planner(asked, CardFigures(CARD)).weighing
+    brief.all_up_to = 1
+    for batch, expected in zip(sizes, in_full, strict=True):
+        found = brief.candidate(OFF, off, batch)
+        assert found.fits == expected.fits
+        if found.peak_bytes != expected.peak_bytes:
+            assert asked.target.memory_bytes < found.peak_bytes < expected.peak_bytes
+    assert found.peak_bytes != expected.peak_bytes, "of the largest, nothing is replayed"
