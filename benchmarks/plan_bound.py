@@ -99,7 +99,7 @@ def _corners(calls: Sequence[InnerCall], sizes: Sequence[int], figures: Figures)
             nbytes=size,
             reads=call.reads,
             needed=call.needed,
-            can_keep=not (call.is_changed or call.is_random or call.is_view or call.is_in_place),
+            can_keep=call.can_keep,
             must_run=call.is_random,
         )
         for call, size in zip(calls, sizes, strict=True)

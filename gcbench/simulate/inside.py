@@ -43,6 +43,11 @@ class InnerCall:
     is_view: bool = False
     is_in_place: bool = False
 
+    @property
+    def can_keep(self) -> bool:
+        """Whether its outputs can be kept for a second run."""
+        return not (self.is_changed or self.is_random or self.is_view or self.is_in_place)
+
 
 @dataclass
 class _Watch:

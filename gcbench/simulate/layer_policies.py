@@ -62,7 +62,7 @@ def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[P
             nbytes=call.nbytes,
             reads=call.reads,
             needed=call.needed,
-            can_keep=not (call.is_changed or call.is_random or call.is_view or call.is_in_place),
+            can_keep=call.can_keep,
             must_run=call.is_random,
         )
         for call in calls

@@ -20,7 +20,6 @@ class Ahead(Generic[T, R]):
     """
 
     def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
-        self.items = tuple(items)
         self._pid: int | None = None
         if not items or not _has_two_cores():
             return
