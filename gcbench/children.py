@@ -46,7 +46,7 @@ class ForkedChildren:
 
     def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._preload = ["gcbench.worker", *preload]
+        self._preload = ["gcbench.preloading", "gcbench.worker", *preload]
         self._process: ForkServerProcess | None = None
         self._exitcode: int | None = None
 

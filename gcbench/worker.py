@@ -53,6 +53,7 @@ def main(task: Task, connection: Connection) -> Answer:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     gc.freeze()  # what the server imported is never garbage: looking through it would take longer than a small step
+    gc.enable()
     _offer_to_the_kernel()
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
 

@@ -119,7 +119,12 @@ def test_every_module_says_what_it_is_for_and_stays_short(path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_nothing_is_set_up_at_import(path):
-    """No logging, no environment, no device: whoever imports a module decides about these."""
+    """No logging, no environment, no device: whoever imports a module decides about these.
+
+    But for the one module that is there for what its import does.
+    """
+    if path.name == "preloading.py":
+        pytest.skip("imported by the server of child processes alone, for what its import does")
     for statement in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(statement, ast.Expr):
             assert isinstance(statement.value, ast.Constant), f"line {statement.lineno} does something at import"

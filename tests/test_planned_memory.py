@@ -208,9 +208,9 @@ def test_what_does_not_grow_evenly_is_traced(layer):
 def test_memory_that_grows_by_halves_is_no_whole_number_of_bytes():
     """The trap: a difference between two batch sizes that their distance does not divide."""
     low, high = (predictor_of("llama", "fp32").step(OFF, batch_size=batch, seq_len=16) for batch in TRACED)
-    assert scaling._alike(low, high)
+    assert scaling._alike(low, high, TRACED)
     line = high.timeline
     grown = line.nbytes.copy()
     grown[-1] += 1
     odd = replace(high, assembly=replace(high.assembly, timeline=replace(line, nbytes=grown)))
-    assert not scaling._alike(low, odd)
+    assert not scaling._alike(low, odd, TRACED)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from gcbench.planner.search import Planner
 from gcbench.simulate import parallel, timeline
 from gcbench.simulate.child import Session
 from gcbench.simulate.combine import Combiner
-from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.parallel import on_two_cores
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, Plan, Policy, parse
@@ -349,9 +350,24 @@ def test_another_memory_shares_what_was_traced(toy, monkeypatch):
 # Two cores
 
 
-def test_halves_come_back_in_order():
-    assert in_halves(lambda number: number * number, range(7)) == [number * number for number in range(7)]
-    assert in_halves(str, []) == [] and in_halves(str, [1]) == ["1"]
+def test_whoever_is_free_takes_the_next_and_none_is_done_twice(monkeypatch, tmp_path):
+    """The trap: every second one for each, and one waits where the other has the long ones."""
+    monkeypatch.setattr(parallel, "_has_two_cores", lambda: True)
+
+    def work(number):
+        with (tmp_path / "done").open("a", encoding="utf-8") as done:
+            done.write(f"{number}\n")
+        time.sleep(0.5 if number == 0 else 0.01)
+        return os.getpid()
+
+    found = on_two_cores(work, range(9))
+    assert sorted((tmp_path / "done").read_text(encoding="utf-8").split()) == [str(number) for number in range(9)]
+    assert len(set(found)) == 2 and found.count(found[0]) < 4
+
+
+def test_results_come_back_in_order():
+    assert on_two_cores(lambda number: number * number, range(7)) == [number * number for number in range(7)]
+    assert on_two_cores(str, []) == [] and on_two_cores(str, [1]) == ["1"]
 
 
 def test_what_the_other_half_cannot_do_or_send_is_done_here(monkeypatch):
@@ -363,8 +379,8 @@ def test_what_the_other_half_cannot_do_or_send_is_done_here(monkeypatch):
             raise ValueError
         return number
 
-    assert in_halves(work, range(4)) == [0, 1, 2, 3]
-    unpicklable = in_halves(lambda number: SimpleNamespace(number=number, other=lambda: None), range(3))
+    assert on_two_cores(work, range(4)) == [0, 1, 2, 3]
+    unpicklable = on_two_cores(lambda number: SimpleNamespace(number=number, other=lambda: None), range(3))
     assert [each.number for each in unpicklable] == [0, 1, 2]
 
 
@@ -387,6 +403,6 @@ def test_a_mistake_in_this_half_is_raised_and_leaves_no_process(monkeypatch):
 
     monkeypatch.setattr(os, "fork", noted)
     with pytest.raises(KeyError):
-        in_halves(work, range(4))
+        on_two_cores(work, range(4))
     with pytest.raises(ChildProcessError):  # it has ended and was waited for
         os.waitpid(begun[0], os.WNOHANG)

@@ -12,7 +12,6 @@ from gcbench.planner.layered import Layered
 from gcbench.planner.weighing import Weighing
 from gcbench.simulate.combine import Combiner
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
-from gcbench.simulate.scaling import TRACED
 from gcbench.simulate.stage import NotComposable
 from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.strategies import OFF, Plan, Policy, parse
@@ -60,7 +59,7 @@ class Mixes:
     @cached_property
     def _combiner(self) -> Combiner | None:
         try:
-            return Combiner([self.weighing.scaling(plan).traced(TRACED[0]) for plan in self.uniform])
+            return Combiner([self.weighing.scaling(plan).traced(self.weighing.pair[0]) for plan in self.uniform])
         except NotComposable:
             return None
 

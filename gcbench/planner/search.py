@@ -16,7 +16,7 @@ from gcbench.planner.weighing import Weighing
 from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
-from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.parallel import on_two_cores
 from gcbench.strategies import OFF, Plan
 from gcbench.tasks import Answer, Decided, PlanTask, Refusal
 from gcbench.units import format_bytes
@@ -83,7 +83,7 @@ class Planner:
         if self.weighing.candidate("", lightest, batches[0]).fits:
             self.weighing.all_up_to = batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
-        named = in_halves(lambda one: self._candidate(*one), wanted)
+        named = on_two_cores(lambda one: self._candidate(*one), wanted)
         drafts = self._drafts(batches)
         with ExitStack() as stack:
             likely = choose([*named, *drafts])
@@ -178,7 +178,7 @@ class Planner:
         def most(plan: Plan) -> int | None:
             return self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan)
 
-        return dict(zip(plans, in_halves(most, plans), strict=True))
+        return dict(zip(plans, on_two_cores(most, plans), strict=True))
 
     def _batches(self, most: Mapping[Plan, int | None]) -> tuple[int, ...]:
         """Those asked for, or powers of two and their halves between up to the largest at which anything fits."""
@@ -206,7 +206,7 @@ class Planner:
         """The fastest mixes at the batch sizes at which not everything can be kept, the fastest of all first."""
         off = self.mixes.uniform[0]
         tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
-        bounds = {batch: self.mixes.bound(batch) for batch in tight}
+        bounds = dict(zip(tight, on_two_cores(self.mixes.bound, tight), strict=True))
         drafts: list[Candidate] = []
         bar = 0.0
         for batch in sorted(tight, key=lambda batch: -bounds[batch]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 
 from gcbench.costs import Figures, Work
@@ -10,11 +10,12 @@ from gcbench.decision import Candidate
 from gcbench.errors import first_sentence
 from gcbench.simulate import timeline
 from gcbench.simulate.child import Session
-from gcbench.simulate.parallel import in_halves
+from gcbench.simulate.growth import Growth
+from gcbench.simulate.parallel import on_two_cores
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.profile import StepProfile, profile
-from gcbench.simulate.scaling import TRACED, Scaling
+from gcbench.simulate.scaling import Scaling, traced_at
 from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.strategies import Plan
 from gcbench.tasks import PlanTask
@@ -39,6 +40,8 @@ class Weighing:
         self.session = Session(task.as_predictions())
         self.is_cuda = task.target.kind == "cuda"
         self.usable = _usable(task)
+        self.pair = traced_at(task.target, task.seq_len)
+        """The batch sizes that others follow from."""
         self._scalings: dict[Plan, Scaling] = {}
         self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
@@ -68,6 +71,37 @@ class Weighing:
 
         Raises what the model's own code raises on tensors without values, with nothing recomputed.
         """
+        low, high = self.pair
+        # What others do at the larger batch size follows from the first two, which keep everything and nothing.
+        found = self._traced([*((plan, high) for plan in plans[:2]), *((plan, low) for plan in plans)])
+        growth = Growth(
+            [
+                (one, two)
+                for plan in plans[:2]
+                if isinstance(one := found[plan, low], Step) and isinstance(two := found[plan, high], Step)
+            ]
+        )
+        grown = {plan: growth.grown(one) for plan in plans[2:] if isinstance(one := found[plan, low], Step)}
+        found |= self._traced([(plan, high) for plan, step in grown.items() if step is None])
+        refused: dict[Plan, str] = {}
+        for plan in plans:
+            steps = {batch: found[plan, batch] for batch in self.pair if (plan, batch) in found}
+            why = next((step for step in steps.values() if isinstance(step, str)), None)
+            if why is not None:
+                refused[plan] = why
+                continue
+            self._scalings[plan] = Scaling(
+                self.session.predictor,
+                plan,
+                seq_len=self.task.seq_len,
+                pair=self.pair,
+                known={batch: step for batch, step in steps.items() if isinstance(step, Step)},
+                grown=grown.get(plan),
+            )
+        return refused
+
+    def _traced(self, pairs: Sequence[tuple[Plan, int]]) -> dict[tuple[Plan, int], Step | str]:
+        """The steps of plans at batch sizes, on two cores; of those that cannot be traced, why."""
         predictor, seq_len = self.session.predictor, self.task.seq_len
 
         def step(pair: tuple[Plan, int]) -> Step | str:
@@ -79,26 +113,13 @@ class Weighing:
                     raise
                 return first_sentence(err)
 
-        pairs = [(plan, batch) for plan in plans for batch in TRACED]
         with timeline.without_collections():
-            found = dict(zip(pairs, in_halves(step, pairs), strict=True))
-        refused: dict[Plan, str] = {}
-        for plan in plans:
-            known: dict[int, Step] = {}
-            for batch in TRACED:
-                of_pair = found[plan, batch]
-                if isinstance(of_pair, str):
-                    refused[plan] = of_pair
-                else:
-                    known[batch] = of_pair
-            if plan not in refused:
-                self._scalings[plan] = Scaling(predictor, plan, seq_len=seq_len, known=known)
-        return refused
+            return dict(zip(pairs, on_two_cores(step, pairs), strict=True))
 
     def scaling(self, plan: Plan) -> Scaling:
         """Its steps at any batch size."""
         if plan not in self._scalings:
-            self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len)
+            self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len, pair=self.pair)
         return self._scalings[plan]
 
     def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False) -> Candidate:
@@ -213,12 +234,13 @@ def _usable(task: PlanTask) -> int | None:
 
 
 def largest(fits: Callable[[int], bool], *, start: int = 0) -> int:
-    """The largest batch that fits, where smaller ones do too; 0 for none. `start` is a guess."""
-    low, high = start, start + 1
+    """The largest batch that fits, where smaller ones do too; 0 for none. `start` is a guess, looked around first."""
+    low, high, step = start, start + 1, 1
     while low > 0 and not fits(low):
-        low, high = (low - 1 if low == start else low // 2), low
-    while high <= _MOST_BATCH and fits(high):
-        low, high = high, high + 1 if high == start + 1 and start else 2 * high
+        low, high, step = max(low - step, 0), low, 2 * step
+    if low == start:
+        while high <= _MOST_BATCH and fits(high):
+            low, high, step = high, high + 2 * step, 2 * step
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)

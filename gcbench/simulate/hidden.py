@@ -49,6 +49,8 @@ From https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-c
 """
 _aten = torch.ops.aten
 
+MOST_UNSORTED = 3072
+"""Tokens whose gradients are summed without sorting them first (`_EMBEDDING_SORT`)."""
 _EMBEDDING = "embedding_backward_cuda_kernel, pytorch aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu"
 _EMBEDDING_SORT = "embedding_dense_backward_cuda, pytorch aten/src/ATen/native/cuda/Embedding.cu"
 _NORM = "LaunchGammaBetaBackwardCUDAKernel, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
@@ -126,7 +128,7 @@ def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[Inte
     if not gradient.is_contiguous():
         yield _buffer("contiguous gradient", gradient.numel() * gradient.element_size(), _EMBEDDING_SORT)
     count, width = indices.numel(), gradient.shape[-1]
-    if count <= 3072 and not by_frequency:
+    if count <= MOST_UNSORTED and not by_frequency:
         return
     segments = min(count, num_weights)
     partial_segments = count // 10 + segments

@@ -1,4 +1,4 @@
-"""Two cores for work that takes a model already built: a copy of the process does one half, and tells the other."""
+"""Two cores for work that takes a model already built: a copy of the process does some of it, and tells."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -66,17 +66,41 @@ class Ahead(Generic[T, R]):
         return status
 
 
-def in_halves(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of each item, in order, every second one done by a copy of this process.
+def on_two_cores(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
+    """`work` of each item, in order; a copy of this process does as many as it gets to.
 
     Results must be picklable. What the copy cannot do, for whatever reason, is done here.
     """
-    with Ahead(work, items[1::2]) as there:
-        here = [work(item) for item in items[0::2]]
-        told = there.results()
-    if told is None:
-        told = [work(item) for item in items[1::2]]
-    return [told[place // 2] if place % 2 else here[place // 2] for place in range(len(items))]
+    numbers = _Numbers(len(items))
+    found: dict[int, R] = {}
+    with numbers, Ahead(lambda _: [(number, work(items[number])) for number in numbers], items[:1]) as there:
+        found.update((number, work(items[number])) for number in numbers)
+        for told in there.results() or ():
+            found.update(told)
+    return [found[number] if number in found else work(item) for number, item in enumerate(items)]
+
+
+class _Numbers:
+    """0, 1, 2 and so on, each handed out once among this process and its copies; a context manager."""
+
+    _WIDTH = 4
+    _MOST = 2**16 // _WIDTH
+    """What a pipe holds; later ones are not handed out."""
+
+    def __init__(self, count: int) -> None:
+        self._reading, writing = os.pipe()
+        with os.fdopen(writing, "wb") as pipe:
+            pipe.write(b"".join(number.to_bytes(self._WIDTH, "big") for number in range(min(count, self._MOST))))
+
+    def __enter__(self) -> _Numbers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        os.close(self._reading)
+
+    def __iter__(self) -> Iterator[int]:
+        while told := os.read(self._reading, self._WIDTH):
+            yield int.from_bytes(told, "big")
 
 
 def _has_two_cores() -> bool:

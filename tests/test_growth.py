@@ -1,0 +1,139 @@
+"""A step at a larger batch size without a trace of its own: what it is learned from, and what is not said."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import planned
+import pytest
+
+from gcbench.simulate import scaling
+from gcbench.simulate.growth import Growth
+from gcbench.simulate.hidden import MOST_UNSORTED
+from gcbench.simulate.scaling import TRACED, Scaling, traced_at
+from gcbench.simulate.target import Target
+from gcbench.strategies import Plan
+
+LOW, HIGH = TRACED
+LAYERS = 3
+OFF = Plan(num_layers=LAYERS)
+EVERY = Plan(num_layers=LAYERS, groups=((0,), (1,), (2,)))
+IN_TWOS = Plan(num_layers=LAYERS, groups=((0, 1), (2,)))
+CUDA = Target(kind="cuda", name="a card", memory_bytes=None, card=None)
+
+
+def steps_of(family, *plans, precision="fp32", seq_len=16):
+    predictor = planned.predictor_of(family, precision)
+    return [
+        tuple(predictor.step(plan, batch_size=batch, seq_len=seq_len) for batch in TRACED)
+        for plan in (OFF, EVERY, *plans)
+    ]
+
+
+def works_of(step):
+    return [
+        (segment, [(work.op, work.kind, work.nbytes, work.flops, work.dims) for work in works])
+        for segment, works in step.works
+    ]
+
+
+@pytest.mark.parametrize(("family", "precision"), [("gpt2", "bf16-mixed"), ("mixtral", "fp32"), ("phi", "bf16")])
+def test_a_step_that_grew_is_the_step_that_would_be_traced(family, precision):
+    """The traps: a gradient of a parameter as large as an activation; a block that no batch changes."""
+    found = planned.found_plans(family, precision)
+    off, every, *others = steps_of(family, IN_TWOS, found[0], found[-1], precision=precision, seq_len=11)
+    growth = Growth([off, every])
+    for low, high in others:
+        grown = growth.grown(low)
+        assert grown is not None
+        assert np.array_equal(grown.timeline.nbytes, high.timeline.nbytes)
+        assert works_of(grown) == works_of(high)
+        assert not np.array_equal(low.timeline.nbytes, high.timeline.nbytes)
+
+
+def test_a_gradient_as_large_as_an_activation_is_told_from_it():
+    """The trap: as many tokens in a batch as a weight has rows. Llama-3.1-70B, two sequences of 4096."""
+    width = planned.config_of("llama").hidden_size
+    off, every, (low, high) = steps_of("llama", IN_TWOS, seq_len=width // LOW)
+    grown = Growth([off, every]).grown(low)
+    assert grown is not None and np.array_equal(grown.timeline.nbytes, high.timeline.nbytes)
+
+
+def test_nothing_is_said_of_what_was_not_seen_or_became_two_things():
+    off, every, (low, _) = steps_of("llama", IN_TWOS)
+    assert Growth([]).grown(low) is None
+    assert Growth([off]).grown(every[0]) is None  # the random state that it keeps
+    assert Growth([off, every]).grown(low) is not None
+    piece = off[1].parts.passes.instances[1][1]
+    blocks = (replace(piece.blocks[0], nbytes=piece.blocks[0].nbytes + 512), *piece.blocks[1:])
+    passes = off[1].parts.passes
+    instances = tuple(
+        (segment, replace(each, blocks=blocks) if each is piece else each, base)
+        for segment, each, base in passes.instances
+    )
+    other = replace(off[1], parts=replace(off[1].parts, passes=replace(passes, instances=instances)))
+    assert Growth([(off[0], other), off, every]).grown(low) is None
+
+
+def test_a_step_that_grew_serves_for_all_others_and_not_for_its_own_trace(monkeypatch):
+    off, every, (low, high) = steps_of("llama", IN_TWOS)
+    predictor = planned.predictor_of("llama")
+    grown = Growth([off, every]).grown(low)
+    scaled = Scaling(predictor, IN_TWOS, seq_len=16, known={LOW: low}, grown=grown)
+    seven = predictor.step(IN_TWOS, batch_size=7, seq_len=16)
+    assert np.array_equal(scaled.line(7).nbytes, seven.timeline.nbytes)
+    assert works_of(scaled.step(7)) == works_of(seven)
+    blocks = [block.shape for _, some in scaled.traced(HIGH).assembly.stretches for block in some]
+    assert blocks == [block.shape for _, some in high.assembly.stretches for block in some]
+
+
+# Kernels for few tokens
+
+
+def test_what_is_traced_runs_the_kernels_of_larger_batches():
+    """The trap: an embedding's gradients are summed without sorting up to 3072 tokens, and gpt2 is 1024 long."""
+    assert traced_at(replace(CUDA, kind="cpu"), 1024) == TRACED
+    assert traced_at(CUDA, 4096) == TRACED
+    for seq_len in (3, 64, 1000, 1024, 2048):
+        low, high = traced_at(CUDA, seq_len)
+        assert low * seq_len > MOST_UNSORTED and high - low == HIGH - LOW
+        assert low == TRACED[0] or (low - 1) * seq_len <= MOST_UNSORTED
+
+
+def test_smaller_batches_than_were_traced_follow_too_and_are_not_called_exact():
+    predictor = planned.predictor_of("llama")
+    scaled = Scaling(predictor, EVERY, seq_len=16, pair=(8, 10))
+    assert scaled.is_affine and scaled.is_exact(8) and not scaled.is_exact(3)
+    three = predictor.step(EVERY, batch_size=3, seq_len=16)
+    assert np.array_equal(scaled.line(3).nbytes, three.timeline.nbytes)
+    assert works_of(scaled.step(3)) == works_of(three)
+
+
+def test_no_block_is_smaller_than_nothing():
+    """The trap: a kernel's workspace that grows from some batch size on, seen from far below it."""
+    low, high = (planned.predictor_of("llama").step(OFF, batch_size=batch, seq_len=16) for batch in (8, 10))
+    sizes = low.timeline.nbytes.copy()
+    sizes[-1], more = 512, high.timeline.nbytes.copy()
+    more[-1] = 640
+    early, late = (
+        replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
+        for step, nbytes in ((low, sizes), (high, more))
+    )
+    assert scaling._alike(early, late, (8, 10))
+    scaled = Scaling(planned.predictor_of("llama"), OFF, seq_len=16, pair=(8, 10), known={8: early, 10: late})
+    assert scaled.line(1).nbytes[-1] == 64 and scaled.line(9).nbytes[-1] == 576
+    more[-1] = 641
+    assert not scaling._alike(early, late, (8, 10))
+
+
+@pytest.mark.parametrize(("times", "is_affine"), [(1.25, True), (1.26, True), (1.5625, False)])
+def test_a_kernel_that_rounds_is_no_square(times, is_affine):
+    low, high = (planned.predictor_of("llama").step(OFF, batch_size=batch, seq_len=16) for batch in (8, 10))
+    sizes, more = low.timeline.nbytes.copy(), high.timeline.nbytes.copy()
+    sizes[-1], more[-1] = 12800, int(12800 * times)
+    early, late = (
+        replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
+        for step, nbytes in ((low, sizes), (high, more))
+    )
+    assert scaling._alike(early, late, (8, 10)) == is_affine
