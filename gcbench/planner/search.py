@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 from gcbench.costs import CardFigures, Figures
 from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
@@ -207,12 +208,15 @@ class Planner:
         off = self.mixes.uniform[0]
         tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
         bounds = dict(zip(tight, on_two_cores(self.mixes.bound, tight), strict=True))
+        order = sorted((batch for batch in tight if bounds[batch] > 0), key=lambda batch: -bounds[batch])
         drafts: list[Candidate] = []
         bar = 0.0
-        for batch in sorted(tight, key=lambda batch: -bounds[batch]):
-            if bounds[batch] > bar and (draft := self.mixes.fastest(batch, above=bar)) is not None:
-                drafts.append(draft)
-                bar = draft.tokens_per_s
+        for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
+            wanted = [batch for batch in pair if bounds[batch] > bar]
+            for draft in on_two_cores(partial(self.mixes.fastest, above=bar), wanted):
+                if draft is not None and draft.tokens_per_s > bar:
+                    drafts.append(draft)
+                    bar = draft.tokens_per_s
         return drafts[::-1]
 
     def _found(self, drafts: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
