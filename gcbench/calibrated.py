@@ -104,15 +104,18 @@ class Calibration:
 
     def missing(self, works: Iterable[Work]) -> tuple[Work, ...]:
         """Those that can be measured and have no like among the points, each once; what costs most comes first."""
-        counts = Counter(works)
-        unlike: dict[tuple[object, ...], Work] = {}
+        return tuple(work for work in self.costliest(works) if not self._index.is_close(work))
+
+    def costliest(self, works: Iterable[Work]) -> tuple[Work, ...]:
+        """Those that can be measured, each once; what costs most comes first."""
+        alike: dict[tuple[object, ...], Work] = {}
         costs: dict[tuple[object, ...], float] = defaultdict(float)
-        for work, count in counts.items():
-            if work.call and not self._index.is_close(work):
+        for work, count in Counter(works).items():
+            if work.call:
                 key = _key(work)
-                unlike.setdefault(key, work)
+                alike.setdefault(key, work)
                 costs[key] += count * self.by_itself(work)
-        return tuple(unlike[key] for key in sorted(unlike, key=lambda key: -costs[key]))
+        return tuple(alike[key] for key in sorted(alike, key=lambda key: -costs[key]))
 
     def merged(self, newer: Calibration) -> Calibration:
         """Both; where both have a point or an overhead, the newer one's."""

@@ -11,7 +11,7 @@ import ctypes
 import gc
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -59,10 +59,12 @@ _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 _WITH_OVERHEADS_S = 2.0
 """Of a budget."""
+_MATTERS = 0.01
+"""Of the time of all calls."""
 
 
 def calibrate_for(works: Iterable[Work], *, device: Device, budget_s: float, folder: Path | None = None) -> Calibration:
-    """What is stored for this machine, after what it lacks for `works` was measured, in `budget_s` seconds, and stored.
+    """What is stored for this machine; where it lacks something for `works`, these measured in `budget_s` seconds.
 
     `works` names each call as often as the step makes it: what costs most comes first.
     """
@@ -81,6 +83,8 @@ def _is_complete(known: Calibration, device: Device) -> bool:
 
 def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Calibration | None) -> Calibration:
     """`known`, with what it lacks for `works` measured in `budget_s` seconds; what costs most comes first.
+
+    If that is more than a hundredth of their time, all of `works` are measured anew.
 
     Where nothing is known, a generic grid comes before, in a quarter of the time, and what callers add, in seconds of
     its own (`calibration_host.LEAST_S`): without it a call made from Python would take what it takes alone, and keeping
@@ -102,6 +106,11 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
             start += time.monotonic() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
+        counts = Counter(works)
+        matters = sum(counts[work] * found.by_itself(work) for work in lacking)
+        if matters > _MATTERS * sum(count * found.by_itself(work) for work, count in counts.items()):
+            # All anew: at another hour the machine may be slower by more than what plans differ in.
+            lacking = list(found.costliest(works))
         return _with(found, timer.points(lacking, expected=found.by_itself, until=start + budget_s))
 
 

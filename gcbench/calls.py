@@ -149,7 +149,7 @@ def _is_dense(held: list[tuple[int, int]]) -> bool:
 def between(low: str, high: str, times: int, apart: int) -> str:
     """The call at `low + times * (high - low) / apart`: every whole number in it is affine in the batch size.
 
-    Empty where the two are not the same call of different sizes.
+    Other numbers stay as they are. Empty where the two are not the same call of different sizes.
     """
     if low == high or not low or not high:
         return low if low == high else ""
@@ -173,6 +173,8 @@ def _between(low: Any, high: Any, times: int, apart: int) -> Any:
         return [_between(one, two, times, apart) for one, two in zip(low, high, strict=True)]
     if isinstance(low, int) and not isinstance(low, bool):
         return low + times * (high - low) // apart
+    if isinstance(low, float):
+        return low  # a factor, as one over the number of tokens: a call takes as long with any
     if low != high:
         raise ValueError("different calls")
     return low

@@ -263,6 +263,8 @@ def test_a_call_is_affine_in_the_batch():
 
     assert calls.between(at(2), at(4), 5 - 2, 4 - 2) == at(5)
     assert calls.between(at(2), at(2), 3, 2) == at(2)
+    low, high = (calls.write("aten::div", [tensor(tokens), 1 / tokens], {}) for tokens in (2, 4))
+    assert calls.between(low, high, 3, 2) == calls.write("aten::div", [tensor(5), 1 / 2], {})
     assert calls.between(at(2), calls.write("aten::cat", [[tensor(2)], -1], {"dim": 1}), 3, 2) == ""
 
 
@@ -399,6 +401,21 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
     # What is there is not measured again.
     again = calibration.measure(works, device=device, budget_s=0.6, known=found)
     assert [point for point in again.points if point.key in {p.key for p in found.points}] == list(found.points)
+
+
+@pytest.mark.parametrize(("times", "anew"), [(1, True), (0.001, False)])
+def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, anew):
+    """The trap: calls timed an hour ago beside calls timed now, and in between the machine got slower."""
+    known = calibration_of(generic(64, 1e-6), pointwise(10**6, 1e-3), overheads={"model": 1e-6})
+    asked: list[Work] = []
+    monkeypatch.setattr(calibration.Timer, "points", lambda self, works, **kwargs: asked.extend(works) or ())
+    there, lacking = pointwise(10**6), pointwise(10, op="gelu")
+    by_itself = known.by_itself
+    monkeypatch.setattr(
+        Calibration, "by_itself", lambda self, work: times * 1e-3 if work.op == "gelu" else by_itself(work)
+    )
+    calibration.measure([there, lacking], device=devices.open_device("cpu"), budget_s=1.0, known=known)
+    assert {work.op for work in asked} == ({"silu", "gelu"} if anew else {"gelu"})
 
 
 def test_a_call_that_fails_or_is_too_large_is_left_out():

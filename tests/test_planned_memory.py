@@ -148,6 +148,7 @@ def test_a_step_that_is_computed_is_the_step_that_would_be_traced(family):
             assert np.array_equal(computed.timeline.nbytes, traced.timeline.nbytes)
             assert timeline.exact(computed.timeline) == timeline.exact(traced.timeline)
             assert content(computed) == content(traced)
+            assert [work.call for work in scaled.calls(batch)] == [w.call for _, works in traced.works for w in works]
             for figures in planned.FIGURES.values():
                 assert computed.seconds(figures) == pytest.approx(traced.seconds(figures), rel=1e-12)
                 assert scaled.seconds(batch, figures) == computed.seconds(figures)

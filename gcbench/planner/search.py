@@ -163,7 +163,7 @@ class Planner:
         device = devices.open_device(self.task.device_here)
         plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.named if not self._is_composed(plan)))
         works = [
-            work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.works(plan, batch)
+            work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.calls(plan, batch)
         ]
         self.weighing.use(calibrate_for(works, device=device, budget_s=self.task.calibration_s))
         self.mixes.forget()

@@ -60,11 +60,11 @@ class Weighing:
         self.figures = figures
         self._profiles, self._seconds = {}, {}
 
-    def works(self, plan: Plan, batch: int) -> list[Work]:
-        """Every call of an operator in a step."""
-        step = self.scaling(plan).step(batch)
-        update = () if step.update is None else step.update.works
-        return [*(work for _, works in step.works for work in works), *update]
+    def calls(self, plan: Plan, batch: int) -> list[Work]:
+        """Every call of an operator in a step, as it is made."""
+        scaling = self.scaling(plan)
+        update = scaling.step(batch).update
+        return [*scaling.calls(batch), *(() if update is None else update.works)]
 
     def trace(self, plans: list[Plan]) -> dict[Plan, str]:
         """Trace what these plans' steps are computed from, on two cores; those that cannot be traced, and why.

@@ -49,7 +49,7 @@ class Growth:
     def __init__(self, pairs: Sequence[tuple[Step, Step]]) -> None:
         """`pairs` are steps of one model and length, each at both batch sizes."""
         self._blocks: _Images[object, int] = _Images()
-        self._calls: _Images[object, tuple[int, int, tuple[int, ...]]] = _Images()
+        self._calls: _Images[object, tuple[int, int, tuple[int, ...], str]] = _Images()
         self._standing: _Images[tuple[int, ...], tuple[int, ...]] = _Images()
         for low, high in pairs:
             self._learn(low, high)
@@ -67,12 +67,12 @@ class Growth:
             for place, (block, grown) in enumerate(zip(one.blocks, two.blocks, strict=True), base):
                 self._blocks.learn(_told(block, bool(are_gradients[place])), grown.nbytes)
             for work, done in zip(one.works, two.works, strict=True):
-                self._calls.learn(_asked(work), (done.nbytes, done.flops, done.dims))
+                self._calls.learn(_asked(work), (done.nbytes, done.flops, done.dims, done.call))
 
     def grown(self, step: Step) -> Step | None:
         """A step at the larger batch size; None where that does not follow from what was learned.
 
-        Its sizes and its operators' work are right; shapes, and how calls are written, are those of the smaller one.
+        Its sizes and its operators' work are right; blocks' shapes are those of the smaller one.
         """
         parts = step.parts
         if parts is None or step.update is None:
@@ -97,14 +97,14 @@ class Growth:
         return replace(
             step,
             assembly=replace(step.assembly, timeline=line),
-            works=tuple((segment, works[id(piece)]) for segment, piece in step.works),
+            works=tuple((segment, works[id(calls)]) for segment, calls in step.works),
         )
 
     def _done(self, work: Work) -> Work:
         if work.kind == "view":
             return work  # moves nothing at any size
-        nbytes, flops, dims = self._calls.of(_asked(work))
-        return replace(work, nbytes=nbytes, flops=flops, dims=dims)
+        nbytes, flops, dims, call = self._calls.of(_asked(work))
+        return replace(work, nbytes=nbytes, flops=flops, dims=dims, call=call)
 
 
 def _standing(step: Step) -> tuple[int, ...]:

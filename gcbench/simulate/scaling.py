@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from gcbench.calls import between
 from gcbench.costs import Figures, Work
 from gcbench.simulate.hidden import MOST_UNSORTED
 from gcbench.simulate.predictor import Predictor, Step
@@ -71,6 +72,23 @@ class Scaling:
             for (segment, one), (_, two) in zip(low.works, high.works, strict=True)
         )
         return replace(low, assembly=replace(low.assembly, timeline=self.line(batch_size)), works=works)
+
+    def calls(self, batch_size: int) -> list[Work]:
+        """Every call of the passes, written as it is made at this batch size, so that it can be made again."""
+        step = self.step(batch_size)
+        if batch_size in self._steps or not self.is_affine:
+            return [work for _, works in step.works for work in works]
+        low, high = self._pair
+        more = batch_size - self.pair[0]
+        written: dict[tuple[str, str], str] = {}
+        found = []
+        for (_, ones), (_, twos), (_, works) in zip(low.works, high.works, step.works, strict=True):
+            for one, two, work in zip(ones, twos, works, strict=True):
+                key = (one.call, two.call)
+                if key not in written:
+                    written[key] = between(*key, more, _APART)
+                found.append(replace(work, call=written[key]))
+        return found
 
     def line(self, batch_size: int) -> Timeline:
         """The step's timeline alone, which takes less to come by."""
