@@ -9,6 +9,7 @@ from typing import Any
 
 from gcbench.costs import Figures
 from gcbench.planner.layered import Layered
+from gcbench.planner.mixes import plan_of
 from gcbench.planner.search import Planner
 from gcbench.simulate.inside import InnerCall, inner_calls
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
@@ -103,14 +104,7 @@ class Ground:
 
     def plan_of(self, choice: Sequence[int]) -> Plan:
         """The plan that treats each layer so."""
-        groups, policies = [], []
-        for layer, number in sorted(zip(self.layers, choice, strict=True)):
-            for group, policy in self.plans[number].treated():
-                if group == (layer,):
-                    groups.append(group)
-                    policies.append(policy)
-        plain = all(policy == Policy() for policy in policies)
-        return Plan(num_layers=len(self.stage.layers), groups=tuple(groups), policies=() if plain else tuple(policies))
+        return plan_of(self.plans, self.layers, choice)
 
     # Peaks and times.
 

@@ -70,9 +70,9 @@ _OF_PEAK_MATMUL = 0.8
 _OF_PEAK_BANDWIDTH = 0.85
 """Where no measurement is published: what those of the other cards in the catalogue come to, rounded down."""
 _ATTENTION = {7: 0.5, 8: 0.70, 9: 0.40, 10: 0.40, 12: 0.55}
-"""Of the matmul rate that attention kernels reach, by major compute capability. FlashAttention-2: 73 % of the peak
-forward and 63 % backward on an A100 (Dao 2023, arXiv:2307.08691), 35 % on an H100 (Shah et al. 2024, arXiv:2407.08608),
-both from memory and still to be looked up there; the others in between, by judgement."""
+"""Of the matmul rate that attention kernels reach, by major compute capability. FlashAttention-2: 50 to 73 % of the
+peak on an A100 (Dao 2023, arXiv:2307.08691), 35 % on an H100 (Shah et al. 2024, arXiv:2407.08608); the others in
+between, by judgement."""
 _ATTENTION_ELSEWHERE = 0.5
 _UNKNOWN_CARD = Card(
     name="cuda", memory_bytes=0, bandwidth_bytes_per_s=1555e9, matmul_flops={"fp32": 19.5e12, "bf16": 312e12}

@@ -122,7 +122,7 @@ class Mixes:
             solved = layered.fastest(budget, ways=ways)
             if solved is None or self._rate(batch, layered, solved.choice) <= above:
                 return None
-            plan = self._plan_of(layered, solved.choice)
+            plan = plan_of(self.uniform, layered.layers, solved.choice)
             draft = self._candidate(_name(plan), plan, batch, layered, solved.choice)
             if draft.fits:
                 return draft
@@ -142,7 +142,7 @@ class Mixes:
         if layered is None:
             return None
         for ways in (None, _PLAIN):
-            plan = self._plan_of(layered, layered.smallest(ways=ways).choice)
+            plan = plan_of(self.uniform, layered.layers, layered.smallest(ways=ways).choice)
             with suppress(Exception):  # as in `settled`
                 return self.weighing.candidate(_name(plan), plan, batch, traced=True)
         return None
@@ -192,19 +192,18 @@ class Mixes:
             source="estimated",
         )
 
-    def _plan_of(self, layered: Layered, choice: Sequence[int]) -> Plan:
-        """The plan that gives each layer its option."""
-        groups: list[tuple[int, ...]] = []
-        policies: list[Policy] = []
-        for layer, number in sorted(zip(layered.layers, choice, strict=True)):
-            for group, policy in self.uniform[number].treated():
-                if group == (layer,):
-                    groups.append(group)
-                    policies.append(policy)
-        plain = all(policy == Policy() for policy in policies)
-        return Plan(
-            num_layers=self.uniform[0].num_layers, groups=tuple(groups), policies=() if plain else tuple(policies)
-        )
+
+def plan_of(uniform: Sequence[Plan], layers: Sequence[int], choice: Sequence[int]) -> Plan:
+    """The plan that treats each of these layers as the uniform plan of its number does."""
+    groups: list[tuple[int, ...]] = []
+    policies: list[Policy] = []
+    for layer, number in sorted(zip(layers, choice, strict=True)):
+        for group, policy in uniform[number].treated():
+            if group == (layer,):
+                groups.append(group)
+                policies.append(policy)
+    plain = all(policy == Policy() for policy in policies)
+    return Plan(num_layers=uniform[0].num_layers, groups=tuple(groups), policies=() if plain else tuple(policies))
 
 
 def _is_plain(plan: Plan) -> bool:
