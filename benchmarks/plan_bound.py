@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 from plan_ground import FULL, OFF, Ground
 
 from gcbench.costs import Figures
-from gcbench.policies import Call, frontier
+from gcbench.policies import frontier
 from gcbench.simulate.inside import InnerCall
+from gcbench.simulate.layer_policies import weighed
 
 
 def lower_bound(ground: Ground) -> Callable[[int], float | None]:
@@ -92,16 +94,5 @@ def lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
 
 def _corners(calls: Sequence[InnerCall], sizes: Sequence[int], figures: Figures) -> list[tuple[int, float]]:
     """(bytes kept, seconds to run the rest again) of the best choices of outputs in one layer."""
-    weighed = [
-        Call(
-            name=call.name,
-            seconds=figures.seconds(call.work),
-            nbytes=size,
-            reads=call.reads,
-            needed=call.needed,
-            can_keep=call.can_keep,
-            must_run=call.is_random,
-        )
-        for call, size in zip(calls, sizes, strict=True)
-    ]
-    return [(found.kept_bytes, found.seconds) for found in frontier(weighed)]
+    those = [replace(call, nbytes=size) for call, size in zip(weighed(calls, figures), sizes, strict=True)]
+    return [(found.kept_bytes, found.seconds) for found in frontier(those)]

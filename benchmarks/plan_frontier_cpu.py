@@ -155,12 +155,7 @@ def _ground(source: ModelSource) -> Ground:
         return Planner(task, figures)
 
     rough = planner(CardFigures(None))
-    works = [
-        work
-        for plan in rough.mixes.uniform
-        for _, some in rough.weighing.scaling(plan).step(BATCH).works
-        for work in some
-    ]
+    works = [work for plan in rough.mixes.uniform for work in rough.weighing.calls(plan, BATCH)]
     _wait_for_quiet()
     with tempfile.TemporaryDirectory() as folder:
         figures = calibrate_for(works, device=cpu.CpuDevice(), budget_s=CALIBRATION_S, folder=Path(folder))

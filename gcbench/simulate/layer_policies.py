@@ -53,9 +53,9 @@ def _told(calls: Sequence[InnerCall]) -> list[Hashable]:
     return [(call.name, call.work.nbytes, call.nbytes, call.reads, call.needed, call.is_changed) for call in calls]
 
 
-def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[Policy]:
-    """Those of one kind of layer; the one that keeps nothing and skips nothing is left out."""
-    weighed = [
+def weighed(calls: Sequence[InnerCall], figures: Figures) -> list[Call]:
+    """The calls of a layer as policies are chosen from them."""
+    return [
         Call(
             name=call.name,
             seconds=figures.seconds(call.work),
@@ -67,14 +67,19 @@ def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[P
         )
         for call in calls
     ]
+
+
+def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[Policy]:
+    """Those of one kind of layer; the one that keeps nothing and skips nothing is left out."""
+    those = weighed(calls, figures)
     last = max((number for number, call in enumerate(calls) if call.needed), default=-1)
     found = []
-    corners = frontier(weighed)
+    corners = frontier(those)
     for choice in fewer(corners, most + 2):
         if choice.seconds <= _AT_ONCE * corners[0].seconds:
             continue  # as fast as recomputing nothing, which keeps no more
         # What only looks at memory another way costs nothing, and follows by itself what it looks at.
-        idle = [number for number in _idle(weighed, choice.keep, last) if not calls[number].is_view]
+        idle = [number for number in _idle(those, choice.keep, last) if not calls[number].is_view]
         if choice.keep or any(number < last for number in idle):
             found.append(Policy(keep=_names(calls, choice.keep), skip=_names(calls, idle)))
     return found or [Policy()]
