@@ -13,6 +13,7 @@ from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
+from gcbench.targets import CPU
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -135,7 +136,8 @@ def _speed(choice: Candidate, decision: Decision) -> str:
     gain = ""
     if best is not None and best != choice:
         more = choice.tokens_per_s / best.tokens_per_s - 1
-        gain = f"{format_percent(more)} more tokens/s than {best.strategy} at batch {best.batch_size}; "
+        word = "more" if more > 0 else "fewer"
+        gain = f"{format_percent(abs(more))} {word} tokens/s than {best.strategy} at batch {best.batch_size}; "
     return f"{gain}about {rate}, {format_seconds(choice.step_time_s)} a step (an estimate from {decision.times_from})"
 
 
@@ -303,7 +305,8 @@ def renderables(planned: Planned) -> list[RenderableType]:
 
     settings = planned.settings
     card = planned.target.card
-    where = (card.full_name or card.name) if card else planned.machine.device_name
+    unnamed = planned.machine.device_name if planned.target.kind == CPU else "a CUDA device"
+    where = (card.full_name or card.name) if card else unnamed
     memory = f", {format_bytes(planned.decision.limit_bytes)}" if planned.decision.limit_bytes else ""
     head = Text(
         f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim} on {where}{memory}"

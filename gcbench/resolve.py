@@ -135,7 +135,8 @@ def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
 
 def _target_notices(target: Target, machine: Machine) -> list[str]:
     name = "the CPU" if target.kind == "cpu" else machine.device_name
-    memory = f", {format_bytes(target.memory_bytes)}" if target.memory_bytes is not None else ""
+    memory = "" if target.memory_bytes is None else format_bytes(target.memory_bytes)
+    memory = f", {memory}" if memory and memory not in name else ""  # a card without a name is told by its memory
     return [f"Predicted for {name}{memory}; nothing was run there."]
 
 

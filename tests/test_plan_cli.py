@@ -5,10 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from tiny import write_model
 
+from gcbench import plan_view
+from gcbench.decision import Candidate
+from gcbench.strategies import Plan
 from gcbench.strategies.plan_file import of_json
 
 MIB = 2**20
@@ -51,6 +55,29 @@ def test_an_answer_for_a_card_fits_and_can_be_used(run, model, tmp_path):
     assert of_json(json.loads((tmp_path / "p" / "plan.json").read_text())) == of_json(document["plan"])
     assert {path.name for path in (tmp_path / "p").iterdir()} >= {"plan.md", "plan.txt", "decision.json", "plots"}
     assert (tmp_path / "p" / "plots" / "frontier.png").stat().st_size > 10_000
+
+
+def test_a_card_of_which_only_the_memory_is_known_is_not_called_by_this_machines_name(run, model):
+    done = run(
+        "-m", model, "--seq-len", "64", "--device-memory", "1GiB", "--batch", "2", "--strategies", "off", "--out", "p"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[0].endswith("adamw_torch on a CUDA device, 1.00 GiB")
+    assert "Predicted for a CUDA device of 1.00 GiB; nothing was run there." in done.stderr
+
+
+@pytest.mark.parametrize(("rate", "words"), [(102.0, "2.0 % more tokens/s"), (98.0, "2.0 % fewer tokens/s")])
+def test_slower_is_not_called_more(rate, words):
+    """The trap: of settings within half a percent the simplest is chosen, and "−0.5 % more" is said of it."""
+    off, found = (
+        Candidate(
+            strategy=strategy, plan=Plan(num_layers=2), batch_size=2, peak_bytes=1, allocated_bytes=1, peak_phase=None,
+            fits=True, step_time_s=1.0, tokens_per_s=tokens_per_s,
+        )
+        for strategy, tokens_per_s in (("off", 100.0), ("plan", rate))
+    )  # fmt: skip
+    decision = SimpleNamespace(candidates=(off, found), times_from="somewhere")
+    assert plan_view._speed(found, decision).startswith(f"{words} than off at batch 2; ")
 
 
 def test_a_budget_below_everything_names_the_smallest_peak_and_ends_with_1(run, model):
