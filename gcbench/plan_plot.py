@@ -38,9 +38,8 @@ def figure(planned: Planned) -> Figure:
     ]
     unit, name = (GIB, "GiB") if max((each.peak_bytes for each in shown), default=0) >= GIB else (MIB, "MiB")
     picture, (axes,) = panels(1, width=7.5, height=4.8)
-    where = planned.target.card.full_name if planned.target.card else planned.machine.device_name
     title = f"{shortened(planned.settings.model, 60)}: memory against speed"
-    facts = f"{where} · {planned.seq_len} tokens · {planned.settings.precision} · {planned.settings.optim}"
+    facts = f"{planned.where} · {planned.seq_len} tokens · {planned.settings.precision} · {planned.settings.optim}"
     picture.suptitle(f"{title}\n{shortened(facts, 90)}", fontsize=12)
     groups: dict[str, list[Candidate]] = {}
     for each in sorted(shown, key=lambda each: each.batch_size):

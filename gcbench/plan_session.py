@@ -84,6 +84,14 @@ class Planned:
         return self.source
 
     @property
+    def where(self) -> str:
+        """What the plan is for; a card of which only the memory is known has no name."""
+        card = self.target.card
+        if card is not None:
+            return card.full_name or card.name
+        return self.machine.device_name if self.target.kind == CPU else "a CUDA device"
+
+    @property
     def handover(self) -> Handover | None:
         """What a training tool is to be told; None where nothing fits."""
         choice = self.decision.choice

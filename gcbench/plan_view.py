@@ -13,7 +13,6 @@ from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.targets import CPU
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -304,13 +303,9 @@ def renderables(planned: Planned) -> list[RenderableType]:
     from rich.text import Text
 
     settings = planned.settings
-    card = planned.target.card
-    unnamed = planned.machine.device_name if planned.target.kind == CPU else "a CUDA device"
-    where = (card.full_name or card.name) if card else unnamed
     memory = f", {format_bytes(planned.decision.limit_bytes)}" if planned.decision.limit_bytes else ""
-    head = Text(
-        f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim} on {where}{memory}"
-    )
+    what = f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim}"
+    head = Text(f"{what} on {planned.where}{memory}")
     head.stylize("bold")
     grid = Grid.grid(padding=(0, 2, 0, 0))
     grid.add_column(no_wrap=True, style="bold")
