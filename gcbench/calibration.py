@@ -55,8 +55,6 @@ _GRID_BYTES = (4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 128 * MIB)
 _GRID_SIZES = (64, 256, 1024)
 """Rows and columns of products."""
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 _WITH_OVERHEADS_S = 2.0
 """Of a budget."""
 _MATTERS = 0.01
