@@ -53,6 +53,11 @@ class Card:
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
 
     @property
+    def title(self) -> str:
+        """The name to show: torch's own where it is known."""
+        return self.full_name or self.name
+
+    @property
     def spellings(self) -> tuple[str, ...]:
         """Every name that finds this card, the short one first."""
         return (self.name, *self.aliases, *([self.full_name] if self.full_name else []))

@@ -96,7 +96,7 @@ class CardFigures:
         """Where the figures come from, in words."""
         if not self._is_known:
             return "the rates of an A100, since the card's are not known"
-        return f"the published rates of {self.card.full_name or self.card.name}"
+        return f"the published rates of {self.card.title}"
 
     def seconds(self, work: Work) -> float:
         """One call; an estimate."""

@@ -105,7 +105,7 @@ def described(machine: Machine, target: Target) -> Machine:
     if target.kind == CPU or target.name == machine.device:
         return machine
     card = target.card
-    name = (card.full_name or card.name) if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
+    name = card.title if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
     known: Mapping[str, str | None] = {
         "compute_capability": card.compute_capability if card else None,
         "predicted_on": machine.device_name,

@@ -88,7 +88,7 @@ class Planned:
         """What the plan is for; a card of which only the memory is known has no name."""
         card = self.target.card
         if card is not None:
-            return card.full_name or card.name
+            return card.title
         return self.machine.device_name if self.target.kind == CPU else "a CUDA device"
 
     @property

@@ -162,3 +162,38 @@ def cli_process(popen: Callable[..., subprocess.Popen[str]]) -> Callable[..., Re
 def table(folder: Path) -> dict[str, dict[str, str]]:
     """The rows of a run folder's table.csv by strategy."""
     return {row["strategy"]: row for row in csv.DictReader(io.StringIO((folder / "table.csv").read_text()))}
+
+
+@pytest.fixture
+def no_hook_reaches_the_next_test() -> Iterator[None]:
+    """A hook that a test leaves behind would spoil all tests after it in this process."""
+    import torch
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    yield
+    for _ in range(20):
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is None:
+            break
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+    for mode in reversed(_get_current_dispatch_mode_stack()):
+        mode.__exit__(None, None, None)
+
+
+@pytest.fixture
+def offloading(monkeypatch) -> list[tuple[int, ...]]:
+    """Offloading on a CPU, to memory that is not pinned: the shapes of what was moved."""
+    import torch
+
+    from gcbench import api, checkpointing
+
+    moved = []
+
+    def save_on_host():
+        hooks = torch.autograd.graph.save_on_cpu(pin_memory=False)
+        moves = hooks.pack_hook
+        hooks.pack_hook = lambda tensor: (moved.append(tensor.shape), moves(tensor))[1]
+        return hooks
+
+    monkeypatch.setattr(checkpointing, "save_on_host", save_on_host)
+    monkeypatch.setattr(api, "unsupported", lambda plan, kind: None)
+    return moved

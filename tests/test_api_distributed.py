@@ -179,7 +179,7 @@ def same(ours, theirs):
 
 def order_when_sharded():
     """The layers that `first:2` finds in a model with a vision tower in front, sharded."""
-    from test_api import text_only
+    from test_api_layers import text_only
 
     import gcbench
 

@@ -124,19 +124,18 @@ def assemble(
     """
     num_standing, num_passes = len(standing), passes.num_blocks
     nbytes_of_passes = passes.nbytes()
-    num_own = len(update.blocks) - update.num_params
+    num_own = len(update.own)
     first_step, first_update = num_standing, num_standing + num_passes
     second_step = first_update + num_own
     persistent = _persistent(passes.events, num_passes, gradients)
     if nbytes_of_passes[persistent].sum() > _MOST_KEPT_BYTES:
         raise NotComposable("the model keeps tensors from one step to the next")
     stays = _among(passes.events, persistent, num_passes)
-    own_blocks = update.blocks[update.num_params :]
     nbytes = np.concatenate(
         [
             np.array([term.nbytes for term in standing], np.int64),
             nbytes_of_passes,
-            np.array([block.nbytes for block in own_blocks], np.int64),
+            np.array([block.nbytes for block in update.own], np.int64),
             nbytes_of_passes,
         ]
     )
@@ -155,7 +154,7 @@ def assemble(
     )
     is_state = np.isin(np.arange(num_own) + update.num_params, np.array(_kept(update), np.int64))
     stretches = [(first_step + base, piece.blocks) for _, piece, base in passes.instances]
-    stretches += [(first_update, own_blocks)]
+    stretches += [(first_update, update.own)]
     stretches += [(second_step + base, piece.blocks) for _, piece, base in passes.instances]
     return Assembly(
         timeline=line,
@@ -197,7 +196,7 @@ def line_of(
         num_blocks: how many the passes have.
         backward_at: number of the passes' events before the backward pass.
     """
-    num_own = len(update.blocks) - update.num_params
+    num_own = len(update.own)
     first_step, first_update = len(standing), len(standing) + num_blocks
     second_step = first_update + num_own
     once = events + np.where(events >= 0, first_step, -first_step)

@@ -95,7 +95,7 @@ class Combiner:
             for number, step in enumerate(source)
             for table in (self._tables[step],)
         ]
-        own = len(step.update.blocks) - step.update.num_params
+        own = len(step.update.own)
         own_at = standing + part.passes.num_blocks
         return line_of(
             events,

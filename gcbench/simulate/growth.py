@@ -90,9 +90,7 @@ class Growth:
         except _Unknown:
             return None
         passes = [sizes[id(piece)] for _, piece, _ in parts.passes.instances]
-        own = step.timeline.nbytes[len(standing) + parts.passes.num_blocks :][
-            : len(step.update.blocks) - step.update.num_params
-        ]
+        own = step.timeline.nbytes[len(standing) + parts.passes.num_blocks :][: len(step.update.own)]
         line = replace(step.timeline, nbytes=np.concatenate([standing, *passes, own, *passes]))
         return replace(
             step,

@@ -125,7 +125,7 @@ class Predictor:
             return None
         update = self._traced_update(parts.params, optim, steps_on_device)
         passes = parts.passes.nbytes()
-        own = np.array([block.nbytes for block in update.blocks[update.num_params :]], np.int64)
+        own = np.array([block.nbytes for block in update.own], np.int64)
         standing = np.array([term.nbytes for term in parts.standing], np.int64)
         return assembly.line_of(
             parts.passes.events,

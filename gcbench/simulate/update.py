@@ -49,6 +49,11 @@ class UpdateTrace:
     scale: float = 1.0
 
     @property
+    def own(self) -> tuple[Block, ...]:
+        """The blocks that the phases take themselves: all but the gradients."""
+        return self.blocks[self.num_params :]
+
+    @property
     def states(self) -> tuple[int, ...]:
         """Blocks that the first phase takes and keeps."""
         given = {~event for event in self.first if event < 0}
