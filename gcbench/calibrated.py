@@ -13,18 +13,18 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import median
 
 from gcbench.calls import form
 from gcbench.codec import decode, encode
-from gcbench.costs import Work, WorkKind
+from gcbench.costs import Caller, Work, WorkKind
 from gcbench.records import Machine
 from gcbench.report import write_text
 
-SCHEMA = 1
+SCHEMA = 2
 """Of the file. A file of another is measured again."""
 GENERIC = "aten::mul.Tensor"
 """Stands for any operator that has not been measured: it reads two tensors and writes a third."""
@@ -63,6 +63,35 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What a call takes beyond what it took by itself, by what calls it.
+
+    Attributes:
+        caller: as in `Work`: the model's Python, the graph being built, what checkpointing does.
+        call_s: seconds of each call. Negative where the caller has less to do than Python.
+        cold_s: seconds that come to it where the call touches `CORE_BYTES` or more, in proportion where it touches
+            less: so much of the code that comes next has left the core's own cache.
+    """
+
+    caller: Caller
+    call_s: float
+    cold_s: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """What comes to this call."""
+        return self.call_s + self.cold_s * coldness(work)
+
+
+def coldness(work: Work) -> float:
+    """The part of a core's own cache that the call fills; 1 at most."""
+    return min(work.nbytes / CORE_BYTES, 1.0)
+
+
+CORE_BYTES = 2**20
+"""Of a core's own cache: 0.5 to 2 MiB in current processors."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Calibration:
     """What one machine needs for calls of operators.
 
@@ -70,15 +99,16 @@ class Calibration:
         machine: what tells it from others (`machine_key`).
         created: when it was measured last; ISO 8601, UTC.
         points: each call once.
-        overheads: caller -> seconds that a call takes beyond what it took by itself: the model's Python, the graph
-            being built, what checkpointing does. Negative where a caller has less to do than Python.
+        overheads: what calls take beyond that, each caller once.
+        step_s: seconds that a step takes beyond its calls, whatever the number of layers.
     """
 
     schema: int = SCHEMA
     machine: str
     created: str
     points: tuple[Point, ...] = ()
-    overheads: dict[str, float] = field(default_factory=dict, hash=False)
+    overheads: tuple[Overhead, ...] = ()
+    step_s: float = 0.0
 
     @property
     def source(self) -> str:
@@ -89,7 +119,8 @@ class Calibration:
         """One call; an estimate."""
         known = self._known
         if work not in known:
-            known[work] = max(self.by_itself(work) + self.overheads.get(work.caller, 0.0), 0.0)
+            overhead = self._overhead.get(work.caller)
+            known[work] = max(self.by_itself(work) + (overhead.seconds(work) if overhead else 0.0), 0.0)
         return known[work]
 
     def by_itself(self, work: Work | Point) -> float:
@@ -118,13 +149,22 @@ class Calibration:
         return tuple(alike[key] for key in sorted(alike, key=lambda key: -costs[key]))
 
     def merged(self, newer: Calibration) -> Calibration:
-        """Both; where both have a point or an overhead, the newer one's."""
+        """Both; where both have a point, or overheads, the newer one's."""
         points = {point.key: point for point in (*self.points, *newer.points)}
-        return replace(newer, points=tuple(points.values()), overheads=self.overheads | newer.overheads)
+        return replace(
+            newer,
+            points=tuple(points.values()),
+            overheads=newer.overheads or self.overheads,
+            step_s=newer.step_s if newer.overheads else self.step_s,
+        )
 
     @cached_property
     def _index(self) -> _Index:
         return _Index(self.points)
+
+    @cached_property
+    def _overhead(self) -> dict[str, Overhead]:
+        return {each.caller: each for each in self.overheads}
 
     @cached_property
     def _known(self) -> dict[Work, float]:
@@ -276,7 +316,8 @@ def load(machine: str, folder: Path | None = None) -> Calibration | None:
 
 
 def _is_sound(calibration: Calibration) -> bool:
-    seconds = [*(point.seconds for point in calibration.points), *calibration.overheads.values()]
+    seconds = [calibration.step_s, *(point.seconds for point in calibration.points)]
+    seconds += [value for each in calibration.overheads for value in (each.call_s, each.cold_s)]
     return all(isinstance(value, float) and math.isfinite(value) for value in seconds) and all(
         point.seconds > 0 for point in calibration.points
     )

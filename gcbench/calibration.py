@@ -22,7 +22,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from gcbench import calibrated, calls
-from gcbench.calibrated import GENERIC, Calibration, Point, machine_key
+from gcbench.calibrated import GENERIC, Calibration, Overhead, Point, machine_key
 from gcbench.costs import Work
 from gcbench.devices import Device, cpu
 from gcbench.replay import Made, NotReplayable, Replayer
@@ -48,7 +48,7 @@ _QUEUE = 8
 """Calls that a card is given at a time, so that what is timed is not how fast one alone is handed over."""
 _PREPARED, _PREPARED_BYTES = 32, 256 * MIB
 """Calls, and bytes that they touch, after which those that are ready are made."""
-_SHORT_BYTES = 2 * MIB
+_SHORT_BYTES = 8 * MIB
 """Of traffic: below it, what precedes a call tells on it."""
 _GRID_BYTES = (4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 128 * MIB)
 """Of each tensor: from what a core's own cache holds to what no cache does."""
@@ -100,7 +100,8 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
 
         if not _is_complete(found, device) and budget_s >= _WITH_OVERHEADS_S:
             begun = time.monotonic()
-            found = _with(found, overheads=calibration_host.overheads(timer, until=begun + calibration_host.LEAST_S))
+            overheads, step_s = calibration_host.overheads(timer, until=begun + calibration_host.LEAST_S)
+            found = _with(found, overheads=overheads, step_s=step_s)
             start += time.monotonic() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
@@ -113,11 +114,11 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
 
 
 def _with(
-    known: Calibration, points: Iterable[Point] = (), *, overheads: dict[str, float] | None = None
+    known: Calibration, points: Iterable[Point] = (), *, overheads: tuple[Overhead, ...] = (), step_s: float = 0.0
 ) -> Calibration:
     created = datetime.now(UTC).isoformat(timespec="seconds")
     return known.merged(
-        Calibration(machine=known.machine, created=created, points=tuple(points), overheads=overheads or {})
+        Calibration(machine=known.machine, created=created, points=tuple(points), overheads=overheads, step_s=step_s)
     )
 
 

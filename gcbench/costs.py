@@ -49,6 +49,10 @@ class Figures(Protocol):
     def source(self) -> str:
         """Where the figures come from, in words."""
 
+    @property
+    def step_s(self) -> float:
+        """What a step takes beyond its calls."""
+
     def seconds(self, work: Work) -> float:
         """One call; an estimate."""
 
@@ -86,6 +90,9 @@ class CardFigures:
 
     A call takes as long as its arithmetic or its traffic, whichever is longer, and at least a launch.
     """
+
+    step_s = 0.0
+    """Python runs ahead of a card."""
 
     def __init__(self, card: Card | None) -> None:
         self.card = card or _UNKNOWN_CARD

@@ -102,7 +102,7 @@ class PlanTask:
         layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
         can_checkpoint: whether the model supports it.
         device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
-        calibration_s: seconds that timing operators on it may take, twice; what callers add takes as long, once.
+        calibration_s: seconds that timing operators on it may take, twice; what callers add takes seven more, once.
     """
 
     source: ModelSource

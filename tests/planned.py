@@ -64,6 +64,7 @@ class Traffic:
     """Figures in which every byte and every operation counts, and a call nothing: other policies pay than on a card."""
 
     source = "bytes and operations"
+    step_s = 0.0
 
     def seconds(self, work):
         return 0.0 if work.kind == "view" else work.nbytes / 1e9 + work.flops / 1e10

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from timed_calls import MACHINE, US, calibration_of, generic, pointwise, product, tensor
+from timed_calls import MACHINE, US, calibration_of, generic, overheads, pointwise, product, tensor
 
 from gcbench import calibrated, calls, devices
-from gcbench.calibrated import Point, machine_key
+from gcbench.calibrated import CORE_BYTES, Point, machine_key
 from gcbench.costs import Work
 
 # What is not measured follows from what is.
@@ -16,13 +16,21 @@ from gcbench.costs import Work
 
 def test_a_measured_call_takes_what_it_took_and_what_its_caller_adds():
     known = calibration_of(
-        pointwise(1000, 7e-6), product(64, 64, 64, 3e-5), overheads={"model": 5e-6, "backward": -1e-5}
+        pointwise(1000, 7e-6), product(64, 64, 64, 3e-5), overheads=overheads(model=5e-6, backward=-1e-5)
     )
     assert known.seconds(pointwise(1000, caller="optimizer")) == 7e-6
     assert known.seconds(pointwise(1000, caller="model")) == pytest.approx(12e-6)
     assert known.seconds(product(64, 64, 64, caller="optimizer")) == 3e-5
     # No call takes less than nothing.
     assert known.seconds(pointwise(1000, caller="backward")) == 0.0
+
+
+def test_what_a_caller_adds_grows_with_what_the_call_sweeps_out_of_the_cache():
+    """In proportion up to a core's own cache, which can be swept once."""
+    nbytes = (8, CORE_BYTES // 4, CORE_BYTES, 4 * CORE_BYTES)
+    known = calibration_of(*(pointwise(each // 8, 7e-6) for each in nbytes), overheads=overheads(policy=(5e-6, 40e-6)))
+    added = [known.seconds(pointwise(each // 8, caller="policy")) - 7e-6 for each in nbytes]
+    assert added == pytest.approx([5e-6, 15e-6, 45e-6, 45e-6], abs=1e-9)
 
 
 def test_traffic_lies_on_the_line_between_the_nearest_sizes():
@@ -96,7 +104,8 @@ def test_missing_are_those_without_their_like_and_what_costs_most_comes_first():
 
 
 def test_what_is_stored_comes_back(tmp_path):
-    known = calibration_of(pointwise(1000, 7e-6), product(8, 9, 10, 1e-5, cold=3), overheads={"model": 1e-6})
+    added = overheads(model=(1e-6, 2e-6))
+    known = calibration_of(pointwise(1000, 7e-6), product(8, 9, 10, 1e-5, cold=3), overheads=added)
     assert calibrated.save(known, tmp_path / "new") == calibrated.path_for(MACHINE, tmp_path / "new")
     assert calibrated.load(MACHINE, tmp_path / "new") == known
     assert [path.name for path in (tmp_path / "new").iterdir()] == [calibrated.path_for(MACHINE).name]
@@ -111,12 +120,15 @@ def test_it_lies_in_the_cache_folder_that_the_user_chose(tmp_path, monkeypatch):
 
 
 def test_the_newer_of_two_points_for_a_call_stays():
-    old = calibration_of(pointwise(1000, 1e-6), pointwise(2000, 2e-6), overheads={"model": 1e-6, "policy": 9e-6})
-    new = calibration_of(pointwise(1000, 5e-6), created="2026-11-25T08:00:00+00:00", overheads={"model": 2e-6})
+    added = overheads(model=1e-6, policy=9e-6)
+    old = calibration_of(pointwise(1000, 1e-6), pointwise(2000, 2e-6), overheads=added, step_s=1e-3)
+    new = calibration_of(pointwise(1000, 5e-6), created="2026-11-25T08:00:00+00:00")
     both = old.merged(new)
     assert both.seconds(pointwise(1000, caller="optimizer")) == 5e-6
     assert len(both.points) == 2
-    assert both.overheads == {"model": 2e-6, "policy": 9e-6}
+    assert (both.overheads, both.step_s) == (old.overheads, 1e-3)
+    newest = both.merged(calibration_of(overheads=overheads(model=2e-6), step_s=2e-3))
+    assert (newest.overheads, newest.step_s) == (overheads(model=2e-6), 2e-3)
     assert both.source == "a calibration of this machine, 2026-11-25"
 
 
@@ -128,7 +140,7 @@ def test_the_newer_of_two_points_for_a_call_stays():
         lambda text: "[1, 2]",
         lambda text: "null",
         lambda text: "[" * 100_000,
-        lambda text: text.replace('"schema":1', '"schema":99'),
+        lambda text: text.replace('"schema":2', '"schema":99'),
         lambda text: text.replace('"nbytes":8000', '"nbytes":"8000"'),
         lambda text: text.replace('"points"', '"pints"'),
         lambda text: text.replace("7e-06", "NaN"),
@@ -140,7 +152,7 @@ def test_the_newer_of_two_points_for_a_call_stays():
 )
 def test_a_file_that_cannot_be_used_is_no_calibration(tmp_path, spoil):
     """The trap: a cache that was damaged, or came with the home folder from another machine, must not end a plan."""
-    known = calibration_of(pointwise(1000, 7e-6), overheads={"model": 1e-6})
+    known = calibration_of(pointwise(1000, 7e-6), overheads=overheads(model=1e-6))
     path = calibrated.save(known, tmp_path)
     text = path.read_text()
     assert spoil(text) != text

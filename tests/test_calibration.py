@@ -7,10 +7,10 @@ import time
 
 import pytest
 import torch
-from timed_calls import US, calibration_of, generic, pointwise, product, step_of, tensor
+from timed_calls import US, calibration_of, generic, overheads, pointwise, product, step_of, tensor
 
 from gcbench import calibrated, calibration, calibration_host, calls, devices
-from gcbench.calibrated import Calibration, machine_key
+from gcbench.calibrated import CORE_BYTES, Calibration, machine_key
 from gcbench.costs import Work
 from gcbench.tasks import PlanTask
 
@@ -40,7 +40,7 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
 @pytest.mark.parametrize(("times", "anew"), [(1, True), (0.001, False)])
 def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, anew):
     """The trap: calls timed an hour ago beside calls timed now, and in between the machine got slower."""
-    known = calibration_of(generic(64, 1e-6), pointwise(10**6, 1e-3), overheads={"model": 1e-6})
+    known = calibration_of(generic(64, 1e-6), pointwise(10**6, 1e-3), overheads=overheads(model=1e-6))
     asked: list[Work] = []
     monkeypatch.setattr(calibration.Timer, "points", lambda self, works, **kwargs: asked.extend(works) or ())
     there, lacking = pointwise(10**6), pointwise(10, op="gelu")
@@ -74,44 +74,66 @@ def test_no_call_is_begun_that_the_budget_does_not_bear():
 
 
 def test_overheads_are_what_a_step_takes_beyond_its_calls():
-    """Two calls of 10 us in each phase; what is left is laid on the calls that cause it."""
+    """Calls of 10 us, and views of 4; what is left is laid on the calls that cause it, by their size where it grows."""
+    sizes = dict(zip(calibration_host._BATCH_SIZES, (0, CORE_BYTES), strict=True))
 
-    def work(caller, **changes):
-        return pointwise(10, caller=caller, **changes)
+    def work(caller, nbytes):
+        return pointwise(nbytes // 8, caller=caller)
 
-    def timed(first, again, forward, backward):
+    def calls(nbytes, first, again):
         view = Work(op="t", kind="view", dtype="fp32", nbytes=0, caller="backward")
-        works = {
-            "forward": (work(first), work(first)),
-            "backward": (work("backward"), view, *again),
-            "optimizer": (work("optimizer"), work("optimizer")),
+        parts = {
+            "before": [work("model", nbytes)],
+            "layers": [work(first, nbytes)] * 2,
+            "after": [work("model", nbytes)],
+            "backward": [work("backward", nbytes), view, *[work("recompute", nbytes)] * again],
+            "optimizer": [work("optimizer", nbytes)],
         }
-        seconds = {"forward": forward * US, "backward": backward * US, "optimizer": 14 * US}
-        return calibration_host._Timed(works=works, seconds=seconds)
+        # Two parameters are alike, of which one was traced.
+        return {part: [(each, 2.0 if part == "optimizer" else 1.0) for each in found] for part, found in parts.items()}
 
-    steps = {
-        "off": timed("model", (), 30, 16),
-        "per-layer": timed("checkpoint", (work("recompute"), work("recompute")), 50, 66),
-        "selective:matmul": timed("policy", (work("recompute"),), 100, 131),
+    def turn(nbytes):
+        # Twice a small one's 50 us, as those of another size; and 60 us for what is kept, whatever the size.
+        checkpoint, policy = (60, 130) if nbytes else (40, 70)
+        off = {"before": 30, "layers": 30, "after": 10, "backward": 16, "optimizer": 14}
+        per_layer = off | {"layers": 50, "backward": 16 + 2 * 15 - 20 + checkpoint}
+        selective = off | {"layers": 100, "backward": 16 + 15 - 70 + policy}
+        steps = {"off": off, "per-layer": per_layer, "selective:matmul": selective}
+        return {strategy: {part: took * US for part, took in parts.items()} for strategy, parts in steps.items()}
+
+    def slow(turn):
+        """A moment in which all takes twice as long."""
+        return {strategy: {part: 2 * took for part, took in parts.items()} for strategy, parts in turn.items()}
+
+    works = {
+        (strategy, batch): calls(nbytes, first, again)
+        for batch, nbytes in sizes.items()
+        for (strategy, first), again in zip(calibration_host._STRATEGIES.items(), (0, 2, 1), strict=True)
     }
-    alone = {w: (4 if w.kind == "view" else 10) * US for s in steps.values() for part in s.works.values() for w in part}
-    found = {caller: round(seconds / US, 6) for caller, seconds in calibration_host._solved(steps, alone).items()}
-    assert found == {
-        "model": 5.0,
-        "recompute": 5.0,
-        "backward": 1.0,
-        "optimizer": -3.0,
-        # 116 us, less four calls of 10, one of 4, two overheads of a recomputation and two of the backward pass.
-        "checkpoint": (50 + 66 - 54 - 10 - 2) / 2,
-        "policy": (100 + 131 - 44 - 5 - 2) / 2,
+    turns = {batch: [turn(nbytes), slow(turn(nbytes)), turn(nbytes)] for batch, nbytes in sizes.items()}
+    made = {each for one in works.values() for part in one.values() for each, _ in part}
+    alone = {each: (4 if each.kind == "view" else 10) * US for each in made}
+    found, step_s = calibration_host._solved(works, turns, alone)
+    added = {each.caller: (round(each.call_s / US, 6), round(each.cold_s / US, 6)) for each in found}
+    assert added == {
+        "model": (5.0, 0.0),
+        "recompute": (5.0, 0.0),
+        "backward": (1.0, 0.0),
+        "optimizer": (-3.0, 0.0),
+        "checkpoint": (5.0 + 40 / 2, 20 / 2),  # a model's own, and what was left of one of the two calls
+        "policy": (5.0 + 70 / 2, 60 / 2),
     }
+    assert step_s == pytest.approx(10 * US)  # 40 us, less two calls of 10 with 5 each
 
 
 def test_the_reference_model_gives_an_overhead_for_every_caller():
     timer = calibration.Timer(devices.open_device("cpu"))
-    found = calibration_host.overheads(timer, until=0.0, least_s=0.3)
+    overheads, step_s = calibration_host.overheads(timer, until=0.0, least_s=0.3)
+    found = {each.caller: each for each in overheads}
     assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
-    assert found["policy"] >= found["model"] >= 0 and found["checkpoint"] >= found["model"]
+    assert found["policy"].call_s >= found["model"].call_s >= 0
+    assert found["checkpoint"].call_s >= found["model"].call_s
+    assert all(each.cold_s >= 0 for each in overheads) and step_s >= 0
 
 
 def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkeypatch):
@@ -120,13 +142,15 @@ def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkey
     asked = inspect.signature(PlanTask).parameters["calibration_s"].default
     given = []
 
-    def overheads(timer, *, until):
-        given.append(until - time.monotonic())
-        return {"model": 1e-5, "policy": 1e-4}
+    known = overheads(model=1e-5, policy=1e-4)
 
-    monkeypatch.setattr(calibration_host, "overheads", overheads)
+    def added(timer, *, until):
+        given.append(until - time.monotonic())
+        return known, 1e-3
+
+    monkeypatch.setattr(calibration_host, "overheads", added)
     found = calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
-    assert found.overheads == {"model": 1e-5, "policy": 1e-4}
+    assert (found.overheads, found.step_s) == (known, 1e-3)
     assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
     calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert len(given) == 1, "once per machine"

@@ -11,6 +11,7 @@ import pytest
 import torch
 import toys
 
+from gcbench import calibration
 from gcbench.decision import AS_FAST_FRAC, FOUND
 from gcbench.planner import search
 from gcbench.planner.layered import Layered
@@ -341,3 +342,23 @@ def test_another_memory_shares_what_was_traced(toy, monkeypatch):
     assert content(decided[250_000]) == content(Planner(task(250_000), FIGURES).decide())
     assert content(decided[80_000]) != content(decided[250_000])
     assert {memory: decision.limit_bytes for memory, decision in decided.items()} == {each: each for each in found}
+
+
+def test_each_memory_has_the_calls_of_its_batch_sizes_timed(toy, monkeypatch):
+    """The trap: a batch size that one planner had timed counted as timed for all, whose figures knew nothing of it."""
+    toy(four_layers)
+    shared = Planner(task(10**9, device_here="cpu"), FIGURES)
+    asked = []
+
+    def calibrate_for(works, *, device, budget_s):
+        asked.append(budget_s)
+        return planned.Traffic()
+
+    monkeypatch.setattr(calibration, "calibrate_for", calibrate_for)
+    one, other = shared.limited(200_000), shared.limited(250_000)
+    for each in (one, other):
+        each._calibrate([1, 2])
+        each._calibrate([2])
+    assert len(asked) == 2
+    assert FIGURES not in (one.weighing.figures, other.weighing.figures)
+    assert shared.weighing.figures is FIGURES

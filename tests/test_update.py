@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
@@ -74,7 +76,23 @@ def assert_unrolled_is_all(params, road, optim, **kwargs):
     assert sum(unrolled.blocks[n].nbytes for n in unrolled.states) == sum(
         in_full.blocks[n].nbytes for n in in_full.states
     )
+    assert not unrolled.is_loop or how_often(unrolled) == how_often(in_full)
+    assert traffic(unrolled) == pytest.approx(traffic(in_full), rel=0.01)
     return unrolled
+
+
+def how_often(traced):
+    """Each call for one parameter, with how often it is made, whatever the numbers in it."""
+    counts = Counter()
+    for work, times in zip(traced.works, traced.times, strict=True):
+        if "[[{" not in work.call:  # a list of all
+            counts[replace(work, call="")] += times
+    return counts
+
+
+def traffic(traced):
+    """Bytes."""
+    return sum(times * work.nbytes for work, times in zip(traced.works, traced.times, strict=True))
 
 
 @pytest.mark.parametrize("looks", LISTS)

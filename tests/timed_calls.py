@@ -5,7 +5,7 @@ from __future__ import annotations
 import tiny
 
 from gcbench import calls, models, sources, strategies
-from gcbench.calibrated import GENERIC, Calibration, Point
+from gcbench.calibrated import GENERIC, Calibration, Overhead, Point
 from gcbench.costs import Work
 from gcbench.simulate.predictor import Predictor
 
@@ -50,6 +50,12 @@ def generic(count, seconds):
 def point(values, seconds):
     defaults = {"flops": 0, "dims": (), "is_causal": False, "cold": 0}
     return Point(**(defaults | values), seconds=seconds)
+
+
+def overheads(**seconds):
+    """Of each caller, the seconds of a call, or of a call and of one that leaves a cold cache."""
+    pairs = {caller: each if isinstance(each, tuple) else (each, 0.0) for caller, each in seconds.items()}
+    return tuple(Overhead(caller=caller, call_s=call, cold_s=cold) for caller, (call, cold) in pairs.items())
 
 
 def calibration_of(*points, **changes):

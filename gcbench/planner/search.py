@@ -72,6 +72,7 @@ class Planner:
         other.task = replace(self.task, target=replace(self.task.target, memory_bytes=memory_bytes))
         other.weighing = self.weighing.limited(other.task)
         other.mixes = self.mixes.on(other.weighing)
+        other._calibrated = set()  # what one of the two has timed, the other does not know of
         return other
 
     def decide(self) -> Decision:

@@ -64,7 +64,8 @@ class Weighing:
         """Every call of an operator in a step, as it is made."""
         scaling = self.scaling(plan)
         update = scaling.step(batch).update
-        return [*scaling.calls(batch), *(() if update is None else update.works)]
+        pairs = () if update is None else zip(update.works, update.times, strict=True)
+        return [*scaling.calls(batch), *(work for work, times in pairs for _ in range(round(times)))]
 
     def trace(self, plans: list[Plan]) -> dict[Plan, str]:
         """Trace what these plans' steps are computed from, on two cores; those that cannot be traced, and why.

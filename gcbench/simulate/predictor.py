@@ -68,8 +68,7 @@ class Step:
             if id(works) not in known:
                 known[id(works)] = costs.total(works, figures)
         passes = sum(known[id(works)] for _, works in self.works)
-        update = 0.0 if self.update is None else self.update.scale * costs.total(self.update.works, figures)
-        return passes + update
+        return figures.step_s + passes + (0.0 if self.update is None else self.update.seconds(figures))
 
 
 class Predictor:

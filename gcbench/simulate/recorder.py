@@ -72,6 +72,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.note_backward(phase)
         self.trace.marks.append((len(self.trace.events), phase))
 
+    def cool(self) -> None:
+        """What was touched so far is out of the caches."""
+        self._ages = Ages()
+
     def close(self) -> None:
         """What is released from here on belongs to taking the trace down, not to the step."""
         self._open = False

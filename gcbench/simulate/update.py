@@ -6,6 +6,7 @@ So a few are traced, chosen such that every neighbourhood is among them, and the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from gcbench.costs import Work
+from gcbench.costs import Figures, Work
 from gcbench.simulate.events import Block
 from gcbench.simulate.layers import sample
 from gcbench.simulate.recorder import Recorder, as_in_a_real_run
@@ -36,7 +37,8 @@ class UpdateTrace:
             one parameter until they are set for the next.
         first, later: events; `n` for the allocation of block n, `~n` for its release.
         works: what the operators of a later phase have the device do, for the parameters that were traced.
-        scale: bytes of all parameters, relative to those of the traced ones.
+        times: for each of the works, how often it is done for all parameters: in a loop, once for each that is like
+            the traced one; done for a list of them at once, as many times as all have more bytes.
     """
 
     num_params: int
@@ -46,12 +48,16 @@ class UpdateTrace:
     first: tuple[int, ...]
     later: tuple[int, ...]
     works: tuple[Work, ...] = ()
-    scale: float = 1.0
+    times: tuple[float, ...] = ()
 
     @property
     def own(self) -> tuple[Block, ...]:
         """The blocks that the phases take themselves: all but the gradients."""
         return self.blocks[self.num_params :]
+
+    def seconds(self, figures: Figures) -> float:
+        """How long a later phase takes; an estimate."""
+        return sum(times * figures.seconds(work) for work, times in zip(self.works, self.times, strict=True))
 
     @property
     def states(self) -> tuple[int, ...]:
@@ -75,7 +81,7 @@ def trace_update(
     `every_one` every parameter is traced, which takes milliseconds each.
     """
     chosen = sample([] if every_one else [(p.shape, p.stride(), p.dtype) for p in params])
-    traced = _trace(
+    traced, served = _trace(
         params if every_one else [params[number] for number in chosen.kept],
         precision=precision,
         optim=optim,
@@ -85,9 +91,15 @@ def trace_update(
     if every_one:
         return traced
     position = {number: place for place, number in enumerate(chosen.kept)}
-    unrolled = _unrolled(traced, [position[number] for number in chosen.stand_in])
+    stand_in = [position[number] for number in chosen.stand_in]
     some = sum(params[number].nbytes for number in chosen.kept)
-    return replace(unrolled, scale=sum(param.nbytes for param in params) / some if some else 1.0)
+    times = {_ALL: sum(param.nbytes for param in params) / some if some else 1.0, _NONE: 1.0, **Counter(stand_in)}
+    # One that stands for none was traced for what it is beside.
+    return replace(_unrolled(traced, stand_in), times=tuple(float(times.get(owner, 0)) for owner in served))
+
+
+_NONE, _ALL = -1, -2
+"""What serves no parameter, or more than one; and what is done for a list of all of them."""
 
 
 class _Attributing(Recorder):  # type: ignore[no-untyped-call]
@@ -100,6 +112,8 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
         super().__init__(road.internals)
         self.owners: dict[int, int] = {}
         self.is_loop = True
+        self.served: list[int] = []
+        """For each of the works, the parameter it serves, or `_NONE`, or `_ALL`."""
         self.states: Callable[[], Iterable[tuple[torch.Tensor, int]]] = tuple
         """The optimizer's states and their parameters: made from nothing, they serve whom they were made for."""
 
@@ -110,33 +124,46 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
         return number
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = len(self.trace.blocks)
+        before, worked = len(self.trace.blocks), len(self.works)
         if func.__name__.startswith("_foreach"):
             self.is_loop = False
         result = super().__torch_dispatch__(func, types, args, kwargs)
         made = range(before, len(self.trace.blocks))
-        if made and args and isinstance(args[0], (list, tuple)) and isinstance(next(iter(args[0]), None), torch.Tensor):
+        if made and args and isinstance(args[0], (list, tuple)) and _are_tensors(args[0]):
             for number in made:
                 self._attribute(number, args[0][(number - before) % len(args[0])])
         else:
             for number in made:
                 self._attribute(number, *args, *(kwargs or {}).values())
+        if len(self.works) > worked:
+            is_list = any(isinstance(arg, (list, tuple)) and _are_tensors(arg) for arg in args)
+            self.served.append(_ALL if is_list else self._owner((*args, *(kwargs or {}).values())))
         return result
 
     def _attribute(self, number: int, *sources: Any) -> None:
+        owner = self._owner(sources)
+        if owner >= 0:
+            self.owners[number] = owner
+
+    def _owner(self, sources: Iterable[Any]) -> int:
+        """The one parameter that these serve, or `_NONE`."""
         used = {self.number(source) for source in tree_leaves(sources) if isinstance(source, torch.Tensor)}
         if any(block is not None and block not in self.owners for block in used):
             for tensor, owner in self.states():
                 if self.number(tensor) is not None:
                     self.own(tensor, owner)
         owners = {self.owners[block] for block in used if block in self.owners}
-        if len(owners) == 1:
-            self.owners[number] = owners.pop()
+        return owners.pop() if len(owners) == 1 else _NONE
+
+
+def _are_tensors(values: Iterable[Any]) -> bool:
+    return isinstance(next(iter(values), None), torch.Tensor)
 
 
 def _trace(
     params: Sequence[torch.Tensor], *, precision: str, optim: str, road: Road, steps_on_device: bool
-) -> UpdateTrace:
+) -> tuple[UpdateTrace, list[int]]:
+    """The trace, and for each of its works the parameter that it serves."""
     recorder = _Attributing(road)
     numbers: dict[int, int] = {}
     spans: list[tuple[int, int]] = []
@@ -164,6 +191,8 @@ def _trace(
                 numbers[recorder.own(param.grad, position)] = position
             start = len(recorder.trace.events)
             recorder.works.clear()
+            recorder.served.clear()
+            recorder.cool()  # the passes lie between
             update()
             spans.append((start, len(recorder.trace.events)))
         recorder.close()
@@ -193,7 +222,7 @@ def _trace(
             events.append(numbers[block] if event >= 0 else ~numbers[block])
         phases.append(tuple(events))
     first, later = phases
-    return UpdateTrace(
+    traced = UpdateTrace(
         num_params=len(own),
         blocks=tuple(blocks),
         owners=tuple(owners),
@@ -201,7 +230,9 @@ def _trace(
         first=first,
         later=later,
         works=tuple(recorder.works),
+        times=(1.0,) * len(recorder.works),
     )
+    return traced, recorder.served
 
 
 @dataclass(frozen=True, slots=True)
