@@ -112,7 +112,8 @@ def _measured(
     for number in range(_ROUNDS):  # calls and steps in turn, so that a slow moment does not meet the one alone
         if number and time.monotonic() > until:
             break
-        for point in timer.points(calls, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
+        wanted = [work for work in calls if (work.call, work.cold) not in alone] or calls
+        for point in timer.points(wanted, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
             key = (point.call, point.cold)
             alone[key] = min(point.seconds, alone.get(key, point.seconds))
         for (batch, step), part in zip(steps.items(), _SHARES[1:], strict=True):
