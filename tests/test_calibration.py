@@ -32,9 +32,9 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
     assert found.points and all(point.seconds > 0 for point in found.points)
     assert all(found.seconds(work) > 0 for work in works)
     assert calibrated.load(found.machine, tmp_path) == found
-    # What is there is not measured again.
-    again = calibration.measure(works, device=device, budget_s=0.6, known=found)
-    assert [point for point in again.points if point.key in {p.key for p in found.points}] == list(found.points)
+    # What is there is not measured again; on a busy machine that may be less than all.
+    there = [work for work in works if work not in found.missing(works)]
+    assert calibration.measure(there, device=device, budget_s=0.6, known=found).points == found.points
 
 
 @pytest.mark.parametrize(("times", "anew"), [(1, True), (0.001, False)])
