@@ -12,11 +12,12 @@ from gcbench.children import Children
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, choose, ranked
 from gcbench.errors import GcbenchError
+from gcbench.forecast import described
 from gcbench.plan_from import plan_of_row
-from gcbench.plan_session import Planned, in_run_order
+from gcbench.plan_session import Planned, in_run_order, unconfirmed
 from gcbench.records import Cell, Report, Workload
 from gcbench.report import write_text
-from gcbench.resolve import Job
+from gcbench.resolve import Job, target_notice
 from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
@@ -49,12 +50,18 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
         candidates=ranked(measured) + ranked(others),
         times_from=f"measurements of {len(entered)} settings in up to {num_rounds} rounds",
         notices=(
-            *decision.notices,
+            *(notice for notice in decision.notices if notice not in _before(planned)),
             f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
             "an estimate.",
         ),
     )
     return replace(planned, decision=told)
+
+
+def _before(planned: Planned) -> tuple[str, ...]:
+    """What was said as long as nothing had been run."""
+    target = planned.target
+    return (target_notice(target, described(planned.machine, target)), *unconfirmed(target, is_here=True))
 
 
 def _spec(candidate: Candidate, planned: Planned, store: Store) -> str:

@@ -246,7 +246,7 @@ def decide(
         target=target,
         machine=machine,
         facts=facts,
-        decision=replace(answered[0], notices=(*job.notices, *answered[0].notices, *_unconfirmed(target, is_here))),
+        decision=replace(answered[0], notices=(*job.notices, *answered[0].notices, *unconfirmed(target, is_here))),
         command=command,
         created="",
         hub_id=None if Path(source.location).exists() else source.location,
@@ -254,7 +254,7 @@ def decide(
     )
 
 
-def _unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
+def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
     """What nobody has measured yet."""
     if target.kind == CPU:
         return ()

@@ -49,7 +49,7 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
     """
     mistakes: list[str] = []
     kind = target.kind if target else machine.device.partition(":")[0]
-    notices = _target_notices(target, machine) if target else _device_notices(wanted, kind, machine)
+    notices = [target_notice(target, machine)] if target else _device_notices(wanted, kind, machine)
 
     limit = facts.max_seq_len
     if wanted.seq_len is None:
@@ -133,11 +133,12 @@ def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
     return [f"{found} are CPU figures ({machine.device_name}): they do not stand for a GPU's times."]
 
 
-def _target_notices(target: Target, machine: Machine) -> list[str]:
+def target_notice(target: Target, machine: Machine) -> str:
+    """What a prediction is for; `machine` describes the target."""
     name = "the CPU" if target.kind == "cpu" else machine.device_name
     memory = "" if target.memory_bytes is None else format_bytes(target.memory_bytes)
     memory = f", {memory}" if memory and memory not in name else ""  # a card without a name is told by its memory
-    return [f"Predicted for {name}{memory}; nothing was run there."]
+    return f"Predicted for {name}{memory}; nothing was run there."
 
 
 def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:

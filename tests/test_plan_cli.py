@@ -109,6 +109,8 @@ def test_the_machine_at_hand_is_calibrated_and_measured(run, model, tmp_path):
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
     assert document["choice"]["source"] == "measured"
+    assert not any("nothing was run" in notice for notice in document["notices"]), "not after a measurement"
+    assert any(notice.startswith("Measured: ") for notice in document["notices"])
     measured = [row for row in document["rows"] if row["source"] == "measured"]
     assert 1 <= len(measured) <= 5
     assert (tmp_path / "p" / "report.json").exists()

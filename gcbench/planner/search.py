@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 
 from gcbench.costs import CardFigures, Figures
-from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, choose, ranked
+from gcbench.decision import AS_FAST_FRAC, FOUND, Candidate, Decision, Gain, Largest, choose, ranked
 from gcbench.errors import GcbenchError
 from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
@@ -285,9 +285,11 @@ class Planner:
         if choice is None:
             return None
         off = [candidate for candidate in candidates if candidate.strategy == OFF]
-        faster = [each for each in off if each.tokens_per_s > 1.005 * choice.tokens_per_s]
+        faster = [each for each in off if each.tokens_per_s > (1 + AS_FAST_FRAC) * choice.tokens_per_s]
         if not faster:
-            return "Memory does not bind: nothing recomputed at a larger batch would not be faster."
+            return (
+                f"Memory does not bind: with nothing recomputed, no batch is more than {100 * AS_FAST_FRAC:g} % faster."
+            )
         nearest = min(faster, key=lambda each: each.peak_bytes)
         line = self.weighing.scaling(nearest.plan).line(nearest.batch_size)
         needed = self.weighing.counted(line, self.weighing.session)
