@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gcbench.peaks import Phase
 from gcbench.strategies import OFF, Plan
+from gcbench.units import format_bytes
 
 FOUND = "plan"
 """The strategy of a candidate whose plan was found, not named."""
@@ -78,6 +79,15 @@ class Largest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told:
+    """What there is to say of a candidate; fields as in `Decision`."""
+
+    of: Candidate
+    peak_words: str
+    gains: tuple[Gain, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Decision:
     """What to run, and everything it was chosen from.
 
@@ -93,6 +103,7 @@ class Decision:
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
+        told: of those that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
     """
@@ -108,8 +119,26 @@ class Decision:
     longest_seq_len: int | None = None
     peak_words: str | None = None
     binding: str | None = None
+    told: tuple[Told, ...] = ()
     times_from: str
     notices: tuple[str, ...] = ()
+
+
+def why_not_faster(
+    candidates: Sequence[Candidate], choice: Candidate, *, needs: Callable[[Candidate], int] | None = None
+) -> str:
+    """What keeps the choice from being faster: memory or not; `needs` tells the bytes that a candidate takes."""
+    off = [candidate for candidate in candidates if candidate.strategy == OFF]
+    faster = [each for each in off if each.tokens_per_s > (1 + AS_FAST_FRAC) * choice.tokens_per_s]
+    if not faster:
+        return f"Memory does not bind: with nothing recomputed, no batch is more than {100 * AS_FAST_FRAC:g} % faster."
+    nearest = min(faster, key=lambda each: each.peak_bytes)
+    more = nearest.tokens_per_s / choice.tokens_per_s - 1
+    needed = nearest.peak_bytes if needs is None else needs(nearest)
+    return (
+        f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
+        f"{format_bytes(needed)}."
+    )
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:

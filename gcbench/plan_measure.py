@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 
 from gcbench import racing, runner
 from gcbench.children import Children
 from gcbench.config import Settings
-from gcbench.decision import FOUND, Candidate, choose, ranked
+from gcbench.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.errors import GcbenchError
 from gcbench.forecast import described
 from gcbench.plan_from import plan_of_row
@@ -41,21 +42,44 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     measured = _measured(report, named, planned)
     if not any(each.fits for each in measured):
         raise GcbenchError(f"none of the {len(entered)} settings that were run can be used; {store.folder} says why")
-    others = [each for each in decision.candidates if each not in named]
-    choice = choose(measured)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
-    told = replace(
-        decision,
-        choice=choice,
-        candidates=ranked(measured) + ranked(others),
+    decided = replace(
+        settled(decision, dict(zip(named, measured, strict=True))),
         times_from=f"measurements of {len(entered)} settings in up to {num_rounds} rounds",
         notices=(
             *(notice for notice in decision.notices if notice not in _before(planned)),
             f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
-            "an estimate.",
+            "an estimate, in the scale of what was.",
         ),
     )
-    return replace(planned, decision=told)
+    return replace(planned, decision=decided)
+
+
+def settled(decision: Decision, measured: Mapping[Candidate, Candidate]) -> Decision:
+    """The decision among those that were run, one of which fits at least; what is said is of the new choice.
+
+    Estimates of the others are changed by what those that were run took against theirs: ranking is what is right
+    about them.
+    """
+    choice = choose(list(measured.values()))
+    assert choice is not None
+    scale = median(now.tokens_per_s / was.tokens_per_s for was, now in measured.items() if now.source == "measured")
+    others = [
+        replace(each, tokens_per_s=each.tokens_per_s * scale, step_time_s=each.step_time_s / scale)
+        for each in decision.candidates
+        if each not in measured
+    ]
+    candidates = ranked(list(measured.values())) + ranked(others)
+    entered = next(was for was, now in measured.items() if now == choice)
+    told = next((told for told in decision.told if told.of == entered), None)
+    return replace(
+        decision,
+        choice=choice,
+        candidates=candidates,
+        binding=why_not_faster(candidates, choice),
+        peak_words=decision.peak_words if told is None else told.peak_words,
+        gains=decision.gains if told is None else told.gains,
+    )
 
 
 def _before(planned: Planned) -> tuple[str, ...]:

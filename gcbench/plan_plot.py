@@ -97,11 +97,15 @@ def figure(planned: Planned) -> Figure:
             zorder=4,
         )
     axes.set_xlabel(f"peak memory ({name})")
-    axes.set_ylabel("tokens per second (estimated)" if _is_estimated(planned) else "tokens per second")
+    axes.set_ylabel(f"tokens per second{_of_what(planned)}")
     quiet(axes, "both")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="batch at each point")
     return picture
 
 
-def _is_estimated(planned: Planned) -> bool:
-    return any(each.source != "measured" for each in planned.decision.candidates)
+def _of_what(planned: Planned) -> str:
+    """Whether the rates are estimates."""
+    was_run = {each.source == "measured" for each in planned.decision.candidates}
+    if was_run == {True}:
+        return ""
+    return " (where not run: estimated)" if True in was_run else " (estimated)"

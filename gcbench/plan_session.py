@@ -233,6 +233,7 @@ def decide(
         reserve_frac=RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
         layers_in_order=facts.layers_in_order,
         can_checkpoint=facts.checkpointing_refusal is None,
+        is_confirmed=asked.measure,
         device_here=machine.device if is_here else None,
     )
     answer = children.run(task, on_event=on_event, timeout_s=wanted.timeout)

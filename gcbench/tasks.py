@@ -101,6 +101,7 @@ class PlanTask:
         reserve_frac: the part of the device's memory that is held back.
         layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
         can_checkpoint: whether the model supports it.
+        is_confirmed: whether the best are run before the answer, so that one of them may take the choice's place.
         device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
         calibration_s: seconds that timing operators on it may take, twice; what callers add takes seven more, once.
     """
@@ -120,6 +121,7 @@ class PlanTask:
     layers_in_order: tuple[int, ...] | None
     can_checkpoint: bool
     device_here: str | None
+    is_confirmed: bool = False
     calibration_s: float = 4.0
 
     def as_predictions(self) -> PredictTask:

@@ -16,6 +16,7 @@ from gcbench.decision import AS_FAST_FRAC, FOUND
 from gcbench.planner import search
 from gcbench.planner.layered import Layered
 from gcbench.planner.search import Planner
+from gcbench.racing import contenders
 from gcbench.simulate import timeline
 from gcbench.simulate.child import Session
 from gcbench.simulate.combine import Combiner
@@ -318,6 +319,18 @@ def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
     assert decision.choice is not None and decision.choice.plan != lie
     (notice,) = decision.notices
     assert notice.startswith("Left out, since they cannot be traced: 1 policies that were found (the plan skips what")
+
+
+def test_what_a_measurement_may_choose_instead_is_told_of_as_well(toy):
+    """Of each the words that it would have as the choice; and of none where nothing is going to be run."""
+    toy(four_layers)
+    planner = Planner(task(150_000, is_confirmed=True), FIGURES)
+    decision = planner.decide()
+    rivals = [each for each in contenders(decision.candidates) if each != decision.choice]
+    assert rivals and [told.of for told in decision.told] == rivals
+    assert [told.peak_words for told in decision.told] == [planner._peak_words(each) for each in rivals]
+    assert {told.peak_words for told in decision.told} - {decision.peak_words}
+    assert Planner(task(150_000), FIGURES).decide().told == ()
 
 
 # One planner for several memories

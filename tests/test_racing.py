@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from statistics import fmean
 
 import pytest
 
 from gcbench import racing
-from gcbench.decision import Candidate
+from gcbench.decision import Candidate, Decision, Gain, Told
+from gcbench.plan_measure import settled
 from gcbench.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, standing
 from gcbench.strategies import Plan
 
@@ -176,3 +178,44 @@ def test_a_wrong_bound_is_noticed(monkeypatch, bound):
     with pytest.raises(AssertionError):
         test_of_twenty_winners_one_is_lost_at_a_look(0.04)
         test_most_races_end_early_where_one_is_clearly_better()
+
+
+# What is said once it is measured
+
+
+def decided(*candidates, told=()):
+    return Decision(
+        limit_bytes=None, usable_bytes=None, reserve_frac=0.0, choice=candidates[0], smallest=None,
+        candidates=candidates, largest=(), peak_words="of the first", binding="of the first", told=told,
+        gains=(Gain(name="less for the first", flag=None, peak_bytes=1, fits=True),), times_from="estimates",
+    )  # fmt: skip
+
+
+def test_what_is_said_is_of_the_setting_that_won():
+    """The trap: the words and the levers of the setting that was expected to win."""
+    first, second, slow = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "off")
+    gain = Gain(name="less for the second", flag=None, peak_bytes=1, fits=True)
+    told = Told(of=second, peak_words="of the second", gains=(gain,))
+    decision = decided(first, second, slow, told=(told,))
+    ran = {
+        each: replace(each, source="measured", tokens_per_s=rate) for each, rate in ((first, 480.0), (second, 500.0))
+    }
+    found = settled(decision, ran)
+    assert found.choice == ran[second]
+    assert (found.peak_words, found.gains) == ("of the second", (gain,))
+    # What was not run took half of its estimate too, as far as one can say.
+    assert [each.tokens_per_s for each in found.candidates] == pytest.approx(
+        [500.0, 480.0, 800 * (0.48 + 500 / 990) / 2]
+    )
+    assert found.binding.startswith("Memory does not bind")
+    ran[first] = replace(ran[first], tokens_per_s=510.0)
+    kept = settled(decision, ran)
+    assert (kept.choice, kept.peak_words, kept.gains) == (ran[first], "of the first", decision.gains)
+
+
+def test_one_that_failed_changes_no_estimate():
+    first, second, third = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "off")
+    ran = {first: replace(first, fits=False), second: replace(second, source="measured", tokens_per_s=495.0)}
+    found = settled(decided(first, second, third), ran)
+    assert found.choice == ran[second]
+    assert found.candidates[-1].tokens_per_s == pytest.approx(400.0)

@@ -9,11 +9,12 @@ from dataclasses import replace
 from functools import partial
 
 from gcbench.costs import CardFigures, Figures
-from gcbench.decision import AS_FAST_FRAC, FOUND, Candidate, Decision, Gain, Largest, choose, ranked
+from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, Told, choose, ranked, why_not_faster
 from gcbench.errors import GcbenchError
 from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
 from gcbench.planner.weighing import Weighing
+from gcbench.racing import contenders
 from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
@@ -95,6 +96,7 @@ class Planner:
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
             found = () if shown is None else self._gains(shown, trial)
+        rivals = [each for each in contenders(ranked(candidates)) if each != choice] if self.task.is_confirmed else []
         return Decision(
             limit_bytes=self.task.target.memory_bytes,
             usable_bytes=self.weighing.usable,
@@ -106,7 +108,8 @@ class Planner:
             gains=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
-            binding=self._binding(candidates, choice),
+            binding=None if choice is None else why_not_faster(candidates, choice, needs=self._needs),
+            told=tuple(map(self._told, rivals)),
             times_from=self.weighing.figures.source,
             notices=tuple(self.notices),
         )
@@ -280,21 +283,9 @@ class Planner:
         shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
         return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
 
-    def _binding(self, candidates: Sequence[Candidate], choice: Candidate | None) -> str | None:
-        """What keeps it from being faster."""
-        if choice is None:
-            return None
-        off = [candidate for candidate in candidates if candidate.strategy == OFF]
-        faster = [each for each in off if each.tokens_per_s > (1 + AS_FAST_FRAC) * choice.tokens_per_s]
-        if not faster:
-            return (
-                f"Memory does not bind: with nothing recomputed, no batch is more than {100 * AS_FAST_FRAC:g} % faster."
-            )
-        nearest = min(faster, key=lambda each: each.peak_bytes)
-        line = self.weighing.scaling(nearest.plan).line(nearest.batch_size)
-        needed = self.weighing.counted(line, self.weighing.session)
-        more = nearest.tokens_per_s / choice.tokens_per_s - 1
-        return (
-            f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
-            f"{format_bytes(needed)}."
-        )
+    def _needs(self, candidate: Candidate) -> int:
+        line = self.weighing.scaling(candidate.plan).line(candidate.batch_size)
+        return self.weighing.counted(line, self.weighing.session)
+
+    def _told(self, candidate: Candidate) -> Told:
+        return Told(of=candidate, peak_words=self._peak_words(candidate), gains=self._gains(candidate, None))
