@@ -30,7 +30,7 @@ def of_call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: An
     main = given[0] if given else made[0] if made else None
     dtype = "none" if main is None else _DTYPES.get(main.dtype, str(main.dtype).removeprefix("torch."))
     call, caller = text_of(func, args, kwargs), _caller()
-    if not is_mutable(func) and _is_view(given, made):
+    if not is_mutable(func) and (_is_view(given, made) or name == "_local_scalar_dense"):  # a number, for Python
         return Work(op=name, kind="view", dtype=dtype, nbytes=0, call=call, caller=caller)
     nbytes = sum(map(_touched, given)) + sum(map(_touched, made))
     if name in _PRODUCTS:
