@@ -185,16 +185,16 @@ def _solved(
     # What a call that does nothing takes is Python's part in all that were timed: no caller saves more than that.
     nothing = min((took for work, took in alone.items() if work.kind == "view"), default=0.0)
     model = max(left("layers") / count(works["off", small]["layers"]), 0.0)
-    found = [Overhead(caller="model", call_s=model), Overhead(caller="recompute", call_s=model)]
-    added: dict[Caller, float] = {"recompute": model}
+    found: dict[Caller, Overhead] = {"recompute": Overhead(caller="recompute", call_s=model)}
+    found["model"] = Overhead(caller="model", call_s=model)
     callers: tuple[Caller, ...] = ("backward", "optimizer")
     for caller in callers:
         each = left(caller) / count(works["off", small][caller])
-        added[caller] = min(max(each, -nothing), model)  # nor does any add more than a model's own code
-        found.append(Overhead(caller=caller, call_s=added[caller]))
+        # Nor does any add more than a model's own code.
+        found[caller] = Overhead(caller=caller, call_s=min(max(each, -nothing), model))
 
-    def with_callers(calls: Sequence[tuple[Work, float]]) -> float:
-        return by_themselves(calls) + sum(times * added[work.caller] for work, times in calls)
+    def with_callers(calls: Iterable[tuple[Work, float]]) -> float:
+        return sum(times * (alone[work] + found[work.caller].seconds(work)) for work, times in calls)
 
     outside = count(pair for part in ("before", "after") for pair in works["off", small][part])
     step_s = max(left("before") + left("after") - model * outside, 0.0)
@@ -211,8 +211,8 @@ def _solved(
             calls = [pair for pair in works[strategy, batch]["layers"] if pair[0].caller == caller]
             cold = sum(times * coldness(work) for work, times in calls)
             rows.append((cold / count(calls), extra(strategy, batch) / count(calls)))
-        found.append(_fit(caller, rows, least=model))
-    return tuple(found), step_s
+        found[caller] = _fit(caller, rows, least=model)
+    return tuple(found.values()), step_s
 
 
 def _fit(caller: Caller, rows: Sequence[tuple[float, float]], *, least: float) -> Overhead:

@@ -42,12 +42,13 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     measured = _measured(report, named, planned)
     if not any(each.fits for each in measured):
         raise GcbenchError(f"none of the {len(entered)} settings that were run can be used; {store.folder} says why")
+    before = _before(planned)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
     decided = replace(
         settled(decision, dict(zip(named, measured, strict=True))),
         times_from=f"measurements of {len(entered)} settings in up to {num_rounds} rounds",
         notices=(
-            *(notice for notice in decision.notices if notice not in _before(planned)),
+            *(notice for notice in decision.notices if notice not in before),
             f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
             "an estimate, in the scale of what was.",
         ),

@@ -26,8 +26,7 @@ RECOMPUTED = {
     "segment:2+selective:matmul": ALL,
     "reentrant": ALL,
 }
-LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
-LLAMA_LIKE["pad_token_id"] = 0
+LLAMA_LIKE = {**tiny.LLAMA_LIKE, "pad_token_id": 0}
 GEMMA3 = {
     "text_config": {"head_dim": 8, "sliding_window": 16, **LLAMA_LIKE},
     "vision_config": {

@@ -19,15 +19,14 @@ from gcbench.strategies import Plan
 LAYERS = 3
 """The first, the last, and one between them."""
 BATCH_SIZE = 2
-LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
 FAMILIES = {
     **tiny.CHECKPOINTING,
     # Attention and MLP beside each other; dropout in three places.
-    "phi": {"model_type": "phi", **LLAMA_LIKE, "resid_pdrop": 0.1, "attention_dropout": 0.1},
+    "phi": {"model_type": "phi", **tiny.LLAMA_LIKE, "resid_pdrop": 0.1, "attention_dropout": 0.1},
     # Writes keys into an empty tensor, slice by slice, and routes in groups.
     "deepseek_v3": {
         "model_type": "deepseek_v3",
-        **LLAMA_LIKE,
+        **tiny.LLAMA_LIKE,
         "num_key_value_heads": 4,
         "q_lora_rank": 16,
         "kv_lora_rank": 16,
@@ -44,7 +43,7 @@ FAMILIES = {
     # Writes into views of a tensor of zeros, so that autograd makes views anew.
     "qwen3_next": {
         "model_type": "qwen3_next",
-        **LLAMA_LIKE,
+        **tiny.LLAMA_LIKE,
         "head_dim": 8,
         "num_experts": 4,
         "num_experts_per_tok": 2,

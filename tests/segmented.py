@@ -12,21 +12,20 @@ from gcbench import checkpointing, models, strategies, training
 from gcbench.sources import ModelSource
 
 BATCH_SIZE, SEQ_LEN, WIDTH = 2, 8, 32
-LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 FAMILIES = {
     **tiny.CHECKPOINTING,
     # Its layers return tuples.
-    "falcon": {"model_type": "falcon", **LLAMA_LIKE},
+    "falcon": {"model_type": "falcon", **tiny.LLAMA_LIKE},
     # A mask and rotary tables for each kind of attention.
-    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4, **LLAMA_LIKE},
+    "gemma3_text": {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 4, **tiny.LLAMA_LIKE},
     "granitemoehybrid": {
         "model_type": "granitemoehybrid",
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 32,
         **MAMBA2,
-        **LLAMA_LIKE,
+        **tiny.LLAMA_LIKE,
         "layer_types": ["mamba", "attention"] * 2,
     },
 }

@@ -18,7 +18,6 @@ from gcbench.training import parameter_dtype
 
 BATCH_SIZE = 2
 
-LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
@@ -30,9 +29,9 @@ ALIKE = {
     "bloom": tiny.CONFIGS["bloom"],
     "gpt_neox": tiny.CONFIGS["gpt_neox"],
     "opt": tiny.CONFIGS["opt"],
-    "falcon": {"model_type": "falcon", **LLAMA_LIKE},
+    "falcon": {"model_type": "falcon", **tiny.LLAMA_LIKE},
     "mixtral": tiny.CONFIGS["mixtral"],
-    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "head_dim": 8, **EXPERTS, **LLAMA_LIKE},
+    "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "head_dim": 8, **EXPERTS, **tiny.LLAMA_LIKE},
     "mamba": tiny.CONFIGS["mamba"],
 }
 """Families in which one layer is like another."""
@@ -41,7 +40,7 @@ IN_TURN = {
     # Two kinds of attention, and with them two masks and two rotary tables, each held up to its last layer.
     "gemma2": tiny.CONFIGS["gemma2"],
     # Convolutions and attention.
-    "lfm2": {"model_type": "lfm2", **LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 4},
+    "lfm2": {"model_type": "lfm2", **tiny.LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 4},
     # Mamba and attention, both with experts.
     "granitemoehybrid": {
         "model_type": "granitemoehybrid",
@@ -49,7 +48,7 @@ IN_TURN = {
         "num_experts_per_tok": 2,
         "shared_intermediate_size": 32,
         **MAMBA2,
-        **LLAMA_LIKE,
+        **tiny.LLAMA_LIKE,
         "layer_types": ["mamba", "attention"] * 4,
     },
 }

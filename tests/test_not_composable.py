@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 import toys
-from toys import Layer, Toy
+from toys import LastLayerFirst, Layer, ScaledBetweenLayers, ScaledInPlaceBetweenLayers, Toy
 
 from gcbench import models
 from gcbench.simulate import timeline
@@ -67,28 +67,6 @@ class EveryLayerTwice(Toy):
 class AllLayersTwice(Toy):
     def run(self, hidden, masks):
         return super().run(super().run(hidden, masks), masks)
-
-
-class LastLayerFirst(Toy):
-    def run(self, hidden, masks):
-        for layer in reversed(self.layers):
-            hidden = layer(hidden, masks)
-        return hidden
-
-
-class ScaledBetweenLayers(Toy):
-    def run(self, hidden, masks):
-        for layer in self.layers:
-            hidden = layer(hidden, masks) * 0.5
-        return hidden
-
-
-class ScaledInPlaceBetweenLayers(Toy):
-    def run(self, hidden, masks):
-        for layer in self.layers:
-            hidden = layer(hidden, masks)
-            hidden.mul_(0.5)
-        return hidden
 
 
 class FrozenBelow(Toy):

@@ -5,20 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from segmented import Boom, apply, assert_nothing_is_switched_on, differing, gradients
-from toys import VOCAB_SIZE, Layer, Toy
+from toys import VOCAB_SIZE, LastLayerFirst, Layer, ScaledBetweenLayers, ScaledInPlaceBetweenLayers, Toy
 
 from gcbench.segments import NotASegment
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_test")
 
 TOY_SEGMENTS = ("segment:2", "segment:3", "segment:2+selective:addmm")
-
-
-class ScaledBetweenLayers(Toy):
-    def run(self, hidden, masks):
-        for layer in self.layers:
-            hidden = layer(hidden, masks) * 0.5
-        return hidden
 
 
 class CopiedBetweenLayers(Toy):
@@ -37,13 +30,6 @@ class EveryLayerTwice(Toy):
         return hidden
 
 
-class LastLayerFirst(Toy):
-    def run(self, hidden, masks):
-        for layer in reversed(self.layers):
-            hidden = layer(hidden, masks)
-        return hidden
-
-
 class FirstLayerLeftOut(Toy):
     def run(self, hidden, masks):
         for layer in self.layers[1:]:
@@ -55,16 +41,6 @@ class HiddenStatesByName(Toy):
     def run(self, hidden, masks):
         for layer in self.layers:
             hidden = layer(hidden_states=hidden, masks=masks)
-        return hidden
-
-
-class ScaledInPlaceBetweenLayers(Toy):
-    """The same tensor, and other values."""
-
-    def run(self, hidden, masks):
-        for layer in self.layers:
-            hidden = layer(hidden, masks)
-            hidden.mul_(0.5)
         return hidden
 
 

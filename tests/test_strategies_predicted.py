@@ -25,7 +25,6 @@ from gcbench.strategies import Plan, Policy
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCH_SIZE = 2
-LLAMA_LIKE = {name: value for name, value in tiny.CONFIGS["llama"].items() if name != "model_type"}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 HYBRID = {
     "model_type": "granitemoehybrid",
@@ -33,13 +32,13 @@ HYBRID = {
     "num_experts_per_tok": 2,
     "shared_intermediate_size": 32,
     **MAMBA2,
-    **LLAMA_LIKE,
+    **tiny.LLAMA_LIKE,
     "layer_types": ["mamba", "attention"] * 6,
 }
 FAMILIES = {
     **{family: tiny.CONFIGS[family] for family in tiny.CHECKPOINTING},
     "granitemoehybrid": HYBRID,
-    "lfm2": {"model_type": "lfm2", **LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 6},
+    "lfm2": {"model_type": "lfm2", **tiny.LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 6},
 }
 LOOPING = ("mamba", "granitemoehybrid")
 """Families that go through the sequence token by token or chunk by chunk: four tokens are enough for them."""

@@ -8,7 +8,7 @@ from pathlib import Path
 NUM_LAYERS = 4
 MAX_SEQ_LEN = 128
 
-_LLAMA_LIKE = {
+LLAMA_LIKE = {
     "vocab_size": 256,
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -31,23 +31,23 @@ _GPT_LIKE = {
 }
 
 CHECKPOINTING: dict[str, dict[str, object]] = {
-    "llama": {"model_type": "llama", **_LLAMA_LIKE},
+    "llama": {"model_type": "llama", **LLAMA_LIKE},
     # Dropout is on by default, at 0.1 in three places: the recompute has to draw the same masks again.
     "gpt2": {"model_type": "gpt2", **_GPT_LIKE},
-    "qwen3": {"model_type": "qwen3", "head_dim": 8, **_LLAMA_LIKE},
+    "qwen3": {"model_type": "qwen3", "head_dim": 8, **LLAMA_LIKE},
     # Refuses sdpa, caps its logits and alternates two kinds of attention.
-    "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 16, **_LLAMA_LIKE},
-    "gpt_neox": {"model_type": "gpt_neox", **_LLAMA_LIKE},
+    "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 16, **LLAMA_LIKE},
+    "gpt_neox": {"model_type": "gpt_neox", **LLAMA_LIKE},
     "opt": {
         "model_type": "opt",
         "ffn_dim": 64,
         "word_embed_proj_dim": 32,
-        **_LLAMA_LIKE,
+        **LLAMA_LIKE,
         "pad_token_id": 1,
     },
     # No positions, so no maximum length.
     "bloom": {"model_type": "bloom", "vocab_size": 256, "hidden_size": 32, "n_layer": NUM_LAYERS, "n_head": 4},
-    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, **_LLAMA_LIKE},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, **LLAMA_LIKE},
     # No attention at all.
     "mamba": {
         "model_type": "mamba",

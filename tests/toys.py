@@ -60,6 +60,30 @@ class Toy(nn.Module):
         return SimpleNamespace(loss=nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
 
 
+class ScaledBetweenLayers(Toy):
+    def run(self, hidden, masks):
+        for layer in self.layers:
+            hidden = layer(hidden, masks) * 0.5
+        return hidden
+
+
+class ScaledInPlaceBetweenLayers(Toy):
+    """The same tensor, and other values."""
+
+    def run(self, hidden, masks):
+        for layer in self.layers:
+            hidden = layer(hidden, masks)
+            hidden.mul_(0.5)
+        return hidden
+
+
+class LastLayerFirst(Toy):
+    def run(self, hidden, masks):
+        for layer in reversed(self.layers):
+            hidden = layer(hidden, masks)
+        return hidden
+
+
 def predictor(make, *, exact=False, optim="sgd", precision="fp32"):
     with torch.device("meta"):
         return Predictor(make(), precision=precision, optim=optim, exact=exact)

@@ -129,21 +129,15 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
             self.is_loop = False
         result = super().__torch_dispatch__(func, types, args, kwargs)
         made = range(before, len(self.trace.blocks))
-        if made and args and isinstance(args[0], (list, tuple)) and _are_tensors(args[0]):
-            for number in made:
-                self._attribute(number, args[0][(number - before) % len(args[0])])
-        else:
-            for number in made:
-                self._attribute(number, *args, *(kwargs or {}).values())
+        given = (*args, *(kwargs or {}).values())
+        for number in made:
+            each = (args[0][(number - before) % len(args[0])],) if args and _are_tensors(args[0]) else given
+            owner = self._owner(each)
+            if owner >= 0:
+                self.owners[number] = owner
         if len(self.works) > worked:
-            is_list = any(isinstance(arg, (list, tuple)) and _are_tensors(arg) for arg in args)
-            self.served.append(_ALL if is_list else self._owner((*args, *(kwargs or {}).values())))
+            self.served.append(_ALL if any(map(_are_tensors, args)) else self._owner(given))
         return result
-
-    def _attribute(self, number: int, *sources: Any) -> None:
-        owner = self._owner(sources)
-        if owner >= 0:
-            self.owners[number] = owner
 
     def _owner(self, sources: Iterable[Any]) -> int:
         """The one parameter that these serve, or `_NONE`."""
@@ -156,8 +150,9 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
         return owners.pop() if len(owners) == 1 else _NONE
 
 
-def _are_tensors(values: Iterable[Any]) -> bool:
-    return isinstance(next(iter(values), None), torch.Tensor)
+def _are_tensors(value: Any) -> bool:
+    """Whether it is a list of tensors."""
+    return isinstance(value, (list, tuple)) and isinstance(next(iter(value), None), torch.Tensor)
 
 
 def _trace(
