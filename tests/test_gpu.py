@@ -137,7 +137,7 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model):
     result = cli(*big, "--memory-limit", (enough + too_little) // 2, "--json")
     assert result.code == 0, result.err
     assert [row["status"] for row in result.rows.values()] == ["oom", "ok"]
-    assert "out of memory in the " in result.rows["off"]["message"]
+    assert "memory ran out in the " in result.rows["off"]["message"]
     assert result.rows["per-layer"]["peak_allocated_bytes"] == free.rows["per-layer"]["peak_allocated_bytes"]
 
 

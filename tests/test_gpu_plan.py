@@ -15,7 +15,13 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
 ]
 
-WIDE = {"hidden_size": 1024, "intermediate_size": 3072, "num_attention_heads": 8, "num_hidden_layers": 8}
+WIDE = {
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 8,
+    "max_position_embeddings": 2048,
+}
 
 
 def gcbench(*args, cwd):

@@ -1,0 +1,164 @@
+"""Trains in a plain loop, as people write it, and keeps what PyTorch's CUDA allocator counted: a truth of its own.
+
+    python benchmarks/plain_loop.py OUT.json              every case that OUT.json lacks, each in a fresh process
+    python benchmarks/plain_loop.py OUT.json NAME …       those cases
+
+Nothing of gcbench trains or measures here: a model from its config, AdamW, `loss.backward()`. What the predictor is
+held to must not have come from the code that it imitates. Besides the peaks every allocation of the measured step is
+kept in order (`events`: bytes taken, negative where given back), so that a difference can be found, not guessed.
+Needs a CUDA device.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+CASES: dict[str, dict[str, Any]] = {
+    "qwen2.5-0.5b, off": {"model": "qwen2.5-0.5b", "batch": 2, "seq": 1024},
+    "qwen2.5-0.5b, per-layer": {"model": "qwen2.5-0.5b", "batch": 2, "seq": 1024, "every": 1},
+    "opt-125m, bf16-mixed, per-layer": {
+        "model": "opt-125m",
+        "batch": 4,
+        "seq": 512,
+        "every": 1,
+        "mixed": True,
+        "set": {"layerdrop": 0.0},
+    },
+    "qwen3-1.7b, LoRA, off": {"model": "qwen3-1.7b", "batch": 2, "seq": 1024, "layers": 6, "lora_r": 8},
+    "qwen2.5-0.5b, LoRA, outputs kept": {
+        "model": "qwen2.5-0.5b",
+        "batch": 1,
+        "seq": 1024,
+        "lora_r": 16,
+        "lora_targets": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "keeps_outputs": True,
+    },
+    "llama-3.2-1b, off": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024},
+    "llama-3.2-1b, every:2": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "every": 2},
+    "llama-3.2-1b, bf16-mixed, off": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "mixed": True},
+    "gpt2, bf16-mixed, off": {"model": "gpt2", "batch": 8, "seq": 1024, "mixed": True},
+    "gpt2, fp32, per-layer": {"model": "gpt2", "batch": 8, "seq": 1024, "dtype": "float32", "every": 1},
+    "llama-3.2-1b, three micro-batches": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "micro_batches": 3},
+    "llama-3.2-1b, three micro-batches, per-layer, outputs kept": {
+        "model": "llama-3.2-1b",
+        "batch": 2,
+        "seq": 1024,
+        "every": 1,
+        "micro_batches": 3,
+        "keeps_outputs": True,
+    },
+    "gemma-3-1b, 12 layers, off": {"model": "gemma-3-1b", "batch": 2, "seq": 1024, "layers": 12},
+    "qwen3-30b-a3b, 3 layers, off": {"model": "qwen3-30b-a3b", "batch": 1, "seq": 1024, "layers": 3},
+}
+"""Sizes in sequences and tokens; parameters in bf16 unless `dtype` or `mixed` (fp32 under bf16 autocast) says other."""
+
+
+def train(case: dict[str, Any]) -> dict[str, Any]:
+    """The peaks of the third step, in bytes, and its allocations in order."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from gcbench import models, sources
+
+    torch.manual_seed(0)
+    config = models.build_config(
+        sources.resolve(case["model"]), layers=case.get("layers"), overrides=case.get("set", {})
+    )
+    mixed = case.get("mixed", False)
+    dtype = torch.float32 if mixed else getattr(torch, case.get("dtype", "bfloat16"))
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if "lora_r" in case:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(
+            model, LoraConfig(r=case["lora_r"], task_type="CAUSAL_LM", target_modules=case.get("lora_targets"))
+        )
+    model.train()
+    if "every" in case:
+        if "lora_r" in case:
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        layers = [m for m in model.modules() if hasattr(m, "gradient_checkpointing") and m is not model]
+        flagged = [m for m in layers if "_gradient_checkpointing_func" in vars(m)]
+        for number, layer in enumerate(flagged):
+            layer.gradient_checkpointing = number % case["every"] == 0
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    ids = torch.randint(100, 1000, (case["batch"], case["seq"]), device="cuda")
+
+    def step() -> None:
+        for _ in range(case.get("micro_batches", 1)):
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
+                if case.get("keeps_outputs"):
+                    outputs = model(input_ids=ids, labels=ids, use_cache=False)
+                    loss = outputs.loss
+                else:
+                    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for _ in range(2):
+        step()
+        torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.memory._record_memory_history(context=None)
+    step()
+    torch.cuda.synchronize()
+    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
+    signs = {"alloc": 1, "free_completed": -1}
+    return {
+        "allocated_bytes": peaks[0],
+        "reserved_bytes": peaks[1],
+        "allocated_before_bytes": before,
+        "num_alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "events": [signs[event["action"]] * event["size"] for event in trace if event["action"] in signs],
+    }
+
+
+def main() -> None:
+    """Run the cases that are asked for and are not there yet, and save after each."""
+    path, names = Path(sys.argv[1]), sys.argv[2:]
+    if names[:1] == ["--one"]:
+        print(json.dumps(train(CASES[names[1]])))
+        return
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
+    for name in names or CASES:
+        if name in stored["cases"] and "allocated_bytes" in stored["cases"][name]:
+            continue
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, __file__, str(path), "--one", name], capture_output=True, text=True, env=os.environ
+        )
+        lines = done.stdout.splitlines()
+        found = json.loads(lines[-1]) if done.returncode == 0 else {"failure": done.stderr.strip()[-400:]}
+        stored["cases"][name] = {**CASES[name], **found}
+        stored.update(_machine())
+        path.write_text(json.dumps(stored) + "\n")
+        said = found.get("failure") or f"{found['allocated_bytes']:,} allocated, {found['reserved_bytes']:,} reserved"
+        print(f"{name}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
+
+
+def _machine() -> dict[str, Any]:
+    import torch
+    import transformers
+
+    return {
+        "command": "python benchmarks/plain_loop.py",
+        "device_name": torch.cuda.get_device_name(0),
+        "device_memory_bytes": torch.cuda.get_device_properties(0).total_memory,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+    }
+
+
+if __name__ == "__main__":
+    main()
