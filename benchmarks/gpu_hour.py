@@ -50,7 +50,8 @@ def main() -> None:
 
         if "tests" in stages:
             tests = [str(path) for path in sorted((ROOT / "tests").glob("**/test_gpu*.py"))]
-            stage("tests", *python, "-m", "pytest", "-m", "gpu", "-q", "-n", "6", *tests, at_most_s=180)
+            quiet = ("-m", "gpu", "-q", "--tb=short", "-n", "8")  # memory alone is asserted, so they may share the card
+            stage("tests", *python, "-m", "pytest", "-p", "no:benchmark", *quiet, *tests, at_most_s=180)
         if "loops" in stages:
             stage("loops", *python, "benchmarks/plain_loop.py", str(out / "plain-loop.json"), at_most_s=120)
         for name, flags in RUNS.items() if "runs" in stages else ():

@@ -12,10 +12,9 @@ Needs a CUDA device.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +120,7 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "reserved_bytes": peaks[1],
         "allocated_before_bytes": before,
         "num_alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "machine": _machine(),
         "events": [signs[event["action"]] * event["size"] for event in trace if event["action"] in signs],
     }
 
@@ -132,20 +132,21 @@ def main() -> None:
         print(json.dumps(train(CASES[names[1]])))
         return
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
-    for name in names or CASES:
-        if name in stored["cases"] and "allocated_bytes" in stored["cases"][name]:
-            continue
-        begin = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, __file__, str(path), "--one", name], capture_output=True, text=True, env=os.environ
-        )
-        lines = done.stdout.splitlines()
-        found = json.loads(lines[-1]) if done.returncode == 0 else {"failure": done.stderr.strip()[-400:]}
-        stored["cases"][name] = {**CASES[name], **found}
-        stored.update(_machine())
-        path.write_text(json.dumps(stored) + "\n")
-        said = found.get("failure") or f"{found['allocated_bytes']:,} allocated, {found['reserved_bytes']:,} reserved"
-        print(f"{name}: {said} ({time.perf_counter() - begin:.0f} s)", flush=True)
+    waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
+    with ThreadPoolExecutor(3) as pool:  # what a process allocates does not depend on others that have room
+        for done in as_completed([pool.submit(_in_a_process, name) for name in waiting]):
+            name, found = done.result()
+            stored.update(found.pop("machine", {}))
+            stored["cases"][name] = {**CASES[name], **found}
+            path.write_text(json.dumps(stored) + "\n")
+            said = found.get("failure") or f"{found['allocated_bytes']:,} and {found['reserved_bytes']:,} reserved"
+            print(f"{name}: {said}", flush=True)
+
+
+def _in_a_process(name: str) -> tuple[str, dict[str, Any]]:
+    done = subprocess.run([sys.executable, __file__, "", "--one", name], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    return name, json.loads(lines[-1]) if done.returncode == 0 else {"failure": done.stderr.strip()[-400:]}
 
 
 def _machine() -> dict[str, Any]:
