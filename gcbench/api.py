@@ -23,6 +23,7 @@ from gcbench.resolve import unsupported
 from gcbench.segments import NotASegment
 from gcbench.simulate.stage import Stage
 from gcbench.strategies import Plan
+from gcbench.units import counted
 
 _BEFORE = "_gcbench_before"
 """The attribute of a model that holds what `remove` puts back."""
@@ -186,8 +187,8 @@ def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
     if isinstance(wanted, Plan):
         if wanted.num_layers != len(layers):
             raise ValueError(
-                f"the plan is for {wanted.num_layers} layers and {type(model).__name__} has {len(layers)}; make one "
-                f"with num_layers={len(layers)}"
+                f"the plan is for {counted(wanted.num_layers, 'layer')} and {type(model).__name__} has {len(layers)}; "
+                f"make one with num_layers={len(layers)}"
             )
         return wanted
     assert strategy is not None

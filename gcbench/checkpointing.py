@@ -25,6 +25,7 @@ from gcbench.operators import operator_name, targets
 from gcbench.segments import Contexts, NotASegment, Segment
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.selective import NAMED
+from gcbench.units import counted
 
 Groups = Sequence[tuple[Sequence[int], Policy]]
 
@@ -127,7 +128,7 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     """
     layers = checkpointable_layers(model)
     if plan.num_layers != len(layers):
-        raise ValueError(f"the plan is for {plan.num_layers} layers and the model has {len(layers)}")
+        raise ValueError(f"the plan is for {counted(plan.num_layers, 'layer')} and the model has {len(layers)}")
     counter = RecomputeCounter(is_blind=plan.compiled)
     apply_groups(model, layers, plan.treated(), counter)
     if plan.compiled:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gcbench.predicted import NOTHING, PredictedCell, checkpointing_lever, where
 from gcbench.prediction import LayerShare, Prediction, Share, Term
 from gcbench.records import Report
-from gcbench.units import format_bytes, format_percent
+from gcbench.units import counted, format_bytes, format_percent
 from gcbench.words import listed
 
 if TYPE_CHECKING:
@@ -176,7 +176,9 @@ def _block(cell: PredictedCell, *, tried: bool) -> Block | None:
     if prediction is None or said is None:
         return None
     peak = prediction.memory.allocated_bytes
-    attention = ", ".join(f"{kernel} ({count} calls traced)" for kernel, count in prediction.attention.items())
+    attention = ", ".join(
+        f"{kernel} ({counted(count, 'call')} traced)" for kernel, count in prediction.attention.items()
+    )
     facts = (
         ("operator", said.op),
         ("layers keep", kept_text(said.kept)),

@@ -23,6 +23,7 @@ from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.tables import failed_proof, rows
+from gcbench.units import counted
 
 _STEPS = 2
 """Timed steps of a contender in a round."""
@@ -41,16 +42,16 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     report, num_rounds = _race(report, job, planned, children=children, store=store, progress=progress)
     measured = _measured(report, named, planned)
     if not any(each.fits for each in measured):
-        raise GcbenchError(f"none of the {len(entered)} settings that were run can be used; {store.folder} says why")
+        raise GcbenchError(f"none of {counted(len(entered), 'setting')} that ran can be used; {store.folder} says why")
     before = _before(planned)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
     decided = replace(
         settled(decision, dict(zip(named, measured, strict=True))),
-        times_from=f"measurements of {len(entered)} settings in up to {num_rounds} rounds",
+        times_from=f"measurements of {counted(len(entered), 'setting')} in up to {counted(num_rounds, 'round')}",
         notices=(
             *(notice for notice in decision.notices if notice not in before),
-            f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
-            "an estimate, in the scale of what was.",
+            f"Measured: {counted(len(entered), 'setting')} that could be the best, {counted(steps, 'training step')}; "
+            "what was not run is an estimate, in the scale of what was.",
         ),
     )
     return replace(planned, decision=decided)

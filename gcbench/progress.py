@@ -13,7 +13,7 @@ from rich.text import Text
 
 from gcbench.records import Cell, Outcome
 from gcbench.tasks import Event
-from gcbench.units import format_bytes, format_seconds
+from gcbench.units import counted, format_bytes, format_seconds
 
 
 def label(cell: Cell) -> str:
@@ -71,7 +71,7 @@ class PlainProgress(QuietProgress):
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
         self._num_rounds = num_rounds
-        self._say(f"measuring: {num_steps} training steps or more, in {num_rounds} rounds")
+        self._say(f"measuring: {counted(num_steps, 'training step')} or more, in {counted(num_rounds, 'round')}")
 
     def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         self._where = f"round {round + 1}/{self._num_rounds} {label(cell)}"

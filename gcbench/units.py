@@ -72,6 +72,11 @@ def format_percent(fraction: float | None, *, sign: bool = False) -> str:
     return f"{text.replace('-', '−')} %"
 
 
+def counted(number: int, noun: str) -> str:
+    """`"1 layer"`, `"12 layers"`, `"1,024 tokens"`: a number with a noun that takes an s."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def format_count(count: int | None) -> str:
     """124439808 as `"124 M"`, 8030261248 as `"8.03 B"`; `"–"` for unknown."""
     if count is None:

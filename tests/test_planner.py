@@ -318,7 +318,7 @@ def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
     decision = Planner(task(150_000), FIGURES).decide()
     assert decision.choice is not None and decision.choice.plan != lie
     (notice,) = decision.notices
-    assert notice.startswith("Left out, since they cannot be traced: 1 policies that were found (the plan skips what")
+    assert notice.startswith("Left out, since they cannot be traced: 1 policy that was found (the plan skips what")
 
 
 def test_what_a_measurement_may_choose_instead_is_told_of_as_well(toy):

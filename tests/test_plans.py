@@ -38,8 +38,8 @@ ONE_EACH = ((0,), (2,))
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"groups": ONE_EACH, "policies": (Policy(),)}, "2 groups and 1 policies; give each one"),
-        ({"policies": (Policy(),)}, "0 groups and 1 policies"),
+        ({"groups": ONE_EACH, "policies": (Policy(),)}, "2 groups and 1 policy; give each one"),
+        ({"policies": (Policy(),)}, "0 groups and 1 policy"),
         ({"groups": ONE_EACH, "policies": (Policy(),) * 3}, "2 groups and 3 policies"),
         (
             {"groups": ((0,), (1, 2)), "policies": (Policy(), Policy(reentrant=True))},

@@ -145,7 +145,8 @@ class Planner:
         told = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
         policies = [why for plan, why in refused.items() if plan in uniform[2:]]
         if policies:
-            told.append(f"{len(policies)} policies that were found ({policies[0]})")
+            number = "1 policy that was" if len(policies) == 1 else f"{len(policies)} policies that were"
+            told.append(f"{number} found ({policies[0]})")
         self.notices.append(f"Left out, since they cannot be traced: {', '.join(told)}.")
 
     def _is_composed(self, plan: Plan) -> bool:

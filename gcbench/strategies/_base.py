@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from gcbench.units import counted
+
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
@@ -68,10 +70,11 @@ class Plan:
             following = group[-1] + 1
         if following > self.num_layers:
             raise ValueError(
-                f"layer {following - 1} is beyond a model of {self.num_layers} layers; the first is layer 0"
+                f"layer {following - 1} is beyond a model of {counted(self.num_layers, 'layer')}; the first is layer 0"
             )
         if self.policies and len(self.policies) != len(self.groups):
-            raise ValueError(f"there are {len(self.groups)} groups and {len(self.policies)} policies; give each one")
+            given = "1 policy" if len(self.policies) == 1 else f"{len(self.policies)} policies"
+            raise ValueError(f"there are {counted(len(self.groups), 'group')} and {given}; give each one")
         several = any(len(group) > 1 for group in self.groups)
         if any(len(group) > 1 and policy.reentrant for group, policy in self.treated()):
             raise ValueError("the reentrant variant recomputes layers one by one; take groups of one layer")
@@ -198,9 +201,9 @@ def number(name: str, argument: str | None, *, example: str) -> int:
 def check_depth(spec: str, needed: int, num_layers: int, *, take: str) -> None:
     """Raises ValueError when a model has fewer layers than a strategy needs; `take` begins what would fit."""
     if needed > num_layers:
-        raise ValueError(
-            f"{spec} needs at least {needed} layers and the model has {num_layers}; take {take} 1 to {num_layers}"
-        )
+        fitting = f"{take} 1 to {num_layers}" if num_layers > 1 else f"{spec.partition(':')[0]}:1"
+        what = f"take {fitting}" if num_layers else "take off"
+        raise ValueError(f"{spec} needs at least {counted(needed, 'layer')} and the model has {num_layers}; {what}")
 
 
 def singles(layers: range) -> tuple[tuple[int, ...], ...]:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gcbench.strategies._base import Kind, Plan, Policy, Strategy
+from gcbench.units import counted
 
 _EXAMPLE = '{"groups": [{"layers": [0, 1]}, {"layers": [2], "keep": ["mm"]}]}'
 _GROUP = {"layers", "keep", "skip", "offload", "reentrant"}
@@ -113,8 +114,8 @@ def _parse(argument: str | None) -> Strategy:
     def plan_for(num_layers: int) -> Plan:
         if (named and stored.num_layers != num_layers) or stored.num_layers > num_layers:
             raise ValueError(
-                f"plan:{argument} is for {stored.num_layers} layers and the model has {num_layers}; change its "
-                "num_layers and groups"
+                f"plan:{argument} is for {counted(stored.num_layers, 'layer')} and the model has {num_layers}; change "
+                "its num_layers and groups"
             )
         return Plan(
             num_layers=num_layers,
