@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import warnings
 from collections.abc import Iterable, Sequence
@@ -10,11 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from gcbench import model_words
 from gcbench.errors import UnavailableError, UsageError, first_sentence
 from gcbench.records import ALL_LINEAR, Lora
-
-_MOST_NAMES = 10
-"""Names that an error message lists."""
 
 
 def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
@@ -61,29 +58,38 @@ def _refusal(
     err: Exception, model: torch.nn.Module, lora: Lora, modules: Sequence[str], linear: Sequence[str]
 ) -> UsageError:
     """What an exception of peft means to the user."""
-    text = first_sentence(err)
-    choice = f"some of its linear layers: {_listed(linear)}"
+    text = first_sentence(err).removeprefix("[PEFT:PeftType.LORA] ")
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    remedy = model_words.name_targets(str(kind), linear)
     if lora.target_modules is None:
-        kind = getattr(model.config, "model_type", type(model).__name__)
-        why = f"knows no target modules for a {kind} model" if "target_modules" in text else f"says: {text}"
-        return UsageError(f"--lora-r: peft {why}; name them with --lora-target-modules, {choice}")
+        if "target_modules" in text:
+            return model_words.no_default_targets(str(kind), linear)
+        return UsageError(f"--lora-r: peft says: {text}; {remedy}")
     lost = [name for name in lora.target_modules if not _fits(name, modules)]
     if lost and "not found in the base model" in text:
         return _no_such_module(lost, modules, linear)
     unsuited = re.match(r"Target module (\w+).* is not supported", str(err), flags=re.DOTALL)
-    why = f"has no adapter for a {unsuited[1]}" if unsuited else f"says: {text.removeprefix('[PEFT:PeftType.LORA] ')}"
-    return UsageError(f"--lora-target-modules {','.join(lora.target_modules)}: peft {why}; name {choice}")
+    why = f"has no adapter for a {unsuited[1]}" if unsuited else f"says: {text}"
+    if lora.target_modules == (ALL_LINEAR,) and model_words.possible_targets(str(kind), linear) == (ALL_LINEAR,):
+        remedy = f"name some of its linear layers: {model_words.some_of(linear)}"
+    return UsageError(
+        f"--lora-target-modules {','.join(lora.target_modules)}: peft {why}; {remedy.replace('add ', 'take ', 1)}"
+    )
 
 
 def _no_such_module(lost: Sequence[str], modules: Sequence[str], linear: Sequence[str]) -> UsageError:
-    others = (path.rpartition(".")[2] for path in modules)
-    parts = list(dict.fromkeys([*linear, *(name for name in others if not name.isdecimal())]))
-    near = dict.fromkeys(found for name in lost for found in difflib.get_close_matches(name, parts, n=1))
-    hint = f"did you mean {' and '.join(near)}? " if near else ""
-    named = " or ".join(map(repr, lost))
-    return UsageError(
-        f"--lora-target-modules: the model has no module {named}; {hint}its linear layers are {_listed(linear)}"
-    )
+    return model_words.no_such_module(lost, dict.fromkeys(path.rpartition(".")[2] for path in modules), linear)
+
+
+def default_targets(model: torch.nn.Module) -> tuple[str, ...] | None:
+    """None where peft knows which modules of this type of model get adapters; else all that it can adapt."""
+    try:
+        from peft.utils import constants
+    except ImportError:
+        return None  # `with_adapters` says what is missing
+    kind = str(getattr(model.config, "model_type", ""))
+    known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    return None if kind in known else model_words.possible_targets(kind, _linear_names(model))
 
 
 def _fits(name: str, modules: Iterable[str]) -> bool:
@@ -100,8 +106,3 @@ def _linear_names(model: torch.nn.Module) -> list[str]:
         if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
     )
     return [name for name in dict.fromkeys(names) if not name.isdecimal()]
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = ", …" if len(names) > _MOST_NAMES else ""
-    return ", ".join(names[:_MOST_NAMES]) + more

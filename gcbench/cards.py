@@ -89,6 +89,14 @@ def find(name: str, extra: Path | None = None) -> Card:
     )
 
 
+def among(needed_bytes: int, limit_bytes: int) -> int | None:
+    """Over how many devices of `limit_bytes` something would have to be divided that no card of the catalogue holds;
+    None where one does."""
+    if needed_bytes <= max(card.memory_bytes for card in cards()):
+        return None
+    return -(-needed_bytes // limit_bytes)
+
+
 def read(path: Path) -> tuple[Card, ...]:
     """The cards in a user's TOML file, in its order; raises UsageError with every mistake found."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import check_view, checks, runner, sources
+from gcbench import check_view, checks, preflight, runner, sources
 from gcbench.checks import FAILED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
@@ -49,9 +49,18 @@ class Wanted:
 
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
+    source = preflight.examine(
+        sources.resolve(wanted.model, trust_remote_code=wanted.trust_remote_code, overrides=wanted.overrides),
+        preflight.Wanted(
+            overrides=wanted.overrides or {},
+            layers=wanted.layers,
+            seq_lens=(wanted.seq_len,),
+            strategies=wanted.strategies or (),
+            precision=wanted.precisions[0] if wanted.precisions and len(wanted.precisions) == 1 else None,
+        ),
+    )
     if out is not None:
         Store.create(out)
-    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     err = Console(stderr=True)
     with ForkedChildren() as children:
         if err.is_terminal and not quiet:
@@ -59,6 +68,7 @@ def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quie
                 done = run(wanted, source=source, children=children, command=command, on_result=status.update)
         else:
             done = run(wanted, source=source, children=children, command=command)
+    done = replace(done, notices=(*source.notices, *done.notices))
     if out is not None:
         write_text(out / "check.json", json.dumps(encode(done), indent=1) + "\n")
         write_text(out / "check.md", check_view.markdown(done))
@@ -111,10 +121,12 @@ def run(
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
+    notices: dict[str, None] = {}
     while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
         answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
         runner.raise_refusal(Answer(refusal=answer.refusal))
         facts = answer.facts or facts
+        notices |= dict.fromkeys(answer.notices)
         lost = [n for n, _ in waiting if n not in results]
         if lost:  # the child ended at the first of them
             why = answer.failure.message if answer.failure else "the process ended without a word"
@@ -134,6 +146,7 @@ def run(
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,
         wall_s=wall_s,
+        notices=tuple(notices),
     )
 
 

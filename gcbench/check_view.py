@@ -17,7 +17,7 @@ from gcbench.checks import (
     Combination,
     Setting,
 )
-from gcbench.units import format_count, format_seconds
+from gcbench.units import counted, format_count, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -48,7 +48,7 @@ class Problem:
 
 def title(check: Check) -> str:
     """What was trained."""
-    size = f"{format_count(check.num_params)} parameters, {check.num_layers} layers"
+    size = f"{format_count(check.num_params)} parameters, {counted(check.num_layers, 'layer')}"
     return f"{check.model} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
 
 
@@ -81,7 +81,7 @@ def summary(check: Check) -> str:
     counts = {verdict: sum(r.verdict == verdict for r in check.results) for verdict in MARKS}
     done = len(check.results)
     good = counts[IDENTICAL] + counts[WITHIN_NOISE]
-    parts = [f"{good} of {done} combinations train with the gradients of off"]
+    parts = [f"{good} of {counted(done, 'combination')} {'trains' if done == 1 else 'train'} with the gradients of off"]
     if counts[IDENTICAL] and counts[WITHIN_NOISE]:
         parts[0] += f" ({counts[IDENTICAL]} bit by bit)"
     elif counts[IDENTICAL]:
@@ -155,6 +155,8 @@ class View:
                 grid.add_row(f"  {name}", said)
                 yield grid
         yield Text("")
+        for notice in self.check.notices:
+            yield Text(notice, style="bold")
         yield Text(summary(self.check))
         yield Text(times(self.check), style="dim")
 
@@ -199,7 +201,8 @@ def markdown(check: Check) -> str:
     for setting in settings:
         cells = [found.get((setting, name)) for name in names]
         lines.append(f"| {setting.label} | " + " | ".join(_cell(c) for c in cells) + " |")
-    lines += ["", summary(check), ""]
+    lines += ["", *(f"- {notice}" for notice in check.notices), *([""] if check.notices else [])]
+    lines += [summary(check), ""]
     for problem in problems(check):
         lines += [f"## {problem.verdict}: {where(problem)}", ""]
         lines += [f"- {name}: {said}" for name, said in _told(problem)]

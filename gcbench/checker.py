@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from gcbench import checkpointing, devices, models, resolve, strategies
+from gcbench.adapters import default_targets
 from gcbench.checks import (
     FAILED,
     FROZEN_BASE,
@@ -32,12 +33,13 @@ from gcbench.checks import (
     Verdict,
 )
 from gcbench.diagnoses import Observation, diagnose
-from gcbench.errors import GcbenchError, UnavailableError, first_sentence
-from gcbench.records import Lora, ModelFacts, Phase
+from gcbench.errors import GcbenchError, MissingLibrary, UnavailableError, first_sentence
+from gcbench.records import ALL_LINEAR, Lora, ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.tables import tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
 from gcbench.training import TrainingStep, parameter_dtype, random_batch
+from gcbench.units import counted
 
 NUM_STEPS = 2
 """The second shows what the first step's update made of it."""
@@ -118,7 +120,7 @@ def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> An
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     for number, combination in task.combinations:
         tell(replace(checker.check(combination, tell), number=number))
-    return Answer(facts=checker.facts)
+    return Answer(facts=checker.facts, notices=tuple(checker.notices))
 
 
 class _Checker:
@@ -135,10 +137,11 @@ class _Checker:
         try:
             self.facts: ModelFacts = models.facts(self.source, self.config, None, changed=bool(task.overrides))
         except UnavailableError as err:
-            if task.full_size:
+            if task.full_size or isinstance(err, MissingLibrary):
                 raise
             raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
         self._references: dict[Setting, _Reference | Exception] = {}
+        self.notices: list[str] = []
 
     def check(self, asked: Combination, tell: Callable[[ReferenceRun], None]) -> Checked:
         """One combination; what it raises is its result."""
@@ -190,11 +193,22 @@ class _Checker:
             dtype=parameter_dtype(setting.precision),
             attn_implementation=None if own else setting.attn_implementation,
             seed=self.task.seed,
-            lora=Lora(r=_LORA_R) if setting.tuned == LORA else None,
+            lora=self._lora() if setting.tuned == LORA else None,
         )
         if setting.tuned == FROZEN_BASE:
             _freeze_base(model)
         return model
+
+    def _lora(self) -> Lora:
+        """Adapters where peft puts them; where it knows no modules of this type of model, on all that it can adapt."""
+        targets = default_targets(models.build_meta(self.config))
+        if targets is not None:
+            where = "all linear layers" if targets == (ALL_LINEAR,) else ", ".join(targets)
+            self.notices.append(
+                f"peft knows no LoRA target modules for a {self.facts.model_type} model: with lora, adapters are on "
+                f"{where}."
+            )
+        return Lora(r=_LORA_R, target_modules=targets)
 
     def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: _Seen) -> None:
         """Train a copy of the model for two steps, and note what there is to see."""
@@ -244,7 +258,15 @@ class _Checker:
             number=0,
             verdict=UNSUPPORTED,
             message=f"{asked.setting.label} does not run without checkpointing either ({type(err).__name__}: {text})",
+            remedy=None if isinstance(err, GcbenchError) else self._next_step(asked.setting),
         )
+
+    def _next_step(self, setting: Setting) -> str:
+        """What to do about a setting that fails by itself."""
+        size = "" if self.task.full_size else " Or add --full-size, as it may be that of the smaller model alone."
+        if setting == Setting():
+            return f"Train a step of the model without gcbench; what stops it there is to be mended first.{size}"
+        return f"Train with something else than {setting.label} on this device.{size}"
 
     def _failed(self, asked: Combination, seen: _Seen, err: Exception) -> Checked:
         known = diagnose(self._observation(asked, seen, error_type=type(err).__name__, error_text=str(err)))
@@ -329,7 +351,7 @@ def _what_is_wrong(
     if not relative <= allowed:
         return f"the gradients differ from those of off by {relative:.2g}"
     if expected is not None and recomputed != expected:
-        return f"recomputed {recomputed} of {expected} layers"
+        return f"recomputed {recomputed} of {counted(expected, 'layer')}"
     return None
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Final, Literal
 
 from gcbench import optimizers
@@ -125,6 +125,7 @@ class CheckRow:
     cause: str | None
     remedy: str | None
     link: str | None
+    model_notice: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +137,7 @@ class Check:
         num_params, num_layers: of the model that was trained.
         steps_s: seconds spent in training steps, those of references included.
         wall_s: seconds from the first of them to the end.
+        notices: in what the model differs from what its config says, and what was decided for the user, in sentences.
     """
 
     model: str
@@ -149,7 +151,7 @@ class Check:
     results: tuple[Checked, ...] = ()
     steps_s: float = 0.0
     wall_s: float = 0.0
-    notices: tuple[str, ...] = field(default=())
+    notices: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Combination, ...]:
@@ -183,6 +185,7 @@ def rows(check: Check) -> tuple[CheckRow, ...]:
                 cause=result.cause,
                 remedy=result.remedy,
                 link=result.link,
+                model_notice=" ".join(check.notices) or None,
             )
         )
     return tuple(made)

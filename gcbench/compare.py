@@ -129,7 +129,11 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     keys = dict.fromkeys((*cells_a, *cells_b))
     return Comparison(
         changes=tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys),
-        notices=(*(f"compared despite {clash}" for clash in clashes.values()), *_differences(a, b)),
+        notices=(
+            *(f"compared despite {clash}" for clash in clashes.values()),
+            *_differences(a, b),
+            *_about_models(a, b),
+        ),
     )
 
 
@@ -326,6 +330,13 @@ def _differences(a: Report, b: Report) -> list[str]:
         for name in names
         if facts_a.get(name) != facts_b.get(name)
     ]
+
+
+def _about_models(a: Report, b: Report) -> list[str]:
+    """In what the models differ from what their configs say."""
+    notices = dict.fromkeys((*a.model_notices, *b.model_notices))
+    both = {text: [name for name, report in (("A", a), ("B", b)) if text in report.model_notices] for text in notices}
+    return [f"{' and '.join(names)}: {text}" for text, names in both.items()]
 
 
 def _facts(report: Report) -> dict[str, str]:

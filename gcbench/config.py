@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcbench import optimizers, strategies
-from gcbench.errors import UsageError
+from gcbench.errors import UnavailableError, UsageError
 from gcbench.records import ALL_LINEAR, Json, Lora
 from gcbench.units import parse_bytes
 
@@ -253,7 +253,16 @@ def _device(raw: object) -> str:
     kind, colon, index = name.partition(":")
     if name in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal()):
         return name
-    raise ValueError(f"{raw!r} is unknown; legal are auto, cpu, cuda and cuda:N")
+    from gcbench import cards  # what no legal name needs
+
+    try:
+        card = cards.find(name).name
+    except UnavailableError:
+        raise ValueError(f"{raw!r} is unknown; legal are auto, cpu, cuda and cuda:N") from None
+    raise ValueError(
+        f"{raw!r} is a card to predict for, and this command runs on this machine; gcbench predict --device {card} and "
+        f"gcbench plan --device {card} tell what that card would do, and legal here are auto, cpu, cuda and cuda:N"
+    )
 
 
 def _yes_no(raw: object) -> bool:

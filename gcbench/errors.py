@@ -4,6 +4,7 @@ GcbenchError
 ├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
 ├── UsageError          2   wrong flags, config file or output folder
 ├── UnavailableError    3   a model or device that cannot be had
+│   └── MissingLibrary  3   a package that the model's code needs is not installed
 ├── ResultsError        4   stored results that cannot be read
 └── Interrupted       130   Ctrl-C; what was measured is kept
 """
@@ -38,6 +39,10 @@ class UnavailableError(GcbenchError):
     """A model or device that is not there."""
 
     exit_code = 3
+
+
+class MissingLibrary(UnavailableError):
+    """A package that the model's own code needs is not installed."""
 
 
 class ResultsError(GcbenchError):

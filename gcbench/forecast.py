@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import formats, runner, sources
+from gcbench import formats, preflight, runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.errors import GcbenchError
@@ -24,7 +24,7 @@ from gcbench.simulate.target import Target
 from gcbench.store import Store
 from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
-from gcbench.units import format_bytes
+from gcbench.units import counted, format_bytes
 
 _MOST_CHILDREN = 4
 _OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
@@ -33,7 +33,7 @@ _OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_l
 def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
-    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
+    source = preflight.model_of(wanted)
     store = Store.create(out) if out is not None else None
     err = Console(stderr=True)
     with ExitStack() as stack:
@@ -60,7 +60,9 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
     _show(report, store, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
     broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
     if broken:
-        raise GcbenchError(f"{len(broken)} of {len(report.outcomes)} cells crashed or timed out; the table says why")
+        raise GcbenchError(
+            f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed or timed out; the table says why"
+        )
 
 
 def num_children() -> int:
@@ -92,7 +94,7 @@ def forecast(
     machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
     target = target or target_of(wish, machine)
     assert target is not None
-    job = resolve(wanted, facts, described(machine, target), target)
+    job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
     report = runner.begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
@@ -242,7 +244,7 @@ def _show(report: Report, store: Store | None, *, explain: bool, as_json: bool, 
 
         terminal.show(report, explain=explain)
     if not quiet:
-        for notice in report.notices:
+        for notice in (*(report.model_notices if as_json else ()), *report.notices):
             err.print(notice, markup=False, highlight=False, soft_wrap=True)
         if store is not None:
             err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)

@@ -40,6 +40,7 @@ class Handover:
         precision: `fp32`, `bf16`, `bf16-mixed` or `fp16-mixed`.
         optim: a name of transformers' `TrainingArguments.optim`, of those in `gcbench.optimizers`.
         attn_implementation: None where the model chooses.
+        model_notices: in what the model that was planned differs from what its config says, in sentences.
         lora_target_modules: None where peft chooses; `("all-linear",)` for all linear layers.
     """
 
@@ -54,6 +55,7 @@ class Handover:
     attn_implementation: str | None
     lora_r: int | None
     lora_target_modules: tuple[str, ...] | None
+    model_notices: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
@@ -14,18 +13,20 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gcbench import checkpointing
+from gcbench import checkpointing, model_words, quantized
 from gcbench.adapters import with_adapters
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.records import Json, Lora, ModelFacts
 from gcbench.sources import ModelSource
+from gcbench.units import counted
 
 
 def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> PreTrainedConfig:
     """The model's config with the user's changes applied.
 
-    Raises UnavailableError for a type that transformers cannot build as a causal LM and for values it refuses,
-    UsageError for a change of a field that the config does not have or to a value that is refused.
+    Raises UnavailableError for a type that transformers cannot build as a causal LM, for a quantised checkpoint whose
+    weights are not to be taken as full ones, and for values that transformers refuses; UsageError for a change of a
+    field that the config does not have or to a value that is refused.
     """
     values = copy.deepcopy(source.config)
     if source.trust_remote_code and "auto_map" in values:
@@ -34,13 +35,20 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
         config_class: Any = type(config)
     else:
         config_class = _config_class(source, values)
+    values = quantized.without(values, overrides)
     if layers is not None:
         _set_layers(values, config_class, layers)
-    for name, value in overrides.items():
+    for name, value in quantized.other_changes(overrides).items():
         _set(values, config_class, name, value)
+    left = quantized.found(values)
+    if left:
+        raise UnavailableError(quantized.refusal(source.name, left[0]))
     try:
         return config_class.from_dict(values)
     except Exception as err:  # a config class may raise anything at values it cannot use
+        missing = model_words.missing_library(source.name, err)
+        if missing is not None:
+            raise missing from None
         if overrides or layers is not None:
             raise UsageError(
                 f"transformers refuses the config of {source.name!r} with --layers and --set as given: "
@@ -131,6 +139,9 @@ def facts(
     except GcbenchError:
         raise
     except Exception as err:  # modelling code may raise anything
+        missing = model_words.missing_library(source.name, err) if attn_implementation is None else None
+        if missing is not None:
+            raise missing from None
         if attn_implementation is not None:
             raise UsageError(
                 f"{source.name!r} refuses --attn-implementation {attn_implementation}: {first_sentence(err)}; "
@@ -161,8 +172,8 @@ def check_layers(source: ModelSource, changed: ModelFacts, layers: int) -> None:
     original = facts(source, build_config(source, layers=None, overrides={}), None)
     if original.num_layers and changed.num_layers == original.num_layers != layers:
         raise UsageError(
-            f"--layers {layers} has no effect on {source.name!r}, which has {original.num_layers} layers from other "
-            "fields of its config; change those with --set"
+            f"--layers {layers} has no effect on {source.name!r}, which has {counted(original.num_layers, 'layer')} "
+            "from other fields of its config; change those with --set"
         )
 
 
@@ -181,20 +192,11 @@ def _max_seq_len(config: PreTrainedConfig) -> int | None:
 def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
     model_type = values.get("model_type")
     if model_type not in CONFIG_MAPPING and "auto_map" in values:
-        raise UnavailableError(
-            f"{source.name!r} brings its own code for model_type {model_type!r}, which is not run unless asked for; "
-            "read that code, then add --trust-remote-code"
-        )
+        raise model_words.own_code(source)
     if model_type not in CONFIG_MAPPING:
-        raise UnavailableError(
-            f"the config of {source.name!r} has model_type {model_type!r}, which this transformers does not know; "
-            "upgrade transformers, or mend the config"
-        )
+        raise model_words.unknown_type(source, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise UnavailableError(
-            f"{source.name!r} is a {model_type} model, which transformers cannot build as a causal language model; "
-            "choose a causal LM (gcbench models lists some)"
-        )
+        raise model_words.not_causal(source)
     return CONFIG_MAPPING[model_type]
 
 
@@ -224,18 +226,12 @@ def _set(values: dict[str, Any], config_class: Any, name: str, value: Json) -> N
     *outer, last = name.split(".")
     for part in outer:
         if not isinstance(scope.get(part), dict):
-            raise _no_field(name, scope)
+            raise model_words.no_such_field(name, scope)
         scope = scope[part]
         if not isinstance(target.get(part), dict):
             target[part] = {}
         target = target[part]
     if last not in scope and last not in config_class.attribute_map:
-        raise _no_field(name, scope)
+        raise model_words.no_such_field(name, scope)
     # The value goes under the native name (n_embd), or one spelling would silently win over the other.
     target[config_class.attribute_map.get(last, last) if not outer else last] = value
-
-
-def _no_field(name: str, scope: Mapping[str, Any]) -> UsageError:
-    near = difflib.get_close_matches(name.rpartition(".")[2], list(scope), n=3)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return UsageError(f"--set {name}: the model's config has no such field{hint}")

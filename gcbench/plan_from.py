@@ -105,6 +105,7 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hub_id=None,
+        model_notices=report.model_notices,
     )
 
 

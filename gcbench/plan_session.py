@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import runner, sources
+from gcbench import preflight, runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
@@ -63,6 +63,7 @@ class Planned:
         hub_id: under which the model is found on the Hub; None where that is not known.
         source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
+        model_notices: in what the model differs from what its config says, in sentences.
     """
 
     settings: Settings
@@ -76,6 +77,7 @@ class Planned:
     hub_id: str | None
     source: sources.ModelSource | None = None
     plan_file: Path | None = None
+    model_notices: tuple[str, ...] = ()
 
     @property
     def source_or_raise(self) -> sources.ModelSource:
@@ -121,6 +123,7 @@ class Planned:
             attn_implementation=self.settings.attn_implementation,
             lora_r=self.settings.lora_r,
             lora_target_modules=self.settings.lora_target_modules,
+            model_notices=self.model_notices,
         )
 
 
@@ -134,7 +137,7 @@ def plan(
             f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "
             "--measure"
         )
-    source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
+    source = preflight.model_of(wanted)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     store = Store.create(out or default_folder(f"plan-{sources.slug(wanted.model)}", created))
     err = Console(stderr=True)
@@ -209,7 +212,7 @@ def decide(
         target = replace(target, memory_bytes=machine.device_memory_bytes)
     specs = wanted.strategies or NAMED
     checked = replace(wanted, strategies=specs if wanted.strategies else ("off",))
-    job = resolve(checked, facts, described(machine, target), target)
+    job = resolve(checked, facts, described(machine, target), target, model_notices=source.notices)
     assert job.settings.seq_len is not None
     seq_len = job.settings.seq_len[0]
     answered: list[Decision] = []
@@ -252,6 +255,7 @@ def decide(
         created="",
         hub_id=None if Path(source.location).exists() else source.location,
         source=source,
+        model_notices=job.model_notices,
     )
 
 

@@ -8,12 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcbench import cards
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.units import format_bytes, format_percent, format_seconds
+from gcbench.units import counted, format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -53,6 +54,7 @@ def rows(planned: Planned) -> list[dict[str, Json]]:
             "tokens_per_s_high": candidate.tokens_per_s_high,
             "tokens_per_s_frac": candidate.tokens_per_s / choice.tokens_per_s if choice else None,
             "is_choice": candidate == choice,
+            "model_notice": " ".join(planned.model_notices) or None,
         }
         for candidate in decision.candidates
     ]
@@ -79,7 +81,7 @@ def document(planned: Planned, emitted: Emitted | None) -> str:
         ],
         "reserve_frac": decision.reserve_frac,
         "times_from": decision.times_from,
-        "notices": list(decision.notices),
+        "notices": [*planned.model_notices, *decision.notices],
     }
     if emitted is not None:
         value["emitted"] = {"text": emitted.text, "notice": emitted.notice}
@@ -111,11 +113,13 @@ def described(candidate: Candidate) -> str:
     for policy in kinds:
         count, kept = plan.policies.count(policy), len(policy.keep)
         verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
-        parts.append(f"{count} {verb} {kept} outputs inside" if kept else f"{count} {verb} {own} input alone")
+        parts.append(
+            f"{count} {verb} {counted(kept, 'output')} inside" if kept else f"{count} {verb} {own} input alone"
+        )
     whole = plan.num_layers - plan.layers_checkpointed
     if whole:
         parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
-    return f"a found plan: of {plan.num_layers} layers {', '.join(parts)}"
+    return f"a found plan: of {counted(plan.num_layers, 'layer')} {', '.join(parts)}"
 
 
 def _peak(choice: Candidate, decision: Decision) -> str:
@@ -163,8 +167,8 @@ def _nothing(planned: Planned) -> list[tuple[str, str]]:
     found = remedies(planned)
     if found:
         lines.append(("would fit with", "; ".join(found)))
-    if (needed := needed_bytes(decision)) is not None:
-        lines.append(("or on", f"a device of {format_bytes(needed)} or more"))
+    if smallest is not None:
+        lines.append(("or on", _larger_device(decision)))
     return lines
 
 
@@ -188,8 +192,20 @@ def nothing_fits(planned: Planned) -> str:
     said = f"nothing fits into {format_bytes(decision.usable_bytes)}"
     if decision.smallest is not None:
         said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
-    ways = [*remedies(planned)[:2], f"a device of {format_bytes(needed_bytes(decision))}"]
+    ways = [*remedies(planned)[:2], _larger_device(decision)]
     return f"{said}; take {', or '.join(ways)}"
+
+
+def _larger_device(decision: Decision) -> str:
+    """A device that would do; where no card would, how many would have to share the model."""
+    needed, limit = needed_bytes(decision), decision.limit_bytes
+    devices = cards.among(needed, limit) if needed is not None and limit else None
+    if devices is None:
+        return f"a device of {format_bytes(needed)}"
+    return (
+        f"{devices} or more such devices that share the model (no card has {format_bytes(needed)}; FSDP or ZeRO-3 in "
+        "the trainer divide it, and gcbench plans for one device)"
+    )
 
 
 def best_of_each(decision: Decision) -> list[Candidate]:
@@ -316,6 +332,7 @@ def renderables(planned: Planned) -> list[RenderableType]:
     gains = gains_table(planned.decision)
     if gains is not None:
         parts.append(gains)
+    parts += [Text(notice, style="bold") for notice in planned.model_notices]
     parts += [Text(step) for step in next_steps(planned)]
     return parts
 
@@ -324,6 +341,7 @@ def markdown(planned: Planned) -> str:
     """The answer as Markdown, with every candidate."""
     lines = [f"# gcbench plan: {planned.settings.model}", "", f"`{planned.command}`", ""]
     lines += [f"- **{name}**: {text}" for name, text in answer(planned)]
+    lines += [f"- {notice}" for notice in planned.model_notices]
     lines += ["", "| strategy | batch | peak | tokens/s | |", "|---|---:|---:|---:|---|"]
     choice = planned.decision.choice
     for candidate in planned.decision.candidates:
@@ -352,7 +370,8 @@ def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: boo
             screen.print(part)
     if quiet:
         return
-    notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
+    told = planned.model_notices if as_json else ()
+    notices = [*told, *planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
     for notice in [*notices, f"Everything is in {folder}"]:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 

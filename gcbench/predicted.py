@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gcbench import tables, words
+from gcbench import cards, tables, words
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Report, Row, Workload
 from gcbench.screen import UNKNOWN, Column
@@ -197,6 +197,11 @@ def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
     elif len(fitting) == 1:
         only = "Only " if failing else ""
         sentences = [f"{only}{name} fits in {format_bytes(limit)}, with {spare} to spare{tight}."]
+    elif len({cell.row.layers_checkpointed for cell in fitting}) == 1:
+        sentences = [
+            f"{_several(fitting)} fit in {format_bytes(limit)}, each with {of} layers checkpointed; {name} leaves the "
+            f"most, {spare}{tight}."
+        ]
     else:
         sentences = [
             f"{_several(fitting)} fit in {format_bytes(limit)}; {name} checkpoints the fewest layers ({of}) and leaves "
@@ -229,11 +234,18 @@ def _nothing_fits(cells: Sequence[PredictedCell], best: PredictedCell, limit: in
     standing = _standing_bytes(best.prediction)
     if standing > limit:
         lora = "LoRA (--lora-r), " if row.lora_r is None else ""
-        return [
+        told = [
             sentence,
             f"Parameters, gradients and optimizer state alone take {format_bytes(standing)}, so no strategy and no "
             f"batch fits; {lora}a leaner optimizer, a smaller model or a larger device might.",
         ]
+        devices = cards.among(standing, limit)
+        if devices is not None:
+            told.append(
+                f"No card holds that much: {devices} or more of this size could share it (FSDP or ZeRO-3 in the "
+                "trainer), and gcbench predicts one device."
+            )
+        return told
     batch = "a smaller batch, " if row.batch_size > 1 else ""
     return [sentence, f"Try {batch}a shorter sequence or a leaner optimizer."]
 

@@ -196,6 +196,8 @@ class Report:
     source: Literal["measured", "predicted"] = "measured"
     plan_files: dict[str, str] = field(default_factory=dict)
     """Strategy -> the content of the file that it was read from."""
+    model_notices: tuple[str, ...] = ()
+    """In what the model differs from what its config says, in sentences: full weights in place of quantised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -251,3 +253,5 @@ class Row:
     device_memory_bytes: int | None = None
     spare_bytes: int | None = None
     """What the cell leaves of the device's memory; negative where it does not fit."""
+    model_notice: str | None = None
+    """In what the model differs from what its config says."""

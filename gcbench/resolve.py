@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from gcbench import strategies
 from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import UsageError
+from gcbench.preflight import beyond_positions
 from gcbench.records import Cell, Machine, ModelFacts, Workload
 from gcbench.simulate.target import Target
 from gcbench.strategies import Plan, Strategy
@@ -31,6 +32,7 @@ class Job:
         plan_files: strategy -> the content of the file that it was read from.
         least_steps: timed steps of a round, at least, where the settings do not give their number.
         notices: what was decided for the user, in sentences.
+        model_notices: in what the model differs from what its config says, in sentences.
     """
 
     settings: Settings
@@ -40,9 +42,17 @@ class Job:
     plan_files: dict[str, str]
     least_steps: int
     notices: tuple[str, ...]
+    model_notices: tuple[str, ...] = ()
 
 
-def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Target | None = None) -> Job:
+def resolve(
+    wanted: Settings,
+    facts: ModelFacts,
+    machine: Machine,
+    target: Target | None = None,
+    *,
+    model_notices: tuple[str, ...] = (),
+) -> Job:
     """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows.
 
     With `target`, for a prediction of what it would do there; `machine` then describes it.
@@ -58,10 +68,7 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
     else:
         seq_len = wanted.seq_len
         mistakes += [
-            f"--seq-len {length} is beyond the {limit} positions of {facts.model}; shorten it, or change the model "
-            f"with --set max_position_embeddings={length}"
-            for length in seq_len
-            if limit is not None and length > limit
+            beyond_positions(facts.model, length, limit) for length in seq_len if limit is not None and length > limit
         ]
 
     specs = wanted.strategies or DEFAULT_STRATEGIES
@@ -106,6 +113,7 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
         plan_files=plan_files,
         least_steps=_LEAST_STEPS[kind],
         notices=tuple(notices),
+        model_notices=model_notices,
     )
 
 

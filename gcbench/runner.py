@@ -54,7 +54,7 @@ def run(
     Raises UsageError or UnavailableError before anything is measured; afterwards a failure is a row.
     """
     machine, facts = describe(wanted, source, children)
-    job = resolve(wanted, facts, machine)
+    job = resolve(wanted, facts, machine, model_notices=source.notices)
     report = _continue(previous, job, machine, facts) if previous else begin(job, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
@@ -125,6 +125,7 @@ def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report
         outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
         notices=job.notices,
         plan_files=job.plan_files,
+        model_notices=job.model_notices,
     )
 
 
@@ -170,7 +171,7 @@ def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -
             f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "
             "transformers' code for it has changed; take a new --out"
         )
-    return replace(previous, settings=now)
+    return replace(previous, settings=now, model_notices=job.model_notices)
 
 
 def _off_first(cells: Iterable[Cell]) -> list[Cell]:

@@ -12,7 +12,7 @@ from types import FrameType
 
 from rich.console import Console
 
-from gcbench import formats, progress, runner, sources
+from gcbench import formats, preflight, progress, runner, sources
 from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
@@ -20,6 +20,7 @@ from gcbench.errors import GcbenchError, Interrupted
 from gcbench.records import Report
 from gcbench.report import write_text
 from gcbench.store import Store, default_folder
+from gcbench.units import counted
 
 FAILED_STATUSES = ("crash", "timeout", "killed")
 """Those that make `run` exit with 1: out of memory and unsupported are results."""
@@ -30,7 +31,7 @@ def measure(
 ) -> None:
     """Measure what `previous` lacks, keep it in the run folder and show it; raises GcbenchError at the end when a
     cell crashed, timed out or was killed, or when the results could not be written."""
-    source = sources.resolve(wanted.model, pretrained=wanted.pretrained, trust_remote_code=wanted.trust_remote_code)
+    source = preflight.model_of(wanted, pretrained=wanted.pretrained)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     folder = out or default_folder(sources.slug(wanted.model), now)
     store = Store(folder) if previous else Store.create(folder)
@@ -59,7 +60,7 @@ def measure(
     broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
     if broken:
         raise GcbenchError(
-            f"{len(broken)} of {len(report.outcomes)} cells crashed, timed out or were killed; "
+            f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed, timed out or were killed; "
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
         )
 
@@ -91,7 +92,7 @@ def _kept(store: Store) -> str:
     _publish(report, store, plots=False)
     done = sum(len(outcome.rounds) for outcome in report.outcomes)
     return (
-        f"interrupted; {done} measured rounds are kept in {store.folder}; "
+        f"interrupted; {counted(done, 'measured round')} {'is' if done == 1 else 'are'} kept in {store.folder}; "
         f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
     )
 
@@ -116,6 +117,6 @@ def _show(report: Report, store: Store, *, as_json: bool, quiet: bool, err: Cons
         terminal.show(report)
     if quiet:
         return
-    for notice in report.notices:
+    for notice in (*(report.model_notices if as_json else ()), *report.notices):
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
     err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import re
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from gcbench import catalogue
+from gcbench import catalogue, quantized
 from gcbench.errors import UnavailableError
+from gcbench.quantized import Quantisation
+from gcbench.records import Json
 
 _CONNECT_TIMEOUT_S = 1.5
+_WEIGHTS_WORD = "weights"
+_STORED_WEIGHTS = (".gguf", ".safetensors", ".bin", ".pt", ".pth")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "config.json")
 
 
@@ -31,6 +35,10 @@ class ModelSource:
         config: the content of its config.json.
         location: folder or Hub id that custom code would be loaded from.
         weights: folder with pretrained weights; None for random ones.
+        config_path: the file that the config was read from; None for the catalogue's.
+        quantised: what its config said of quantised weights, which are full ones here; `config` has it no more.
+        published_in: what the weights of a model of the catalogue are quantised in, such as `FP8`.
+        notices: what every output has to say of the model.
     """
 
     name: str
@@ -39,53 +47,114 @@ class ModelSource:
     location: str
     weights: str | None = None
     trust_remote_code: bool = False
+    config_path: str | None = None
+    quantised: tuple[Quantisation, ...] = ()
+    published_in: str | None = None
+    notices: tuple[str, ...] = ()
+
+    @property
+    def own_folder(self) -> Path | None:
+        """The folder whose other files speak of the same weights as the config; None where they may be others'."""
+        path = None if self.config_path is None else Path(self.config_path)
+        return path.parent if path is not None and path.name == "config.json" else None
 
 
-def resolve(name: str, *, pretrained: bool = False, trust_remote_code: bool = False) -> ModelSource:
+def resolve(
+    name: str,
+    *,
+    pretrained: bool = False,
+    trust_remote_code: bool = False,
+    overrides: Mapping[str, Json] | None = None,
+) -> ModelSource:
     """Find the model `name`: a path that exists, then the catalogue, the Hub's cache, and last the network.
 
-    Raises UnavailableError, with near names, when there is no such model or it cannot be reached.
+    Raises UnavailableError, with near names, when there is no such model or it cannot be reached, and for a quantised
+    checkpoint, before its weights are fetched, unless `overrides` have its weights taken as full ones.
     """
-    path = Path(name).expanduser()
-    if path.exists():
-        return _from_path(name, path, pretrained=pretrained, trust_remote_code=trust_remote_code)
-    if name.endswith(".json") or name.startswith(("/", "./", "../", "~")):
-        raise UnavailableError(f"there is no {name}; give a folder with a config.json, a config file or a model id")
-    known = catalogue.find(name)
-    if known is not None:
-        return ModelSource(
-            name=name,
-            origin="the built-in catalogue",
-            config=dict(catalogue.config_of(known)),
-            location=known.hub_id,
-            weights=_download_weights(name, known.hub_id) if pretrained else None,
-            trust_remote_code=trust_remote_code,
-        )
-    config_path = Path(_from_hub(name))
-    return ModelSource(
-        name=name,
-        origin="the Hugging Face Hub or its cache",
-        config=_checked(name, _read(config_path), trust_remote_code=trust_remote_code),
-        location=name,
-        weights=_download_weights(name, name) if pretrained else None,
+    source, fetch_weights = _located(name)
+    changes = overrides or {}
+    beside = quantized.found_beside(source.own_folder) if source.own_folder is not None else ()
+    places = quantized.check(name, source.config, changes, beside)
+    if pretrained:
+        if places:
+            raise UnavailableError(quantized.pretrained_refusal(name, places[0]))
+        if source.published_in is not None:
+            raise UnavailableError(
+                f"--pretrained: the published weights of {name!r} are {source.published_in}, and cannot be loaded as "
+                "full ones; leave out --pretrained, or give a folder with unquantised weights"
+            )
+    return replace(
+        source,
+        config=quantized.without(source.config, changes),
+        quantised=places,
+        weights=fetch_weights() if pretrained else None,
         trust_remote_code=trust_remote_code,
     )
 
 
-def _from_path(name: str, path: Path, *, pretrained: bool, trust_remote_code: bool) -> ModelSource:
+def _located(name: str) -> tuple[ModelSource, Callable[[], str]]:
+    """The model without weights, and what would fetch them."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return _from_path(name, path)
+    if name.endswith(".json") or name.startswith(("/", "./", "../", "~")):
+        raise UnavailableError(f"there is no {name}; give a folder with a config.json, a config file or a model id")
+    known = catalogue.find(name)
+    if known is not None:
+        source = ModelSource(
+            name=name,
+            origin="the built-in catalogue",
+            config=dict(catalogue.config_of(known)),
+            location=known.hub_id,
+            published_in=known.published_in,
+        )
+        return source, lambda: _download_weights(name, known.hub_id)
+    config_path = Path(_from_hub(name))
+    source = ModelSource(
+        name=name,
+        origin="the Hugging Face Hub or its cache",
+        config=_checked(name, _read(config_path)),
+        location=name,
+        config_path=str(config_path),
+    )
+    return source, lambda: _download_weights(name, name)
+
+
+def _from_path(name: str, path: Path) -> tuple[ModelSource, Callable[[], str]]:
     folder = path if path.is_dir() else path.parent
     config_path = path / "config.json" if path.is_dir() else path
     if not config_path.exists():
-        raise UnavailableError(f"folder {name} has no config.json; give one that save_pretrained wrote")
-    if pretrained and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise UnavailableError(f"folder {folder} has no weights for --pretrained; leave the flag out for random ones")
-    return ModelSource(
+        raise _no_config(name, folder)
+    if config_path.suffix in _STORED_WEIGHTS:
+        raise UnavailableError(
+            f"{name} holds weights, in a form that gcbench does not read; give the folder with the model's config.json"
+        )
+
+    def weights() -> str:
+        if not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
+            raise UnavailableError(
+                f"folder {folder} has no weights for --pretrained; leave the flag out for random ones"
+            )
+        return str(folder)
+
+    source = ModelSource(
         name=name,
         origin="a local folder" if path.is_dir() else "a local file",
-        config=_checked(name, _read(config_path), trust_remote_code=trust_remote_code),
+        config=_checked(name, _read(config_path)),
         location=str(folder),
-        weights=str(folder) if pretrained else None,
-        trust_remote_code=trust_remote_code,
+        config_path=str(config_path),
+    )
+    return source, weights
+
+
+def _no_config(name: str, folder: Path) -> UnavailableError:
+    """For a folder without a config.json: what it holds instead, where that is known."""
+    try:
+        base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return UnavailableError(f"folder {name} has no config.json; give one that save_pretrained wrote")
+    return UnavailableError(
+        f"folder {name} holds a LoRA adapter of {base}; give that model, with --lora-r for adapters"
     )
 
 
@@ -100,7 +169,7 @@ def _read(path: Path) -> object:
         raise UnavailableError(f"{path} cannot be read ({err}); check its permissions") from None
 
 
-def _checked(name: str, config: object, *, trust_remote_code: bool) -> dict[str, Any]:
+def _checked(name: str, config: object) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnavailableError(
             f"the config of {name!r} names no model_type, so it is not a transformers model; "
@@ -113,8 +182,7 @@ def _hub(action: Callable[[], str], *, name: str, what: str) -> str:
     """Run a download, with each of the Hub's refusals turned into one sentence."""
     from huggingface_hub import errors
 
-    near = catalogue.nearest(name)
-    known = f"; near names in the catalogue: {', '.join(near)}" if near else "; gcbench models lists what is built in"
+    known = _near_names(name)
     try:
         return action()
     except errors.GatedRepoError:
@@ -126,11 +194,28 @@ def _hub(action: Callable[[], str], *, name: str, what: str) -> str:
     except errors.HFValidationError:
         raise UnavailableError(f"{name!r} is neither a path that exists nor a possible Hub id{known}") from None
     except errors.LocalEntryNotFoundError:
-        raise UnavailableError(f"{what} of {name!r} is not in the cache and the Hub cannot be reached{known}") from None
+        raise UnavailableError(_not_cached(name, what)) from None
     except errors.EntryNotFoundError:
         raise UnavailableError(f"{name!r} on the Hub has no {what}; choose a transformers model{known}") from None
     except (errors.HfHubHTTPError, OSError) as err:
         raise UnavailableError(f"the Hub did not give {what} of {name!r} ({err}); try again later{known}") from None
+
+
+def _near_names(name: str) -> str:
+    near = catalogue.nearest(name)
+    return f"; near names in the catalogue: {', '.join(near)}" if near else "; gcbench models lists what is built in"
+
+
+def _not_cached(name: str, what: str) -> str:
+    """Nothing could be fetched; a name that is right needs no near ones."""
+    if what != _WEIGHTS_WORD:
+        return f"{what} of {name!r} is not in the cache and the Hub cannot be reached{_near_names(name)}"
+    known = catalogue.find(name)
+    hub_id = known.hub_id if known else name
+    return (
+        f"the weights of {name!r} are not in the cache and the Hub cannot be reached; fetch them where there is a "
+        f"network (hf download {hub_id}), or leave out --pretrained for random ones, which need as much memory and time"
+    )
 
 
 def _from_hub(name: str) -> str:
@@ -156,7 +241,7 @@ def _download_weights(name: str, hub_id: str) -> str:
     def fetch() -> str:
         return str(snapshot_download(hub_id, allow_patterns=list(_WEIGHTS), local_files_only=not _online()))
 
-    return _hub(fetch, name=name, what="weights")
+    return _hub(fetch, name=name, what=_WEIGHTS_WORD)
 
 
 def _online() -> bool:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from gcbench import stats
 from gcbench.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
+from gcbench.units import counted
 
 if TYPE_CHECKING:
     import pandas  # type: ignore[import-untyped]  # its stubs are a package of their own
@@ -172,6 +173,7 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         attention_kernel="+".join(said.attention) or None if said else None,
         device_memory_bytes=said.limit_bytes if said else None,
         spare_bytes=said.spare_bytes if said else None,
+        model_notice=" ".join(report.model_notices) or None,
     )
 
 
@@ -182,7 +184,7 @@ def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpoi
     fewest, most = mine.layers_recomputed, mine.most_layers_recomputed
     if fewest is not None and not fewest == most == layers_checkpointed:
         other = "" if fewest == most else f" in one round and {most} in another"
-        return f"{FAILED}: recomputed {fewest} of {layers_checkpointed} layers{other}"
+        return f"{FAILED}: recomputed {fewest} of {counted(layers_checkpointed, 'layer')}{other}"
     if off and off.params_without_grad is not None and mine.params_without_grad > off.params_without_grad:
         extra = mine.params_without_grad - off.params_without_grad
         return f"{FAILED}: {extra} {'parameter' if extra == 1 else 'parameters'} got no gradient"

@@ -224,3 +224,5 @@ class Answer:
     fingerprint: Fingerprint | None = None
     failure: Failure | None = None
     refusal: Refusal | None = None
+    notices: tuple[str, ...] = ()
+    """What a check decided for the user, in sentences; beside the facts of its model."""

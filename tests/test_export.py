@@ -271,6 +271,7 @@ def test_what_a_handover_says_is_all_told_to_the_python_target():
         "attn_implementation": "eager",
         "lora_r": 2,
         "lora_target_modules": ("k_proj",),
+        "model_notices": ("The checkpoint is another.",),
     }
     assert set(other) == {field.name for field in fields(Handover)}
     base = handover(FOUND, lora_r=1, hub_id=None)

@@ -22,7 +22,9 @@ class Architecture:
 
     `published_params` counts distinct trainable parameters (tied weights once) as published,
     and `published_as` says what was published and where. `params_tolerance` is relative: 0 for
-    an exact published count, otherwise half a unit in the last published digit.
+    an exact published count, otherwise half a unit in the last published digit. `published_in` is
+    what the published weights are quantised in; None for full ones. `config_of` never says so: it
+    is the config of full weights.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Architecture:
     published_as: str
     params_tolerance: float
     note: str | None
+    published_in: str | None = None
 
 
 def architectures() -> tuple[Architecture, ...]:
@@ -113,6 +116,7 @@ def _architecture(name: str, table: object) -> Architecture:
             published_as=table["published_as"],
             params_tolerance=float(table["params_tolerance"]),
             note=table.get("note"),
+            published_in=table.get("published_in"),
         )
     except KeyError as error:
         raise ValueError(f"catalogue index: {name!r} has no {error.args[0]!r}") from error

@@ -83,12 +83,20 @@ def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def described(rival: Rival, handover: Handover) -> str:
-    """The comment that begins every text: what it is, and for which workload."""
+    """The comment that begins every text: what it is, for which workload, and what its model is not."""
     lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
-    return (
+    first = (
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
+    return "\n".join([first, *(f"# {notice}" for notice in _of_the_plan(handover))])
+
+
+def _of_the_plan(handover: Handover) -> list[str]:
+    """In what the planned model is not the one that the text loads."""
+    if not handover.model_notices:
+        return []
+    return [*handover.model_notices, "The plan is for that model; where the one loaded below is another, plan it anew."]
 
 
 def targets_of(handover: Handover) -> list[str] | str | None:

@@ -35,7 +35,10 @@ def refusal(handover: Handover) -> str | None:
     if attention is not None and attention not in _ATTENTION and "/" not in attention:
         return f"axolotl does not know the attention {attention}; plan with one of {', '.join(_ATTENTION)}"
     if handover.lora_r is not None and handover.lora_target_modules is None:
-        return "axolotl does not choose LoRA's targets by itself; plan with --lora-target-modules"
+        return (
+            "axolotl does not choose LoRA's targets by itself; plan with --lora-target-modules all-linear, or with "
+            "names of modules"
+        )
     return None
 
 

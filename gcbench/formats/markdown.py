@@ -13,7 +13,7 @@ from gcbench.predicted import PredictedCell
 from gcbench.records import Json, Machine, Report, Row
 from gcbench.screen import UNKNOWN, Column
 from gcbench.tables import OFF, by_workload, failed_proof, rows
-from gcbench.units import format_bytes, format_count, format_percent
+from gcbench.units import counted, format_bytes, format_count, format_percent
 from gcbench.words import notes
 
 NAME = "markdown"
@@ -23,7 +23,7 @@ SUFFIX = ".md"
 def render(report: Report) -> str:
     """GitHub Markdown for `report.md` in the run's folder, with its plots in `plots/` beside it."""
     said = _predicted(report) if report.source == "predicted" else _measured(report)
-    blocks = [said[0], _bullets(report.notices), *said[1:]]
+    blocks = [said[0], _bullets((*report.model_notices, *report.notices)), *said[1:]]
     blocks += ["## Repeat it", f"```sh\n{report.command}\n```"]
     blocks += ["## Settings", _pairs("setting", {name: _plain(value) for name, value in report.settings.items()})]
     blocks += ["## Machine", _machine(report.machine)]
@@ -118,7 +118,7 @@ def _head(report: Report, where: str) -> str:
     return (
         f"# gcbench: {_escaped(model.model)} {_escaped(where)}\n\n"
         f"{_escaped(model.model)} ({model.model_type}): {format_count(model.num_params)} parameters, "
-        f"{model.num_layers} layers that can be checkpointed."
+        f"{counted(model.num_layers, 'layer')} that can be checkpointed."
     )
 
 

@@ -30,7 +30,7 @@ def tables(report: Report) -> list[RenderableType]:
     """
     if report.source == "predicted":
         return _predicted(report, explain=report.settings.get("explain") is True)
-    return [_table(group) for group in by_workload(rows(report)).values()]
+    return [*(_table(group) for group in by_workload(rows(report)).values()), *_about_model(report)]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
@@ -130,7 +130,14 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
             parts += explained.blocks(cells, tried=report.settings.get("explain") is True)
     if explain:
         parts += explained.term_list(report)
-    return [*parts, Text(predicted.NOT_MEASURED)]
+    return [*parts, *_about_model(report), Text(predicted.NOT_MEASURED)]
+
+
+def _about_model(report: Report) -> list[RenderableType]:
+    """In what the model differs from what its config says."""
+    from rich.text import Text
+
+    return [Text(notice, style="bold") for notice in report.model_notices]
 
 
 def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
