@@ -23,6 +23,7 @@ Verdict = Literal[
     "better",
     "worse",
     "no difference shown",
+    "too few rounds",
     "only in A",
     "only in B",
     "newly failing",
@@ -30,11 +31,15 @@ Verdict = Literal[
     "both fail",
     "not measured",
 ]
-"""`same` is for memory that is equal to the byte; `not measured` where both runs passed without that figure."""
+"""`same` is for memory that is equal to the byte; `too few rounds` for times without an interval; `not measured` where
+both runs passed without that figure."""
 
 THRESHOLDS = ("memory", "time")
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
+_TOO_FEW_ROUNDS = (
+    f"times have too few rounds for an interval, so they are not judged; --rounds {stats.MIN_ROUNDS} in both gives one"
+)
 _ANY = ""
 """Stands in a key for what is not to count."""
 
@@ -127,10 +132,10 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     if not cells_a.keys() & cells_b.keys():
         raise UsageError(f"the runs have no cell in common: A has {_extent(a)}; B has {_extent(b)}")
     keys = dict.fromkeys((*cells_a, *cells_b))
-    return Comparison(
-        changes=tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys),
-        notices=(*(f"compared despite {clash}" for clash in clashes.values()), *_differences(a, b)),
-    )
+    changes = tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys)
+    too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
+    despite = (f"compared despite {clash}" for clash in clashes.values())
+    return Comparison(changes=changes, notices=(*despite, *too_few, *_differences(a, b)))
 
 
 def parse_threshold(text: str) -> tuple[str, float]:
@@ -213,7 +218,7 @@ def _table(title: str, group: Sequence[Change]) -> Table:
             Column(header="step A", cells=tuple(format_seconds(c.step_time_a_s) for c in group), drop=1),
             Column(header="step B", cells=tuple(format_seconds(c.step_time_b_s) for c in group), drop=1),
             Column(
-                header="Δ time (95 %)",
+                header="Δ time (95 %)" if any(c.time_change_low_frac is not None for c in group) else "Δ time",
                 cells=tuple(times(c) for c in group),
                 short_header="Δ time",
                 short=tuple(_percent(c.time_change_frac) for c in group),
@@ -300,7 +305,9 @@ def _memory_verdict(a: int | None, b: int | None) -> Verdict:
 def _time_verdict(paid: stats.Estimate | None) -> Verdict:
     if paid is None:
         return "not measured"
-    if paid.interval is None or paid.interval[0] <= 0 <= paid.interval[1]:
+    if paid.interval is None:
+        return "too few rounds"
+    if paid.interval[0] <= 0 <= paid.interval[1]:
         return "no difference shown"
     return "worse" if paid.centre > 0 else "better"
 

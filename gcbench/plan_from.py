@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from gcbench.records import ModelFacts, Report, Row
 from gcbench.resolve import plan_of
 from gcbench.simulate.target import Target
 from gcbench.sources import slug
+from gcbench.stats import MIN_ROUNDS
 from gcbench.store import Store, default_folder
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies.plan_file import of_json
@@ -91,7 +93,10 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
         binding=f"The fastest of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}.",
         times_from=f"measurements in {folder}",
-        notices=("Largest batches are those of the run: larger ones were not measured.",),
+        notices=(
+            "Largest batches are those of the run: larger ones were not measured.",
+            *_too_few_rounds(table, folder),
+        ),
     )
     stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
     settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
@@ -105,6 +110,16 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hub_id=None,
+    )
+
+
+def _too_few_rounds(table: list[Row], folder: Path) -> tuple[str, ...]:
+    """What the choice rests on where times have no interval."""
+    if all(row.step_time_low_s is not None for row in table):
+        return ()
+    return (
+        f"{folder} has too few rounds for an interval, so the choice may be one of noise; "
+        f"gcbench run --resume --out {shlex.quote(str(folder))} --rounds {MIN_ROUNDS} adds to them.",
     )
 
 

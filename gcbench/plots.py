@@ -197,7 +197,9 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     axes.set_ylabel("peak memory saved, %", fontsize=9)
     missing = [f"{shortened(row.strategy, LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)]
     note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
-    axes.set_xlabel("\n".join(filter(None, ("time paid per step, % (bars: 95 % interval)", note))), fontsize=9)
+    bars = any(row.strategy != OFF and row.time_overhead_low_frac is not None for row in group)
+    time = f"time paid per step, % ({'bars: 95 % interval' if bars else 'too few rounds for an interval'})"
+    axes.set_xlabel("\n".join(filter(None, (time, note))), fontsize=9)
     _panel_title(axes, workload)
     quiet(axes, "both")
 

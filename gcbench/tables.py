@@ -128,7 +128,8 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
     step = stats.step_time(mine.rounds)
     paid = stats.overhead(mine.rounds, off.rounds) if off and comparable else None
     if paid and is_off:
-        paid = stats.Estimate(centre=0.0, low=0.0, high=0.0, num_units=paid.num_units)
+        known = None if paid.interval is None else 0.0
+        paid = stats.Estimate(centre=0.0, low=known, high=known, num_units=paid.num_units)
     peak = mine.memory.allocated_bytes if mine.memory else None
     off_peak = off.memory.allocated_bytes if off and off.memory and comparable else None
     return Row(

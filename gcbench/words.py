@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from gcbench.records import Row, Workload
+from gcbench.stats import MIN_ROUNDS
 from gcbench.tables import OFF, failed_proof
 from gcbench.units import format_bytes, format_percent, format_seconds
 
@@ -18,6 +19,8 @@ FAILURES = {
 """What a person reads for each kind of failure."""
 
 PHASES = {"forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer step"}
+
+TOO_FEW_ROUNDS = f"too few rounds for an interval; --rounds {MIN_ROUNDS} gives one"
 
 _CANNOT_HELP = (
     "No strategy saves memory: with this batch the peak is in the optimizer step, where checkpointing cannot help; "
@@ -107,7 +110,7 @@ def time_paid(row: Row) -> str:
         return "at a time that was not measured against off"
     limits = interval(low, high)
     if low is None or high is None:
-        basis = "one sample each, so no interval"
+        basis = TOO_FEW_ROUNDS
     else:
         basis = f"95 %: {limits}"
         if low <= 0 <= high:
@@ -143,7 +146,7 @@ def _where_now(best: Row, off: Row) -> str:
 
 
 def _cheaper(best: Row, others: Sequence[Row]) -> Row | None:
-    """The cheapest strategy with the same peak that is shown to be cheaper; by the centres where intervals lack."""
+    """The cheapest strategy with the same peak that is shown to be cheaper; None where intervals lack."""
     limit = (best.peak_allocated_bytes or 0) * (1 + _SAME_PEAK)
     found = [
         row for row in others if row is not best and (row.peak_allocated_bytes or 0) <= limit and _is_cheaper(row, best)
@@ -152,11 +155,8 @@ def _cheaper(best: Row, others: Sequence[Row]) -> Row | None:
 
 
 def _is_cheaper(row: Row, than: Row) -> bool:
-    if row.time_overhead_frac is None or than.time_overhead_frac is None:
-        return False
-    high = row.time_overhead_frac if row.time_overhead_high_frac is None else row.time_overhead_high_frac
-    low = than.time_overhead_frac if than.time_overhead_low_frac is None else than.time_overhead_low_frac
-    return high < low
+    high, low = row.time_overhead_high_frac, than.time_overhead_low_frac
+    return high is not None and low is not None and high < low
 
 
 def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
@@ -166,7 +166,8 @@ def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
         step = f" and steps of {format_seconds(best.step_time_s)}" if best.step_time_s is not None else ""
         sentences = [f"off does not fit in memory; {best.strategy} does, with a peak of {peak} in the {where}{step}."]
         fastest = min((row for row in others if row.step_time_s is not None), key=_by_time, default=best)
-        if fastest is not best and (fastest.step_time_high_s or 0) < (best.step_time_low_s or 0):
+        high, low = fastest.step_time_high_s, best.step_time_low_s
+        if fastest is not best and high is not None and low is not None and high < low:
             sentences.append(
                 f"{fastest.strategy} fits too, with a peak of {format_bytes(fastest.peak_allocated_bytes)} "
                 f"and steps of {format_seconds(fastest.step_time_s)}."

@@ -92,7 +92,7 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
             elif failed_proof(row):
                 gaps.append(f"the saving of {row.strategy} at {where}: it failed the proof")
             elif row.step_time_s is not None and row.step_time_low_s is None:
-                gaps.append(f"the interval of the step time of {row.strategy} at {where}: it has one sample")
+                gaps.append(f"the interval of the step time of {row.strategy} at {where}: {words.TOO_FEW_ROUNDS}")
         if OFF not in {row.strategy for row in group}:
             gaps.append(f"savings and overheads at {where}: off is not among its strategies")
     measured = [row for row in table if row.peak_allocated_bytes is not None]

@@ -64,7 +64,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac))),
         Column(header="step time", cells=of(step_time), short=of(lambda r: format_seconds(r.step_time_s)), shorten=4),
         Column(
-            header="overhead (95 %)",
+            header="overhead (95 %)" if any(words.interval(*_limits(row)) for row in group) else "overhead",
             cells=of(overhead),
             short_header="overhead",
             short=of(_overhead_shortly),
@@ -86,8 +86,12 @@ def step_time(row: Row) -> str:
 
 def overhead(row: Row) -> str:
     """`+27 % (22 to 33 %)`."""
-    limits = words.interval(row.time_overhead_low_frac, row.time_overhead_high_frac)
+    limits = words.interval(*_limits(row))
     return f"{_overhead_alone(row)} ({limits})" if limits and row.strategy != OFF else _overhead_alone(row)
+
+
+def _limits(row: Row) -> tuple[float | None, float | None]:
+    return row.time_overhead_low_frac, row.time_overhead_high_frac
 
 
 def tokens(per_second: float | None) -> str:
@@ -152,7 +156,7 @@ def _recomputed(row: Row) -> str:
 
 def _overhead_shortly(row: Row) -> str:
     """The centre alone, unless its interval, for which there is no room, takes the difference back."""
-    low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
+    low, high = _limits(row)
     unsure = low is not None and high is not None and low <= 0 <= high and row.strategy != OFF
     return "none shown" if unsure else _overhead_alone(row)
 
