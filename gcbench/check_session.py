@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import check_view, checks, runner, sources
+from gcbench import check_view, checks, counting, runner, sources, streams
 from gcbench.checks import FAILED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
-from gcbench.errors import ThresholdBroken
+from gcbench.errors import Interrupted, ThresholdBroken
 from gcbench.formats.json_rows import document
+from gcbench.interruption import ignore_more
 from gcbench.records import Json, Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.sources import ModelSource
@@ -49,25 +52,33 @@ class Wanted:
 
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
-    if out is not None:
-        Store.create(out)
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     err = Console(stderr=True)
-    with ForkedChildren() as children:
-        if err.is_terminal and not quiet:
-            with err.status("checking") as status:
-                done = run(wanted, source=source, children=children, command=command, on_result=status.update)
-        else:
-            done = run(wanted, source=source, children=children, command=command)
-    if out is not None:
-        write_text(out / "check.json", json.dumps(encode(done), indent=1) + "\n")
-        write_text(out / "check.md", check_view.markdown(done))
-    if as_json:
-        print(document(asdict(row) for row in checks.rows(done)), end="")
-    else:
-        check_view.show(done)
-    if out is not None and not quiet:
-        err.print(f"Everything is in {out}", markup=False, highlight=False, soft_wrap=True)
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.create(out)) if out is not None else None
+        with (
+            ForkedChildren() as children,
+            counting.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
+        ):
+            done = run(wanted, source=source, children=children, command=command, on_result=counter.count)
+        is_partial = len(done.results) < len(done.combinations)
+        if store is not None and done.results:
+            with store.attempt():
+                write_text(store.folder / "check.json", json.dumps(encode(done), indent=1) + "\n")
+                write_text(store.folder / "check.md", check_view.markdown(done))
+        if is_partial:
+            raise Interrupted(_kept(done, store))
+        try:
+            with streams.kept_in(store.folder) if store is not None else nullcontext():
+                if as_json:
+                    streams.print_json(document(asdict(row) for row in checks.rows(done)))
+                else:
+                    check_view.show(done)
+        finally:
+            if store is not None:
+                store.close()
+        if store is not None and not quiet:
+            err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
     if done.failures:
         first = done.failures[0]
         others = len(done.failures) - 1
@@ -77,15 +88,26 @@ def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quie
         )
 
 
+def _kept(done: Check, store: Store | None) -> str:
+    """After an interruption: what there is."""
+    if not done.results:
+        return "interrupted before anything was checked"
+    where = "kept nowhere, as there was no --out" if store is None else f"kept in {store.folder / 'check.md'}"
+    return f"interrupted; {len(done.results)} of {len(done.combinations)} combinations were checked, and are {where}"
+
+
 def run(
     wanted: Wanted,
     *,
     source: ModelSource,
     children: Children,
     command: str,
-    on_result: object = None,
+    on_result: Callable[[int, int], object] = lambda done, total: None,
 ) -> Check:
-    """Try every combination in children, each of which goes on until something ends it."""
+    """Try every combination in children, each of which goes on until something ends it.
+
+    An interruption ends it with the results so far. `on_result` gets how many there are, of how many.
+    """
     machine = _machine(wanted, children)
     asked = checks.combinations(
         chosen_strategies=wanted.strategies,
@@ -106,30 +128,32 @@ def run(
         elif isinstance(event, Checked):
             results[event.number] = event
             steps_s += event.steps_s
-            if callable(on_result):
-                on_result(f"checking: {len(results)} of {len(asked)} combinations")
+            on_result(len(results), len(asked))
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
-    while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
-        answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
-        runner.raise_refusal(Answer(refusal=answer.refusal))
-        facts = answer.facts or facts
-        lost = [n for n, _ in waiting if n not in results]
-        if lost:  # the child ended at the first of them
-            why = answer.failure.message if answer.failure else "the process ended without a word"
-            results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
+    on_result(0, len(asked))
+    try:
+        while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
+            answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
+            runner.raise_refusal(Answer(refusal=answer.refusal))
+            facts = answer.facts or facts
+            lost = [n for n, _ in waiting if n not in results]
+            if lost:  # the child ended at the first of them
+                why = answer.failure.message if answer.failure else "the process ended without a word"
+                results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
+        facts = facts or _facts(wanted, source, children)
+    except KeyboardInterrupt:
+        ignore_more()
     wall_s = time.monotonic() - begin
-    if facts is None:
-        facts = _facts(wanted, source, children)
     return Check(
         model=wanted.model,
         command=command,
         device=machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})",
         versions={name: machine.versions[name] for name in _VERSIONS if name in machine.versions},
         scaled=None if wanted.full_size else "scaled down",
-        num_params=facts.num_params,
-        num_layers=facts.num_layers,
+        num_params=facts.num_params if facts else None,
+        num_layers=facts.num_layers if facts else None,
         combinations=asked,
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,

@@ -48,8 +48,9 @@ class Problem:
 
 def title(check: Check) -> str:
     """What was trained."""
-    size = f"{format_count(check.num_params)} parameters, {check.num_layers} layers"
-    return f"{check.model} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+    known = check.num_params is not None
+    size = f" · {format_count(check.num_params)} parameters, {check.num_layers} layers" if known else ""
+    return f"{check.model}{size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
 
 
 def problems(check: Check) -> tuple[Problem, ...]:

@@ -133,7 +133,7 @@ class Check:
 
     Attributes:
         scaled: what became smaller for it, in a sentence; None at full size.
-        num_params, num_layers: of the model that was trained.
+        num_params, num_layers: of the model that was trained; None where the check ended before it was known.
         steps_s: seconds spent in training steps, those of references included.
         wall_s: seconds from the first of them to the end.
     """
@@ -143,8 +143,8 @@ class Check:
     device: str
     versions: dict[str, str]
     scaled: str | None
-    num_params: int
-    num_layers: int
+    num_params: int | None
+    num_layers: int | None
     combinations: tuple[Combination, ...]
     results: tuple[Checked, ...] = ()
     steps_s: float = 0.0

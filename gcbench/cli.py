@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__, flags
-from gcbench.errors import GcbenchError, Interrupted, UsageError
+from gcbench import __version__, flags, streams
+from gcbench.errors import GcbenchError, Interrupted, ReaderGone, UsageError
+from gcbench.interruption import ignore_more, interruptible
 
 app = typer.Typer(
     name="gcbench",
@@ -309,26 +311,38 @@ def env(
 
 def main() -> NoReturn:
     """Run the command line; the one place where errors become sentences and exit codes."""
+    with streams.guarded(), interruptible():
+        code = _code(_parse_and_run)
+        # What was printed may still be on its way, and must not fail after the last word.
+        code = _code(lambda: sys.stdout.flush()) or code
+    sys.exit(code)
+
+
+def _code(work: Callable[[], int | None]) -> int:
+    """The exit code that `work` ends in; an error is told."""
     try:
-        sys.exit(_parse_and_run())
+        return work() or 0
     except GcbenchError as err:
-        _tell(err)
-        sys.exit(err.exit_code)
+        ended = err
     except KeyboardInterrupt:
-        _tell(Interrupted("interrupted"))
-        sys.exit(Interrupted.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone (gcbench … | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        ended = Interrupted("interrupted")
+    ignore_more()
+    with suppress(ReaderGone):  # of standard error
+        if not isinstance(ended, ReaderGone):
+            streams.tell(ended)
+    return ended.exit_code
 
 
 def _parse_and_run() -> int:
     """The exit code of a command that ended by itself; raises UsageError for a wrong flag or command."""
+    streams.require_output()
     try:
         # Not standalone: then a wrong flag is told like every other mistake, and at once (Typer's own panel takes
         # as long to import as everything else here together).
         code = app(prog_name="gcbench", standalone_mode=False)
     except Exception as err:
+        if type(err).__name__ == "Abort":  # what some versions of Typer make of Ctrl-C
+            raise KeyboardInterrupt from None
         # Whichever click Typer uses, its own or the package, its errors have these two.
         if not (hasattr(err, "format_message") and hasattr(err, "exit_code")):
             raise
@@ -338,8 +352,6 @@ def _parse_and_run() -> int:
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
         raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
+    if code == Interrupted.exit_code:  # what others make of it
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
-
-
-def _tell(err: GcbenchError) -> None:
-    print(f"error: {err}" if "\n" not in str(err) else f"error:\n{err}", file=sys.stderr)

@@ -10,7 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from gcbench import config as configs
-from gcbench import formats
+from gcbench import formats, streams
 from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.records import SCHEMA, Report
@@ -194,7 +194,11 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
 
         terminal.show(stored)
         return
-    print(formats.get(format).render(stored), end="")
+    text = formats.get(format).render(stored)
+    if format == "json":
+        streams.print_json(text)
+    else:
+        print(text, end="")
 
 
 @contextmanager
@@ -323,4 +327,4 @@ def env(*, device: str, as_json: bool) -> None:
 
 
 def _print_rows(rows: Sequence[object]) -> None:
-    print(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1, ensure_ascii=False))
+    streams.print_json(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1, ensure_ascii=False) + "\n")

@@ -3,9 +3,11 @@
 GcbenchError
 ├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
 ├── UsageError          2   wrong flags, config file or output folder
+├── OutputError         2   standard output that cannot be written
 ├── UnavailableError    3   a model or device that cannot be had
 ├── ResultsError        4   stored results that cannot be read
-└── Interrupted       130   Ctrl-C; what was measured is kept
+├── Interrupted       130   Ctrl-C; what was measured is kept
+└── ReaderGone        141   the reader of standard output has gone; nothing is said
 """
 
 from __future__ import annotations
@@ -34,6 +36,12 @@ class UsageError(GcbenchError):
         return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
 
 
+class OutputError(GcbenchError):
+    """Standard output that is closed, or on a disk that is full."""
+
+    exit_code = 2
+
+
 class UnavailableError(GcbenchError):
     """A model or device that is not there."""
 
@@ -50,6 +58,12 @@ class Interrupted(GcbenchError):
     """Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+class ReaderGone(GcbenchError):
+    """The reader of our output has gone (`gcbench … | head`); ends as the signal for it would have ended us."""
+
+    exit_code = 141
 
 
 def first_sentence(err: BaseException) -> str:

@@ -22,7 +22,7 @@ from gcbench.resolve import plan_of
 from gcbench.simulate.target import Target
 from gcbench.sources import slug
 from gcbench.stats import MIN_ROUNDS
-from gcbench.store import Store, default_folder
+from gcbench.store import Store
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies.plan_file import of_json
 from gcbench.tables import failed_proof, rows
@@ -46,8 +46,8 @@ def plan(
     """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
     report = reports.load(folder)
     planned = decide(report, folder, wanted, wish, asked, command=command)
-    store = Store.create(out or default_folder(f"plan-{slug(report.model.model)}", planned.created))
-    plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+    with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
+        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
 
 
 def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: Asked, *, command: str) -> Planned:

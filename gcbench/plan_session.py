@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -13,22 +14,24 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import runner, sources
+from gcbench import counting, runner, sources, streams
+from gcbench import report as reports
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
-from gcbench.errors import GcbenchError, ThresholdBroken, UsageError
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.forecast import described
 from gcbench.handover import Handover, Rival
+from gcbench.interruption import ignore_more
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.resolve import plan_of, resolve, unsupported
 from gcbench.simulate.target import Target
-from gcbench.store import Store, default_folder
+from gcbench.store import Store
 from gcbench.strategies import Plan, parse
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.targets import CPU, Wish, target_of
-from gcbench.tasks import Answer, Decided, PlanTask
+from gcbench.tasks import Answer, Decided, Planning, PlanTask
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
 """What is weighed against what is found, unless strategies are named."""
@@ -136,23 +139,47 @@ def plan(
         )
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    store = Store.create(out or default_folder(f"plan-{sources.slug(wanted.model)}", created))
     err = Console(stderr=True)
+    with Store.create(out) if out else Store.new(f"plan-{sources.slug(wanted.model)}", created) as store:
+        try:
+            with ExitStack() as stack:
+                preload = (*sources.modules(source), "gcbench.planner.search")
+                children = stack.enter_context(ForkedChildren(preload=preload))
+                # Half a second that the plot takes to begin with, spent while the children are at work.
+                threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
+                with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
+                    planned = decide(
+                        wanted,
+                        wish,
+                        asked,
+                        early,
+                        source=source,
+                        children=children,
+                        command=command,
+                        on_step=counter.count,
+                    )
+                planned = replace(planned, created=created)
+                if asked.measure:
+                    planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted(_kept(store)) from None
+        finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+
+
+def _kept(store: Store) -> str:
+    """After an interruption: what there is, and what it is good for."""
     try:
-        with ExitStack() as stack:
-            preload = (*sources.modules(source), "gcbench.planner.search")
-            children = stack.enter_context(ForkedChildren(preload=preload))
-            # Half a second that the plot takes to begin with, spent while the children are at work.
-            threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
-            with err.status("planning") if err.is_terminal and not quiet else nullcontext():
-                planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
-            planned = replace(planned, created=created)
-            if asked.measure:
-                planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
+        done = sum(len(outcome.rounds) for outcome in reports.load(store.folder).outcomes)
     except GcbenchError:
-        store.discard_if_empty()
-        raise
-    finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+        done = 0
+    if not done:
+        return "interrupted before a plan was made"
+    folder = shlex.quote(str(store.folder))
+    return (
+        f"interrupted; {done} measured rounds are kept in {store.folder}; "
+        f"decide by them with: gcbench plan --from {folder}"
+    )
 
 
 def _confirmed(planned: Planned, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
@@ -172,7 +199,7 @@ def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet
     """Store the decision, translate it for a tool if one was named, and show it."""
     from gcbench import plan_view
 
-    planned = publish(planned, store.folder)
+    planned = publish(planned, store)
     emitted = None
     if asked.emit is not None:
         from gcbench import export
@@ -183,8 +210,11 @@ def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet
                 "what would"
             )
         emitted = export.emit(asked.emit, planned.handover)
-    plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
-    store.close()
+    try:
+        with streams.kept_in(store.folder):
+            plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
+    finally:
+        store.close()
     if planned.decision.choice is None:
         raise ThresholdBroken(plan_view.nothing_fits(planned))
 
@@ -198,8 +228,12 @@ def decide(
     source: sources.ModelSource,
     children: Children,
     command: str,
+    on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
 ) -> Planned:
-    """The decision; `target` None is what this machine has."""
+    """The decision; `target` None is what this machine has.
+
+    `on_step` gets what is done of how much, and what is next.
+    """
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
     machine, facts = runner.describe(replace(wanted, device=here), source, children, needs_order=True)
     is_here = target is None or (target.kind == CPU and machine.device == CPU)
@@ -217,6 +251,8 @@ def decide(
     def on_event(event: object) -> None:
         if isinstance(event, Decided):
             answered.append(event.decision)
+        elif isinstance(event, Planning):
+            on_step(event.done, event.total, event.doing)
 
     task = PlanTask(
         source=source,
@@ -288,23 +324,20 @@ def _named(
     return tuple(named)
 
 
-def publish(planned: Planned, folder: Path) -> Planned:
-    """Write the plan of the choice, the decision and its picture into the folder."""
-    from gcbench import plan_view
+def publish(planned: Planned, store: Store) -> Planned:
+    """Write the plan of the choice, the decision and its picture into the store's folder."""
+    from gcbench import plan_plot, plan_view
 
-    choice = planned.decision.choice
-    path = None
-    if choice is not None:
-        path = folder / PLAN_FILE
-        document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
-        write_text(path, json.dumps(document, indent=1) + "\n")
-    planned = replace(planned, plan_file=path)
-    write_text(folder / "decision.json", plan_view.document(planned, None))
-    write_text(folder / "plan.md", plan_view.markdown(planned))
-    write_text(folder / "plan.txt", plan_view.text(planned, width=100))
-    from gcbench import plan_plot
-
-    plan_plot.draw(planned, folder / "plots")
+    folder, choice = store.folder, planned.decision.choice
+    with store.attempt():
+        if choice is not None:
+            document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
+            write_text(folder / PLAN_FILE, json.dumps(document, indent=1) + "\n")
+            planned = replace(planned, plan_file=folder / PLAN_FILE)
+        write_text(folder / "decision.json", plan_view.document(planned, None))
+        write_text(folder / "plan.md", plan_view.markdown(planned))
+        write_text(folder / "plan.txt", plan_view.text(planned, width=100))
+        plan_plot.draw(planned, folder / "plots")
     return planned
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gcbench import streams
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
@@ -268,7 +269,7 @@ def gains_table(decision: Decision) -> Table | None:
 def next_steps(planned: Planned) -> list[str]:
     """Commands to go on with."""
     choice = planned.decision.choice
-    if choice is None:
+    if choice is None or (choice.strategy == FOUND and planned.plan_file is None):
         return []
     spec = f"plan:{planned.plan_file}" if choice.strategy == FOUND else choice.strategy
     return [
@@ -343,7 +344,7 @@ def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: boo
     from rich.console import Console
 
     if as_json:
-        print(document(planned, emitted), end="")
+        streams.print_json(document(planned, emitted))
     elif emitted is not None:
         print(emitted.text, end="")
     screen = err if emitted is not None else Console()

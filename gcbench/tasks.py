@@ -198,6 +198,15 @@ class Decided:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planning:
+    """Where a `PlanTask` is: so many of its steps are done, and `doing` is what it does now."""
+
+    done: int
+    total: int
+    doing: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """A user's mistake or a missing thing that only the child could find: an error to raise in the parent."""
 

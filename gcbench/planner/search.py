@@ -20,7 +20,7 @@ from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
 from gcbench.simulate.parallel import on_two_cores
 from gcbench.strategies import OFF, Plan
-from gcbench.tasks import Answer, Decided, PlanTask, Refusal
+from gcbench.tasks import Answer, Decided, Planning, PlanTask, Refusal
 from gcbench.units import format_bytes
 
 MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
@@ -29,14 +29,21 @@ most 2 % of that of everything. Autocast has a layer keep weights that it cast t
 _MOST_POLICIES = 5
 _WITHOUT_BOUND = (1, 2, 4, 8, 16)
 """Batch sizes where nothing limits them."""
+_STEPS = 4
+"""Of which a plan tells that they are done."""
 _SHORTEST = 64
 """Tokens; a shorter sequence is no remedy."""
 
 
-def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
+def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
     """Decide and tell; what cannot be decided is a refusal or a failure."""
+
+    def say(done: int, doing: str) -> None:
+        tell(Planning(done=done, total=_STEPS, doing=doing))
+
     try:
-        tell(Decided(decision=Planner(task, figures_for(task)).decide()))
+        say(0, "tracing the training step")
+        tell(Decided(decision=Planner(task, figures_for(task)).decide(say)))
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:  # modelling code may raise anything
@@ -76,8 +83,9 @@ class Planner:
         other._calibrated = set()  # what one of the two has timed, the other does not know of
         return other
 
-    def decide(self) -> Decision:
-        """Weigh, solve, verify."""
+    def decide(self, say: Callable[[int, str], None] = lambda done, doing: None) -> Decision:
+        """Weigh, solve, verify; `say` gets how many of `_STEPS` are done and what is done now."""
+        say(1, "weighing strategies and batch sizes")
         most = self._most()
         batches = self._batches(most)
         self._calibrate(batches)
@@ -87,11 +95,13 @@ class Planner:
             self.weighing.all_up_to = batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
         named = on_two_cores(lambda one: self._candidate(*one), wanted)
+        say(2, "searching plans")
         drafts = self._drafts(batches)
         with ExitStack() as stack:
             likely = choose([*named, *drafts])
             trial = None if likely is None else stack.enter_context(self._trial(likely))
             candidates = self._verified([*named, *self._found(drafts, choose(named))])
+            say(3, "trying what else would lower the peak")
             choice = choose(candidates)
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
