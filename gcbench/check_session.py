@@ -56,11 +56,15 @@ def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quie
     err = Console(stderr=True)
     with ExitStack() as stack:
         store = stack.enter_context(Store.create(out)) if out is not None else None
-        with (
-            ForkedChildren() as children,
-            counting.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
-        ):
-            done = run(wanted, source=source, children=children, command=command, on_result=counter.count)
+        try:
+            with (
+                ForkedChildren() as children,
+                counting.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
+            ):
+                done = run(wanted, source=source, children=children, command=command, on_result=counter.count)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted("interrupted before anything was checked") from None
         is_partial = len(done.results) < len(done.combinations)
         if store is not None and done.results:
             with store.attempt():

@@ -10,10 +10,12 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from gcbench import child_entry
@@ -68,8 +70,10 @@ class ForkedChildren:
         _start_server(self._folder / _SERVER_LOG)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._kill()
+        if kind is not None and not issubclass(kind, Exception):
+            _kill_server()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
@@ -173,6 +177,14 @@ def _start_server(log_path: Path) -> None:
             os.dup2(original, stream)
             os.close(original)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_server() -> None:
+    """After an interruption: the server ends by itself, but only when it has imported all that it was to import."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:  # it is private; without it the server is there for a few seconds more
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _timed_out(timeout_s: float, log: str) -> Failure:

@@ -326,7 +326,8 @@ def _code(work: Callable[[], int | None]) -> int:
         ended = err
     except KeyboardInterrupt:
         ended = Interrupted("interrupted")
-    ignore_more()
+    if isinstance(ended, Interrupted):
+        ignore_more()
     with suppress(ReaderGone):  # of standard error
         if not isinstance(ended, ReaderGone):
             streams.tell(ended)

@@ -13,7 +13,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block SIGTERM is what Ctrl-C is; afterwards both are what they were."""
+    """Within the block SIGTERM is what Ctrl-C is; afterwards both are as before, unless `ignore_more` was called."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -26,12 +26,13 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        if signal.getsignal(signal.SIGTERM) is interrupt:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def ignore_more() -> None:
-    """From now on let neither cut short what is left to do, up to the end of `interruptible`."""
+    """From now on let neither cut short what is left to do, up to the end of the process."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)
