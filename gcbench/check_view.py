@@ -17,6 +17,9 @@ from gcbench.checks import (
     Combination,
     Setting,
 )
+from gcbench.screen import plain as as_text
+from gcbench.screen import show as print_all
+from gcbench.screen import unbroken
 from gcbench.units import format_count, format_seconds
 
 if TYPE_CHECKING:
@@ -129,6 +132,8 @@ class View:
         label_width = max(len(setting.label) for setting in settings) + 2
         for block in _blocks(names, options.max_width - label_width):
             rows = [s for s in settings if any((s, name) in found for name in block)]
+            if not rows:  # the check ended before them
+                continue
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
             table.add_column("", no_wrap=True)
             for name in block:
@@ -150,6 +155,9 @@ class View:
             yield Text("")
             yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem)}", "bold"))
             for name, said in _told(problem):
+                if name == "see":
+                    yield unbroken(f"  {name:<8}{said}")
+                    continue
                 grid = Table.grid(padding=(0, 2, 0, 0))
                 grid.add_column(width=8)
                 grid.add_column(overflow="fold")
@@ -219,13 +227,9 @@ def _cell(result: Checked | None) -> str:
 
 def show(check: Check) -> None:
     """Print it on standard output, as wide as the screen is."""
-    from rich.console import Console
-
-    Console().print(View(check=check))
+    print_all([View(check=check)])
 
 
 def plain(check: Check, *, width: int) -> str:
     """The same as text without styles."""
-    from gcbench.screen import plain as as_text
-
     return as_text([View(check=check)], width=width)

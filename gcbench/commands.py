@@ -10,11 +10,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from gcbench import config as configs
-from gcbench import formats, streams
+from gcbench import formats, screen, streams
 from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.records import SCHEMA, Report
 from gcbench.report import write_text
+from gcbench.screen import Column, Table
 from gcbench.units import format_bytes, format_count
 
 
@@ -161,11 +162,7 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
     if as_json:
         _print_rows(comparing.to_rows(comparison))
     else:
-        from rich.console import Console
-
-        out = Console()
-        for part in comparing.render(comparison):
-            out.print(part)
+        screen.show(comparing.render(comparison))
     broken = comparing.broken(comparison, thresholds)
     if broken:
         raise ThresholdBroken("; ".join(broken))
@@ -217,22 +214,16 @@ def models(*, as_json: bool) -> None:
     if as_json:
         _print_rows([{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in known])
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("Hub id", overflow="fold")
-    for entry in known:
-        table.add_row(entry.name, format_count(entry.published_params), entry.hub_id)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"\n{len(known)} built-in architectures work offline; any other Hub id, folder or config.json of a causal LM "
-        "works too.",
-        highlight=False,
+    columns = (
+        Column(header="model", cells=tuple(entry.name for entry in known), right=False),
+        Column(header="parameters", cells=tuple(format_count(entry.published_params) for entry in known)),
+        Column(header="Hub id", cells=tuple(entry.hub_id for entry in known), right=False, drop=1),
     )
+    summary = (
+        f"{len(known)} built-in architectures work offline; any other Hub id, folder or config.json of a causal LM "
+        "works too."
+    )
+    screen.show([Table(columns=columns, summary=summary)])
 
 
 def devices(device_file: Path | None, *, as_json: bool) -> None:
@@ -243,31 +234,22 @@ def devices(device_file: Path | None, *, as_json: bool) -> None:
     if as_json:
         _print_rows([{f.name: _as_json(getattr(card, f.name)) for f in fields(card)} for card in known])
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("device", no_wrap=True)
-    for header in ("memory", "capability", "bf16 TFLOP/s", "bandwidth"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("name", overflow="fold")
-    for card in known:
-        rate, speed = card.matmul_flops.get("bf16"), card.bandwidth_bytes_per_s
-        table.add_row(
-            card.name,
-            format_bytes(card.memory_bytes),
-            card.compute_capability or "–",
-            f"{rate / 1e12:.0f}" if rate else "–",
-            f"{speed / 1e12:.2f} TB/s" if speed else "–",
-            card.full_name or "–",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "\nMemory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
-        "Cards of your own: --device-file.",
-        highlight=False,
+    rates = [card.matmul_flops.get("bf16") for card in known]
+    speeds = [card.bandwidth_bytes_per_s for card in known]
+    unknown = screen.UNKNOWN
+    columns = (
+        Column(header="device", cells=tuple(card.name for card in known), right=False),
+        Column(header="memory", cells=tuple(format_bytes(card.memory_bytes) for card in known)),
+        Column(header="capability", cells=tuple(card.compute_capability or unknown for card in known), drop=2),
+        Column(header="bf16 TFLOP/s", cells=tuple(f"{r / 1e12:.0f}" if r else unknown for r in rates), drop=4),
+        Column(header="bandwidth", cells=tuple(f"{s / 1e12:.2f} TB/s" if s else unknown for s in speeds), drop=3),
+        Column(header="name", cells=tuple(card.full_name or unknown for card in known), right=False, drop=1),
     )
+    summary = (
+        "Memory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
+        "Cards of your own: --device-file."
+    )
+    screen.show([Table(columns=columns, summary=summary)])
 
 
 def _as_json(value: object) -> object:
@@ -285,14 +267,14 @@ def strategies(*, as_json: bool) -> None:
         _print_rows(listed)
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
     from rich.text import Text
 
     console = Console()
     for row in listed:
         spec, *said = row.items()
         console.print(Text(spec[1], style="bold"))
-        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid = Grid.grid(padding=(0, 2, 0, 0))
         for name, text in said:
             grid.add_row(f"  {name}", text)
         console.print(grid)

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from gcbench import streams
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.records import SCHEMA, Json
-from gcbench.screen import Column, Table, plain
+from gcbench.screen import Column, Table, plain, unbroken
+from gcbench.screen import show as show_all
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.units import format_bytes, format_percent, format_seconds
@@ -266,16 +267,16 @@ def gains_table(decision: Decision) -> Table | None:
     )
 
 
-def next_steps(planned: Planned) -> list[str]:
-    """Commands to go on with."""
+def next_steps(planned: Planned) -> list[tuple[str, str]]:
+    """What to go on with: (what for, the command or the line of Python)."""
     choice = planned.decision.choice
     if choice is None or (choice.strategy == FOUND and planned.plan_file is None):
         return []
     spec = f"plan:{planned.plan_file}" if choice.strategy == FOUND else choice.strategy
     return [
-        f"in your own loop: gcbench.apply(model, {spec!r})",
-        f"for a trainer: gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}",
-        f"to measure it: gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}",
+        ("in your own loop", f"gcbench.apply(model, {spec!r})"),
+        ("for a trainer", f"gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}"),
+        ("to measure it", f"gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}"),
     ]
 
 
@@ -317,7 +318,8 @@ def renderables(planned: Planned) -> list[RenderableType]:
     gains = gains_table(planned.decision)
     if gains is not None:
         parts.append(gains)
-    parts += [Text(step) for step in next_steps(planned)]
+    for purpose, command in next_steps(planned):
+        parts += [Text(f"{purpose}:"), unbroken(f"  {command}")]
     return parts
 
 
@@ -349,8 +351,7 @@ def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: boo
         print(emitted.text, end="")
     screen = err if emitted is not None else Console()
     if not as_json and not (quiet and emitted is not None):
-        for part in renderables(planned):
-            screen.print(part)
+        show_all(renderables(planned), screen)
     if quiet:
         return
     notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcbench import step_plot
-from gcbench.canvas import GREY, LONGEST_LABEL, head, panels, quiet, shortened, write
+from gcbench.canvas import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, shortened, write
 from gcbench.labels import MARGIN, Box, Label, place
+from gcbench.lettering import choose_font
 from gcbench.records import PHASES, Phase, Report, Row, Workload
 from gcbench.tables import OFF, by_workload, failed_proof, rows
 from gcbench.units import GIB, MIB, format_bytes
@@ -72,7 +73,7 @@ def memory_figure(report: Report) -> Figure:
     handles.append(Patch(facecolor="none", edgecolor="black", linewidth=1.3))
     labels.append("the phase that sets the peak")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axes in found:
         _make_room(axes)
     return figure
@@ -89,7 +90,7 @@ def tradeoff_figure(report: Report) -> Figure:
             styles.setdefault(row.strategy, len(styles))
     for axes, (workload, group) in zip(found, groups.items(), strict=True):
         _tradeoff_panel(axes, workload, group, styles)
-    figure.draw_without_rendering()
+    lay_out(figure)
     figure.set_layout_engine("none")
     for axes, group in zip(found, groups.values(), strict=True):
         _label_points(axes, [row for row in group if _has_tradeoff(row)], styles)
@@ -260,6 +261,7 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
             annotation_clip=False,
         )
         text.set_gid(LABEL)
+        choose_font(text)
         size = _box(text.get_window_extent(renderer))
         label = place(size, number, points, frame, symbols, placed)
         placed.append(label)

@@ -24,11 +24,15 @@ def save(report: Report, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure."""
+    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure.
+
+    Bytes of a path that are no text are written as they were, in JSON as escapes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
+        temporary.write_text(text, encoding="utf-8", errors=errors)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from gcbench import predicted, words
-from gcbench.canvas import LONGEST_LABEL, head, panels, quiet, shortened
+from gcbench.canvas import LONGEST_LABEL, head, lay_out, panels, quiet, shortened
 from gcbench.predicted import PredictedCell
 from gcbench.prediction import Curve
 from gcbench.records import Phase, Report, Workload
@@ -81,7 +81,7 @@ def step_figure(report: Report, workload: Workload) -> Figure:
     notes += [f"device memory, {format_bytes(limit)}, is above the scale"] if limit is not None and not is_near else []
     notes += [f"not shown: {', '.join(missing)}"] if missing else []
     figure.supxlabel(textwrap.fill(" · ".join(notes), round(_LETTERS_PER_INCH * figure.get_figwidth())), fontsize=9)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axes in found:
         _keep_inside(axes)
     return figure

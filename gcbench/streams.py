@@ -99,24 +99,27 @@ def print_json(text: str) -> None:
 
 
 class _Guarded:
-    """A text stream whose failures to write are GcbenchErrors; whatever else is asked is the stream's own answer."""
+    """A text stream that raises a GcbenchError, once, when it cannot be written; all else is the stream's own."""
 
     def __init__(self, stream: TextIO | None, *, is_forgiving: bool) -> None:
         self.is_closed = stream is None
         self._stream = _nowhere() if stream is None else stream
         self._is_forgiving = is_forgiving
+        self._has_failed = False
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        with self._told():
-            self._stream.write(text)
+        if not self._has_failed:
+            with self._told():
+                self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
-        with self._told():
-            self._stream.flush()
+        if not self._has_failed:
+            with self._told():
+                self._stream.flush()
 
     @contextmanager
     def _told(self) -> Iterator[None]:
@@ -134,6 +137,7 @@ class _Guarded:
 
     def _silence(self) -> None:
         """Send what is still to come nowhere: the interpreter writes once more as it ends."""
+        self._has_failed = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())

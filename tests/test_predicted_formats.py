@@ -294,7 +294,7 @@ def test_explanations_are_shown_when_asked_for(capsys):
     terminal.show(card_report())
     assert "made from" in asked and "made from" not in capsys.readouterr().out
     terminal.show(mixed_report(), explain=True)
-    assert capsys.readouterr().out.startswith("gpt2 · batch 8"), "a measurement has nothing to explain"
+    assert capsys.readouterr().out.startswith("Overview of 6 cells"), "a measurement has nothing to explain"
 
 
 def test_what_a_prediction_does_not_cover():

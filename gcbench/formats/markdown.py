@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from gcbench import explained, plots, predicted, step_plot, words
 from gcbench.explained import Block
 from gcbench.formats.terminal import table_columns
+from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Json, Machine, Report, Row
 from gcbench.screen import UNKNOWN, Column
@@ -32,7 +33,7 @@ def render(report: Report) -> str:
 
 def _measured(report: Report) -> list[str]:
     table = rows(report)
-    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}."]
+    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}.", *_overview(report)]
     for workload, group in by_workload(table).items():
         blocks += [f"## {_escaped(words.title(workload, model=False))}", answer(group)]
     blocks += _plots(report)
@@ -41,7 +42,10 @@ def _measured(report: Report) -> list[str]:
 
 def _predicted(report: Report) -> list[str]:
     made = _made(report, "Made")
-    blocks = [f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}"]
+    blocks = [
+        f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}",
+        *_overview(report),
+    ]
     tried = report.settings.get("explain") is True
     for workload, cells in predicted.by_workload(report).items():
         blocks += [f"## {_escaped(words.title(workload, model=False, device=False))}", prediction(cells)]
@@ -53,6 +57,16 @@ def _predicted(report: Report) -> list[str]:
         lines = [_line(["term", "size", "where", "source"]), _line(["---", "---:", "---", "---"]), *map(_line, sizes)]
         blocks += ["## What the trace cannot see", explained.UNSEEN, "\n".join(lines)]
     return [*blocks, "## What this prediction does not cover", _bullets(predicted.not_covered(report))]
+
+
+def _overview(report: Report) -> list[str]:
+    """All cells in one table, where there are several workloads."""
+    found = overview(report)
+    return (
+        []
+        if found is None
+        else ["## Overview", _escaped(f"{found.title.removeprefix('Overview of ')}."), _table(found.columns)]
+    )
 
 
 def answer(group: Sequence[Row]) -> str:

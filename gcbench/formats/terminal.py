@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gcbench import explained, predicted, words
+from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Report, Row
 from gcbench.screen import UNKNOWN as UNKNOWN
@@ -13,6 +14,7 @@ from gcbench.screen import Column as Column
 from gcbench.screen import Table as Table
 from gcbench.screen import fit as fit
 from gcbench.screen import plain as plain
+from gcbench.screen import show as print_all
 from gcbench.tables import OFF, by_workload, failed_proof, rows
 from gcbench.units import format_bytes, format_percent, format_seconds
 
@@ -24,13 +26,13 @@ SUFFIX = ".txt"
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """One renderable per workload, which chooses its columns by the width it is given.
+    """One renderable per workload, which chooses its columns by the width it is given; an overview before several.
 
     A prediction adds what it would explain, where it was asked to, and what it does not cover.
     """
     if report.source == "predicted":
         return _predicted(report, explain=report.settings.get("explain") is True)
-    return [_table(group) for group in by_workload(rows(report)).values()]
+    return [*_overview(report), *(_table(group) for group in by_workload(rows(report)).values())]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
@@ -38,11 +40,12 @@ def show(report: Report, *, explain: bool = False) -> None:
 
     With `explain`, or where the report was made with it, what a prediction says of each peak as well.
     """
-    from rich.console import Console
+    print_all(_predicted(report, explain=True) if explain and report.source == "predicted" else tables(report))
 
-    console = Console()
-    for table in _predicted(report, explain=True) if explain and report.source == "predicted" else tables(report):
-        console.print(table)
+
+def _overview(report: Report) -> list[RenderableType]:
+    found = overview(report)
+    return [found] if found is not None else []
 
 
 def render(report: Report, *, width: int = 120) -> str:
@@ -126,7 +129,7 @@ def _table(group: Sequence[Row]) -> Table:
 def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
     from rich.text import Text
 
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = _overview(report)
     where = f"predicted for {predicted.target(report)}"
     for cells in predicted.by_workload(report).values():
         parts.append(_predicted_table(cells, where))
