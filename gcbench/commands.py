@@ -216,7 +216,12 @@ def models(*, as_json: bool) -> None:
         return
     columns = (
         Column(header="model", cells=tuple(entry.name for entry in known), right=False),
-        Column(header="parameters", cells=tuple(format_count(entry.published_params) for entry in known)),
+        Column(
+            header="parameters",
+            short_header="size",
+            shorten=2,
+            cells=tuple(format_count(entry.published_params) for entry in known),
+        ),
         Column(header="Hub id", cells=tuple(entry.hub_id for entry in known), right=False, drop=1),
     )
     summary = (

@@ -60,7 +60,8 @@ def _labels(workloads: Sequence[Workload]) -> tuple[str, ...]:
 def _in_common(workloads: Sequence[Workload]) -> str:
     """`gpt2 · fp32 · adamw_torch`: the parts of the titles that are the same in all."""
     titles = [words.title(each).split(" · ") for each in workloads]
-    return " · ".join(part for part in titles[0] if all(part in title for title in titles))
+    common = (part for part in titles[0] if all(part in title for title in titles))
+    return " · ".join(part for part in common if not part.startswith("batch "))
 
 
 def _measured(row: Row) -> str:
