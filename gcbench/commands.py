@@ -53,6 +53,7 @@ def predict(
     *,
     device_memory: str | None,
     device_file: Path | None,
+    reserve: str | None,
     expandable_segments: bool,
     explain: bool,
     exact: bool,
@@ -63,6 +64,7 @@ def predict(
     argv: Sequence[str],
 ) -> None:
     """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
+    from gcbench.headroom import parse_reserve
     from gcbench.targets import Wish
 
     raw = {**(configs.read_toml(config) if config else {}), **flags}
@@ -71,6 +73,7 @@ def predict(
     stored_limit = raw.pop("memory_limit", None)
     stored = raw.pop("device_memory", stored_limit)
     memory = device_memory if device_memory is not None else stored
+    stored_reserve = raw.pop("reserve", None)
     if device is not None and not isinstance(device, str):
         raise UsageError(f"--device: {device!r} is not a name; write it as text")
     wanted = configs.settings(raw)
@@ -81,6 +84,7 @@ def predict(
         expandable_segments=expandable_segments,
         explain=explain,
         exact=exact,
+        reserve_frac=parse_reserve(reserve if reserve is not None else stored_reserve),
     )
     from gcbench import forecast  # only now: a wrong value is told before anything else is imported
 

@@ -177,7 +177,7 @@ Reserve = Annotated[
     typer.Option(
         "--reserve",
         metavar="5%",
-        rich_help_panel=DECISION,
+        rich_help_panel=WORKLOAD,
         help="Part of the memory that is held back (5% on a card, none on a CPU).",
     ),
 ]

@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import formats, runner, sources
+from gcbench import formats, headroom, predicted, runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
-from gcbench.errors import GcbenchError
+from gcbench.errors import GcbenchError, ThresholdBroken
 from gcbench.records import Failure, Machine, Outcome, Report
 from gcbench.report import write_text
 from gcbench.resolve import Job, resolve
@@ -61,6 +61,9 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
     broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
     if broken:
         raise GcbenchError(f"{len(broken)} of {len(report.outcomes)} cells crashed or timed out; the table says why")
+    nothing = predicted.nothing_fits(report)
+    if nothing is not None:
+        raise ThresholdBroken(nothing)
 
 
 def num_children() -> int:
@@ -132,10 +135,11 @@ def _answered(
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
+    reserve_frac = headroom.RESERVE_FRAC[target.kind] if wish.reserve_frac is None else wish.reserve_frac
 
     def note(number: int, event: Predicted) -> None:
         nonlocal answered
-        outcomes[number] = _outcome(outcomes[number], event)
+        outcomes[number] = _outcome(outcomes[number], event, reserve_frac)
         answered += 1
         on_cell(answered, len(waiting))
 
@@ -215,12 +219,14 @@ def _task(
     )
 
 
-def _outcome(outcome: Outcome, event: Predicted) -> Outcome:
+def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome:
     said = event.prediction
     failure = event.failure
-    if said is not None and said.spare_bytes is not None and said.spare_bytes < 0 and said.limit_bytes is not None:
-        needed = format_bytes(said.limit_bytes - said.spare_bytes)
-        failure = Failure(kind="oom", message=f"needs {needed}, and there are {format_bytes(said.limit_bytes)}")
+    if said is not None:
+        said = replace(said, reserve_frac=reserve_frac)
+    if said is not None and said.usable_bytes is not None and said.needed_bytes > said.usable_bytes:
+        there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
+        failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
     return replace(outcome, prediction=said, failure=failure)
 
 

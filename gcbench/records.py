@@ -251,3 +251,7 @@ class Row:
     device_memory_bytes: int | None = None
     spare_bytes: int | None = None
     """What the cell leaves of the device's memory; negative where it does not fit."""
+    usable_bytes: int | None = None
+    """The device's memory less the reserve."""
+    fits: str | None = None
+    """`yes`, `too close to tell`, `in the reserve` or `no`."""

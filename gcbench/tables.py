@@ -172,6 +172,8 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         attention_kernel="+".join(said.attention) or None if said else None,
         device_memory_bytes=said.limit_bytes if said else None,
         spare_bytes=said.spare_bytes if said else None,
+        usable_bytes=said.usable_bytes if said else None,
+        fits=said.fit if said else None,
     )
 
 

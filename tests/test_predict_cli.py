@@ -83,14 +83,15 @@ def test_a_prediction_is_kept_and_shown_again(cli, model, tmp_path):
 
 
 def test_what_does_not_fit_is_a_result(cli, model):
-    """Exit 0: out of memory is what was asked. The figures stay, so that one sees how far off it is."""
+    """Exit 1, as in `plan`, since nothing can be run; the figures stay, so that one sees how far off each is."""
     result = cli("predict", "-m", model(), *QUICK, "--device-memory", "100KiB", "--json")
-    assert result.code == 0, result.err
+    assert result.code == 1, result.err
     for row in result.rows.values():
         assert (row["status"], row["source"]) == ("oom", "predicted")
         assert row["device_memory_bytes"] == 100 << 10
         assert row["spare_bytes"] == (100 << 10) - row["peak_allocated_bytes"] < 0
         assert "and there are 100 KiB" in row["message"]
+        assert row["fits"] == "no"
 
 
 def test_a_card_needs_no_card(cli, model):
