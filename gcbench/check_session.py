@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import check_view, checks, runner, sources
+from gcbench import changes, check_view, checks, runner, sources
 from gcbench.checks import FAILED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
@@ -134,6 +134,7 @@ def run(
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,
         wall_s=wall_s,
+        model_changes=changes.told(wanted.layers, wanted.overrides),
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gcbench import changes
 from gcbench.checks import (
     FAILED,
     IDENTICAL,
@@ -49,7 +50,11 @@ class Problem:
 def title(check: Check) -> str:
     """What was trained."""
     size = f"{format_count(check.num_params)} parameters, {check.num_layers} layers"
-    return f"{check.model} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+    return f"{_name(check)} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+
+
+def _name(check: Check) -> str:
+    return changes.named(check.model, check.model_changes)
 
 
 def problems(check: Check) -> tuple[Problem, ...]:
@@ -193,7 +198,7 @@ def times(check: Check) -> str:
 def markdown(check: Check) -> str:
     """The whole check as Markdown."""
     names, settings, found = _grid(check)
-    lines = [f"# gcbench check: {check.model}", "", title(check), "", f"`{check.command}`", ""]
+    lines = [f"# gcbench check: {_name(check)}", "", title(check), "", f"`{check.command}`", ""]
     lines += ["| | " + " | ".join(f"`{name}`" for name in names) + " |"]
     lines += ["| --- |" + " :-: |" * len(names)]
     for setting in settings:

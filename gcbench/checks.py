@@ -125,6 +125,7 @@ class CheckRow:
     cause: str | None
     remedy: str | None
     link: str | None
+    model_changes: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +151,8 @@ class Check:
     steps_s: float = 0.0
     wall_s: float = 0.0
     notices: tuple[str, ...] = field(default=())
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model."""
 
     @property
     def failures(self) -> tuple[Combination, ...]:
@@ -183,6 +186,7 @@ def rows(check: Check) -> tuple[CheckRow, ...]:
                 cause=result.cause,
                 remedy=result.remedy,
                 link=result.link,
+                model_changes=check.model_changes,
             )
         )
     return tuple(made)

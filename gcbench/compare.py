@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from gcbench import stats, words
+from gcbench import changes, stats, words
 from gcbench.errors import UsageError
 from gcbench.formats.terminal import UNKNOWN, Column, Table
 from gcbench.records import Cell, Outcome, Report, Row
@@ -82,11 +82,23 @@ class Change:
     time_change_low_frac: float | None
     time_change_high_frac: float | None
     lora_r: int | None = None
+    model_changes_a: str | None = None
+    model_changes_b: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, with what was changed about it."""
+        a, b = self.model_changes_a, self.model_changes_b
+        if a == b or self.status_b is None:
+            return changes.named(self.model, a)
+        if self.status_a is None:
+            return changes.named(self.model, b)
+        return f"{self.model} (A with {a or 'no changes'}; B with {b or 'no changes'})"
 
     @property
     def cell(self) -> str:
         """The cell's workload, in words."""
-        parts = [self.model, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
+        parts = [self.name, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
         parts += [words.lora(self.lora_r) if self.lora_r is not None else None, self.attn_implementation, self.device]
         return " · ".join(part for part in parts if part is not None)
 
@@ -245,6 +257,7 @@ def _cells(report: Report, ignored: Collection[str]) -> dict[Cell, _Side]:
             w = outcome.cell.workload
             w = replace(w, device=_ANY if "device" in ignored else words.device_type(w.device))
             w = replace(w, precision=_ANY) if "precision" in ignored else w
+            w = replace(w, model_changes=None)  # what is changed may change nothing about the step
             cells[replace(outcome.cell, workload=w)] = _Side(row=row, outcome=outcome)
     return cells
 
@@ -275,6 +288,8 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         time_change_low_frac=paid.low if paid else None,
         time_change_high_frac=paid.high if paid else None,
         lora_r=cell.workload.lora_r,
+        model_changes_a=a.row.model_changes if a else None,
+        model_changes_b=b.row.model_changes if b else None,
     )
 
 

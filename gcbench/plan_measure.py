@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from gcbench import racing, runner
+from gcbench import changes, racing, runner
 from gcbench.children import Children
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
@@ -112,6 +112,7 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
                 optim=settings.optim,
                 attn_implementation=planned.facts.attn_implementation,
                 lora_r=settings.lora_r,
+                model_changes=changes.told(settings.layers, settings.set),
             ),
             strategy=spec,
         )

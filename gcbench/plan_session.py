@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import runner, sources
+from gcbench import changes, runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
@@ -82,6 +82,16 @@ class Planned:
         """The model; a decision from a stored run has none to run again."""
         assert self.source is not None
         return self.source
+
+    @property
+    def changes(self) -> str | None:
+        """What `--layers` and `--set` changed about the model, in words."""
+        return changes.told(self.settings.layers, self.settings.set)
+
+    @property
+    def name(self) -> str:
+        """The model, with what was changed about it."""
+        return changes.named(self.settings.model, self.changes)
 
     @property
     def where(self) -> str:

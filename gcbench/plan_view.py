@@ -53,6 +53,7 @@ def rows(planned: Planned) -> list[dict[str, Json]]:
             "tokens_per_s_high": candidate.tokens_per_s_high,
             "tokens_per_s_frac": candidate.tokens_per_s / choice.tokens_per_s if choice else None,
             "is_choice": candidate == choice,
+            "model_changes": planned.changes,
         }
         for candidate in decision.candidates
     ]
@@ -304,7 +305,7 @@ def renderables(planned: Planned) -> list[RenderableType]:
 
     settings = planned.settings
     memory = f", {format_bytes(planned.decision.limit_bytes)}" if planned.decision.limit_bytes else ""
-    what = f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim}"
+    what = f"{planned.name} · {planned.seq_len} tokens · {settings.precision} · {settings.optim}"
     head = Text(f"{what} on {planned.where}{memory}")
     head.stylize("bold")
     grid = Grid.grid(padding=(0, 2, 0, 0))
@@ -322,7 +323,7 @@ def renderables(planned: Planned) -> list[RenderableType]:
 
 def markdown(planned: Planned) -> str:
     """The answer as Markdown, with every candidate."""
-    lines = [f"# gcbench plan: {planned.settings.model}", "", f"`{planned.command}`", ""]
+    lines = [f"# gcbench plan: {planned.name}", "", f"`{planned.command}`", ""]
     lines += [f"- **{name}**: {text}" for name, text in answer(planned)]
     lines += ["", "| strategy | batch | peak | tokens/s | |", "|---|---:|---:|---:|---|"]
     choice = planned.decision.choice

@@ -32,6 +32,8 @@ class Workload:
     """The attention kernel in use; None for a model without attention."""
     lora_r: int | None = None
     """Rank of the adapters that are trained in place of the model's parameters; None when those are trained."""
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model, such as `num_hidden_layers=6`; None for the model itself."""
 
 
 ALL_LINEAR = "all-linear"
@@ -255,3 +257,5 @@ class Row:
     """The device's memory less the reserve."""
     fits: str | None = None
     """`yes`, `too close to tell`, `in the reserve` or `no`."""
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from gcbench import changes
 from gcbench.codec import decode, encode
 from gcbench.errors import ResultsError, UsageError
 from gcbench.records import SCHEMA, Report
@@ -57,9 +59,23 @@ def load(place: Path) -> Report:
             f"{path} has schema {schema} and this gcbench reads up to {SCHEMA}; upgrade gcbench to read it"
         )
     try:
-        return decode(Report, document)
+        return _with_changes(decode(Report, document))
     except ValueError as err:
         raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+
+
+def _with_changes(report: Report) -> Report:
+    """The report with what was changed about the model in every cell, for one that was stored before cells told it."""
+    told = changes.told(report.settings.get("layers"), report.settings.get("set"))
+    if told is None:
+        return report
+    return replace(
+        report,
+        outcomes=tuple(
+            replace(o, cell=replace(o.cell, workload=replace(o.cell.workload, model_changes=told)))
+            for o in report.outcomes
+        ),
+    )
 
 
 def reopen(folder: Path) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gcbench import strategies
+from gcbench import changes, strategies
 from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import UsageError
 from gcbench.records import Cell, Machine, ModelFacts, Workload
@@ -153,6 +153,7 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
                 optim=settings.optim,
                 attn_implementation=facts.attn_implementation,
                 lora_r=settings.lora_r,
+                model_changes=changes.told(settings.layers, settings.set),
             ),
             strategy=strategy,
         )

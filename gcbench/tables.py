@@ -174,6 +174,7 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         spare_bytes=said.spare_bytes if said else None,
         usable_bytes=said.usable_bytes if said else None,
         fits=said.fit if said else None,
+        model_changes=w.model_changes,
     )
 
 

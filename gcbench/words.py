@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from gcbench.records import Row, Workload
+from gcbench import changes
+from gcbench.records import Report, Row, Workload
 from gcbench.tables import OFF, failed_proof
 from gcbench.units import format_bytes, format_percent, format_seconds
 
@@ -32,7 +33,7 @@ _NOTHING = 0.0005
 
 def title(workload: Workload, *, model: bool = True, device: bool = True) -> str:
     """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without model or device where that is clear."""
-    parts = [workload.model] if model else []
+    parts = [changes.named(workload.model, workload.model_changes)] if model else []
     parts += [f"batch {workload.batch_size} × {workload.seq_len} tokens", workload.precision, workload.optim]
     if workload.lora_r is not None:
         parts.append(lora(workload.lora_r))
@@ -41,6 +42,11 @@ def title(workload: Workload, *, model: bool = True, device: bool = True) -> str
     if device:
         parts.append(workload.device)
     return " · ".join(parts)
+
+
+def model_of(report: Report) -> str:
+    """The model of a report, with what was changed about it."""
+    return changes.named(report.model.model, changes.told(report.settings.get("layers"), report.settings.get("set")))
 
 
 def lora(rank: int) -> str:

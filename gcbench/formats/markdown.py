@@ -116,8 +116,8 @@ def _head(report: Report, where: str) -> str:
     """The headline, and the model in a sentence."""
     model = report.model
     return (
-        f"# gcbench: {_escaped(model.model)} {_escaped(where)}\n\n"
-        f"{_escaped(model.model)} ({model.model_type}): {format_count(model.num_params)} parameters, "
+        f"# gcbench: {_escaped(words.model_of(report))} {_escaped(where)}\n\n"
+        f"{_escaped(words.model_of(report))} ({model.model_type}): {format_count(model.num_params)} parameters, "
         f"{model.num_layers} layers that can be checkpointed."
     )
 
