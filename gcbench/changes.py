@@ -4,11 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from gcbench.records import Json
 
 LAYERS_FIELD = "num_hidden_layers"
 """What `--layers` sets: transformers' name, which configs with another one map to theirs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangedConfig:
+    """What changes come to in a model's config.
+
+    Attributes:
+        fields: every field of the config that differs, those that follow from others included; dots lead into nested
+            configs.
+        keeps_weights: whether every parameter has the shape that it has in the model's own checkpoint, if it is there.
+    """
+
+    fields: dict[str, Json]
+    keeps_weights: bool
 
 
 def made(layers: int | None, overrides: Mapping[str, Json] | None) -> dict[str, Json]:

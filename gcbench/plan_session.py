@@ -14,12 +14,13 @@ from pathlib import Path
 from rich.console import Console
 
 from gcbench import changes, runner, sources
+from gcbench.changes import ChangedConfig
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.errors import GcbenchError, ThresholdBroken, UsageError
 from gcbench.forecast import described
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.resolve import plan_of, resolve, unsupported
@@ -63,6 +64,7 @@ class Planned:
         hub_id: under which the model is found on the Hub; None where that is not known.
         source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
+        changed: what `--layers` and `--set` came to in the model's config; None for the model itself.
     """
 
     settings: Settings
@@ -76,6 +78,7 @@ class Planned:
     hub_id: str | None
     source: sources.ModelSource | None = None
     plan_file: Path | None = None
+    changed: ChangedConfig | None = None
 
     @property
     def source_or_raise(self) -> sources.ModelSource:
@@ -131,7 +134,29 @@ class Planned:
             attn_implementation=self.settings.attn_implementation,
             lora_r=self.settings.lora_r,
             lora_target_modules=self.settings.lora_target_modules,
+            model_changes=self.changes,
+            config=self.changed,
         )
+
+
+def check_emit(tool: str | None, settings: Settings) -> None:
+    """Raise UsageError where the tool cannot run the workload, whatever is planned for it."""
+    if tool is None:
+        return
+    from gcbench import export
+
+    export.check(
+        tool,
+        Training(
+            model=settings.model,
+            precision=settings.precision,
+            optim=settings.optim,
+            attn_implementation=settings.attn_implementation,
+            lora_r=settings.lora_r,
+            lora_target_modules=settings.lora_target_modules,
+            model_changes=changes.told(settings.layers, settings.set),
+        ),
+    )
 
 
 def plan(
@@ -139,6 +164,7 @@ def plan(
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    check_emit(asked.emit, wanted)
     if asked.measure and early is not None and early.kind != CPU:
         raise UsageError(
             f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "
@@ -156,7 +182,7 @@ def plan(
             threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
             with err.status("planning") if err.is_terminal and not quiet else nullcontext():
                 planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
-            planned = replace(planned, created=created)
+            planned = replace(planned, created=created, changed=runner.changed_config(wanted, source, children))
             if asked.measure:
                 planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
     except GcbenchError:

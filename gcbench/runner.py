@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from gcbench import __version__, errors, strategies
+from gcbench.changes import ChangedConfig
 from gcbench.children import Children
 from gcbench.codec import decode, encode
 from gcbench.config import Settings, as_json
@@ -95,6 +96,19 @@ def describe(
     raise_refusal(answer)
     assert answer.machine is not None and answer.facts is not None
     return answer.machine, answer.facts
+
+
+def changed_config(wanted: Settings, source: ModelSource, children: Children) -> ChangedConfig | None:
+    """What `--layers` and `--set` come to in the model's config, asked of a child; None without them."""
+    if wanted.layers is None and not wanted.set:
+        return None
+    answer = children.run(
+        DescribeTask(device="cpu", source=source, layers=wanted.layers, overrides=wanted.set or {}, needs_changes=True),
+        on_event=lambda event: None,
+        timeout_s=_DESCRIBE_TIMEOUT_S,
+    )
+    raise_refusal(answer)
+    return answer.changed
 
 
 def operators(specs: Iterable[str]) -> tuple[str, ...]:

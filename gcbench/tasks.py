@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gcbench.changes import ChangedConfig
 from gcbench.checks import Combination
 from gcbench.decision import Decision
 from gcbench.fingerprint import Fingerprint
@@ -31,6 +32,8 @@ class DescribeTask:
     """Operators that strategies name, to be checked."""
     needs_order: bool = False
     """Whether a strategy counts layers in the order in which they run."""
+    needs_changes: bool = False
+    """Whether what `layers` and `overrides` come to in the config is to be told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,3 +227,5 @@ class Answer:
     fingerprint: Fingerprint | None = None
     failure: Failure | None = None
     refusal: Refusal | None = None
+    changed: ChangedConfig | None = None
+    """Beside `facts`."""

@@ -94,7 +94,12 @@ def describe(task: DescribeTask) -> Answer:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 
             facts = replace(facts, layers_in_order=layers_in_order(task))
-        return Answer(machine=device.describe(), facts=facts)
+        came_to = None
+        if task.needs_changes:
+            from gcbench import changed_config  # what most runs do not need
+
+            came_to = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
+        return Answer(machine=device.describe(), facts=facts, changed=came_to)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gcbench.handover import Handover, Rival
+from gcbench import changes
+from gcbench.handover import Handover, Rival, Training
 from gcbench.records import ALL_LINEAR
 from gcbench.strategies import Plan, Policy
 from gcbench.units import format_bytes
 
+_WIDTH = 110
 LORA_ALPHA = 8
 """peft's own default, which gcbench measures with."""
 
@@ -82,13 +85,26 @@ def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name if "::" in name else f"aten::{name}" for name in keep)
 
 
+def cannot_change(tool: str, training: Training) -> str:
+    """Why a tool that loads a model by its name alone has no settings for one that `--layers` or `--set` changed."""
+    model = changes.named(training.model, training.model_changes)
+    return (
+        f"{tool} loads the model as it is, and this plan is for {model}; "
+        "save that model into a folder and plan with --model FOLDER, or take --emit trainer, trl or python"
+    )
+
+
 def described(rival: Rival, handover: Handover) -> str:
     """The comment that begins every text: what it is, and for which workload."""
     lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
-    return (
+    told = (
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
+    if handover.model_changes is None:
+        return told
+    model = textwrap.wrap(f"for {changes.named(handover.model, handover.model_changes)}", width=_WIDTH)
+    return "\n".join([told, *(f"# {line}" for line in model)])
 
 
 def targets_of(handover: Handover) -> list[str] | str | None:
