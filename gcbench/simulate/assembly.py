@@ -152,7 +152,7 @@ def assemble(
     kinds, of_layers = _classified(
         passes, gradients, treatments=treatments, layers=layers, vocab_size=vocab_size, persistent=persistent
     )
-    is_state = np.isin(np.arange(num_own) + update.num_params, np.array(_kept(update), np.int64))
+    is_state = np.isin(np.arange(num_own) + update.num_params, states_of(update))
     stretches = [(first_step + base, piece.blocks) for _, piece, base in passes.instances]
     stretches += [(first_update, update.own)]
     stretches += [(second_step + base, piece.blocks) for _, piece, base in passes.instances]
@@ -322,12 +322,12 @@ def _is_logits(block: Block, vocab_size: int | None) -> bool:
     return vocab_size is not None and len(block.shape) > 1 and block.shape[-1] == vocab_size
 
 
-def _kept(update: UpdateTrace) -> list[int]:
+def states_of(update: UpdateTrace) -> Ints:
     """Blocks of the update that outlive a phase."""
     kept = set(update.states)
     given = {~event for event in update.later if event < 0}
     kept |= {event for event in update.later if event >= 0 and event not in given}
-    return sorted(kept)
+    return np.array(sorted(kept), np.int64)
 
 
 def _classified(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from gcbench import costs
 from gcbench.costs import Figures, Work
 from gcbench.simulate import assembly, pieces
-from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
+from gcbench.simulate.assembly import Assembly, Ints, Kind, Standing, Treatment
 from gcbench.simulate.layers import sample
 from gcbench.simulate.pieces import Passes
 from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
@@ -117,14 +117,22 @@ class Predictor:
             why = f"with layers left out, it raises {type(err).__name__}"
         return self._in_full(plan, batch_size, seq_len, why)
 
-    def with_optimizer(self, step: Step, optim: str, *, steps_on_device: bool) -> Timeline | None:
-        """The same step with another optimizer; None where it was traced in full."""
+    def with_optimizer(
+        self, step: Step, optim: str, *, steps_on_device: bool, state_bytes: Callable[[Ints], Ints] | None = None
+    ) -> Timeline | None:
+        """The same step with another optimizer; None where it was traced in full.
+
+        `state_bytes` has the optimizer's states take other sizes than they do.
+        """
         parts = step.parts
         if parts is None:
             return None
         update = self._traced_update(parts.params, optim, steps_on_device)
         passes = parts.passes.nbytes()
         own = np.array([block.nbytes for block in update.own], np.int64)
+        if state_bytes is not None:
+            states = assembly.states_of(update) - update.num_params
+            own[states] = state_bytes(own[states])
         standing = np.array([term.nbytes for term in parts.standing], np.int64)
         return assembly.line_of(
             parts.passes.events,
