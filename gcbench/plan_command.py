@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from gcbench import config as configs
+from gcbench import headroom
 from gcbench.errors import UsageError
-from gcbench.units import parse_fraction
 
 T = TypeVar("T")
 
@@ -48,7 +48,7 @@ def plan(
     given_batch = batch is not None and batch.strip().lower() != "auto"
     wanted = checked(lambda: configs.settings({**raw, "batch_size": batch if given_batch else "1"}))
     memory = checked(lambda: configs.parse_memory("--device-memory", device_memory))
-    held_back = checked(lambda: _reserve(reserve))
+    held_back = checked(lambda: headroom.parse_reserve(reserve))
     tool = checked(lambda: _tool(emit))
     if wanted is not None and wanted.seq_len is not None and len(wanted.seq_len) > 1:
         mistakes.append(f"--seq-len: a plan is for one length, and here are {len(wanted.seq_len)}; keep one")
@@ -81,18 +81,6 @@ def plan(
         plan_from.plan(from_run, wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
         return
     plan_session.plan(wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
-
-
-def _reserve(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        share = parse_fraction(text)
-    except ValueError as err:
-        raise UsageError(f"--reserve: {err}") from None
-    if not 0 <= share < 1:
-        raise UsageError(f"--reserve: {text!r} leaves no memory; write a share below 100%, like 5%")
-    return share
 
 
 def _tool(name: str | None) -> str | None:

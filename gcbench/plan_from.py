@@ -10,12 +10,12 @@ from pathlib import Path
 from rich.console import Console
 
 from gcbench import config as configs
-from gcbench import plan_session
+from gcbench import headroom, plan_session, told_apart
 from gcbench import report as reports
 from gcbench.config import Settings
-from gcbench.decision import Candidate, Decision, Largest, choose, ranked
+from gcbench.decision import Candidate, Decision, Largest, ranked
 from gcbench.errors import ResultsError, UsageError
-from gcbench.plan_session import RESERVE_FRAC, Asked, Planned
+from gcbench.plan_session import Asked, Planned
 from gcbench.records import ModelFacts, Report, Row
 from gcbench.resolve import plan_of
 from gcbench.simulate.target import Target
@@ -24,7 +24,7 @@ from gcbench.store import Store, default_folder
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies.plan_file import of_json
 from gcbench.tables import failed_proof, rows
-from gcbench.targets import Wish
+from gcbench.targets import CPU, Wish
 from gcbench.units import format_bytes
 
 _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")
@@ -61,8 +61,8 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
     limit = wish.device_memory or report.machine.device_memory_bytes
     if limit is None:
         raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
-    reserve = RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
-    usable = int(limit * (1 - reserve))
+    reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
+    usable = headroom.usable_bytes(limit, reserve)
     table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
     lengths = sorted({row.seq_len for row in table})
     if wanted.seq_len is not None:
@@ -78,9 +78,19 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
             f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
             "--seq-len and --strategies"
         )
-    candidates = [_candidate(row, report, usable) for row in table]
-    choice = choose(candidates)
-    fitting = sum(each.fits for each in candidates)
+    ran = {(o.cell.strategy, o.cell.workload.batch_size, o.cell.workload.seq_len): o.rounds for o in report.outcomes}
+    rounds = {_candidate(row, report, usable): ran[row.strategy, row.batch_size, row.seq_len] for row in table}
+    fitting = sum(each.fits for each in rounds)
+    choice, others, candidates = told_apart.decided(list(rounds), rounds)
+    how = "The fastest" if not others else "Chosen"
+    why = [f"{how} of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}."]
+    why += [told_apart.sentence(choice, others)] if choice and others else []
+    notices = ["Largest batches are those of the run: larger ones were not measured."]
+    if kind != CPU and any(row.peak_process_bytes is None for row in table):
+        notices.append(
+            "What the process held of the card outside the allocator was not measured, so that peaks leave it out; "
+            "--reserve has to cover it."
+        )
     decision = Decision(
         limit_bytes=limit,
         usable_bytes=usable,
@@ -89,9 +99,9 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         smallest=None if choice else min(candidates, key=lambda each: each.peak_bytes),
         candidates=ranked(candidates),
         largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
-        binding=f"The fastest of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}.",
+        binding=" ".join(why),
         times_from=f"measurements in {folder}",
-        notices=("Largest batches are those of the run: larger ones were not measured.",),
+        notices=tuple(notices),
     )
     stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
     settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcbench.decision import FOUND, Candidate, Decision
+from gcbench import headroom, told_apart
+from gcbench.decision import FOUND, Candidate, Decision, best_of_each, choose
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
 from gcbench.strategies import OFF
@@ -54,6 +56,9 @@ def rows(planned: Planned) -> list[dict[str, Json]]:
             "tokens_per_s_frac": candidate.tokens_per_s / choice.tokens_per_s if choice else None,
             "is_choice": candidate == choice,
             "model_changes": planned.changes,
+            "peak_is_lower_bound": candidate.is_lower_bound,
+            "tokens_per_s_frac_low": candidate.frac_low,
+            "tokens_per_s_frac_high": candidate.frac_high,
         }
         for candidate in decision.candidates
     ]
@@ -125,7 +130,12 @@ def _peak(choice: Candidate, decision: Decision) -> str:
         return text
     spare = decision.limit_bytes - choice.peak_bytes
     reserve = f", {format_percent(decision.reserve_frac)} of it held back" if decision.reserve_frac else ""
-    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free"
+    close = ""
+    if choice.source != "measured" and decision.outside_bytes:
+        uncertain = headroom.uncertain_bytes(choice.peak_bytes - decision.outside_bytes)
+        if spare < uncertain:
+            close = f": too close to tell, as the device may hold {format_bytes(uncertain)} more than predicted"
+    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free{close}"
 
 
 def _speed(choice: Candidate, decision: Decision) -> str:
@@ -152,10 +162,18 @@ def _why(decision: Decision) -> str:
     return " ".join(parts)
 
 
+def _usable(decision: Decision) -> str:
+    if decision.limit_bytes is None:
+        return format_bytes(decision.usable_bytes)
+    return headroom.held_back(decision.limit_bytes, decision.reserve_frac)
+
+
 def _nothing(planned: Planned) -> list[tuple[str, str]]:
     decision = planned.decision
     smallest = decision.smallest
-    lines = [("answer", f"nothing fits into {format_bytes(decision.usable_bytes)}")]
+    lines = [("answer", f"nothing fits into {_usable(decision)}")]
+    if only_the_reserve(decision) is not None:
+        lines.append(("why", "only the reserve stands in the way"))
     if smallest is not None:
         at = f"{described(smallest)} at batch {smallest.batch_size}"
         lines.append(("smallest peak", f"{format_bytes(smallest.peak_bytes)}: {at}"))
@@ -172,10 +190,27 @@ def _nothing(planned: Planned) -> list[tuple[str, str]]:
 def remedies(planned: Planned) -> list[str]:
     """What would make something fit, each on its own."""
     decision = planned.decision
-    found = [gain.name for gain in decision.gains if gain.fits]
+    found = [told for told in (only_the_reserve(decision),) if told is not None]
+    found += [gain.name for gain in decision.gains if gain.fits]
     if decision.longest_seq_len is not None:
         found.append(f"sequences of {decision.longest_seq_len} tokens")
     return found
+
+
+def only_the_reserve(decision: Decision) -> str | None:
+    """`--reserve 2%, with which per-layer at batch 1 fits`; None where more than the reserve stands in the way."""
+    limit, smallest = decision.limit_bytes, decision.smallest
+    if limit is None or smallest is None or decision.choice is not None:
+        return None
+    smaller = headroom.smaller_reserve(smallest.peak_bytes, limit_bytes=limit, reserve_frac=decision.reserve_frac)
+    if smaller is None:
+        return None
+    usable = headroom.usable_bytes(limit, smaller)
+    known = [each for each in (*decision.candidates, smallest) if not each.is_lower_bound]
+    then = choose([replace(each, fits=each.peak_bytes <= usable) for each in known])
+    assert then is not None
+    what = "a found plan" if then.strategy == FOUND else then.strategy
+    return f"{headroom.reserve_flag(smaller)}, with which {what} at batch {then.batch_size} fits"
 
 
 def needed_bytes(decision: Decision) -> int | None:
@@ -186,25 +221,13 @@ def needed_bytes(decision: Decision) -> int | None:
 def nothing_fits(planned: Planned) -> str:
     """The sentence that ends a plan without a choice."""
     decision = planned.decision
-    said = f"nothing fits into {format_bytes(decision.usable_bytes)}"
+    said = f"nothing fits into {_usable(decision)}"
     if decision.smallest is not None:
         said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
+    if only_the_reserve(decision) is not None:
+        said += ", so that only the reserve stands in the way"
     ways = [*remedies(planned)[:2], f"a device of {format_bytes(needed_bytes(decision))}"]
     return f"{said}; take {', or '.join(ways)}"
-
-
-def best_of_each(decision: Decision) -> list[Candidate]:
-    """The choice, and of each other strategy the fastest that fits, else the smallest; measured ones first."""
-    choice = decision.choice
-    best: dict[str, Candidate] = {} if choice is None else {choice.strategy: choice}
-    for candidate in decision.candidates:
-        known = best.get(candidate.strategy)
-        if known is None or (not known.fits and candidate.peak_bytes < known.peak_bytes):
-            best[candidate.strategy] = candidate
-    return sorted(
-        best.values(),
-        key=lambda each: (each != choice, not each.fits, each.source != "measured", -each.tokens_per_s),
-    )
 
 
 def frontier_table(planned: Planned) -> Table:
@@ -212,7 +235,7 @@ def frontier_table(planned: Planned) -> Table:
     decision = planned.decision
     choice = decision.choice
     largest = {each.strategy: each.batch_size for each in decision.largest}
-    group = best_of_each(decision)
+    group = best_of_each(decision.candidates, choice)
 
     def relative(candidate: Candidate) -> str:
         if not candidate.fits:
@@ -223,7 +246,10 @@ def frontier_table(planned: Planned) -> Table:
             return "the choice"
         if choice.source == "measured" and candidate.source != "measured":
             return "not run"
-        return format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+        told = format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+        if candidate.source != "measured":
+            return told
+        return f"{told} ({told_apart.interval_of(candidate) or 'no interval'})"
 
     return Table(
         title="The best of each strategy",
@@ -237,7 +263,7 @@ def frontier_table(planned: Planned) -> Table:
                 drop=2,
                 cells=tuple(str(each.plan.layers_checkpointed) for each in group),
             ),
-            Column(header="peak", cells=tuple(format_bytes(each.peak_bytes) for each in group)),
+            Column(header="peak", cells=tuple(each.peak_text for each in group)),
             Column(header="tokens/s", cells=tuple(relative(each) for each in group)),
             Column(
                 header="largest batch",
@@ -330,7 +356,7 @@ def markdown(planned: Planned) -> str:
     for candidate in planned.decision.candidates:
         mark = "the choice" if candidate == choice else "" if candidate.fits else "does not fit"
         lines.append(
-            f"| `{candidate.strategy}` | {candidate.batch_size} | {format_bytes(candidate.peak_bytes)} | "
+            f"| `{candidate.strategy}` | {candidate.batch_size} | {candidate.peak_text} | "
             f"{candidate.tokens_per_s:,.0f} | {mark} |"
         )
     if planned.decision.gains:
@@ -339,22 +365,34 @@ def markdown(planned: Planned) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: bool, err: Console, folder: Path) -> None:
-    """Print the answer; with settings for a tool, those alone on standard output and the answer beside them."""
+def show(
+    planned: Planned,
+    emitted: Emitted | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    err: Console,
+    folder: Path | None,
+    emits: bool = False,
+) -> None:
+    """Print the answer; where settings for a tool were asked for, those alone on standard output and the answer beside.
+
+    `folder` is where everything is, None where nothing was stored.
+    """
     from rich.console import Console
 
     if as_json:
         print(document(planned, emitted), end="")
     elif emitted is not None:
         print(emitted.text, end="")
-    screen = err if emitted is not None else Console()
-    if not as_json and not (quiet and emitted is not None):
+    screen = err if emits else Console()
+    if not as_json and not (quiet and emits):
         for part in renderables(planned):
             screen.print(part)
     if quiet:
         return
     notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
-    for notice in [*notices, f"Everything is in {folder}"]:
+    for notice in [*notices, *([f"Everything is in {folder}"] if folder is not None else [])]:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -16,10 +16,11 @@ from gcbench import formats, progress, runner, sources
 from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
-from gcbench.errors import GcbenchError, Interrupted
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.records import Report
 from gcbench.report import write_text
 from gcbench.store import Store, default_folder
+from gcbench.units import format_bytes
 
 FAILED_STATUSES = ("crash", "timeout", "killed")
 """Those that make `run` exit with 1: out of memory and unsupported are results."""
@@ -61,6 +62,13 @@ def measure(
         raise GcbenchError(
             f"{len(broken)} of {len(report.outcomes)} cells crashed, timed out or were killed; "
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
+        )
+    if report.outcomes and all(outcome.failure and outcome.failure.kind == "oom" for outcome in report.outcomes):
+        limit = wanted.memory_limit or report.machine.device_memory_bytes
+        memory = f" into {format_bytes(limit)}" if limit is not None else ""
+        raise ThresholdBroken(
+            f"nothing fits{memory}: every cell ran out of memory; take a smaller batch, a shorter sequence, a leaner "
+            "optimizer or a larger device (gcbench plan looks for what fits)"
         )
 
 

@@ -190,6 +190,7 @@ class Mixes:
             step_time_s=batch * weighing.task.seq_len / rate,
             tokens_per_s=rate,
             source="estimated",
+            is_lower_bound=weighing.is_bound(peak),
         )
 
 

@@ -9,7 +9,19 @@ from dataclasses import replace
 from functools import partial
 
 from gcbench.costs import CardFigures, Figures
-from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, Told, choose, ranked, why_not_faster
+from gcbench.decision import (
+    FOUND,
+    Candidate,
+    Decision,
+    Gain,
+    Largest,
+    Told,
+    best_of_each,
+    choose,
+    nearest_faster,
+    ranked,
+    why_not_faster,
+)
 from gcbench.errors import GcbenchError
 from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
@@ -84,14 +96,14 @@ class Planner:
         lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
         self.weighing.all_up_to = None
         if self.weighing.candidate("", lightest, batches[0]).fits:
-            self.weighing.all_up_to = batches[0]
+            self.weighing.all_up_to = None if self.task.batch_sizes else batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
         named = on_two_cores(lambda one: self._candidate(*one), wanted)
         drafts = self._drafts(batches)
         with ExitStack() as stack:
             likely = choose([*named, *drafts])
             trial = None if likely is None else stack.enter_context(self._trial(likely))
-            candidates = self._verified([*named, *self._found(drafts, choose(named))])
+            candidates = self._known([*named, *self._found(drafts, choose(named))])
             choice = choose(candidates)
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
@@ -108,10 +120,11 @@ class Planner:
             gains=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
-            binding=None if choice is None else why_not_faster(candidates, choice, needs=self._needs),
+            binding=None if choice is None else why_not_faster(candidates, choice),
             told=tuple(map(self._told, rivals)),
             times_from=self.weighing.figures.source,
             notices=tuple(self.notices),
+            outside_bytes=self.weighing.outside_bytes,
         )
 
     # What is traced.
@@ -244,6 +257,28 @@ class Planner:
             checked[checked.index(choice)] = traced
         return checked
 
+    def _known(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, with the choice verified and what a table or a sentence names traced as it is."""
+        known = list(candidates)
+        while True:
+            known = self._verified(known)
+            choice = choose(known)
+            shown = best_of_each(known, choice)
+            if choice is not None and (nearest := nearest_faster(known, choice)) is not None:
+                shown.append(nearest)
+            todo = [each for each in dict.fromkeys(shown) if each.is_lower_bound or each.source == "estimated"]
+            if not todo:
+                return known
+            for each, now in zip(todo, on_two_cores(self._in_full, todo), strict=True):
+                known[known.index(each)] = now
+
+    def _in_full(self, candidate: Candidate) -> Candidate:
+        """The candidate with the peak that a prediction of it would show."""
+        estimated = candidate.source == "estimated"
+        return self.weighing.candidate(
+            candidate.strategy, candidate.plan, candidate.batch_size, traced=estimated, in_full=True
+        )
+
     def _smallest(self, batch: int, candidates: Sequence[Candidate]) -> Candidate | None:
         """The lowest peak that can be reached at a batch size."""
         of_batch = [candidate for candidate in candidates if candidate.batch_size == batch]
@@ -282,10 +317,6 @@ class Planner:
         told = explain(step.assembly, peak, ())
         shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
         return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
-
-    def _needs(self, candidate: Candidate) -> int:
-        line = self.weighing.scaling(candidate.plan).line(candidate.batch_size)
-        return self.weighing.counted(line, self.weighing.session)
 
     def _told(self, candidate: Candidate) -> Told:
         return Told(of=candidate, peak_words=self._peak_words(candidate), gains=self._gains(candidate, None))
