@@ -17,6 +17,7 @@ from gcbench.checks import (
     Checked,
     Combination,
     Setting,
+    rows,
 )
 from gcbench.units import format_count, format_seconds
 
@@ -226,6 +227,20 @@ def show(check: Check) -> None:
     from rich.console import Console
 
     Console().print(View(check=check))
+
+
+def rendered(check: Check, format: str) -> str:
+    """The check in one of the formats of `gcbench report` that are text."""
+    from dataclasses import asdict
+
+    from gcbench.formats import csv_table, json_rows
+
+    if format == "markdown":
+        return markdown(check)
+    if format == "terminal":
+        return plain(check, width=120)
+    table = [asdict(row) for row in rows(check)]
+    return csv_table.table(table) if format == "csv" else json_rows.document(table)
 
 
 def plain(check: Check, *, width: int) -> str:

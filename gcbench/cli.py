@@ -240,7 +240,9 @@ def check(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder or report.json: the one before.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A run, prediction or plan folder, or its JSON: the one before.")
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one after.")],
     fail_on: Annotated[
         list[str] | None,
@@ -251,7 +253,7 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare across devices and precisions.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare two runs cell by cell: better, worse, or no difference shown."""
+    """Compare two runs, predictions or plans cell by cell: better, worse, or no difference shown."""
     from gcbench import commands
 
     commands.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
@@ -259,14 +261,16 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder or report.json.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of a run, prediction, plan or check, or its JSON.")
+    ],
     format: Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv, json or png.")] = "terminal",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write (for png: a folder); else standard output.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a stored run again, in any format."""
+    """Show a stored run, prediction, plan or check again, in any format."""
     from gcbench import commands
 
     commands.report(folder, format="json" if json else format, out=out)

@@ -199,7 +199,10 @@ MeasureFlag = Annotated[
 FromRun = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", rich_help_panel=DECISION, help="Decide from a stored run in place of predicting."
+        "--from",
+        metavar="DIR",
+        rich_help_panel=DECISION,
+        help="Decide from a stored run in place of predicting, or take a stored plan.",
     ),
 ]
 PlanStrategies = Annotated[

@@ -14,6 +14,9 @@ from gcbench.errors import UsageError
 
 T = TypeVar("T")
 
+_OF_THE_WORKLOAD = ("precision", "optim", "attn_implementation", "layers", "set", "lora_r", "lora_target_modules")
+"""What a stored run or plan was made for, and cannot be changed afterwards."""
+
 
 def plan(
     flags: dict[str, object],
@@ -54,6 +57,12 @@ def plan(
         mistakes.append(f"--seq-len: a plan is for one length, and here are {len(wanted.seq_len)}; keep one")
     if from_run is not None and measure:
         mistakes.append("--measure: a stored run was measured already; leave out --measure, or --from")
+    if from_run is not None:
+        mistakes += [
+            f"--{name.replace('_', '-')}: a stored run or plan has its own; leave it out, or leave out --from"
+            for name in _OF_THE_WORKLOAD
+            if name in raw
+        ]
     if mistakes:
         raise UsageError.of(list(dict.fromkeys(mistakes)))
     assert wanted is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gcbench import config as configs
-from gcbench import headroom, plan_session, told_apart
+from gcbench import headroom, plan_session, stored, told_apart
 from gcbench import report as reports
 from gcbench.config import Settings
 from gcbench.decision import Candidate, Decision, Largest, ranked
@@ -42,9 +42,42 @@ def plan(
     quiet: bool,
 ) -> None:
     """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
+    if stored.kind_of(folder) == "plan" and _again(folder, wanted, wish, asked):
+        _shown_again(folder, asked, out=out, as_json=as_json, quiet=quiet)
+        return
     report = reports.load(folder)
     planned = decide(report, folder, wanted, wish, asked, command=command)
     store = Store.create(out or default_folder(f"plan-{slug(report.model.model)}", planned.created))
+    plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+
+
+def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
+    """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
+
+    Raises UsageError where a plan without a run is to be decided anew.
+    """
+    anew = {
+        "--batch": asked.batch_sizes,
+        "--seq-len": wanted.seq_len,
+        "--strategies": wanted.strategies,
+        "--reserve": asked.reserve_frac,
+        "--device": wish.device,
+        "--device-memory": wish.device_memory,
+    }
+    given = [flag for flag, value in anew.items() if value is not None]
+    if given and not (folder / reports.REPORT_NAME).exists():
+        raise UsageError(
+            f"{', '.join(given)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan anew "
+            "without --from"
+        )
+    return not given
+
+
+def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
+    planned = stored.load_plan(folder)
+    plan_session.check_emit(asked.emit, planned.settings)
+    store = None if out is None else Store.create(out)
     plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
 
 
@@ -103,8 +136,8 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         times_from=f"measurements in {folder}",
         notices=tuple(notices),
     )
-    stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
-    settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
+    kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
     return Planned(
         settings=settings,
         seq_len=table[0].seq_len,
@@ -145,10 +178,10 @@ def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Pla
     if facts.checkpointing_refusal is not None or spec == OFF:
         return Plan(num_layers=facts.num_layers)
     if spec in plan_files:
-        stored = of_json(json.loads(plan_files[spec]))
+        plan = of_json(json.loads(plan_files[spec]))
         order = facts.layers_in_order
-        stored = replace(stored, num_layers=facts.num_layers if order is None else len(order))
-        return stored if order is None else stored.renumbered(order, facts.num_layers)
+        plan = replace(plan, num_layers=facts.num_layers if order is None else len(order))
+        return plan if order is None else plan.renumbered(order, facts.num_layers)
     return plan_of(parse(spec), facts)
 
 

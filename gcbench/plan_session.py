@@ -33,7 +33,6 @@ from gcbench.tasks import Answer, Decided, PlanTask
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
 """What is weighed against what is found, unless strategies are named."""
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +61,7 @@ class Planned:
         source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
         changed: what `--layers` and `--set` came to in the model's config; None for the model itself.
+        stored_where: the device in words, of a plan that was stored; None for one that was just made.
     """
 
     settings: Settings
@@ -76,6 +76,7 @@ class Planned:
     source: sources.ModelSource | None = None
     plan_file: Path | None = None
     changed: ChangedConfig | None = None
+    stored_where: str | None = None
 
     @property
     def source_or_raise(self) -> sources.ModelSource:
@@ -97,8 +98,8 @@ class Planned:
     def where(self) -> str:
         """What the plan is for; a card of which only the memory is known has no name."""
         card = self.target.card
-        if card is not None:
-            return card.title
+        if self.stored_where is not None or card is not None:
+            return self.stored_where or (card.title if card is not None else "")
         return self.machine.device_name if self.target.kind == CPU else "a CUDA device"
 
     @property
@@ -208,11 +209,12 @@ def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store
         return plan_measure.confirm(planned, children=children, store=store, progress=display)
 
 
-def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
-    """Store the decision, translate it for a tool if one was named, and show it."""
+def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
+    """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
     from gcbench import plan_view
 
-    planned = publish(planned, store.folder)
+    if store is not None:
+        planned = publish(planned, store.folder)
     emitted = None
     if asked.emit is not None:
         from gcbench import export
@@ -225,10 +227,11 @@ def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet
         as_json=as_json,
         quiet=quiet,
         err=err,
-        folder=store.folder,
+        folder=None if store is None else store.folder,
         emits=asked.emit is not None,
     )
-    store.close()
+    if store is not None:
+        store.close()
     if planned.decision.choice is None:
         raise ThresholdBroken(plan_view.nothing_fits(planned))
 
@@ -335,16 +338,17 @@ def _named(
 
 def publish(planned: Planned, folder: Path) -> Planned:
     """Write the plan of the choice, the decision and its picture into the folder."""
-    from gcbench import plan_view
+    from gcbench import plan_view, stored
 
     choice = planned.decision.choice
     path = None
     if choice is not None:
-        path = folder / PLAN_FILE
+        path = folder / stored.PLAN_NAME
         document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
         write_text(path, json.dumps(document, indent=1) + "\n")
     planned = replace(planned, plan_file=path)
     write_text(folder / "decision.json", plan_view.document(planned, None))
+    stored.save_plan(planned, folder)
     write_text(folder / "plan.md", plan_view.markdown(planned))
     write_text(folder / "plan.txt", plan_view.text(planned, width=100))
     from gcbench import plan_plot

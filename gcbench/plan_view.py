@@ -396,6 +396,28 @@ def show(
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 
 
+def show_stored(planned: Planned) -> None:
+    """Print a stored plan as it was shown, with its notices."""
+    from rich.console import Console
+
+    screen = Console()
+    for part in renderables(planned):
+        screen.print(part)
+    for notice in planned.decision.notices:
+        Console(stderr=True).print(notice, markup=False, highlight=False, soft_wrap=True)
+
+
+def rendered(planned: Planned, format: str) -> str:
+    """The plan in one of the formats of `gcbench report` that are text."""
+    from gcbench.formats import csv_table
+
+    if format == "markdown":
+        return markdown(planned)
+    if format == "terminal":
+        return text(planned, width=120)
+    return csv_table.table(rows(planned)) if format == "csv" else document(planned, None)
+
+
 def text(planned: Planned, *, width: int) -> str:
     """The answer as plain text."""
     return plain(renderables(planned), width=width)

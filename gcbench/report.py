@@ -43,25 +43,36 @@ def load(place: Path) -> Report:
     Raises ResultsError when there is none, when it is damaged, or when a newer gcbench wrote it.
     """
     path = report_path(place)
+    document = parsed(path, "gcbench run, predict, plan or check")
+    try:
+        return _with_changes(decode(Report, document))
+    except ValueError as err:
+        raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+
+
+def parsed(path: Path, writer: str) -> object:
+    """The JSON document in a file that `writer` left.
+
+    Raises ResultsError when there is none, when it is no JSON, or when a newer gcbench wrote it.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ResultsError(f"there is no {path}; give a folder that gcbench run --out wrote") from None
+        raise ResultsError(f"there is no {path}; give a folder that {writer} wrote") from None
     except (OSError, UnicodeDecodeError) as err:
         raise ResultsError(f"{path} cannot be read ({err}); check the path and its permissions") from None
     except json.JSONDecodeError as err:
         raise ResultsError(
-            f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or measure again into a new folder"
+            f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or make it again in a new folder"
         ) from None
+    except RecursionError:
+        raise ResultsError(f"{path} is nested too deep; restore it, or make it again in a new folder") from None
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ResultsError(
             f"{path} has schema {schema} and this gcbench reads up to {SCHEMA}; upgrade gcbench to read it"
         )
-    try:
-        return _with_changes(decode(Report, document))
-    except ValueError as err:
-        raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+    return document
 
 
 def _with_changes(report: Report) -> Report:
