@@ -32,7 +32,8 @@ Verdict = Literal[
     "both fail",
     "not measured",
 ]
-"""`above` and `below` are for a prediction beside a measurement. `same` is for memory that is equal to the byte; `not measured` where both runs passed without that figure."""
+"""`same` is for memory that is equal to the byte; `above` and `below` are for a prediction beside a measurement; `not
+measured` where both runs passed without that figure."""
 
 THRESHOLDS = ("memory", "time")
 FORCE = "--force"
