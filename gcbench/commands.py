@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
@@ -150,6 +149,7 @@ def check(
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
     """Match two runs, predictions or plans and say what changed; raises ThresholdBroken when a --fail-on is."""
     from gcbench import compare as comparing
+    from gcbench import stored_commands
 
     mistakes: list[str] = []
     thresholds: dict[str, float] = {}
@@ -161,8 +161,8 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
             mistakes.append(f"--fail-on: {err}")
     if mistakes:
         raise UsageError.of(mistakes)
-    if _are_plans(a, b):
-        _compare_plans(a, b, thresholds, force=force, as_json=as_json)
+    if stored_commands.are_plans(a, b):
+        stored_commands.compare_plans(a, b, thresholds, force=force, as_json=as_json)
         return
     comparison = comparing.compare(reports.load(a), reports.load(b), force=force)
     if as_json:
@@ -178,61 +178,30 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
         raise ThresholdBroken("; ".join(broken))
 
 
-def _are_plans(a: Path, b: Path) -> bool:
-    """Whether both are plans; raises UsageError for what cannot be set side by side."""
-    from gcbench import stored
-
-    kinds = [stored.kind_of(place) for place in (a, b)]
-    if "check" in kinds:
-        raise UsageError(f"{(a, b)[kinds.index('check')]} is a check, which has no figures to compare; give two runs")
-    measured = [(place.parent if place.suffix == ".json" else place) / reports.REPORT_NAME for place in (a, b)]
-    if kinds.count("plan") == 1 and not measured[kinds.index("plan")].exists():
-        raise UsageError(
-            f"{(a, b)[kinds.index('plan')]} is a plan, and the other is none; compare two plans, or two runs or "
-            "predictions"
-        )
-    return kinds == ["plan", "plan"]
-
-
-def _compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: bool, as_json: bool) -> None:
-    from gcbench import compare_plans, stored
-
-    plans = stored.load_plan(a), stored.load_plan(b)
-    changes = compare_plans.compare(*plans, force=force)
-    broken = compare_plans.broken(changes, thresholds)
-    if as_json:
-        _print_rows(compare_plans.to_rows(changes))
-    else:
-        from rich.console import Console
-
-        for part in compare_plans.render(*plans, changes):
-            Console().print(part)
-    if broken:
-        raise ThresholdBroken("; ".join(broken))
-
-
 def report(folder: Path, *, format: str, out: Path | None) -> None:
     """Render a stored run, prediction, plan or check."""
     legal = (*formats.names(), "png")
     if format not in legal:
         raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
     from gcbench import stored as kept
+    from gcbench import stored_commands
+    from gcbench.stored_commands import writable
 
     kind = kept.kind_of(folder)
     if kind != "run":
-        _report_other(folder, kind, format=format, out=out)
+        stored_commands.report(folder, kind, format=format, out=out)
         return
     stored = reports.load(folder)
     if format == "png":
         from gcbench.plots import draw
 
         target = out or reports.report_path(folder).parent / "plots"
-        with _writable(target):
+        with writable(target):
             for path in draw(stored, target):
                 print(path)
         return
     if out is not None:
-        with _writable(out):
+        with writable(out):
             write_text(out, formats.get(format).render(stored))
         return
     if format == "terminal":
@@ -241,46 +210,6 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
         terminal.show(stored)
         return
     print(formats.get(format).render(stored), end="")
-
-
-def _report_other(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
-    """Render a stored plan or check."""
-    from gcbench import check_view, plan_view, stored
-
-    place = folder.parent if folder.suffix == ".json" else folder
-    if kind == "plan":
-        planned = stored.load_plan(folder)
-        if format == "png":
-            from gcbench import plan_plot
-
-            with _writable(target := out or place / "plots"):
-                print(plan_plot.draw(planned, target))
-            return
-        if format == "terminal" and out is None:
-            plan_view.show_stored(planned)
-            return
-        text = plan_view.rendered(planned, format)
-    else:
-        check = stored.load_check(folder)
-        if format == "png":
-            raise UsageError("--format png: a check has no plots; take terminal, markdown, csv or json")
-        if format == "terminal" and out is None:
-            check_view.show(check)
-            return
-        text = check_view.rendered(check, format)
-    if out is None:
-        print(text, end="")
-        return
-    with _writable(out):
-        write_text(out, text)
-
-
-@contextmanager
-def _writable(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise UsageError(f"--out {place} cannot be written ({err.strerror}); take another --out") from None
 
 
 def models(*, as_json: bool) -> None:

@@ -138,6 +138,23 @@ class Decision:
     outside_bytes: int = 0
 
 
+def described(candidate: Candidate) -> str:
+    """A strategy in words: its name, or what a found plan does."""
+    plan = candidate.plan
+    if candidate.strategy != FOUND:
+        return candidate.strategy
+    kinds = dict.fromkeys(plan.policies)
+    parts = []
+    for policy in kinds:
+        count, kept = plan.policies.count(policy), len(policy.keep)
+        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
+        parts.append(f"{count} {verb} {kept} outputs inside" if kept else f"{count} {verb} {own} input alone")
+    whole = plan.num_layers - plan.layers_checkpointed
+    if whole:
+        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
+    return f"a found plan: of {plan.num_layers} layers {', '.join(parts)}"
+
+
 def nearest_faster(candidates: Sequence[Candidate], choice: Candidate) -> Candidate | None:
     """Of `off` at batch sizes at which it is faster than the choice, the one that needs least; None where none is."""
     off = [candidate for candidate in candidates if candidate.strategy == OFF]

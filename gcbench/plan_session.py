@@ -211,7 +211,7 @@ def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store
 
 def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
     """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
-    from gcbench import plan_view
+    from gcbench import plan_nothing, plan_view
 
     if store is not None:
         planned = publish(planned, store.folder)
@@ -233,7 +233,7 @@ def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool
     if store is not None:
         store.close()
     if planned.decision.choice is None:
-        raise ThresholdBroken(plan_view.nothing_fits(planned))
+        raise ThresholdBroken(plan_nothing.nothing_fits(planned))
 
 
 def decide(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcbench import headroom, told_apart
-from gcbench.decision import FOUND, Candidate, Decision, best_of_each, choose
+from gcbench import headroom, plan_nothing, told_apart
+from gcbench.decision import FOUND, Candidate, Decision, best_of_each, described
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
 from gcbench.strategies import OFF
@@ -97,7 +96,7 @@ def answer(planned: Planned) -> list[tuple[str, str]]:
     decision = planned.decision
     choice = decision.choice
     if choice is None:
-        return _nothing(planned)
+        return plan_nothing.lines(planned)
     return [
         ("batch", f"{choice.batch_size} × {planned.seq_len} tokens"),
         ("checkpointing", described(choice)),
@@ -105,23 +104,6 @@ def answer(planned: Planned) -> list[tuple[str, str]]:
         ("speed", _speed(choice, decision)),
         ("why", _why(decision)),
     ]
-
-
-def described(candidate: Candidate) -> str:
-    """A strategy in words: its name, or what a found plan does."""
-    plan = candidate.plan
-    if candidate.strategy != FOUND:
-        return candidate.strategy
-    kinds = dict.fromkeys(plan.policies)
-    parts = []
-    for policy in kinds:
-        count, kept = plan.policies.count(policy), len(policy.keep)
-        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
-        parts.append(f"{count} {verb} {kept} outputs inside" if kept else f"{count} {verb} {own} input alone")
-    whole = plan.num_layers - plan.layers_checkpointed
-    if whole:
-        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
-    return f"a found plan: of {plan.num_layers} layers {', '.join(parts)}"
 
 
 def _peak(choice: Candidate, decision: Decision) -> str:
@@ -160,74 +142,6 @@ def best_named(decision: Decision) -> Candidate | None:
 def _why(decision: Decision) -> str:
     parts = [part for part in (decision.binding, decision.peak_words and f"Peak in the {decision.peak_words}.") if part]
     return " ".join(parts)
-
-
-def _usable(decision: Decision) -> str:
-    if decision.limit_bytes is None:
-        return format_bytes(decision.usable_bytes)
-    return headroom.held_back(decision.limit_bytes, decision.reserve_frac)
-
-
-def _nothing(planned: Planned) -> list[tuple[str, str]]:
-    decision = planned.decision
-    smallest = decision.smallest
-    lines = [("answer", f"nothing fits into {_usable(decision)}")]
-    if only_the_reserve(decision) is not None:
-        lines.append(("why", "only the reserve stands in the way"))
-    if smallest is not None:
-        at = f"{described(smallest)} at batch {smallest.batch_size}"
-        lines.append(("smallest peak", f"{format_bytes(smallest.peak_bytes)}: {at}"))
-    if decision.peak_words:
-        lines.append(("peak", f"in the {decision.peak_words}"))
-    found = remedies(planned)
-    if found:
-        lines.append(("would fit with", "; ".join(found)))
-    if (needed := needed_bytes(decision)) is not None:
-        lines.append(("or on", f"a device of {format_bytes(needed)} or more"))
-    return lines
-
-
-def remedies(planned: Planned) -> list[str]:
-    """What would make something fit, each on its own."""
-    decision = planned.decision
-    found = [told for told in (only_the_reserve(decision),) if told is not None]
-    found += [gain.name for gain in decision.gains if gain.fits]
-    if decision.longest_seq_len is not None:
-        found.append(f"sequences of {decision.longest_seq_len} tokens")
-    return found
-
-
-def only_the_reserve(decision: Decision) -> str | None:
-    """`--reserve 2%, with which per-layer at batch 1 fits`; None where more than the reserve stands in the way."""
-    limit, smallest = decision.limit_bytes, decision.smallest
-    if limit is None or smallest is None or decision.choice is not None:
-        return None
-    smaller = headroom.smaller_reserve(smallest.peak_bytes, limit_bytes=limit, reserve_frac=decision.reserve_frac)
-    if smaller is None:
-        return None
-    usable = headroom.usable_bytes(limit, smaller)
-    known = [each for each in (*decision.candidates, smallest) if not each.is_lower_bound]
-    then = choose([replace(each, fits=each.peak_bytes <= usable) for each in known])
-    assert then is not None
-    what = "a found plan" if then.strategy == FOUND else then.strategy
-    return f"{headroom.reserve_flag(smaller)}, with which {what} at batch {then.batch_size} fits"
-
-
-def needed_bytes(decision: Decision) -> int | None:
-    """The device that the smallest peak needs, with its reserve."""
-    return None if decision.smallest is None else int(decision.smallest.peak_bytes / (1 - decision.reserve_frac))
-
-
-def nothing_fits(planned: Planned) -> str:
-    """The sentence that ends a plan without a choice."""
-    decision = planned.decision
-    said = f"nothing fits into {_usable(decision)}"
-    if decision.smallest is not None:
-        said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
-    if only_the_reserve(decision) is not None:
-        said += ", so that only the reserve stands in the way"
-    ways = [*remedies(planned)[:2], f"a device of {format_bytes(needed_bytes(decision))}"]
-    return f"{said}; take {', or '.join(ways)}"
 
 
 def frontier_table(planned: Planned) -> Table:

@@ -43,7 +43,7 @@ def load(place: Path) -> Report:
     Raises ResultsError when there is none, when it is damaged, or when a newer gcbench wrote it.
     """
     path = report_path(place)
-    document = parsed(path, "gcbench run, predict, plan or check")
+    document = parsed(path, "gcbench run --out")
     try:
         return _with_changes(decode(Report, document))
     except ValueError as err:
@@ -63,10 +63,10 @@ def parsed(path: Path, writer: str) -> object:
         raise ResultsError(f"{path} cannot be read ({err}); check the path and its permissions") from None
     except json.JSONDecodeError as err:
         raise ResultsError(
-            f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or make it again in a new folder"
+            f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or measure again into a new folder"
         ) from None
     except RecursionError:
-        raise ResultsError(f"{path} is nested too deep; restore it, or make it again in a new folder") from None
+        raise ResultsError(f"{path} is nested too deep; restore it, or measure again into a new folder") from None
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ResultsError(

@@ -1,4 +1,4 @@
-"""`--emit` after `--layers` or `--set`: code for the model that was planned, or a refusal before anything is planned."""
+"""`--emit` after `--layers` or `--set`: code for the model that was planned, or a refusal before any planning."""
 
 from __future__ import annotations
 

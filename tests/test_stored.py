@@ -81,8 +81,9 @@ def test_a_plan_is_read_as_it_was_stored(folder):
     assert stored.load_plan(moved).plan_file == moved / "plan.json"
     assert stored.load_plan(moved / "planned.json") == stored.load_plan(moved / "decision.json")
     changed = planned(
-        settings=Settings(model="m", batch_size=(1,), layers=2), changed=ChangedConfig(fields={"a": [1]}, keeps_weights=True)
-    )  # fmt: skip
+        settings=Settings(model="m", batch_size=(1,), layers=2),
+        changed=ChangedConfig(fields={"a": [1]}, keeps_weights=True),
+    )
     stored.save_plan(changed, folder.with_name("c"))
     assert stored.load_plan(folder.with_name("c")) == changed
 
@@ -204,7 +205,7 @@ def test_two_plans_are_compared_setting_by_setting(cli, folder, tmp_path):
 
 def test_plans_that_have_nothing_in_common_are_not_compared():
     small = planned(settings=Settings(model="llama-3.2-1b", batch_size=(1,), layers=2))
-    with pytest.raises(UsageError, match="llama-3.2-1b with num_hidden_layers=2"):
+    with pytest.raises(UsageError, match="with num_hidden_layers=2"):
         compare_plans.compare(planned(), small, force=False)
     assert compare_plans.compare(planned(), small, force=True)
     with pytest.raises(UsageError, match="no setting in common"):
