@@ -99,7 +99,7 @@ def test_what_a_tool_cannot_run_is_refused_before_anything_is_planned(cli, monke
 
 def test_a_plan_of_a_changed_model_is_handed_over_whole(cli, model, tmp_path):
     done = cli(
-        *("plan", "-m", model(), "--layers", 2, "--seq-len", 16, "--device", "cpu", "-b", 2),
+        *("plan", "-m", model(), "--layers", 2, "--seq-len", 16, "--device", "rtx-4090", "-b", 2),
         *("--strategies", "off", "--emit", "trainer", "--out", "p", "-q"),
     )
     assert done.code == 0, done.err
