@@ -32,8 +32,8 @@ from gcbench.checks import (
     Verdict,
 )
 from gcbench.diagnoses import Observation, diagnose
-from gcbench.errors import GcbenchError, UnavailableError, first_sentence
-from gcbench.records import Lora, ModelFacts, Phase
+from gcbench.errors import GcbenchError, NoKnownTargets, UnavailableError, first_sentence
+from gcbench.records import ALL_LINEAR, Lora, ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.tables import tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
@@ -190,11 +190,20 @@ class _Checker:
             dtype=parameter_dtype(setting.precision),
             attn_implementation=None if own else setting.attn_implementation,
             seed=self.task.seed,
-            lora=Lora(r=_LORA_R) if setting.tuned == LORA else None,
+            lora=self._adapters() if setting.tuned == LORA else None,
         )
         if setting.tuned == FROZEN_BASE:
             _freeze_base(model)
         return model
+
+    def _adapters(self) -> Lora:
+        """peft's choice of targets, or every linear layer of a kind of model for which peft knows none."""
+        usual = Lora(r=_LORA_R)
+        try:
+            models.build_meta(self.config, lora=usual, trust_remote_code=self.source.trust_remote_code)
+        except NoKnownTargets:
+            return replace(usual, target_modules=(ALL_LINEAR,))
+        return usual
 
     def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: _Seen) -> None:
         """Train a copy of the model for two steps, and note what there is to see."""

@@ -209,7 +209,7 @@ def _text(raw: object) -> str:
 
 def _one_of(legal: tuple[str, ...], raw: object) -> str:
     by_plain = {name.replace("_", "-"): name for name in legal}
-    found = by_plain.get(_text(raw).lower().replace("_", "-"))
+    found = by_plain.get(re.sub(r"[_ ]", "-", _text(raw).lower()))
     if found is None:
         close = difflib.get_close_matches(str(raw).lower(), legal, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -249,7 +249,8 @@ def _strategies(raw: object) -> tuple[str, ...]:
     mistakes: list[str] = []
     for item in _listed(raw):
         try:
-            specs[strategies.parse(spellings.strategy(str(item))).spec] = None
+            named = spellings.strategy(item) if isinstance(item, str) else str(item)
+            specs[strategies.parse(named).spec] = None
         except ValueError as err:
             mistakes.append(str(err))
     if mistakes:

@@ -3,6 +3,7 @@
 GcbenchError
 ├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
 ├── UsageError          2   wrong flags, config file or output folder
+│   └── NoKnownTargets      peft has no targets of its own for a kind of model
 ├── UnavailableError    3   a model or device that cannot be had
 ├── ResultsError        4   stored results that cannot be read
 └── Interrupted       130   Ctrl-C; what was measured is kept
@@ -32,6 +33,10 @@ class UsageError(GcbenchError):
     def of(cls, mistakes: list[str]) -> UsageError:
         """All mistakes found at the edge, as one error."""
         return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
+
+
+class NoKnownTargets(UsageError):
+    """peft has no default targets for adapters in this kind of model, and none were named."""
 
 
 class UnavailableError(GcbenchError):

@@ -267,7 +267,10 @@ FullSize = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE.toml", rich_help_panel=RUN, help="The same settings from a file; flags win."
+        "--config",
+        metavar="FILE.toml",
+        rich_help_panel=RUN,
+        help="Settings from a file, keys as the options here; flags win, and keys of other commands are left out.",
     ),
 ]
 Out = Annotated[

@@ -58,7 +58,18 @@ _NO_ATTENTION: Mapping[str, str] = {
     ),
 }
 _OFF = ("none", "no", "false", "disabled", "disable", "baseline", "no-checkpointing")
-_PER_LAYER = ("full", "all", "layer", "layers", "per-layers", "perlayer", "each", "every-layer", "all-layers")
+_PER_LAYER = (
+    "per-layer",
+    "full",
+    "all",
+    "layer",
+    "layers",
+    "per-layers",
+    "perlayer",
+    "each",
+    "every-layer",
+    "all-layers",
+)
 _CHOICES = ("every", "segment", "first", "last", "uniform", "selective")
 _AS = {"uniform": "segment"}
 """Megatron's `uniform`."""
