@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gcbench import checkpointing
+from gcbench import checkpointing, flash
 from gcbench.adapters import with_adapters
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.records import Json, Lora, ModelFacts
@@ -128,12 +128,15 @@ def facts(
         kwargs["attn_implementation"] = attn_implementation
     try:
         model = build_meta(config, lora=lora, **kwargs)
+        if attn_implementation == flash.STAND_IN and not getattr(model, "_supports_flash_attn", False):
+            raise ValueError("the model does not support it")
     except GcbenchError:
         raise
     except Exception as err:  # modelling code may raise anything
         if attn_implementation is not None:
+            named = flash.FLASH if attn_implementation == flash.STAND_IN else attn_implementation
             raise UsageError(
-                f"{source.name!r} refuses --attn-implementation {attn_implementation}: {first_sentence(err)}; "
+                f"{source.name!r} refuses --attn-implementation {named}: {first_sentence(err)}; "
                 "leave the flag out to take the model's own choice"
             ) from None
         if changed:

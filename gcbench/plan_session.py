@@ -13,7 +13,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import runner, sources
+from gcbench import flash, runner, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
@@ -129,6 +129,7 @@ def plan(
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    flash.check_plan(wanted.attn_implementation, early)
     if asked.measure and early is not None and early.kind != CPU:
         raise UsageError(
             f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "

@@ -17,6 +17,7 @@ from gcbench.errors import UnavailableError, UsageError
 from gcbench.fingerprint import Fingerprint, difference
 from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
 from gcbench.resolve import LEAST_TIMED_S, Job, resolve
+from gcbench.simulate.target import Target
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OFF
@@ -72,11 +73,17 @@ def run(
 
 
 def describe(
-    wanted: Settings, source: ModelSource, children: Children, *, needs_order: bool = False
+    wanted: Settings,
+    source: ModelSource,
+    children: Children,
+    *,
+    needs_order: bool = False,
+    target: Target | None = None,
 ) -> tuple[Machine, ModelFacts]:
     """The machine and the model, asked of a child; raises what the child would have raised.
 
-    With `needs_order` the order in which layers run is looked for even where no strategy counts them so.
+    With `target`, the model as it is traced for it. With `needs_order` the order in which layers run is looked for even
+    where no strategy counts them so.
     """
     answer = children.run(
         DescribeTask(
@@ -88,6 +95,7 @@ def describe(
             lora=wanted.lora,
             operators=operators(wanted.strategies or ()),
             needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
+            target=target,
         ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,

@@ -31,6 +31,8 @@ class DescribeTask:
     """Operators that strategies name, to be checked."""
     needs_order: bool = False
     """Whether a strategy counts layers in the order in which they run."""
+    target: Target | None = None
+    """What is predicted for; None where something runs here, and where only a look at the machine can tell."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from gcbench import checkpointing, devices, models, sketch
+from gcbench import checkpointing, devices, flash, models, sketch
 from gcbench.devices import Device
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
@@ -87,18 +87,31 @@ def describe(task: DescribeTask) -> Answer:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         changed = task.layers is not None or bool(task.overrides)
-        facts = models.facts(task.source, config, task.attn_implementation, changed=changed, lora=task.lora)
+        traced = _as_traced(task)
+        facts = models.facts(task.source, config, traced.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
         if task.needs_order and facts.checkpointing_refusal is None:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 
-            facts = replace(facts, layers_in_order=layers_in_order(task))
+            facts = replace(facts, layers_in_order=layers_in_order(traced))
+        if traced is not task:
+            facts = replace(facts, attn_implementation=task.attn_implementation)
         return Answer(machine=device.describe(), facts=facts)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:
         return Answer(failure=_crash(err))
+
+
+def _as_traced(task: DescribeTask) -> DescribeTask:
+    """With the attention that a prediction for the task's target traces."""
+    if not flash.is_stood_in(task.attn_implementation, task.target):
+        return task
+    from gcbench.simulate import flash_stand_in
+
+    flash_stand_in.register()
+    return replace(task, attn_implementation=flash.STAND_IN)
 
 
 def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:

@@ -78,7 +78,7 @@ class CudaAttention:
                 counts = self.reasons.setdefault(kernel, {})
                 counts[reason] = counts.get(reason, 0) + 1
             if choice.kernel == "flash":
-                return _flash(query, key, value, dropout_p, is_causal, scale)
+                return flash(query, key, value, dropout_p, is_causal, scale)
             if choice.kernel == "math":
                 return math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
             mask = _additive(mask, query.dtype)
@@ -140,7 +140,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return torch.where(mask, torch.scalar_tensor(0.0, dtype=dtype, device=mask.device), minus_infinity)
 
 
-def _flash(
+def flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

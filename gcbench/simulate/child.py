@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from gcbench import models
+from gcbench import flash, models
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Failure
@@ -66,12 +66,17 @@ class Session:
     def _predictor(self, optim: str) -> Predictor:
         task = self.task
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        attention = flash.traced_as(task.attn_implementation, task.target)
+        if attention == flash.STAND_IN:
+            from gcbench.simulate import flash_stand_in
+
+            flash_stand_in.register()
         model = models.build_meta(
             config,
             lora=task.lora,
             dtype=parameter_dtype(task.precision),
             trust_remote_code=task.source.trust_remote_code,
-            **({} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}),
+            **({} if attention is None else {"attn_implementation": attention}),
         )
         return Predictor(
             model,
