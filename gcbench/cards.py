@@ -198,7 +198,7 @@ def _parse(text: str, origin: str) -> tuple[Card, ...]:
             try:
                 values[key] = _parser(key)(value)
             except ValueError as err:
-                mistakes.append(f"{where}: {key}: {err}")
+                mistakes.append(f"{where}: {raw_key}: {err}")
         given = {_KEY_ALIASES.get(key, key) for key in table}
         mistakes += [f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in given]
         if all(key in values for key, _ in _REQUIRED):
