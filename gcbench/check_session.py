@@ -10,7 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from gcbench import check_view, checks, runner, sources
-from gcbench.checks import FAILED, Check, Checked, Combination
+from gcbench.checks import FAILED, UNSUPPORTED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
 from gcbench.errors import ThresholdBroken
@@ -19,6 +19,7 @@ from gcbench.records import Json, Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.sources import ModelSource
 from gcbench.store import Store
+from gcbench.strategies import OWN
 from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
@@ -111,10 +112,15 @@ def run(
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
+    is_own = False
     while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
         answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
         runner.raise_refusal(Answer(refusal=answer.refusal))
         facts = answer.facts or facts
+        if facts is not None and facts.only_own is not None and wanted.strategies is None and not is_own:
+            is_own = True
+            asked, results = _with_own(wanted, asked, results)
+            continue
         lost = [n for n, _ in waiting if n not in results]
         if lost:  # the child ended at the first of them
             why = answer.failure.message if answer.failure else "the process ended without a word"
@@ -135,6 +141,18 @@ def run(
         steps_s=steps_s,
         wall_s=wall_s,
     )
+
+
+def _with_own(
+    wanted: Wanted, asked: tuple[Combination, ...], results: dict[int, Checked]
+) -> tuple[tuple[Combination, ...], dict[int, Checked]]:
+    """The model's own way in place of the default strategies that it cannot have, and the results of the others."""
+    settings = list(dict.fromkeys(combination.setting for combination in asked))
+    own = tuple(Combination(setting=setting, strategy=OWN) for setting in settings)
+    done = [result for result in results.values() if result.verdict != UNSUPPORTED]
+    others = tuple(asked[result.number] for result in done)
+    kept = {len(own) + place: replace(result, number=len(own) + place) for place, result in enumerate(done)}
+    return (*own, *others), kept
 
 
 def _machine(wanted: Wanted, children: Children) -> Machine:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -53,25 +54,25 @@ def title(check: Check) -> str:
 
 
 def problems(check: Check) -> tuple[Problem, ...]:
-    """What is wrong, worst first, then what was not possible; the same things together."""
-    groups: dict[tuple[str, str, str | None], list[tuple[Checked, Combination]]] = {}
+    """What is wrong, worst first, then what was not possible; what has one cause or says the same, together."""
+    groups: dict[tuple[str, str], list[tuple[Checked, Combination]]] = {}
     for result in check.results:
         if result.verdict not in (IDENTICAL, WITHIN_NOISE):
             asked = check.combinations[result.number]
             # Where a cause is known, figures that differ do not make it another problem.
-            key = (result.verdict, result.cause or result.message or "", asked.strategy if not result.cause else None)
+            key = (result.verdict, result.cause or _without_setting(result.message or "", asked))
             groups.setdefault(key, []).append((result, asked))
     order = (WRONG, FAILED, UNSUPPORTED)
     found = [
         Problem(
             verdict=verdict,
-            message=pairs[0][0].message or "",
+            message=_without_setting(pairs[0][0].message or "", pairs[0][1]),
             where=tuple(asked for _, asked in pairs),
             cause=pairs[0][0].cause,
             remedy=pairs[0][0].remedy,
             link=pairs[0][0].link,
         )
-        for (verdict, _, _), pairs in groups.items()
+        for (verdict, _), pairs in groups.items()
     ]
     return tuple(sorted(found, key=lambda problem: order.index(problem.verdict)))
 
@@ -98,12 +99,32 @@ def summary(check: Check) -> str:
     return text
 
 
-def where(problem: Problem) -> str:
-    """`reentrant with lora; frozen-base`."""
+def _without_setting(message: str, asked: Combination) -> str:
+    """A message that begins with the name of its setting, without it: others say the same of theirs."""
+    return message.removeprefix(f"{asked.setting.label} ")
+
+
+def where(problem: Problem, check: Check) -> str:
+    """`reentrant with lora and with frozen-base`; one name alone where all that was tried with it is meant."""
+    if len(problem.where) > 1 and len(problem.where) == len(check.combinations):
+        return "everything that was tried"
+    strategies = _whole(check, problem, lambda asked: asked.strategy)
+    settings = _whole(check, problem, lambda asked: asked.setting.label)
+    if all(asked.setting.label in settings for asked in problem.where):
+        return f"all strategies with {' and with '.join(settings)}"
     by_strategy: dict[str, list[str]] = {}
     for asked in problem.where:
         by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
-    return "; ".join(f"{strategy} with {' and with '.join(labels)}" for strategy, labels in by_strategy.items())
+    return "; ".join(
+        f"{strategy} with every setting" if strategy in strategies else f"{strategy} with {' and with '.join(labels)}"
+        for strategy, labels in by_strategy.items()
+    )
+
+
+def _whole(check: Check, problem: Problem, name: Callable[[Combination], str]) -> list[str]:
+    """Those names, of strategies or of settings, of which all that was tried, and more than once, is in the problem."""
+    tried, met = Counter(map(name, check.combinations)), Counter(map(name, problem.where))
+    return [each for each in met if met[each] == tried[each] > 1]
 
 
 def _grid(check: Check) -> tuple[list[str], list[Setting], dict[tuple[Setting, str], Checked]]:
@@ -147,7 +168,7 @@ class View:
         yield Text(PLAIN, style="dim")
         for problem in problems(self.check):
             yield Text("")
-            yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem)}", "bold"))
+            yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem, self.check)}", "bold"))
             for name, said in _told(problem):
                 grid = Table.grid(padding=(0, 2, 0, 0))
                 grid.add_column(width=8)
@@ -201,7 +222,7 @@ def markdown(check: Check) -> str:
         lines.append(f"| {setting.label} | " + " | ".join(_cell(c) for c in cells) + " |")
     lines += ["", summary(check), ""]
     for problem in problems(check):
-        lines += [f"## {problem.verdict}: {where(problem)}", ""]
+        lines += [f"## {problem.verdict}: {where(problem, check)}", ""]
         lines += [f"- {name}: {said}" for name, said in _told(problem)]
         lines.append("")
     lines += [times(check), "", ", ".join(f"{name} {version}" for name, version in check.versions.items())]

@@ -37,7 +37,7 @@ from gcbench.records import Lora, ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.tables import tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
-from gcbench.training import TrainingStep, parameter_dtype, random_batch
+from gcbench.training import TrainingStep, input_embeddings, parameter_dtype, random_batch
 
 NUM_STEPS = 2
 """The second shows what the first step's update made of it."""
@@ -151,7 +151,7 @@ class _Checker:
             plan = self._plan(asked.strategy, reference)
         except ValueError as err:
             return Checked(number=0, verdict=UNSUPPORTED, message=str(err))
-        why = resolve.unsupported(plan, self.name.partition(":")[0])
+        why = resolve.not_for(plan, self.facts) or resolve.unsupported(plan, self.name.partition(":")[0])
         if why is not None:
             return Checked(number=0, verdict=UNSUPPORTED, message=why)
         seen = _Seen()
@@ -261,6 +261,8 @@ class _Checker:
 
     def _judged(self, asked: Combination, plan: strategies.Plan, seen: _Seen, reference: _Reference) -> Checked:
         expected = len(reference.seen.ran.backward & {layer for group in plan.groups for layer in group})
+        if plan.own:  # its own code decides which; that none is would be wrong
+            expected = seen.recomputed or expected
         lost = tuple(name for name in seen.gradients[0].missing if name not in reference.seen.gradients[0].missing)
         (first, worst), (second, _) = (
             ours.difference(theirs) for ours, theirs in zip(seen.gradients, reference.seen.gradients, strict=True)
@@ -341,9 +343,14 @@ def _copied(model: torch.nn.Module) -> torch.nn.Module:
 
 def _freeze_base(model: torch.nn.Module) -> None:
     """Freeze the embeddings and the first half of the layers."""
-    layers = checkpointing.checkpointable_layers(model)
-    frozen = [model.get_input_embeddings(), *layers[: len(layers) // 2]]  # type: ignore[operator]
-    for module in frozen:
+    layers = checkpointing.layers_of(model)
+    for module in layers[: len(layers) // 2]:
+        module.requires_grad_(False)
+    embeddings = input_embeddings(model)
+    tables = (
+        [embeddings] if embeddings is not None else [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    )
+    for module in tables:
         module.requires_grad_(False)
 
 

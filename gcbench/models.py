@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gcbench import checkpointing
+from gcbench import checkpointing, own_way
 from gcbench.adapters import with_adapters
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.records import Json, Lora, ModelFacts
@@ -81,6 +81,7 @@ def build(
         model = AutoModelForCausalLM.from_pretrained(
             source.weights, config=config, trust_remote_code=source.trust_remote_code, **kwargs
         ).to(device)
+        own_way.switch_off(model)
     else:
         with torch.device(device) if device != "cpu" else nullcontext():
             model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
@@ -106,7 +107,9 @@ def _uninitialised() -> Iterator[None]:
 
 def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
     # A copy: building writes the choices it makes into the config.
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)  # type: ignore[no-any-return]
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    own_way.switch_off(model)  # old configs have a field that switches checkpointing on
+    return model  # type: ignore[no-any-return]
 
 
 def facts(
@@ -148,11 +151,12 @@ def facts(
         model=source.name,
         model_type=config.model_type,
         num_params=sum(p.numel() for p in model.parameters()),
-        num_layers=len(checkpointing.checkpointable_layers(model)),
+        num_layers=len(checkpointing.layers_of(model)),
         max_seq_len=_max_seq_len(config),
         attn_implementation=_attention_in_use(model),
         checkpointing_refusal=checkpointing.refusal(model),
         num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        only_own=own_way.advice(model) if own_way.is_all(model) else None,
     )
 
 

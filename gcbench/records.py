@@ -141,6 +141,9 @@ class ModelFacts:
         max_seq_len: the model's own maximum length; None where it has none.
         attn_implementation: the kernel the model uses unless told otherwise.
         checkpointing_refusal: why the model cannot checkpoint; None when it can.
+        only_own: why no layers can be chosen, and what can be done, for a model that checkpoints in its own way alone.
+        own_groups: the layers that its own way recomputes, those that are recomputed together in one group; None where
+            nobody looked, or no look was possible.
         num_trainable_params: those that are not frozen; None in a report from before there was LoRA.
         layers_in_order: numbers of the layers that training runs, in the order in which it does; None where that is all
             of them in `modules()` order, or where nobody asked.
@@ -155,6 +158,8 @@ class ModelFacts:
     checkpointing_refusal: str | None
     num_trainable_params: int | None = None
     layers_in_order: tuple[int, ...] | None = None
+    only_own: str | None = None
+    own_groups: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -100,7 +100,8 @@ class PlanTask:
         batch_sizes: those to try; None for all that may pay.
         reserve_frac: the part of the device's memory that is held back.
         layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
-        can_checkpoint: whether the model supports it.
+        can_checkpoint: whether its layers can be chosen.
+        own: what its own way to checkpoint does, where that is the only one.
         is_confirmed: whether the best are run before the answer, so that one of them may take the choice's place.
         device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
         calibration_s: seconds that timing operators on it may take, twice; what callers add takes seven more, once.
@@ -121,6 +122,7 @@ class PlanTask:
     layers_in_order: tuple[int, ...] | None
     can_checkpoint: bool
     device_here: str | None
+    own: Plan | None = None
     is_confirmed: bool = False
     calibration_s: float = 4.0
 

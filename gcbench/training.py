@@ -108,7 +108,7 @@ def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed:
 
     Ids with a meaning of their own (padding, image placeholders) are left out: they change what a model does.
     """
-    vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    vocab_size = num_token_ids(model)
     special = _special_ids(model.config, vocab_size)
     allowed = torch.ones(vocab_size, dtype=torch.bool)
     if len(special) < vocab_size:
@@ -117,6 +117,36 @@ def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed:
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(choices), (batch_size, seq_len), generator=generator)
     return choices[picks].to(next(model.parameters()).device)
+
+
+def num_token_ids(model: torch.nn.Module) -> int:
+    """How many token ids a model takes; its config has the answer where it does not show its embeddings."""
+    embeddings = input_embeddings(model)
+    if embeddings is not None:
+        return len(embeddings.weight)  # type: ignore[arg-type]
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[operator, union-attr]
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    # A table of another size is for something else, such as positions.
+    known = [size for size in tables if vocab_size is None or size >= vocab_size]
+    return vocab_size or max(known, default=2)
+
+
+def input_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
+    """What turns token ids into vectors; None where a model's code does not tell."""
+    return _told(model, "get_input_embeddings")
+
+
+def output_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The layer that makes the logits; None where a model has none, or its code does not tell."""
+    return _told(model, "get_output_embeddings")
+
+
+def _told(model: torch.nn.Module, method: str) -> torch.nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), torch.Tensor) else None
 
 
 def _special_ids(config: object, vocab_size: int) -> set[int]:

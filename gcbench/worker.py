@@ -94,6 +94,10 @@ def describe(task: DescribeTask) -> Answer:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 
             facts = replace(facts, layers_in_order=layers_in_order(task))
+        if facts.only_own is not None:
+            from gcbench.simulate.order import own_groups
+
+            facts = replace(facts, own_groups=own_groups(task))
         return Answer(machine=device.describe(), facts=facts)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
@@ -159,7 +163,7 @@ class _Measurement:
                 memory=memory,
                 step_times_s=tuple(times),
                 layers_run=len(self.layers_run.forward),
-                layers_planned=len(self.layers_run.backward & {layer for group in task.plan.groups for layer in group}),
+                layers_planned=self._layers_planned(),
                 layers_recomputed=None if self.counter.is_blind else len(self.counter.layers),
                 params_without_grad=len(self.fingerprint.missing),
                 grad_checksum=self.fingerprint.checksum,
@@ -173,6 +177,13 @@ class _Measurement:
             ),
             fingerprint=self.fingerprint,
         )
+
+    def _layers_planned(self) -> int:
+        """Layers that are to be recomputed; the model's own code decides itself which, if any."""
+        plan = self.task.plan
+        if plan.own and self.counter.layers:
+            return len(self.counter.layers)
+        return len(self.layers_run.backward & {layer for group in plan.groups for layer in group})
 
     def _warm_up(self) -> None:
         """Steps until the optimizer has its state; gradients are fingerprinted in the first finite one."""

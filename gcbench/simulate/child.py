@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from gcbench import models
+from gcbench import checkpointing, models, own_way
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Failure
@@ -149,8 +149,12 @@ class Session:
 
     def _with_plan(self, cell: CellToPredict) -> int | None:
         layers = cell.plan.num_layers
-        every = Plan(num_layers=layers, groups=tuple((layer,) for layer in range(layers)))
-        if not layers or cell.plan == every:
+        model = self.predictor.stage.model
+        if checkpointing.refusal(model) is not None:
+            return None
+        groups = tuple((layer,) for layer in range(layers))
+        every = Plan(num_layers=layers, groups=groups, own=own_way.is_all(model))
+        if not layers or cell.plan == every or (every.own and cell.plan.own):
             return None
         return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
 

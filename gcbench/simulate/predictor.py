@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gcbench import costs
+from gcbench import costs, own_way
 from gcbench.costs import Figures, Work
 from gcbench.simulate import assembly, pieces
 from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
@@ -18,6 +18,7 @@ from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace, trace_update
 from gcbench.strategies import Plan, Policy
+from gcbench.training import output_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,12 +140,15 @@ class Predictor:
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
+        if plan.own and own_way.is_all(self.stage.model):
+            raise NotComposable("its own code checkpoints them")
         treatments = _treatments(plan)
         for _ in range(2):
             pairs = [(self.stage.kinds[layer], treatments.get(layer)) for layer in self._layers]
             chosen = sample(_with_edges(pairs), beside=pairs)
             kept = [self._layers[place] for place in chosen.kept]
-            traced = self.stage.trace_layers(_groups(kept, treatments), kept, batch_size=batch_size, seq_len=seq_len)
+            groups = _groups(kept, treatments)
+            traced = self.stage.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
             if list(traced.called) == self._layers:
                 break
             # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
@@ -272,5 +276,5 @@ def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:
 
 
 def _vocab_size(model: torch.nn.Module) -> int | None:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return None if head is None else int(head.weight.shape[0])
+    head = output_embeddings(model)
+    return None if head is None else len(head.weight)  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gcbench import checkpointing
+from gcbench import checkpointing, own_way
 from gcbench.checkpointing import Groups
 from gcbench.costs import Work
 from gcbench.records import Phase
@@ -91,7 +91,7 @@ class Stage:
         self.precision = precision
         self.road = road
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.layers = checkpointing.checkpointable_layers(model)
+        self.layers = checkpointing.layers_of(model)
         self.blocks = blocks(model)
         self._on_stage: set[int] = set()
         self._absent: set[int] = set()
@@ -150,7 +150,7 @@ class Stage:
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
         self._give_storage(range(len(self.layers)))
-        with self._recording(plan.treated()) as recorder:
+        with self._recording(plan.treated(), own=plan.own) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
             standing = [replace(block, op=None) for block in recorder.trace.blocks[num_model:]]
@@ -173,15 +173,17 @@ class Stage:
         found = frozenset(number for number in gradients if number is not None)
         return recorder.trace, found, tuple(recorder.works)
 
-    def trace_layers(self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
+    def trace_layers(
+        self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int, own: bool = False
+    ) -> LayeredTrace:
         """Forward and backward pass in which layers that are not `kept` hand their input on.
 
-        `groups` are those of kept layers.
+        `groups` are those of kept layers; with `own` the model checkpoints them in its own way.
 
         Raises NotComposable when the layers do not run one after the other, each once.
         """
         self._give_storage(kept)
-        with self._recording(groups) as recorder:
+        with self._recording(groups, own=own) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
@@ -212,10 +214,10 @@ class Stage:
         )
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """The whole model on the stage, nothing checkpointed, steps in the context on fake tensors."""
+    def ready(self, *, own: bool = False) -> Iterator[None]:
+        """The whole model on the stage, steps in the context on fake tensors; checkpointed in its own way, or not."""
         self._give_storage(range(len(self.layers)))
-        with self._recording(()):
+        with self._recording((), own=own):
             yield
 
     def run_forward(self, kept: Sequence[int], *, batch_size: int, seq_len: int) -> None:
@@ -229,17 +231,23 @@ class Stage:
         return [module for module in self.model.modules() if id(module) not in self._absent]
 
     @contextmanager
-    def _recording(self, groups: Groups) -> Iterator[Recorder]:
-        """The groups checkpointed, fake tensors and the recorder in force, what stands before a step noted.
+    def _recording(self, groups: Groups, *, own: bool = False) -> Iterator[Recorder]:
+        """The groups checkpointed, or the model in its own way, and fake tensors and the recorder in force.
+
+        What stands before a step is noted.
 
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
         """
         recorder = Recorder(self.road.internals)
         with ExitStack() as stack:
-            stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
+            modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
+            stack.enter_context(unchanged(modules))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
-            checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
+            if own:
+                stack.callback(checkpointing.Hooks(own_way.switch_on(self.model)).remove)
+            else:
+                checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
             stack.callback(checkpointing.end_segments, self.model)
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
@@ -274,6 +282,7 @@ class _Watch:
         that what the caller holds of it is held as long as in a model without them."""
         self._hooks: list[Any] = []
         self._treatments: list[tuple[torch.nn.Module, Any]] = []
+        self._passing: list[torch.nn.Module] = []
 
     def __enter__(self) -> _Watch:
         for number, layer in enumerate(self.layers):
@@ -281,8 +290,10 @@ class _Watch:
                 self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True))
                 self._hooks.append(layer.register_forward_hook(partial(self._leave, number)))
             else:
-                self._treatments.append((layer, layer.gradient_checkpointing))
-                layer.gradient_checkpointing = False  # type: ignore[assignment]
+                if hasattr(layer, "gradient_checkpointing"):
+                    self._treatments.append((layer, layer.gradient_checkpointing))
+                    layer.gradient_checkpointing = False  # type: ignore[assignment]
+                self._passing.append(layer)
                 layer.forward = partial(self._pass_on, number)
         return self
 
@@ -291,6 +302,7 @@ class _Watch:
             hook.remove()
         for layer, treatment in self._treatments:
             layer.gradient_checkpointing = treatment
+        for layer in self._passing:
             del layer.forward
 
     def on_forward(self, phase: Phase) -> None:
