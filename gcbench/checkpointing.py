@@ -104,9 +104,12 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
             ran.backward.add(layer)
 
     hooks = []
-    for number, layer in enumerate(layers_of(model)):
-        hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
-        hooks.append(layer.register_forward_hook(partial(leave, number)))
+    layers = layers_of(model)
+    for number, layer in enumerate(layers):
+        # Code of its own may call a layer's `forward`, which fires none of its hooks.
+        for module in own_way.parts(layer, layers) if own_way.is_all(model) else [layer]:
+            hooks.append(module.register_forward_pre_hook(partial(enter, number)))
+            hooks.append(module.register_forward_hook(partial(leave, number)))
     try:
         yield ran
     finally:

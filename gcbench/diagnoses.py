@@ -205,6 +205,7 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
         seen.warned_of("the use_reentrant parameter should be passed explicitly")
         and (seen.lost_gradients or (seen.error_text is None and not seen.is_wrong))
     ),
+    "own-way-reentrant": lambda seen: seen.strategy == "own" and seen.lost_gradients,
     "quantised-base-unprepared": lambda seen: seen.quantised and seen.lost_gradients,
     "last-layer-without-gradient": lambda seen: seen.reentrant and seen.frozen_base and _only_in_last_layer(seen),
     "reentrant-frozen-base": lambda seen: seen.reentrant and seen.frozen_base and seen.lost_gradients,

@@ -174,11 +174,11 @@ def watch(layers: Sequence[Module], counter: Noting) -> tuple[Any, ...]:
     return tuple(
         module.register_forward_pre_hook(partial(_note, counter, number))
         for number, layer in enumerate(layers)
-        for module in _parts(layer, layers)
+        for module in parts(layer, layers)
     )
 
 
-def _parts(layer: Module, layers: Sequence[Module]) -> list[Module]:
+def parts(layer: Module, layers: Sequence[Module]) -> list[Module]:
     """A layer and the modules in it that are no other layer's: its code may have a part of it alone run again."""
     users = Counter(id(child) for each in layers for child in each.children())
     return [layer, *(child for child in layer.children() if users[id(child)] == 1)]
@@ -213,7 +213,7 @@ class GroupsSeen:
     def __enter__(self) -> GroupsSeen:
         for number, layer in enumerate(self.layers):
             self._hooks += [
-                module.register_forward_pre_hook(partial(self._enter, number)) for module in _parts(layer, self.layers)
+                module.register_forward_pre_hook(partial(self._enter, number)) for module in parts(layer, self.layers)
             ]
             self._hooks.append(layer.register_forward_hook(self._leave))
         return self
