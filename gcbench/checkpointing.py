@@ -70,7 +70,7 @@ def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingL
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The layers that plans count: those that can be checkpointed, or those of a model that checkpoints its own way."""
     if own_way.is_all(model):
-        return list(own_way.listed_layers(model).values())
+        return list(own_way.layers_without_entry(model).values())
     return [*checkpointable_layers(model)]
 
 

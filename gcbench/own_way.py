@@ -10,7 +10,7 @@ import inspect
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
@@ -62,6 +62,15 @@ def listed_layers(model: Module) -> dict[str, Module]:
     return within or found
 
 
+def layers_without_entry(model: Module) -> dict[str, Module]:
+    """Those of the listed layers that nothing but the model's own code can checkpoint."""
+    return {
+        path: layer
+        for path, layer in listed_layers(model).items()
+        if not any(isinstance(part, GradientCheckpointingLayer) for part in layer.modules())
+    }
+
+
 def _listed(module: Module, path: str) -> Iterator[tuple[str, Module]]:
     members = [(name, child) for name, child in module.named_children() if any(True for _ in child.children())]
     if isinstance(module, _LISTS) and _is_stack(module, [child for _, child in members]):
@@ -82,7 +91,7 @@ def _is_stack(module: Module, members: Sequence[Module]) -> bool:
 
 def advice(model: Module) -> str:
     """Why layers cannot be chosen, and what can be done instead, in a sentence; for a model whose own way is all."""
-    layers = listed_layers(model)
+    layers = layers_without_entry(model)
     reason = f"{type(model).__name__} checkpoints in a way of its own, all that it does or nothing; take own"
     if not layers:
         return reason
@@ -247,5 +256,18 @@ class GroupsSeen:
 
 
 def is_all(model: Module) -> bool:
-    """Whether a model's own way is the only one: it has one, and no layer that can be checkpointed by itself."""
-    return exists(model) and not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules())
+    """Whether a model's own way is the only one: it has no layer that can be checkpointed by itself.
+
+    Code from the Hub may put a vision tower of transformers beside its own, larger stack of layers.
+    """
+    if not exists(model):
+        return False
+    single = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    if not single or type(model).__module__.startswith("transformers."):
+        return not single
+    own = layers_without_entry(model).values()
+    return bool(own) and _num_params(own) > _num_params(single)
+
+
+def _num_params(layers: Iterable[Module]) -> int:
+    return sum(param.numel() for layer in layers for param in layer.parameters())

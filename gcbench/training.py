@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ class TrainingStep:
         torch.manual_seed(self.seed + self.num_steps)
         on_phase("forward")
         with self._autocast():
-            loss = self.model(**self.inputs).loss
+            loss = _loss(self.model(**self.inputs))
         on_phase("backward")
         loss = self.update.scaled(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -80,6 +81,13 @@ class TrainingStep:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    """The loss that a model computes, where transformers' Trainer looks for it: old code returns a tuple or a dict."""
+    if isinstance(outputs, tuple) and not hasattr(outputs, "loss"):
+        return outputs[0]  # type: ignore[no-any-return]
+    return outputs["loss"] if type(outputs) is dict else outputs.loss  # type: ignore[no-any-return]
 
 
 class Update:

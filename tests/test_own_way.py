@@ -164,3 +164,13 @@ def test_own_stands_alone():
             strategies.parse(spec)
     with pytest.raises(ValueError, match="taken as it is"):
         Plan(num_layers=1, own=True, compiled=True)
+
+
+def test_a_tower_of_transformers_beside_it_changes_nothing(inputs):
+    """The trap: its layers can be checkpointed by themselves, and training on text never runs them."""
+    model = build("new-setter")
+    model.vision = ordinary("llama", num_hidden_layers=1, hidden_size=8, intermediate_size=8).model
+    assert own_way.is_all(model) and len(checkpointing.layers_of(model)) == 4
+    applied = gcbench.apply(model, gcbench.Plan(num_layers=4, groups=((0,), (1,), (2,), (3,)), own=True))
+    step(model, inputs)
+    assert applied.recomputed == ALL
