@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -23,9 +22,9 @@ from gcbench.gathering import check_gathering
 from gcbench.replaced import Watch
 from gcbench.resolve import unsupported
 from gcbench.segments import NotASegment
-from gcbench.simulate.order import groups_of
 from gcbench.simulate.stage import Stage
 from gcbench.strategies import Plan
+from gcbench.twins import own_plan, twin_of
 
 _BEFORE = "_gcbench_before"
 """The attribute of a model that holds what `remove` puts back."""
@@ -211,7 +210,7 @@ def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
         return wanted
     assert strategy is not None
     if strategy.is_own:
-        return _own_plan(model, strategy.plan_for(len(layers)))
+        return own_plan(model, strategy.plan_for(len(layers)))
     why = checkpointing.refusal_of(model, strategy.plan_for(len(layers)))
     if why is not None:
         raise ValueError(why)
@@ -240,19 +239,6 @@ def _check(model: Module, layers: Sequence[Module], plan: Plan, groups: Sequence
     check_gathering(layers, groups, model)
 
 
-def _own_plan(model: Module, every: Plan) -> Plan:
-    """What the model's own checkpointing recomputes, seen on a twin; every layer where no look is possible."""
-    if not isinstance(model, PreTrainedModel) or not own_way.is_all(model):
-        return every
-    try:
-        groups = groups_of(_twin(model))
-    except Exception:  # a model's own code
-        groups = None
-    if groups == ():
-        raise ValueError(f"the flag for checkpointing of {type(model).__name__} changes nothing; train it without")
-    return every if groups is None else replace(every, groups=groups)
-
-
 # The order in which layers run
 
 
@@ -273,22 +259,13 @@ def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | Non
 
 
 def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
-    twin = _twin(model)
+    twin = twin_of(model)
     stage = Stage(twin, precision="bf16")
     if len(stage.layers) != num_layers:
         return None
     with checkpointing.layers_run(twin) as ran, stage.ready():
         twin(**training.forward_inputs(twin, torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64)))
     return tuple(ran.order)
-
-
-def _twin(model: PreTrainedModel) -> Module:
-    """The same model without weights."""
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"  # runs on any device
-    with torch.device("meta"):
-        twin: Module = type(model)(config).to(torch.bfloat16)
-    return twin
 
 
 def _are_alike_in_one_list(model: Module, layers: Sequence[Module]) -> bool:

@@ -174,3 +174,22 @@ def test_a_tower_of_transformers_beside_it_changes_nothing(inputs):
     applied = gcbench.apply(model, gcbench.Plan(num_layers=4, groups=((0,), (1,), (2,), (3,)), own=True))
     step(model, inputs)
     assert applied.recomputed == ALL
+
+
+@pytest.mark.parametrize("form", [tuple, dict])
+def test_a_loss_is_found_where_old_code_puts_it(form):
+    class Old(own_ways.OwnForCausalLM):
+        def forward(self, **inputs):
+            made = super().forward(**inputs)
+            return (made.loss, made.logits) if form is tuple else {"loss": made.loss, "logits": made.logits}
+
+        def get_input_embeddings(self):
+            return self.text.tok
+
+    model = Old(own_ways.OwnConfig()).train()
+    batch = training.random_batch(model, batch_size=1, seq_len=4, seed=0)
+    one = training.TrainingStep(model, batch=batch, precision="fp32", optim="sgd", seed=0)
+    one.inputs.pop("use_cache")
+    before = model.head.weight.clone()
+    one()
+    assert not torch.equal(model.head.weight, before)

@@ -21,6 +21,7 @@ from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
+from gcbench.simulate.storage import give_storage, unchanged
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
 
@@ -368,43 +369,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor):
         raise NotComposable("layers take something else than hidden states")
     return hidden
-
-
-@contextmanager
-def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Undo what becomes of the modules' attributes and buffers."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                now.clear()
-                now.update(then)
-
-
-def give_storage(
-    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    """Replace the modules' own meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied.
-
-    `made` remembers, under the id of the tensor that was replaced, that tensor (so that its id is given to no other)
-    and what took its place.
-    """
-
-    def replacement(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "meta":
-            return tensor
-        if id(tensor) not in made:
-            with fake:
-                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            given = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)] = (tensor, given)
-        return made[id(tensor)][1]
-
-    for module in modules:
-        for named in (module._parameters, module._buffers):
-            for name, tensor in named.items():
-                if tensor is not None:
-                    named[name] = replacement(tensor)  # type: ignore[assignment]
