@@ -139,6 +139,7 @@ class _Measurement:
             seed=task.seed,
             lora=task.lora,
         )
+        self.device.settle()  # what building left in the cache would shape every later step's reserved memory
         self.counter = checkpointing.apply(self.model, task.plan)
         batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
         self.step = TrainingStep(

@@ -70,6 +70,8 @@ class Standing:
     kind: Kind
     requested_at: Phase | None = None
     """The phase of the first step that asks for it; None for what is there before."""
+    requested_by: tuple[str, ...] = ()
+    """Operators, the first of which asks for it, once its result is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,7 @@ def assemble(
         gradients,
         num_blocks=num_passes,
         backward_at=passes.backward_at,
-        standing=standing,
+        requested=requests(standing, passes),
         update=update,
     )
     (begin, _), _, (update_begins, _) = line.marks
@@ -178,6 +180,21 @@ def assemble(
     )
 
 
+def requests(standing: Sequence[Standing], passes: Passes) -> tuple[int | None, ...]:
+    """For each of what stands, the number of the passes' events before it; None where nothing asks for it.
+
+    What is there before the first step has 0.
+    """
+    found: dict[tuple[Phase | None, tuple[str, ...]], int | None] = {}
+    for term in standing:
+        key = (term.requested_at, term.requested_by)
+        if key not in found:
+            backward = term.requested_at not in (None, "forward")
+            begins = passes.backward_at if backward else 0
+            found[key] = passes.first(term.requested_by, backward=backward) if term.requested_by else begins
+    return tuple(found[term.requested_at, term.requested_by] for term in standing)
+
+
 def line_of(
     events: Ints,
     nbytes: Ints,
@@ -185,7 +202,7 @@ def line_of(
     *,
     num_blocks: int,
     backward_at: int,
-    standing: Sequence[Standing],
+    requested: Sequence[int | None],
     update: UpdateTrace,
 ) -> Timeline:
     """The first step and the measured one, of passes with these events.
@@ -195,9 +212,10 @@ def line_of(
         gradients: for each parameter of `update`, the block of its gradient in the passes.
         num_blocks: how many the passes have.
         backward_at: number of the passes' events before the backward pass.
+        requested: for each of what stands, the number of the passes' events before it; None where nothing asks for it.
     """
     num_own = len(update.own)
-    first_step, first_update = len(standing), len(standing) + num_blocks
+    first_step, first_update = len(requested), len(requested) + num_blocks
     second_step = first_update + num_own
     once = events + np.where(events >= 0, first_step, -first_step)
     stays = _among(events, _persistent(events, num_blocks, gradients), num_blocks)
@@ -212,14 +230,9 @@ def line_of(
         blocks = table[np.where(values >= 0, values, ~values)] if len(values) else values
         return np.where(values >= 0, blocks, ~blocks)
 
-    before = [n for n, term in enumerate(standing) if term.requested_at is None]
-    forward = [n for n, term in enumerate(standing) if term.requested_at == "forward"]
-    backward = [n for n, term in enumerate(standing) if term.requested_at not in (None, "forward")]
+    asked = [(at, number) for number, at in enumerate(requested) if at is not None]
     opening = [
-        np.array([*before, *forward], np.int64),
-        once[:backward_at],
-        np.array(backward, np.int64),
-        once[backward_at:],
+        np.insert(once, [at for at, _ in asked], [number for _, number in asked]),
         renumbered(update.first, first_step),
     ]
     measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]

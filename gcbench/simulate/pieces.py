@@ -6,7 +6,7 @@ Others' are named by where they were taken: so many layers away, or in the part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -77,6 +77,15 @@ class Passes:
     backward_at: int
     starts: Ints
     boundaries: tuple[int, ...]
+
+    def first(self, ops: Collection[str], *, backward: bool) -> int | None:
+        """Number of events up to and with the first result of one of `ops` in a pass; None where none ran in it."""
+        for start, (_, piece, base) in zip(self.starts.tolist(), self.instances, strict=True):
+            if (start >= self.backward_at) == backward:
+                for number, block in enumerate(piece.blocks):
+                    if block.op in ops:
+                        return start + int(np.argmax(self.events[start:] == base + number)) + 1
+        return None
 
     def nbytes(self) -> Ints:
         """The size of each block."""

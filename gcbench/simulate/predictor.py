@@ -132,7 +132,7 @@ class Predictor:
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
-            standing=parts.standing,
+            requested=assembly.requests(parts.standing, parts.passes),
             update=update,
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from unittest import mock
@@ -70,11 +70,13 @@ class Road:
         patches: a context in which the step runs.
         internals: what kernels take for themselves; None where nothing is known of it.
         notes_random_state: whether checkpointing keeps random states in the device's memory.
+        result_order: operator -> the places of its results in the order in which the device allocates them.
     """
 
     patches: Callable[[], AbstractContextManager[object]] = scaler_without_values
     internals: Internals | None = None
     notes_random_state: bool = True
+    result_order: Mapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
 CPU_ROAD = Road(internals=internal_buffers)
@@ -235,7 +237,7 @@ class Stage:
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
         """
-        recorder = Recorder(self.road.internals)
+        recorder = Recorder(self.road.internals, self.road.result_order)
         with ExitStack() as stack:
             stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
