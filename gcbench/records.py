@@ -251,3 +251,7 @@ class Row:
     device_memory_bytes: int | None = None
     spare_bytes: int | None = None
     """What the cell leaves of the device's memory; negative where it does not fit."""
+    accumulation_adds_bytes: int | None = None
+    """What gradient accumulation adds to a predicted peak; None where it is below 0.5 % of it, or not predicted."""
+    kept_outputs_add_bytes: int | None = None
+    """The same of a loop that keeps the model's outputs in a variable."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from gcbench import stats
+from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Prediction
 from gcbench.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
 
 if TYPE_CHECKING:
@@ -172,7 +173,13 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         attention_kernel="+".join(said.attention) or None if said else None,
         device_memory_bytes=said.limit_bytes if said else None,
         spare_bytes=said.spare_bytes if said else None,
+        accumulation_adds_bytes=_adds(said, ACCUMULATION),
+        kept_outputs_add_bytes=_adds(said, KEPT_OUTPUTS),
     )
+
+
+def _adds(said: Prediction | None, name: str) -> int | None:
+    return next((addition.nbytes for addition in said.additions if addition.name == name), None) if said else None
 
 
 def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpointed: int) -> str | None:

@@ -72,7 +72,7 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
         for block in (
             _table(predicted.table_columns(group)),
             _bullets(predicted.notes(group)),
-            _escaped(predicted.summary(cells)),
+            *map(_escaped, predicted.paragraphs(cells)),
         )
         if block
     )

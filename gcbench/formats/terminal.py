@@ -141,7 +141,7 @@ def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
         subtitle=where,
         columns=predicted.table_columns(group),
         notes=predicted.notes(group),
-        summary=predicted.summary(cells),
+        summary="\n".join(predicted.paragraphs(cells)),
         bold=frozenset({(cells.index(best), "strategy")} if best and len(cells) > 1 else ()),
     )
 

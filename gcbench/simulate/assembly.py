@@ -204,24 +204,28 @@ def line_of(
     backward_at: int,
     requested: Sequence[int | None],
     update: UpdateTrace,
+    accumulated: Sequence[int] | None = None,
 ) -> Timeline:
     """The first step and the measured one, of passes with these events.
 
     Args:
-        nbytes: the sizes of what stands, of the passes' blocks, of the update's own, and of the passes' once more.
+        nbytes: the sizes of what stands, of the passes' blocks, of the update's own, and of the passes' once more; with
+            `accumulated` a third time.
         gradients: for each parameter of `update`, the block of its gradient in the passes.
         num_blocks: how many the passes have.
         backward_at: number of the passes' events before the backward pass.
         requested: for each of what stands, the number of the passes' events before it; None where nothing asks for it.
+        accumulated: for each gradient, the number of the passes' events after which it is added to what is there. If
+            given, the measured step is the last micro-batch of several: it begins with all gradients, and ends with
+            the update.
     """
     num_own = len(update.own)
     first_step, first_update = len(requested), len(requested) + num_blocks
     second_step = first_update + num_own
-    once = events + np.where(events >= 0, first_step, -first_step)
     stays = _among(events, _persistent(events, num_blocks, gradients), num_blocks)
-    again = events[~stays]
-    second = again + np.where(again >= 0, second_step, -second_step)
-    boundary = int(np.count_nonzero(~stays[:backward_at]))
+
+    def numbered(events: Ints, step: int) -> Ints:
+        return events + np.where(events >= 0, step, -step)
 
     def renumbered(events: Sequence[int], step: int) -> Ints:
         of_gradients = np.array(gradients, np.int64) + step
@@ -232,12 +236,21 @@ def line_of(
 
     asked = [(at, number) for number, at in enumerate(requested) if at is not None]
     opening = [
-        np.insert(once, [at for at, _ in asked], [number for _, number in asked]),
+        np.insert(numbered(events, first_step), [at for at, _ in asked], [number for _, number in asked]),
         renumbered(update.first, first_step),
     ]
-    measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]
     settled_at = sum(map(len, opening))
-    begins = settled_at + np.cumsum([0, *(len(part) for part in measured)])
+    once, boundary = events[~stays], int(np.count_nonzero(~stays[:backward_at]))
+    later = numbered(once, second_step)
+    if accumulated is not None:
+        opening.append(later)
+        kept = np.cumsum(~stays)
+        moments = [int(kept[at - 1]) if at else 0 for at in accumulated]
+        third_step = second_step + num_blocks
+        given = ~(np.array(gradients, np.int64) + third_step)
+        later = np.insert(numbered(once, third_step), moments, given)
+    measured = [later[:boundary], later[boundary:], renumbered(update.later, second_step)]
+    begins = sum(map(len, opening)) + np.cumsum([0, *(len(part) for part in measured)])
     phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
     return Timeline(
         nbytes=nbytes,

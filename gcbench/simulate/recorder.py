@@ -40,6 +40,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_backward = False
         self._held_once = _counts_when_held_once()
         self._ages = Ages()
+        self.fallbacks: set[str] = set()
+        """Packages whose kernels were stood in for."""
+        self._fallback_depth = 0
         self.works: list[Work] = []
         """What each call has the device do, in order."""
 
@@ -72,6 +75,16 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.note(value, None)
                 self.forget([value])
 
+    @contextmanager
+    def in_fallback(self, package: str) -> Iterator[None]:
+        """What is taken inside stands for a kernel of `package`."""
+        self.fallbacks.add(package)
+        self._fallback_depth += 1
+        try:
+            yield
+        finally:
+            self._fallback_depth -= 1
+
     def note_backward(self, phase: Phase) -> None:
         """For a step that is not the measured one."""
         self._in_backward = phase == "backward"
@@ -92,7 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = len(self.trace.blocks)
         # Only a recomputation builds a graph in the backward pass.
         again = self._in_backward and torch.is_grad_enabled()
-        self.trace.blocks.append(Block(nbytes, op, tuple(shape), again))
+        self.trace.blocks.append(Block(nbytes, op, tuple(shape), again, self._fallback_depth > 0))
         self.trace.events.append(number)
         return number
 

@@ -20,6 +20,7 @@ from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.fallbacks import marked
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
@@ -51,6 +52,7 @@ class LayeredTrace:
         gradients: id of a parameter -> the block of its gradient.
         boundaries: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
+        accumulated: id of a parameter -> number of events before its gradient was complete.
     """
 
     trace: Trace
@@ -60,6 +62,7 @@ class LayeredTrace:
     boundaries: Mapping[int, int]
     called: tuple[int, ...]
     works: tuple[tuple[Work, ...], ...] = ()
+    accumulated: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,8 @@ class Stage:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.layers = checkpointing.checkpointable_layers(model)
         self.blocks = blocks(model)
+        self.fallbacks: set[str] = set()
+        """Packages whose kernels the model's own code stood in for, in all traces so far."""
         self._on_stage: set[int] = set()
         self._absent: set[int] = set()
         """Modules of the layers that are not on the stage."""
@@ -188,8 +193,13 @@ class Stage:
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
             num_standing = len(recorder.trace.blocks)
+            accumulated: dict[int, int] = {}
+
+            def note_accumulated(param: torch.Tensor) -> None:
+                accumulated[id(param)] = len(recorder.trace.events)
+
             try:
-                with watch:
+                with watch, _on_accumulation(self.parameters, note_accumulated):
                     step(watch.on_phase)
             except _Done:
                 pass
@@ -211,6 +221,7 @@ class Stage:
             gradients=gradients,
             boundaries=watch.boundaries,
             called=tuple(watch.called),
+            accumulated=accumulated,
         )
 
     @contextmanager
@@ -240,6 +251,8 @@ class Stage:
         recorder = Recorder(self.road.internals, self.road.result_order)
         with ExitStack() as stack:
             stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
+            stack.enter_context(marked(self.model.modules(), recorder))
+            stack.callback(lambda: self.fallbacks.update(recorder.fallbacks))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
             checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
             stack.callback(checkpointing.end_segments, self.model)
@@ -398,3 +411,18 @@ def give_storage(
             for name, tensor in named.items():
                 if tensor is not None:
                     named[name] = replacement(tensor)  # type: ignore[assignment]
+
+
+@contextmanager
+def _on_accumulation(params: Iterable[torch.nn.Parameter], note: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call `note` with each parameter as its gradient is complete."""
+    handles = [
+        param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        for param in params
+        if param.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
