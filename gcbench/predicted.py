@@ -202,8 +202,8 @@ def not_covered(report: Report) -> tuple[str, ...]:
             "or another version of a library may take more or less"
         )
         gaps.append(
-            "cards other than an H100: with one, allocated peaks agreed within 0.02 % and reserved ones within 9 % in 71 "
-            "cells (make accuracy); on others nothing was compared yet"
+            "cards other than an H100: with one, allocated peaks agreed within 0.02 % and reserved ones within 9 % in "
+            "71 cells (make accuracy); on others nothing was compared yet"
         )
     gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
     return tuple(gaps)
