@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from gcbench.checks import (
     FAILED,
     IDENTICAL,
+    NOT_REPEATABLE,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -17,21 +18,31 @@ from gcbench.checks import (
     Combination,
     Setting,
 )
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.units import format_count, format_seconds
+from gcbench.words import listed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", UNSUPPORTED: "–"}
+MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", NOT_REPEATABLE: "?", UNSUPPORTED: "–"}
 _MEANINGS = {
     IDENTICAL: "gradients bit-identical to off",
     WITHIN_NOISE: "equal within the noise of the kernels",
     WRONG: "WRONG",
     FAILED: "failed",
+    NOT_REPEATABLE: NOTHING_SHOWN,
     UNSUPPORTED: "not possible",
 }
 PLAIN = "plain: fp32, adamw_torch, all parameters trained, the model's own attention; the other lines say what differs"
-_STYLES = {IDENTICAL: "green", WITHIN_NOISE: "green", WRONG: "bold red", FAILED: "bold red", UNSUPPORTED: "dim"}
+_STYLES = {
+    IDENTICAL: "green",
+    WITHIN_NOISE: "green",
+    WRONG: "bold red",
+    FAILED: "bold red",
+    NOT_REPEATABLE: "bold yellow",
+    UNSUPPORTED: "dim",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +67,14 @@ def problems(check: Check) -> tuple[Problem, ...]:
     """What is wrong, worst first, then what was not possible; the same things together."""
     groups: dict[tuple[str, str, str | None], list[tuple[Checked, Combination]]] = {}
     for result in check.results:
-        if result.verdict not in (IDENTICAL, WITHIN_NOISE):
+        if not result.is_shown:
             asked = check.combinations[result.number]
-            # Where a cause is known, figures that differ do not make it another problem.
-            key = (result.verdict, result.cause or result.message or "", asked.strategy if not result.cause else None)
+            # Where a cause is known, or off is to blame, strategies that differ do not make it another problem.
+            is_of_strategy = not result.cause and result.verdict in (WRONG, FAILED)
+            said = NOT_REPEATABLE if result.verdict == NOT_REPEATABLE else result.cause or result.message or ""
+            key = (result.verdict, said, asked.strategy if is_of_strategy else None)
             groups.setdefault(key, []).append((result, asked))
-    order = (WRONG, FAILED, UNSUPPORTED)
+    order = (WRONG, FAILED, NOT_REPEATABLE, UNSUPPORTED)
     found = [
         Problem(
             verdict=verdict,
@@ -86,7 +99,12 @@ def summary(check: Check) -> str:
         parts[0] += f" ({counts[IDENTICAL]} bit by bit)"
     elif counts[IDENTICAL]:
         parts[0] += ", bit by bit"
-    for verdict, words in ((WRONG, "wrong"), (FAILED, "failed"), (UNSUPPORTED, "not possible here")):
+    for verdict, words in (
+        (WRONG, "wrong"),
+        (FAILED, "failed"),
+        (NOT_REPEATABLE, "not to be judged, as off does not repeat itself"),
+        (UNSUPPORTED, "not possible here"),
+    ):
         if counts[verdict]:
             parts.append(f"{counts[verdict]} {words}")
     text = "; ".join(parts) + "."
@@ -103,7 +121,10 @@ def where(problem: Problem) -> str:
     by_strategy: dict[str, list[str]] = {}
     for asked in problem.where:
         by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
-    return "; ".join(f"{strategy} with {' and with '.join(labels)}" for strategy, labels in by_strategy.items())
+    by_labels: dict[str, list[str]] = {}
+    for strategy, labels in by_strategy.items():
+        by_labels.setdefault(" and with ".join(labels), []).append(strategy)
+    return "; ".join(f"{listed(strategies)} with {labels}" for labels, strategies in by_labels.items())
 
 
 def _grid(check: Check) -> tuple[list[str], list[Setting], dict[tuple[Setting, str], Checked]]:
