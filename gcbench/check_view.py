@@ -45,6 +45,10 @@ _STYLES = {
 }
 
 
+_MOST_LABELS = 4
+"""Settings that are named; the table shows all."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Problem:
     """Combinations that ended in the same way for the same reason."""
@@ -123,7 +127,8 @@ def where(problem: Problem) -> str:
         by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
     by_labels: dict[str, list[str]] = {}
     for strategy, labels in by_strategy.items():
-        by_labels.setdefault(" and with ".join(labels), []).append(strategy)
+        few = " and with ".join(labels) if len(labels) <= _MOST_LABELS else f"{labels[0]} and {len(labels) - 1} others"
+        by_labels.setdefault(few, []).append(strategy)
     return "; ".join(f"{listed(strategies)} with {labels}" for labels, strategies in by_labels.items())
 
 

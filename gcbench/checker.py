@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable
@@ -10,17 +9,16 @@ from dataclasses import replace
 
 import torch
 from torch._inductor import config as inductor_config
-from transformers import PreTrainedConfig
 
 from gcbench import checkpointing, devices, models, resolve, strategies
 from gcbench.check_evidence import NUM_STEPS, Gradients, Reference, Seen, noted_warnings
+from gcbench.check_models import ModelMaker
 from gcbench.checks import (
     FAILED,
     FROZEN_BASE,
     IDENTICAL,
     LORA,
     NOT_REPEATABLE,
-    OWN,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -30,14 +28,14 @@ from gcbench.checks import (
 )
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
-from gcbench.records import Lora, ModelFacts, Phase
+from gcbench.records import ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.seeding import state_outside_torch
 from gcbench.tables import NOT_ITSELF, NOTHING_SHOWN, SEEDED, is_repeatable, tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
-from gcbench.training import TrainingStep, parameter_dtype, random_batch
+from gcbench.training import TrainingStep, random_batch
 
-_LAYERS, _LORA_R, _SEQ_LEN = 4, 4, 32
+_LAYERS, _SEQ_LEN = 4, 32
 _MAX_SKIPPED_STEPS = 24
 """An fp16 scaler starts at 2**16 and halves at each overflow."""
 _FINEST = "fp32"
@@ -76,6 +74,7 @@ class _Checker:
             if task.full_size:
                 raise
             raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
+        self.models = ModelMaker(source=self.source, config=self.config, device=self.name, seed=task.seed)
         self._references: dict[Setting, Reference | Exception] = {}
         self._results: dict[Combination, Checked] = {}
 
@@ -105,7 +104,8 @@ class _Checker:
         try:
             plan = self._plan(asked.strategy, reference)
         except ValueError as err:
-            return Checked(number=0, verdict=UNSUPPORTED, message=str(err))
+            smaller = "" if self.task.full_size else " (it is scaled down; add --full-size to check all of its layers)"
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
         why = resolve.unsupported(plan, self.name.partition(":")[0])
         if why is not None:
             return Checked(number=0, verdict=UNSUPPORTED, message=why)
@@ -175,7 +175,7 @@ class _Checker:
     def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
         if setting not in self._references:
             try:
-                model = self._model(setting)
+                model = self.models.build(setting)
                 first, second = Seen(), Seen()
                 self._steps(model, None, setting, first)
                 self._steps(model, None, setting, second)
@@ -187,31 +187,9 @@ class _Checker:
                 self._references[setting] = err
         return self._references[setting]
 
-    def _model(self, setting: Setting) -> torch.nn.Module:
-        own = setting.attn_implementation == OWN
-        model = models.build(
-            self.source,
-            self.config,
-            device=self.name,
-            dtype=parameter_dtype(setting.precision),
-            attn_implementation=None if own else setting.attn_implementation,
-            seed=self.task.seed,
-            lora=Lora(r=_LORA_R) if setting.tuned == LORA else None,
-        )
-        if setting.tuned == FROZEN_BASE:
-            _freeze_base(model)
-        return model
-
-    def _fresh(self, pristine: torch.nn.Module, setting: Setting) -> torch.nn.Module:
-        """The model as it was before any step: a copy, or built anew where it holds what cannot be copied."""
-        try:
-            return _copied(pristine)
-        except Exception:  # locks, handles and generators that draw from the system raise what they like
-            return self._model(setting)
-
     def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: Seen) -> None:
         """Train a copy of the model for two steps, and note what there is to see."""
-        model = self._fresh(pristine, setting)
+        model = self.models.fresh(pristine, setting)
         task = self.task
         try:
             # Compiled layers draw dropout as others do, or nothing could be compared.
@@ -260,6 +238,8 @@ class _Checker:
     def _without_reference(self, asked: Combination, err: Exception) -> Checked:
         text = first_sentence(err)
         advice = "; try a shorter --seq-len" if isinstance(err, IndexError) else ""
+        if isinstance(err, NotImplementedError):
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{asked.setting.label} cannot be tried: {text}")
         label = asked.setting.label
         return Checked(
             number=0,
@@ -379,17 +359,3 @@ def _what_is_wrong(
     if expected is not None and recomputed != expected:
         return f"recomputed {recomputed} of {expected} layers"
     return None
-
-
-def _copied(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with parameters of its own; configs, which nothing changes, are shared."""
-    configs = (value for module in model.modules() for value in vars(module).values())
-    return copy.deepcopy(model, {id(value): value for value in configs if isinstance(value, PreTrainedConfig)})
-
-
-def _freeze_base(model: torch.nn.Module) -> None:
-    """Freeze the embeddings and the first half of the layers."""
-    layers = checkpointing.checkpointable_layers(model)
-    frozen = [model.get_input_embeddings(), *layers[: len(layers) // 2]]  # type: ignore[operator]
-    for module in frozen:
-        module.requires_grad_(False)

@@ -70,6 +70,13 @@ def hides_saving(row: Row) -> bool:
     return _hides_saving(row.proof)
 
 
+def unproven(table: Iterable[Row]) -> tuple[str, ...]:
+    """A sentence for whoever chooses among rows of which nothing could be shown."""
+    if not any(row.proof == NOT_REPEATABLE for row in table):
+        return ()
+    return (f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]} about the gradients; memory and times are measured.",)
+
+
 def _hides_saving(proof: str | None) -> bool:
     return proof is not None and proof.startswith((FAILED, NOT_REPEATABLE))
 

@@ -218,9 +218,9 @@ def _broken(rows: Sequence[Row]) -> str:
 
 def _unrepeatable(off: Row) -> str:
     noise = off.grad_noise_floor
-    size = f", by {noise:.2g}" if noise is not None and math.isfinite(noise) else ""
+    size = f" by {noise:.2g}" if noise is not None and math.isfinite(noise) else ""
     return (
-        f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]}. Its gradients differ from run to run{size} with the same "
+        f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]}. Its gradients differ{size} from run to run, with the same "
         "weights, batch and seeds, so that no saving is shown; peaks and times are what was measured."
     )
 

@@ -78,6 +78,30 @@ class DrawingForCausalLM(PreTrainedModel):
         return CausalLMOutput(loss=loss, logits=logits)
 """
 
+FUNCTION = """
+class Masked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        kept = torch.tensor(np.random.rand(y.shape[-1]) > 0.3, dtype=y.dtype)
+        ctx.save_for_backward(kept)
+        return y * kept
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0]
+
+
+class NoisyBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return torch.ones_like(y)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * random.random() * torch.rand(()) * np.random.rand()
+"""
+"""Functions of a layer's output that draw: `Masked` in the forward pass, `NoisyBackward` in the backward pass."""
+
 _NOTHING = {"module": "", "init": "", "inner": "1.0", "factor": "1.0", "bias": "0.0", "outside": "1.0", "skip": ""}
 
 
