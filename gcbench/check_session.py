@@ -20,6 +20,7 @@ from gcbench.report import write_text
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OWN
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
@@ -39,7 +40,7 @@ class Wanted:
     compiled: bool = True
     device: str = "auto"
     batch_size: int = 2
-    seq_len: int = 32
+    seq_len: int | None = None
     layers: int | None = None
     overrides: dict[str, Json] | None = None
     full_size: bool = False
@@ -49,7 +50,7 @@ class Wanted:
 
 
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
-    """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
+    """Check, show it, and keep it in `out` if given; raises what `raise_for` does."""
     if out is not None:
         Store.create(out)
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
@@ -69,13 +70,28 @@ def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quie
         check_view.show(done)
     if out is not None and not quiet:
         err.print(f"Everything is in {out}", markup=False, highlight=False, soft_wrap=True)
-    if done.failures:
-        first = done.failures[0]
-        others = len(done.failures) - 1
-        more = f" and {others} more" if others else ""
+    raise_for(done)
+
+
+def raise_for(check: Check) -> None:
+    """Raise ThresholdBroken when a combination that counts is wrong, or when not all that ran was shown to be right."""
+    if check.failures:
+        raise ThresholdBroken(f"{_some(check.failures)} did not train as off does; the table says why")
+    if check.open_questions:
         raise ThresholdBroken(
-            f"{first.strategy} with {first.setting.label}{more} did not train as off does; the table says why"
+            f"{NOTHING_SHOWN} about {_some(check.open_questions)}; the table says how far it is from itself"
         )
+    if check.is_empty:
+        reasons = dict.fromkeys((result.cause or result.message or "").rstrip(".") for result in check.results)
+        why, *others = reasons
+        more = f" (the table has {len(others)} more)" if others else ""
+        remedy = "" if ";" in why else "; choose another model or setting"
+        raise ThresholdBroken(f"nothing was tested, so nothing is shown: {why}{more}{remedy}")
+
+
+def _some(combinations: tuple[Combination, ...]) -> str:
+    first, *others = combinations
+    return f"{first.strategy} with {first.setting.label}" + (f" and {len(others)} more" if others else "")
 
 
 def run(

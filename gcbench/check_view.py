@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from gcbench.checks import (
     FAILED,
     IDENTICAL,
+    NOT_REPEATABLE,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -18,21 +19,35 @@ from gcbench.checks import (
     Combination,
     Setting,
 )
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.units import format_count, format_seconds
+from gcbench.words import listed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", UNSUPPORTED: "–"}
+MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", NOT_REPEATABLE: "?", UNSUPPORTED: "–"}
 _MEANINGS = {
     IDENTICAL: "gradients bit-identical to off",
     WITHIN_NOISE: "equal within the noise of the kernels",
     WRONG: "WRONG",
     FAILED: "failed",
+    NOT_REPEATABLE: NOTHING_SHOWN,
     UNSUPPORTED: "not possible",
 }
 PLAIN = "plain: fp32, adamw_torch, all parameters trained, the model's own attention; the other lines say what differs"
-_STYLES = {IDENTICAL: "green", WITHIN_NOISE: "green", WRONG: "bold red", FAILED: "bold red", UNSUPPORTED: "dim"}
+_STYLES = {
+    IDENTICAL: "green",
+    WITHIN_NOISE: "green",
+    WRONG: "bold red",
+    FAILED: "bold red",
+    NOT_REPEATABLE: "bold yellow",
+    UNSUPPORTED: "dim",
+}
+
+
+_MOST_LABELS = 4
+"""Settings that are named; the table shows all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,12 +72,13 @@ def problems(check: Check) -> tuple[Problem, ...]:
     """What is wrong, worst first, then what was not possible; what has one cause or says the same, together."""
     groups: dict[tuple[str, str], list[tuple[Checked, Combination]]] = {}
     for result in check.results:
-        if result.verdict not in (IDENTICAL, WITHIN_NOISE):
+        if not result.is_shown:
             asked = check.combinations[result.number]
-            # Where a cause is known, figures that differ do not make it another problem.
-            key = (result.verdict, result.cause or _without_setting(result.message or "", asked))
+            # Where a cause is known, or off is to blame, other figures and strategies do not make it another problem.
+            said = result.cause or _without_setting(result.message or "", asked)
+            key = (result.verdict, NOT_REPEATABLE if result.verdict == NOT_REPEATABLE else said)
             groups.setdefault(key, []).append((result, asked))
-    order = (WRONG, FAILED, UNSUPPORTED)
+    order = (WRONG, FAILED, NOT_REPEATABLE, UNSUPPORTED)
     found = [
         Problem(
             verdict=verdict,
@@ -87,7 +103,12 @@ def summary(check: Check) -> str:
         parts[0] += f" ({counts[IDENTICAL]} bit by bit)"
     elif counts[IDENTICAL]:
         parts[0] += ", bit by bit"
-    for verdict, words in ((WRONG, "wrong"), (FAILED, "failed"), (UNSUPPORTED, "not possible here")):
+    for verdict, words in (
+        (WRONG, "wrong"),
+        (FAILED, "failed"),
+        (NOT_REPEATABLE, "not to be judged, as off does not repeat itself"),
+        (UNSUPPORTED, "not possible here"),
+    ):
         if counts[verdict]:
             parts.append(f"{counts[verdict]} {words}")
     text = "; ".join(parts) + "."
@@ -111,14 +132,18 @@ def where(problem: Problem, check: Check) -> str:
     strategies = _whole(check, problem, lambda asked: asked.strategy)
     settings = _whole(check, problem, lambda asked: asked.setting.label)
     if all(asked.setting.label in settings for asked in problem.where):
-        return f"all strategies with {' and with '.join(settings)}"
+        return f"all strategies with {_few(settings)}"
     by_strategy: dict[str, list[str]] = {}
     for asked in problem.where:
         by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
-    return "; ".join(
-        f"{strategy} with every setting" if strategy in strategies else f"{strategy} with {' and with '.join(labels)}"
-        for strategy, labels in by_strategy.items()
-    )
+    by_labels: dict[str, list[str]] = {}
+    for strategy, labels in by_strategy.items():
+        by_labels.setdefault("every setting" if strategy in strategies else _few(labels), []).append(strategy)
+    return "; ".join(f"{listed(names)} with {labels}" for labels, names in by_labels.items())
+
+
+def _few(labels: Sequence[str]) -> str:
+    return " and with ".join(labels) if len(labels) <= _MOST_LABELS else f"{labels[0]} and {len(labels) - 1} others"
 
 
 def _whole(check: Check, problem: Problem, name: Callable[[Combination], str]) -> list[str]:

@@ -18,6 +18,7 @@ from gcbench import checkpointing, own_way
 from gcbench.adapters import with_adapters
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.records import Json, Lora, ModelFacts
+from gcbench.seeding import seed_generators
 from gcbench.sources import ModelSource
 
 
@@ -73,7 +74,7 @@ def build(
 
     With `lora`, frozen and with adapters in it; raises what `with_adapters` does.
     """
-    torch.manual_seed(seed)
+    seed_generators(seed)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
@@ -152,7 +153,7 @@ def facts(
         model_type=config.model_type,
         num_params=sum(p.numel() for p in model.parameters()),
         num_layers=len(checkpointing.layers_of(model)),
-        max_seq_len=_max_seq_len(config),
+        max_seq_len=max_seq_len(config),
         attn_implementation=_attention_in_use(model),
         checkpointing_refusal=checkpointing.refusal(model),
         num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -177,7 +178,22 @@ def _attention_in_use(model: torch.nn.Module) -> str | None:
     return getattr(text_config, "_attn_implementation", None)
 
 
-def _max_seq_len(config: PreTrainedConfig) -> int | None:
+def possible_limits(config: PreTrainedConfig) -> tuple[int, ...]:
+    """What may be the most positions of a model with code of its own, by the names that such code uses for it."""
+    if config.model_type in CONFIG_MAPPING:
+        return ()
+    values = vars(config.get_text_config())
+    return tuple(v for name in _LIMITS if type(v := values.get(name)) is int and v > 0)
+
+
+_LIMITS = (
+    *("n_positions", "n_ctx", "num_positions", "max_positions", "context_length", "block_size"),
+    *("seq_length", "seq_len", "max_seq_len", "max_seq_length", "max_seqlen", "max_sequence_length"),
+)
+
+
+def max_seq_len(config: PreTrainedConfig) -> int | None:
+    """The model's own maximum length; None where its config does not tell it as transformers' configs do."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 

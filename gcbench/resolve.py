@@ -57,12 +57,7 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
         notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
     else:
         seq_len = wanted.seq_len
-        mistakes += [
-            f"--seq-len {length} is beyond the {limit} positions of {facts.model}; shorten it, or change the model "
-            f"with --set max_position_embeddings={length}"
-            for length in seq_len
-            if limit is not None and length > limit
-        ]
+        mistakes += [too_long(length, limit, facts.model) for length in seq_len if limit is not None and length > limit]
 
     specs = wanted.strategies or default_strategies(facts)
     if wanted.strategies is None and facts.only_own is not None:
@@ -114,6 +109,14 @@ def resolve(wanted: Settings, facts: ModelFacts, machine: Machine, target: Targe
 def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
     """What is compared where nothing is named."""
     return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
+
+
+def too_long(seq_len: int, limit: int, model: str) -> str:
+    """What is wrong with a sequence that is longer than the model's positions."""
+    return (
+        f"--seq-len {seq_len} is beyond the {limit} positions of {model}; shorten it, or change the model "
+        f"with --set max_position_embeddings={seq_len}"
+    )
 
 
 def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:

@@ -150,6 +150,7 @@ class CheckTask:
     Attributes:
         source: the model; made smaller first unless `full_size`.
         combinations: (its place in the check, what to try).
+        seq_len: None for 32, or fewer where the model has fewer positions.
     """
 
     source: ModelSource
@@ -159,7 +160,7 @@ class CheckTask:
     full_size: bool
     combinations: tuple[tuple[int, Combination], ...]
     batch_size: int
-    seq_len: int
+    seq_len: int | None
     seed: int
 
 

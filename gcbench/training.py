@@ -11,6 +11,7 @@ import torch
 
 from gcbench import optimizers
 from gcbench.records import Phase
+from gcbench.seeding import seed_generators
 
 PRECISIONS = {
     "fp32": (torch.float32, None),
@@ -32,8 +33,8 @@ class TrainingStep:
     """Forward, loss, backward, optimizer step, gradients freed: one call, one step.
 
     The model is trained as it is (in `train()` mode, dropout on), on one fixed batch, with labels equal to the
-    inputs. Before each step the random state is set from `seed` and the step's number, so that two processes with
-    the same weights compute the same step.
+    inputs. Before each step Python's, NumPy's and torch's generators are seeded with `seed` plus the step's number, so
+    that two processes with the same weights compute the same step.
     """
 
     def __init__(self, model: torch.nn.Module, *, batch: torch.Tensor, precision: str, optim: str, seed: int) -> None:
@@ -53,7 +54,7 @@ class TrainingStep:
 
     def __call__(self, on_phase: OnPhase = lambda phase: None) -> None:
         """Run one step; `on_phase` is called as each phase begins."""
-        torch.manual_seed(self.seed + self.num_steps)
+        seed_generators(self.seed + self.num_steps)
         on_phase("forward")
         with self._autocast():
             loss = _loss(self.model(**self.inputs))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from unittest import mock
@@ -20,6 +20,7 @@ from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.fallbacks import marked
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
 from gcbench.simulate.storage import give_storage, unchanged
 from gcbench.strategies import Plan
@@ -52,6 +53,7 @@ class LayeredTrace:
         gradients: id of a parameter -> the block of its gradient.
         boundaries: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
+        accumulated: id of a parameter -> number of events before its gradient was complete.
     """
 
     trace: Trace
@@ -61,6 +63,7 @@ class LayeredTrace:
     boundaries: Mapping[int, int]
     called: tuple[int, ...]
     works: tuple[tuple[Work, ...], ...] = ()
+    accumulated: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,11 +74,13 @@ class Road:
         patches: a context in which the step runs.
         internals: what kernels take for themselves; None where nothing is known of it.
         notes_random_state: whether checkpointing keeps random states in the device's memory.
+        result_order: operator -> the places of its results in the order in which the device allocates them.
     """
 
     patches: Callable[[], AbstractContextManager[object]] = scaler_without_values
     internals: Internals | None = None
     notes_random_state: bool = True
+    result_order: Mapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
 CPU_ROAD = Road(internals=internal_buffers)
@@ -94,6 +99,8 @@ class Stage:
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.layers = checkpointing.layers_of(model)
         self.blocks = blocks(model)
+        self.fallbacks: set[str] = set()
+        """Packages whose kernels the model's own code stood in for, in all traces so far."""
         self._on_stage: set[int] = set()
         self._absent: set[int] = set()
         """Modules of the layers that are not on the stage."""
@@ -189,8 +196,13 @@ class Stage:
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
             num_standing = len(recorder.trace.blocks)
+            accumulated: dict[int, int] = {}
+
+            def note_accumulated(param: torch.Tensor) -> None:
+                accumulated[id(param)] = len(recorder.trace.events)
+
             try:
-                with watch:
+                with watch, _on_accumulation(self.parameters, note_accumulated):
                     step(watch.on_phase)
             except _Done:
                 pass
@@ -212,6 +224,7 @@ class Stage:
             gradients=gradients,
             boundaries=watch.boundaries,
             called=tuple(watch.called),
+            accumulated=accumulated,
         )
 
     @contextmanager
@@ -240,10 +253,12 @@ class Stage:
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
         """
-        recorder = Recorder(self.road.internals)
+        recorder = Recorder(self.road.internals, self.road.result_order)
         with ExitStack() as stack:
             modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
             stack.enter_context(unchanged(modules))
+            stack.enter_context(marked(self.model.modules(), recorder))
+            stack.callback(lambda: self.fallbacks.update(recorder.fallbacks))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
             if own:
                 stack.callback(checkpointing.Hooks(own_way.switch_on(self.model)).remove)
@@ -369,3 +384,18 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor):
         raise NotComposable("layers take something else than hidden states")
     return hidden
+
+
+@contextmanager
+def _on_accumulation(params: Iterable[torch.nn.Parameter], note: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call `note` with each parameter as its gradient is complete."""
+    handles = [
+        param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        for param in params
+        if param.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
