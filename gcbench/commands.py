@@ -130,7 +130,7 @@ def check(
         "train": tuned if tuned is not None else file.values.get("train"),
     }
     others = {key: value for key, value in file.settings.items() if key not in tried}
-    wanted = configs.settings({"batch_size": "2", "seq_len": "32", **others, **flags})
+    wanted = configs.settings({"batch_size": "2", **others, **flags})
     for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
         if len(values) > 1:
             raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
@@ -156,7 +156,7 @@ def check(
             compiled=compiled,
             device=wanted.device,
             batch_size=wanted.batch_size[0],
-            seq_len=(wanted.seq_len or (32,))[0],
+            seq_len=wanted.seq_len[0] if wanted.seq_len else None,
             layers=wanted.layers,
             overrides=wanted.set,
             full_size=full_size,

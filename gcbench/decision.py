@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gcbench.peaks import Phase
+from gcbench.prediction import Addition
 from gcbench.strategies import OFF, Plan
 from gcbench.units import format_bytes
 
@@ -85,6 +86,7 @@ class Told:
     of: Candidate
     peak_words: str
     gains: tuple[Gain, ...]
+    additions: tuple[Addition, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,7 @@ class Decision:
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
+        additions: what a real run may add to the choice (to the smallest where nothing fits).
         told: of those that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
@@ -120,6 +123,7 @@ class Decision:
     peak_words: str | None = None
     binding: str | None = None
     told: tuple[Told, ...] = ()
+    additions: tuple[Addition, ...] = ()
     times_from: str
     notices: tuple[str, ...] = ()
 

@@ -1,7 +1,7 @@
 """What can go wrong in a way the user can mend, each with its exit code.
 
 GcbenchError
-├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
+├── ThresholdBroken     1   a cell crashed or timed out, a --fail-on threshold was broken, or a check shows nothing good
 ├── UsageError          2   wrong flags, config file or output folder
 │   └── NoKnownTargets      peft has no targets of its own for a kind of model
 ├── UnavailableError    3   a model or device that cannot be had
@@ -19,7 +19,7 @@ class GcbenchError(Exception):
 
 
 class ThresholdBroken(GcbenchError):
-    """`compare --fail-on` found something worse."""
+    """`compare --fail-on` found something worse, or `check` something wrong, or nothing that it could show."""
 
     exit_code = 1
 

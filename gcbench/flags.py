@@ -247,7 +247,11 @@ CheckBatchSize = Annotated[
 CheckSeqLen = Annotated[
     str | None,
     typer.Option(
-        "--seq-len", "--sequence-length", metavar="N", rich_help_panel=WORKLOAD, help="Tokens in a sequence (32)."
+        "--seq-len",
+        "--sequence-length",
+        metavar="N",
+        rich_help_panel=WORKLOAD,
+        help="Tokens in a sequence (32, or all positions).",
     ),
 ]
 CheckOut = Annotated[

@@ -22,7 +22,7 @@ from gcbench.resolve import Job, target_notice
 from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.tables import failed_proof, rows
+from gcbench.tables import failed_proof, rows, unproven
 
 _STEPS = 2
 """Timed steps of a contender in a round."""
@@ -51,6 +51,7 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
             *(notice for notice in decision.notices if notice not in before),
             f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
             "an estimate, in the scale of what was.",
+            *unproven(rows(report)),
         ),
     )
     return replace(planned, decision=decided)

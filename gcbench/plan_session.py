@@ -22,10 +22,10 @@ from gcbench.forecast import described
 from gcbench.handover import Handover, Rival
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
-from gcbench.resolve import plan_of, resolve, unsupported
+from gcbench.resolve import default_strategies, not_for, plan_of, resolve, unsupported
 from gcbench.simulate.target import Target
 from gcbench.store import Store, default_folder
-from gcbench.strategies import Plan, parse
+from gcbench.strategies import OWN, Plan, parse
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, Decided, PlanTask
@@ -233,7 +233,8 @@ def decide(
         batch_sizes=asked.batch_sizes,
         reserve_frac=RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
         layers_in_order=facts.layers_in_order,
-        can_checkpoint=facts.checkpointing_refusal is None,
+        can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
+        own=_own(facts),
         is_confirmed=asked.measure,
         device_here=machine.device if is_here else None,
     )
@@ -273,6 +274,8 @@ def _named(
     """The strategies to weigh, with their plans; of the default ones those that the model can have."""
     if facts.checkpointing_refusal is not None:
         return (("off", Plan(num_layers=facts.num_layers)),)
+    if is_default and facts.only_own is not None:
+        specs = default_strategies(facts)
     named: list[tuple[str, Plan]] = []
     for spec in dict.fromkeys(("off", *specs)):
         try:
@@ -281,12 +284,18 @@ def _named(
             if is_default:
                 continue
             raise UsageError(f"--strategies: {err}") from None
-        why = unsupported(found, target.kind, is_predicted=True)
+        why = not_for(found, facts) or unsupported(found, target.kind, is_predicted=True)
         if why is None:
             named.append((spec, found))
         elif not is_default:
             raise UsageError(f"--strategies {spec}: {why}")
     return tuple(named)
+
+
+def _own(facts: ModelFacts) -> Plan | None:
+    """What a model's own way to checkpoint does, where that is the only one."""
+    own = None if facts.only_own is None else plan_of(parse(OWN), facts)
+    return own if own is not None and not_for(own, facts) is None else None
 
 
 def publish(planned: Planned, folder: Path) -> Planned:

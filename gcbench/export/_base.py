@@ -35,7 +35,7 @@ class Reach:
 
     def why_not(self, plan: Plan) -> str | None:
         """What cannot be said of `plan`, in the words after the tool's name; None where all can."""
-        if any(len(group) > 1 for group in plan.groups):
+        if any(len(group) > 1 for group in plan.groups) and not plan.own:
             return "cannot recompute several layers as one"
         if len({policy for _, policy in plan.treated()}) > 1:
             return "cannot recompute one layer differently from another"
@@ -65,6 +65,8 @@ def stride_of(plan: Plan) -> int | None:
 
     The number of layers for the first layer alone, as transformers' `every_n_layers` has it.
     """
+    if plan.own:
+        return 1  # the tool's own switch is the model's
     layers = [group[0] for group in plan.groups if len(group) == 1]
     if not layers or len(layers) != len(plan.groups):
         return None

@@ -122,6 +122,8 @@ class Planner:
         num_layers = len(stage.layers)
         layers = self.task.layers_in_order or tuple(range(num_layers))
         off = Plan(num_layers=num_layers)
+        if self.task.own is not None:
+            return [off, self.task.own]
         if not layers or not self.task.can_checkpoint:
             return [off]
         every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
@@ -199,7 +201,7 @@ class Planner:
         if not most:
             return ()
         named = [Largest(strategy=spec, batch_size=most[plan]) for spec, plan in self.named]
-        if len(self.mixes.uniform) > 1:
+        if len(self.mixes.uniform) > 1 and self.task.own is None:
             # Nothing found keeps less than every layer's input.
             tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
             named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))

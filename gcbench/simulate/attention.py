@@ -68,8 +68,9 @@ class CudaAttention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+        # From the last to the first, as gcc evaluates the arguments of the call in autocast's wrapper.
         mask = None if attn_mask is None else _autocast(attn_mask)
+        value, key, query = (_autocast(tensor) for tensor in (value, key, query))
         with _without_autocast(query.device.type):
             call = describe(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
             choice = choose(call, self.gpu)
