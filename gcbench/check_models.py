@@ -55,7 +55,7 @@ class ModelMaker:
             return self._built(setting, Lora(r=_LORA_R, target_modules=(linear[0].rpartition(".")[2],)))
         except (UsageError, IndexError):
             raise NotImplementedError(
-                "peft finds no place for adapters by itself; gcbench run takes --lora-target-modules"
+                "peft finds no place for adapters in it by itself; leave lora out of --train"
             ) from None
 
     def _built(self, setting: Setting, lora: Lora | None) -> torch.nn.Module:

@@ -23,6 +23,7 @@ SHOWN_BY = {
     "calibrated.py": ("plan",),
     "cards.py": ("predict", "plan"),
     "checker.py": ("check",),
+    "check_models.py": ("check",),
     "check_session.py": ("check",),
     "checkpointing.py": FOUR,
     "children.py": FOUR,

@@ -22,7 +22,7 @@ from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.fallbacks import marked
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
-from gcbench.simulate.storage import give_storage, unchanged
+from gcbench.simulate.storage import give_storage, on_accumulation, unchanged
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
 
@@ -202,7 +202,7 @@ class Stage:
                 accumulated[id(param)] = len(recorder.trace.events)
 
             try:
-                with watch, _on_accumulation(self.parameters, note_accumulated):
+                with watch, on_accumulation(self.parameters, note_accumulated):
                     step(watch.on_phase)
             except _Done:
                 pass
@@ -384,18 +384,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor):
         raise NotComposable("layers take something else than hidden states")
     return hidden
-
-
-@contextmanager
-def _on_accumulation(params: Iterable[torch.nn.Parameter], note: Callable[[torch.Tensor], None]) -> Iterator[None]:
-    """Call `note` with each parameter as its gradient is complete."""
-    handles = [
-        param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
-        for param in params
-        if param.requires_grad
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -47,3 +47,18 @@ def give_storage(
             for name, tensor in named.items():
                 if tensor is not None:
                     named[name] = replacement(tensor)  # type: ignore[assignment]
+
+
+@contextmanager
+def on_accumulation(params: Iterable[torch.nn.Parameter], note: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Call `note` with each parameter as its gradient is complete."""
+    handles = [
+        param.register_post_accumulate_grad_hook(note)  # type: ignore[no-untyped-call]
+        for param in params
+        if param.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
