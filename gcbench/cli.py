@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__, flags
+from gcbench import __version__, flags, usage
 from gcbench.errors import GcbenchError, Interrupted, UsageError
 
 app = typer.Typer(
@@ -162,6 +162,7 @@ def plan(
     emit: flags.Emit = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.Out = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -184,6 +185,7 @@ def plan(
         device_memory=device_memory,
         device_file=device_file,
         expandable_segments=expandable_segments,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -209,6 +211,7 @@ def check(
     trust_remote_code: flags.TrustRemoteCode = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.CheckOut = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -231,6 +234,7 @@ def check(
         tuned=train,
         compiled=not no_compile,
         full_size=full_size,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -278,7 +282,10 @@ def report(
 
 @app.command()
 def models(json: Json = False) -> None:
-    """List the built-in architectures."""
+    """List the architectures that --model knows by a short name: parameters, Hub id.
+
+    They work offline. --model takes any other causal LM too: a Hub id, a folder or a config.json.
+    """
     from gcbench import commands
 
     commands.models(as_json=json)
@@ -297,7 +304,7 @@ def devices(
     device_file: flags.DeviceFile = None,
     json: Json = False,
 ) -> None:
-    """List the cards that predict knows: memory, capability, rates."""
+    """List the cards that predict and plan know by name: memory, capability, rates."""
     from gcbench import commands
 
     commands.devices(device_file, as_json=json)
@@ -343,8 +350,24 @@ def _parse_and_run() -> int:
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
+        meant = usage.hint(message, command.rpartition(" ")[2], _options())
+        if meant is not None:
+            message = message.partition(" (Possible options")[0]
+        told = [
+            f"{message[:1].lower()}{message[1:]};",
+            *([meant if meant.endswith("?") else f"{meant};"] if meant else []),
+        ]
+        raise UsageError(f"{' '.join(told)} see {command} --help") from None
     return code if isinstance(code, int) else 0
+
+
+def _options() -> dict[str, frozenset[str]]:
+    """Command -> its long and short options."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    return {
+        name: frozenset(option for parameter in command.params for option in parameter.opts)
+        for name, command in commands.items()
+    }
 
 
 def _tell(err: GcbenchError) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from gcbench.peaks import Phase
+from gcbench.prediction import Addition, Fallback
 from gcbench.strategies import OFF, Plan
 from gcbench.units import format_bytes
 
@@ -97,6 +98,8 @@ class Told:
     of: Candidate
     peak_words: str
     gains: tuple[Gain, ...]
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,8 @@ class Decision:
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
+        additions: what a real run may add to the choice (to the smallest where nothing fits).
+        fallback: what of its peak PyTorch code makes in place of fused kernels.
         told: of those that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
@@ -133,6 +138,8 @@ class Decision:
     peak_words: str | None = None
     binding: str | None = None
     told: tuple[Told, ...] = ()
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
     times_from: str
     notices: tuple[str, ...] = ()
     outside_bytes: int = 0

@@ -250,7 +250,11 @@ CheckBatchSize = Annotated[
 CheckSeqLen = Annotated[
     str | None,
     typer.Option(
-        "--seq-len", "--sequence-length", metavar="N", rich_help_panel=WORKLOAD, help="Tokens in a sequence (32)."
+        "--seq-len",
+        "--sequence-length",
+        metavar="N",
+        rich_help_panel=WORKLOAD,
+        help="Tokens in a sequence (32, or all positions).",
     ),
 ]
 CheckOut = Annotated[
@@ -270,7 +274,10 @@ FullSize = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE.toml", rich_help_panel=RUN, help="The same settings from a file; flags win."
+        "--config",
+        metavar="FILE.toml",
+        rich_help_panel=RUN,
+        help="Settings from a file, keys as the options here; flags win, and keys of other commands are left out.",
     ),
 ]
 Out = Annotated[

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import formats, headroom, predicted, runner, sources
+from gcbench import flash, formats, headroom, predicted, runner, sources
 from gcbench.children import Children, ForkedChildren
-from gcbench.config import Settings
+from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import GcbenchError, ThresholdBroken
 from gcbench.records import Failure, Machine, Outcome, Report
 from gcbench.report import write_text
@@ -92,15 +92,29 @@ def forecast(
 ) -> Report:
     """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`."""
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
-    machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
-    target = target or target_of(wish, machine)
+    _check_attention(wanted, target)
+    machine, facts = runner.describe(replace(wanted, device=here), source, children[0], target=target)
+    if target is None:
+        target = target_of(wish, machine)
+        _check_attention(wanted, target)
     assert target is not None
     job = resolve(wanted, facts, described(machine, target), target)
+    if flash.is_stood_in(wanted.attn_implementation, target):
+        job = replace(job, notices=(*job.notices, flash.NOTICE))
     report = runner.begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
     report = replace(report, source="predicted", settings=settings | wish.as_json())
     return _answered(report, job, wish, target, source, children, on_cell)
+
+
+def _check_attention(wanted: Settings, target: Target | None) -> None:
+    flash.check(
+        wanted.attn_implementation,
+        target,
+        precision=wanted.precision,
+        specs=wanted.strategies or DEFAULT_STRATEGIES,
+    )
 
 
 def described(machine: Machine, target: Target) -> Machine:

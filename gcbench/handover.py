@@ -60,6 +60,7 @@ class Handover(Training):
         rivals: all others that fit, best first.
         plan_file: where the choice's plan is stored as JSON, if it is.
         config: what was changed about the model's config; None for the model itself.
+        notes: what a real run may add to the choice's peak, a sentence each.
     """
 
     hub_id: str | None
@@ -68,6 +69,7 @@ class Handover(Training):
     plan_file: str | None
     seq_len: int
     config: ChangedConfig | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from gcbench import config as configs
-from gcbench import headroom
+from gcbench import headroom, settings_file, spellings
+from gcbench.commands import memory_of_device, tell
 from gcbench.errors import UsageError
 
 T = TypeVar("T")
@@ -29,6 +30,7 @@ def plan(
     device_memory: str | None,
     device_file: Path | None,
     expandable_segments: bool,
+    config: Path | None,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -44,13 +46,19 @@ def plan(
             mistakes.extend(line.removeprefix("- ") for line in str(err).splitlines())
         return None
 
-    raw = {key: value for key, value in flags.items() if key not in ("device", "batch_size")}
+    file = settings_file.read(config, "plan")
+    given = {**file.settings, **flags}
+    batch = file.text("batch_size", batch)
+    reserve, emit = file.text("reserve", reserve), file.text("emit", emit)
+    measure = file.is_set("measure", measure)
+    from_run = file.file("from", from_run)
+    raw = {key: value for key, value in given.items() if key not in ("device", "batch_size", "memory_limit")}
     if from_run is not None:
         raw.setdefault("model", "of the run")
     # A batch of one stands for those that are chosen from.
     given_batch = batch is not None and batch.strip().lower() != "auto"
     wanted = checked(lambda: configs.settings({**raw, "batch_size": batch if given_batch else "1"}))
-    memory = checked(lambda: configs.parse_memory("--device-memory", device_memory))
+    memory = checked(lambda: memory_of_device(device_memory, file, given.get("memory_limit")))
     held_back = checked(lambda: headroom.parse_reserve(reserve))
     tool = checked(lambda: _tool(emit))
     if wanted is not None and wanted.seq_len is not None and len(wanted.seq_len) > 1:
@@ -66,7 +74,8 @@ def plan(
     if mistakes:
         raise UsageError.of(list(dict.fromkeys(mistakes)))
     assert wanted is not None
-    device = flags.get("device")
+    device = given.get("device")
+    tell(file, raw, quiet=quiet)
 
     from gcbench import plan_session  # only now: a wrong value is told before anything else is imported
     from gcbench.targets import Wish
@@ -78,10 +87,10 @@ def plan(
         measure=measure,
     )
     wish = Wish(
-        device=str(device) if device is not None else None,
+        device=None if device is None else spellings.device(str(device)),
         device_memory=memory,
-        device_file=device_file,
-        expandable_segments=expandable_segments,
+        device_file=file.file("device_file", device_file),
+        expandable_segments=file.is_set("expandable_segments", expandable_segments),
     )
     command = shlex.join(["gcbench", *argv])
     if from_run is not None:

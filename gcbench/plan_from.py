@@ -23,7 +23,7 @@ from gcbench.sources import slug
 from gcbench.store import Store, default_folder
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies.plan_file import of_json
-from gcbench.tables import failed_proof, rows
+from gcbench.tables import failed_proof, rows, unproven
 from gcbench.targets import CPU, Wish
 from gcbench.units import format_bytes
 
@@ -134,7 +134,7 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
         binding=" ".join(why),
         times_from=f"measurements in {folder}",
-        notices=tuple(notices),
+        notices=(*notices, *unproven(table)),
     )
     kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
     settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})

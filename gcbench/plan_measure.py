@@ -22,7 +22,7 @@ from gcbench.resolve import Job, target_notice
 from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.tables import failed_proof, rows
+from gcbench.tables import failed_proof, rows, unproven
 
 _STEPS = 2
 """Timed steps of a contender in a round."""
@@ -57,6 +57,7 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
             *(notice for notice in decision.notices if notice not in before),
             f"Measured: {len(entered)} settings that could be the best, {steps} training steps; what was not run is "
             "an estimate, in the scale of what was.",
+            *unproven(rows(report)),
         ),
     )
     return replace(planned, decision=decided)
@@ -113,6 +114,8 @@ def settled(
         binding=" ".join(filter(None, (told_apart.sentence(choice, others), why_not_faster(candidates, choice)))),
         peak_words=decision.peak_words if told is None else told.peak_words,
         gains=decision.gains if told is None else told.gains,
+        additions=decision.additions if told is None else told.additions,
+        fallback=decision.fallback if told is None else told.fallback,
     )
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcbench import headroom, plan_nothing, told_apart
+from gcbench.added import of_decision
 from gcbench.decision import FOUND, Candidate, Decision, best_of_each, described
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain
@@ -82,6 +83,9 @@ def document(planned: Planned, emitted: Emitted | None) -> str:
             {"name": gain.name, "flag": gain.flag, "peak_bytes": gain.peak_bytes, "fits": gain.fits}
             for gain in decision.gains
         ],
+        "additions": [
+            {"name": added.name, "nbytes": added.nbytes, "peak_bytes": added.peak_bytes} for added in decision.additions
+        ],
         "reserve_frac": decision.reserve_frac,
         "times_from": decision.times_from,
         "notices": list(decision.notices),
@@ -103,6 +107,7 @@ def answer(planned: Planned) -> list[tuple[str, str]]:
         ("peak", _peak(choice, decision)),
         ("speed", _speed(choice, decision)),
         ("why", _why(decision)),
+        *(("note", text) for text in of_decision(decision)),
     ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gcbench import headroom, tables, words
+from gcbench.added import Setting, kernels_sentence, sentence
 from gcbench.headroom import CLOSE
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Report, Row, Workload
@@ -136,6 +137,34 @@ def summary(cells: Sequence[PredictedCell]) -> str:
     return " ".join(sentences)
 
 
+def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
+    """What is said beneath the table of one workload."""
+    return tuple(text for text in (summary(cells), with_kernels(cells), added(cells)) if text)
+
+
+def added(cells: Sequence[PredictedCell]) -> str | None:
+    """What a real run may add to the figures of one workload; None where that is nothing of weight."""
+    best = choice(cells)
+    if best is None:
+        return None
+
+    def setting(cell: PredictedCell) -> Setting:
+        found = cell.prediction.additions if cell.prediction else ()
+        return Setting(name=cell.row.strategy, fits=_may_run(cell), additions=found)
+
+    others = [setting(cell) for cell in cells if cell is not best]
+    return sentence(setting(best), others, usable_bytes=best.row.usable_bytes)
+
+
+def with_kernels(cells: Sequence[PredictedCell]) -> str | None:
+    """What the peak would lose with kernels that could not be traced; None where the model has none."""
+    best = choice(cells)
+    said = best.prediction.fallback if best is not None and best.prediction is not None else None
+    if best is None or said is None:
+        return None
+    return kernels_sentence(said, best.row.strategy, _peak(best))
+
+
 def where(cell: PredictedCell) -> str:
     """`in the loss and logits (backward pass)`: where in the step its peak is."""
     said = cell.prediction.explanation if cell.prediction else None
@@ -175,7 +204,8 @@ def not_covered(report: Report) -> tuple[str, ...]:
             "or another version of a library may take more or less"
         )
         gaps.append(
-            "a check against this card: of cards, gcbench's predictions were compared with an H100's measurements only"
+            "cards other than an H100: with one, allocated peaks agreed within 0.02 % and reserved ones within 9 % in "
+            "71 cells (make accuracy); on others nothing was compared yet"
         )
     gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
     return tuple(gaps)

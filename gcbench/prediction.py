@@ -48,6 +48,37 @@ class Lever:
     peak_bytes: int
 
 
+ACCUMULATION = "gradient accumulation"
+KEPT_OUTPUTS = "a loop that keeps `outputs`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Something that a real run may have and the predicted step has not, from the same step replayed with it.
+
+    Attributes:
+        nbytes: what it adds to the bytes that count against the device's memory.
+        peak_bytes: those bytes with it.
+    """
+
+    name: str
+    nbytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """What PyTorch code took in the trace where the device, with packages installed, would run fused kernels.
+
+    Attributes:
+        packages: names to install.
+        nbytes: what of the allocated peak it made: at most that much less is needed with the kernels.
+    """
+
+    packages: tuple[str, ...]
+    nbytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """Bytes alive over one step, by kind.
@@ -97,6 +128,8 @@ class Prediction:
         attention: kernel -> number of calls in a forward and backward pass of the traced layers.
         layers_traced: layers that stood for all.
         why_in_full: why every layer was traced; None where a few were.
+        additions: what a real run may add; small ones are left out.
+        fallback: None where no kernel was stood in for, and on the CPU, where there is none.
     """
 
     memory: MemoryPeaks
@@ -109,6 +142,8 @@ class Prediction:
     why_in_full: str | None
     explanation: Explanation | None = None
     curve: Curve | None = None
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
     reserve_frac: float = 0.0
 
     @property

@@ -34,7 +34,7 @@ def measure(
     source = sources.resolve(wanted.model, pretrained=wanted.pretrained, trust_remote_code=wanted.trust_remote_code)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     folder = out or default_folder(sources.slug(wanted.model), now)
-    store = Store(folder) if previous else Store.create(folder)
+    store = Store(folder) if previous else Store.create(folder, can_resume=True)
     err = Console(stderr=True)
     with _interruptible(store):
         try:

@@ -33,10 +33,18 @@ class Store:
         self._gradients: dict[str, str] = {}
 
     @classmethod
-    def create(cls, folder: Path) -> Store:
-        """A new run folder; raises UsageError when it holds something already or cannot be written."""
+    def create(cls, folder: Path, *, can_resume: bool = False) -> Store:
+        """A new folder of results; raises UsageError when it holds something already or cannot be written.
+
+        Args:
+            can_resume: whether the command has --resume.
+        """
         if folder.is_dir() and any(folder.iterdir()):
-            advice = "add --resume to continue it, or take another --out" if (folder / REPORT_NAME).exists() else ""
+            advice = (
+                "add --resume to continue it, or take another --out"
+                if can_resume and (folder / REPORT_NAME).exists()
+                else ""
+            )
             raise UsageError(f"--out {folder} exists and is not empty; {advice or 'take another --out'}")
         made = not folder.exists()
         try:

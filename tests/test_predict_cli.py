@@ -179,7 +179,7 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
     ("flags", "code", "said"),
     [
         (("--device", "rtx4091"), 3, ("there is no device 'rtx4091'", "near names: rtx-4090")),
-        (("--device", "quantum"), 3, ("there is no device 'quantum'", "known are", "h100")),
+        (("--device", "quantum"), 3, ("there is no device 'quantum'", "gcbench devices lists all that are known")),
         (("--device-memory", "8 bananas"), 2, ("--device-memory: '8 bananas'", "write it like 8GiB")),
         (("--device-memory", "0"), 2, ("--device-memory", "leaves no memory at all")),
         (("--device-memory", "-1GiB"), 2, ("--device-memory: '-1GiB'",)),
@@ -204,7 +204,7 @@ def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, said):
     [
         ("garbage = = 1", "is not valid TOML"),
         ('[[card]]\nname = "x"\n', "card 1 (x): memory_bytes is missing"),
-        ('[[card]]\nname = "x"\nmemory_bytes = 24\n', "24 bytes, which no card has"),
+        ('[[card]]\nname = "x"\nmemory_bytes = 24\n', "24 is 24 bytes; did you mean 24GiB?"),
         ("", "describes no device"),
     ],
 )

@@ -38,7 +38,7 @@ class Reach:
 
     def why_not(self, plan: Plan) -> str | None:
         """What cannot be said of `plan`, in the words after the tool's name; None where all can."""
-        if any(len(group) > 1 for group in plan.groups):
+        if any(len(group) > 1 for group in plan.groups) and not plan.own:
             return "cannot recompute several layers as one"
         if len({policy for _, policy in plan.treated()}) > 1:
             return "cannot recompute one layer differently from another"
@@ -68,6 +68,8 @@ def stride_of(plan: Plan) -> int | None:
 
     The number of layers for the first layer alone, as transformers' `every_n_layers` has it.
     """
+    if plan.own:
+        return 1  # the tool's own switch is the model's
     layers = [group[0] for group in plan.groups if len(group) == 1]
     if not layers or len(layers) != len(plan.groups):
         return None
@@ -101,10 +103,9 @@ def described(rival: Rival, handover: Handover) -> str:
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
-    if handover.model_changes is None:
-        return told
-    model = textwrap.wrap(f"for {changes.named(handover.model, handover.model_changes)}", width=_WIDTH)
-    return "\n".join([told, *(f"# {line}" for line in model)])
+    notes = [] if handover.model_changes is None else [f"for {changes.named(handover.model, handover.model_changes)}"]
+    notes += handover.notes if rival == handover.choice else ()
+    return "\n".join([told, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])
 
 
 def targets_of(handover: Handover) -> list[str] | str | None:

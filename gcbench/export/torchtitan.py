@@ -37,7 +37,7 @@ def refusal(training: Training) -> str | None:
 
 def why_not(plan: Plan, handover: Handover) -> str | None:
     """What cannot be said of a plan."""
-    return REACH.why_not(plan)
+    return "does not use a model's own way to checkpoint" if plan.own else REACH.why_not(plan)
 
 
 def render(rival: Rival, handover: Handover) -> str:

@@ -114,7 +114,7 @@ def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
         change("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"))
     if task.precision in ("fp32", "bf16-mixed", "fp16-mixed"):
         change("weights in bf16", "--precision bf16", replace(task, precision="bf16"))
-    if task.target.kind == "cuda" and plan.groups and whole is candidate and not plan.compiled:
+    if task.target.kind == "cuda" and plan.groups and whole is candidate and not (plan.compiled or plan.own):
         away = replace(candidate, plan=plan.with_policies(offload=True))
         changes.append(("boundaries in the host's memory", f"--strategies {candidate.strategy}+offload", task, away))
     return changes

@@ -209,7 +209,7 @@ def plan_of(uniform: Sequence[Plan], layers: Sequence[int], choice: Sequence[int
 
 def _is_plain(plan: Plan) -> bool:
     """Whether its layers are recomputed one by one, plainly, or not at all."""
-    return all(len(group) == 1 for group in plan.groups) and not plan.policies and not plan.compiled
+    return all(len(group) == 1 for group in plan.groups) and not plan.policies and not (plan.compiled or plan.own)
 
 
 def _name(plan: Plan) -> str:

@@ -26,7 +26,9 @@ from gcbench.errors import GcbenchError
 from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
 from gcbench.planner.weighing import Weighing
+from gcbench.prediction import Addition, Fallback
 from gcbench.racing import contenders
+from gcbench.simulate.additions import additions
 from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
@@ -122,6 +124,8 @@ class Planner:
             peak_words=None if shown is None else self._peak_words(shown),
             binding=None if choice is None else why_not_faster(candidates, choice),
             told=tuple(map(self._told, rivals)),
+            additions=() if shown is None else self._additions(shown),
+            fallback=None if shown is None else self._fallback(shown),
             times_from=self.weighing.figures.source,
             notices=tuple(self.notices),
             outside_bytes=self.weighing.outside_bytes,
@@ -135,6 +139,8 @@ class Planner:
         num_layers = len(stage.layers)
         layers = self.task.layers_in_order or tuple(range(num_layers))
         off = Plan(num_layers=num_layers)
+        if self.task.own is not None:
+            return [off, self.task.own]
         if not layers or not self.task.can_checkpoint:
             return [off]
         every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
@@ -212,7 +218,7 @@ class Planner:
         if not most:
             return ()
         named = [Largest(strategy=spec, batch_size=most[plan]) for spec, plan in self.named]
-        if len(self.mixes.uniform) > 1:
+        if len(self.mixes.uniform) > 1 and self.task.own is None:
             # Nothing found keeps less than every layer's input.
             tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
             named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
@@ -318,5 +324,21 @@ class Planner:
         shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
         return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
 
+    def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
+        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        held, _ = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return additions(step, lambda line: self.weighing.counted(line, self.weighing.session), held)
+
+    def _fallback(self, candidate: Candidate) -> Fallback | None:
+        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return self.weighing.session.fallback(step, peak)
+
     def _told(self, candidate: Candidate) -> Told:
-        return Told(of=candidate, peak_words=self._peak_words(candidate), gains=self._gains(candidate, None))
+        return Told(
+            of=candidate,
+            peak_words=self._peak_words(candidate),
+            gains=self._gains(candidate, None),
+            additions=self._additions(candidate),
+            fallback=self._fallback(candidate),
+        )
