@@ -96,6 +96,9 @@ def cannot_change(tool: str, training: Training) -> str:
     )
 
 
+_ADDED = "Gradient accumulation, and a loop that keeps `outputs`, add to this peak; gcbench predict says how much."
+
+
 def described(rival: Rival, handover: Handover) -> str:
     """The comment that begins every text: what it is, and for which workload."""
     lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
@@ -104,7 +107,7 @@ def described(rival: Rival, handover: Handover) -> str:
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
     notes = [] if handover.model_changes is None else [f"for {changes.named(handover.model, handover.model_changes)}"]
-    notes += handover.notes if rival == handover.choice else ()
+    notes += handover.notes if rival == handover.choice else [_ADDED] if handover.notes else ()
     return "\n".join([told, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])
 
 
