@@ -10,8 +10,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from transformers.pytorch_utils import Conv1D
 
-from gcbench.errors import UnavailableError, UsageError, first_sentence
+from gcbench.errors import NoKnownTargets, UnavailableError, UsageError, first_sentence
 from gcbench.records import ALL_LINEAR, Lora
+from gcbench.training import output_embeddings
 
 _MOST_NAMES = 10
 """Names that an error message lists."""
@@ -24,7 +25,7 @@ def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     is peft's default: alpha, no dropout, fp32 adapters in a model of 16 bits.
 
     Raises UnavailableError where peft cannot be imported; UsageError when a target is no module of the model or none
-    that can have an adapter, and when none is named and peft knows none for this model.
+    that can have an adapter, and `NoKnownTargets` when none is named and peft knows none for this model.
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
@@ -66,7 +67,7 @@ def _refusal(
     if lora.target_modules is None:
         kind = getattr(model.config, "model_type", type(model).__name__)
         why = f"knows no target modules for a {kind} model" if "target_modules" in text else f"says: {text}"
-        return UsageError(f"--lora-r: peft {why}; name them with --lora-target-modules, {choice}")
+        return NoKnownTargets(f"--lora-r: peft {why}; name them with --lora-target-modules, {ALL_LINEAR} or {choice}")
     lost = [name for name in lora.target_modules if not _fits(name, modules)]
     if lost and "not found in the base model" in text:
         return _no_such_module(lost, modules, linear)
@@ -93,7 +94,7 @@ def _fits(name: str, modules: Iterable[str]) -> bool:
 
 def _linear_names(model: torch.nn.Module) -> list[str]:
     """The last parts of the names of the linear layers, each once, in the model's order; without the output layer."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_embeddings(model)
     names = (
         path.rpartition(".")[2]
         for path, module in model.named_modules()

@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcbench import predicted
+from gcbench import predicted, words
 from gcbench.lettering import choose_fonts, drawable
 from gcbench.records import Report
 
@@ -43,7 +43,7 @@ def head(figure: Figure, report: Report, subject: str, facts: str) -> None:
     """The model and what is shown of it, and below it the device and other facts."""
     device = f"{report.machine.device_name} ({report.machine.device})"
     where = f"predicted for {predicted.target(report)}" if report.source == "predicted" else device
-    title = f"{shortened(report.model.model, 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
+    title = f"{shortened(words.model_of(report), 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
     figure.suptitle(title, fontsize=12)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import check_view, checks, counting, runner, sources, streams
-from gcbench.checks import FAILED, Check, Checked, Combination
+from gcbench import changes, check_view, checks, counting, runner, sources, streams
+from gcbench.checks import FAILED, UNSUPPORTED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
 from gcbench.errors import Interrupted, ThresholdBroken
@@ -22,6 +22,8 @@ from gcbench.records import Json, Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.sources import ModelSource
 from gcbench.store import Store
+from gcbench.strategies import OWN
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
@@ -41,7 +43,7 @@ class Wanted:
     compiled: bool = True
     device: str = "auto"
     batch_size: int = 2
-    seq_len: int = 32
+    seq_len: int | None = None
     layers: int | None = None
     overrides: dict[str, Json] | None = None
     full_size: bool = False
@@ -51,7 +53,7 @@ class Wanted:
 
 
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
-    """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
+    """Check, show it, and keep it in `out` if given; raises what `raise_for` does."""
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     err = Console(stderr=True)
     with ExitStack() as stack:
@@ -83,13 +85,28 @@ def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quie
                 store.close()
         if store is not None and not quiet:
             err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
-    if done.failures:
-        first = done.failures[0]
-        others = len(done.failures) - 1
-        more = f" and {others} more" if others else ""
+    raise_for(done)
+
+
+def raise_for(check: Check) -> None:
+    """Raise ThresholdBroken when a combination that counts is wrong, or when not all that ran was shown to be right."""
+    if check.failures:
+        raise ThresholdBroken(f"{_some(check.failures)} did not train as off does; the table says why")
+    if check.open_questions:
         raise ThresholdBroken(
-            f"{first.strategy} with {first.setting.label}{more} did not train as off does; the table says why"
+            f"{NOTHING_SHOWN} about {_some(check.open_questions)}; the table says how far it is from itself"
         )
+    if check.is_empty:
+        reasons = dict.fromkeys((result.cause or result.message or "").rstrip(".") for result in check.results)
+        why, *others = reasons
+        more = f" (the table has {len(others)} more)" if others else ""
+        remedy = "" if ";" in why else "; choose another model or setting"
+        raise ThresholdBroken(f"nothing was tested, so nothing is shown: {why}{more}{remedy}")
+
+
+def _some(combinations: tuple[Combination, ...]) -> str:
+    first, *others = combinations
+    return f"{first.strategy} with {first.setting.label}" + (f" and {len(others)} more" if others else "")
 
 
 def _kept(done: Check, store: Store | None) -> str:
@@ -136,12 +153,17 @@ def run(
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
+    is_own = False
     on_result(0, len(asked))
     try:
         while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
             answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
             runner.raise_refusal(Answer(refusal=answer.refusal))
             facts = answer.facts or facts
+            if facts is not None and facts.only_own is not None and wanted.strategies is None and not is_own:
+                is_own = True
+                asked, results = _with_own(wanted, asked, results)
+                continue
             lost = [n for n, _ in waiting if n not in results]
             if lost:  # the child ended at the first of them
                 why = answer.failure.message if answer.failure else "the process ended without a word"
@@ -162,7 +184,20 @@ def run(
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,
         wall_s=wall_s,
+        model_changes=changes.told(wanted.layers, wanted.overrides),
     )
+
+
+def _with_own(
+    wanted: Wanted, asked: tuple[Combination, ...], results: dict[int, Checked]
+) -> tuple[tuple[Combination, ...], dict[int, Checked]]:
+    """The model's own way in place of the default strategies that it cannot have, and the results of the others."""
+    settings = list(dict.fromkeys(combination.setting for combination in asked))
+    own = tuple(Combination(setting=setting, strategy=OWN) for setting in settings)
+    done = [result for result in results.values() if result.verdict != UNSUPPORTED]
+    others = tuple(asked[result.number] for result in done)
+    kept = {len(own) + place: replace(result, number=len(own) + place) for place, result in enumerate(done)}
+    return (*own, *others), kept
 
 
 def _machine(wanted: Wanted, children: Children) -> Machine:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__, flags, streams
+from gcbench import __version__, flags, streams, usage
 from gcbench.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.interruption import ignore_more, interruptible
 
@@ -100,6 +100,7 @@ def predict(
     device: flags.TargetDevice = None,
     device_memory: flags.DeviceMemory = None,
     device_file: flags.DeviceFile = None,
+    reserve: flags.Reserve = None,
     expandable_segments: flags.ExpandableSegments = False,
     layers: flags.Layers = None,
     set_: flags.Set = None,
@@ -127,6 +128,7 @@ def predict(
         given,
         device_memory=device_memory,
         device_file=device_file,
+        reserve=reserve,
         expandable_segments=expandable_segments,
         explain=explain,
         exact=exact,
@@ -162,6 +164,7 @@ def plan(
     emit: flags.Emit = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.Out = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -184,6 +187,7 @@ def plan(
         device_memory=device_memory,
         device_file=device_file,
         expandable_segments=expandable_segments,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -209,6 +213,7 @@ def check(
     trust_remote_code: flags.TrustRemoteCode = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.CheckOut = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -231,6 +236,7 @@ def check(
         tuned=train,
         compiled=not no_compile,
         full_size=full_size,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -240,7 +246,9 @@ def check(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder or report.json: the one before.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A run, prediction or plan folder, or its JSON: the one before.")
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one after.")],
     fail_on: Annotated[
         list[str] | None,
@@ -251,7 +259,7 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare across devices and precisions.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare two runs cell by cell: better, worse, or no difference shown."""
+    """Compare two runs, predictions or plans cell by cell: better, worse, or no difference shown."""
     from gcbench import commands
 
     commands.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
@@ -259,14 +267,16 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder or report.json.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of a run, prediction, plan or check, or its JSON.")
+    ],
     format: Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv, json or png.")] = "terminal",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write (for png: a folder); else standard output.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a stored run again, in any format."""
+    """Show a stored run, prediction, plan or check again, in any format."""
     from gcbench import commands
 
     commands.report(folder, format="json" if json else format, out=out)
@@ -274,7 +284,10 @@ def report(
 
 @app.command()
 def models(json: Json = False) -> None:
-    """List the built-in architectures."""
+    """List the architectures that --model knows by a short name: parameters, Hub id.
+
+    They work offline. --model takes any other causal LM too: a Hub id, a folder or a config.json.
+    """
     from gcbench import commands
 
     commands.models(as_json=json)
@@ -293,7 +306,7 @@ def devices(
     device_file: flags.DeviceFile = None,
     json: Json = False,
 ) -> None:
-    """List the cards that predict knows: memory, capability, rates."""
+    """List the cards that predict and plan know by name: memory, capability, rates."""
     from gcbench import commands
 
     commands.devices(device_file, as_json=json)
@@ -352,7 +365,23 @@ def _parse_and_run() -> int:
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
+        meant = usage.hint(message, command.rpartition(" ")[2], _options())
+        if meant is not None:
+            message = message.partition(" (Possible options")[0]
+        told = [
+            f"{message[:1].lower()}{message[1:]};",
+            *([meant if meant.endswith("?") else f"{meant};"] if meant else []),
+        ]
+        raise UsageError(f"{' '.join(told)} see {command} --help") from None
     if code == Interrupted.exit_code:  # what others make of it
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
+
+
+def _options() -> dict[str, frozenset[str]]:
+    """Command -> its long and short options."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    return {
+        name: frozenset(option for parameter in command.params for option in parameter.opts)
+        for name, command in commands.items()
+    }

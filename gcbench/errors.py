@@ -1,8 +1,9 @@
 """What can go wrong in a way the user can mend, each with its exit code.
 
 GcbenchError
-├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
+├── ThresholdBroken     1   a cell crashed, nothing fits, a --fail-on threshold was broken, or a check is bad
 ├── UsageError          2   wrong flags, config file or output folder
+│   └── NoKnownTargets      peft has no targets of its own for a kind of model
 ├── OutputError         2   standard output that cannot be written
 ├── UnavailableError    3   a model or device that cannot be had
 ├── ResultsError        4   stored results that cannot be read
@@ -20,7 +21,7 @@ class GcbenchError(Exception):
 
 
 class ThresholdBroken(GcbenchError):
-    """`compare --fail-on` found something worse."""
+    """Nothing fits, `compare --fail-on` found something worse, or a `check` is wrong or shows nothing."""
 
     exit_code = 1
 
@@ -34,6 +35,10 @@ class UsageError(GcbenchError):
     def of(cls, mistakes: list[str]) -> UsageError:
         """All mistakes found at the edge, as one error."""
         return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
+
+
+class NoKnownTargets(UsageError):
+    """peft has no default targets for adapters in this kind of model, and none were named."""
 
 
 class OutputError(GcbenchError):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import counting, formats, runner, sources, streams
+from gcbench import counting, flash, formats, headroom, predicted, runner, sources, streams
 from gcbench.children import Children, ForkedChildren
-from gcbench.config import Settings
-from gcbench.errors import GcbenchError, Interrupted
+from gcbench.config import DEFAULT_STRATEGIES, Settings
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.interruption import ignore_more
 from gcbench.records import Failure, Machine, Outcome, Report
 from gcbench.report import write_text
@@ -67,6 +67,9 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
     broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
     if broken:
         raise GcbenchError(f"{len(broken)} of {len(report.outcomes)} cells crashed or timed out; the table says why")
+    nothing = predicted.nothing_fits(report)
+    if nothing is not None:
+        raise ThresholdBroken(nothing)
 
 
 def _kept(store: Store | None, done: int) -> str:
@@ -102,15 +105,29 @@ def forecast(
     cells are answered and how many there are.
     """
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
-    machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
-    target = target or target_of(wish, machine)
+    _check_attention(wanted, target)
+    machine, facts = runner.describe(replace(wanted, device=here), source, children[0], target=target)
+    if target is None:
+        target = target_of(wish, machine)
+        _check_attention(wanted, target)
     assert target is not None
     job = resolve(wanted, facts, described(machine, target), target)
+    if flash.is_stood_in(wanted.attn_implementation, target):
+        job = replace(job, notices=(*job.notices, flash.NOTICE))
     report = runner.begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
     report = replace(report, source="predicted", settings=settings | wish.as_json())
     return _answered(report, job, wish, target, source, children, on_cell)
+
+
+def _check_attention(wanted: Settings, target: Target | None) -> None:
+    flash.check(
+        wanted.attn_implementation,
+        target,
+        precision=wanted.precision,
+        specs=wanted.strategies or DEFAULT_STRATEGIES,
+    )
 
 
 def described(machine: Machine, target: Target) -> Machine:
@@ -145,6 +162,7 @@ def _answered(
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
+    reserve_frac = headroom.RESERVE_FRAC[target.kind] if wish.reserve_frac is None else wish.reserve_frac
     one_at_a_time = threading.Lock()
     halted = threading.Event()
     on_cell(report, answered, len(waiting))
@@ -154,7 +172,7 @@ def _answered(
         with one_at_a_time:
             if halted.is_set():
                 return
-            outcomes[number] = _outcome(outcomes[number], event)
+            outcomes[number] = _outcome(outcomes[number], event, reserve_frac)
             answered += 1
             on_cell(replace(report, outcomes=tuple(outcomes)), answered, len(waiting))
 
@@ -243,12 +261,14 @@ def _task(
     )
 
 
-def _outcome(outcome: Outcome, event: Predicted) -> Outcome:
+def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome:
     said = event.prediction
     failure = event.failure
-    if said is not None and said.spare_bytes is not None and said.spare_bytes < 0 and said.limit_bytes is not None:
-        needed = format_bytes(said.limit_bytes - said.spare_bytes)
-        failure = Failure(kind="oom", message=f"needs {needed}, and there are {format_bytes(said.limit_bytes)}")
+    if said is not None:
+        said = replace(said, reserve_frac=reserve_frac)
+    if said is not None and said.usable_bytes is not None and said.needed_bytes > said.usable_bytes:
+        there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
+        failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
     return replace(outcome, prediction=said, failure=failure)
 
 

@@ -6,7 +6,7 @@ import json
 import shlex
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import import_module
@@ -14,31 +14,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import counting, runner, sources, streams
+from gcbench import changes, counting, flash, headroom, runner, sources, streams
 from gcbench import report as reports
+from gcbench.added import of_decision
+from gcbench.changes import ChangedConfig
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.forecast import described
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.interruption import ignore_more
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
-from gcbench.resolve import plan_of, resolve, unsupported
+from gcbench.resolve import default_strategies, not_for, plan_of, resolve, unsupported
 from gcbench.simulate.target import Target
 from gcbench.store import Store
-from gcbench.strategies import Plan, parse
+from gcbench.strategies import OWN, Plan, parse
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, Decided, Planning, PlanTask
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
 """What is weighed against what is found, unless strategies are named."""
-RESERVE_FRAC = {"cpu": 0.0, "cuda": 0.05}
-"""Of the device's memory. On a CPU what is limited is what is predicted, to the byte; a card also serves others, and
-what its libraries take has not been measured on every one."""
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +64,8 @@ class Planned:
         hub_id: under which the model is found on the Hub; None where that is not known.
         source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
+        changed: what `--layers` and `--set` came to in the model's config; None for the model itself.
+        stored_where: the device in words, of a plan that was stored; None for one that was just made.
     """
 
     settings: Settings
@@ -79,6 +79,8 @@ class Planned:
     hub_id: str | None
     source: sources.ModelSource | None = None
     plan_file: Path | None = None
+    changed: ChangedConfig | None = None
+    stored_where: str | None = None
 
     @property
     def source_or_raise(self) -> sources.ModelSource:
@@ -87,11 +89,21 @@ class Planned:
         return self.source
 
     @property
+    def changes(self) -> str | None:
+        """What `--layers` and `--set` changed about the model, in words."""
+        return changes.told(self.settings.layers, self.settings.set)
+
+    @property
+    def name(self) -> str:
+        """The model, with what was changed about it."""
+        return changes.named(self.settings.model, self.changes)
+
+    @property
     def where(self) -> str:
         """What the plan is for; a card of which only the memory is known has no name."""
         card = self.target.card
-        if card is not None:
-            return card.title
+        if self.stored_where is not None or card is not None:
+            return self.stored_where or (card.title if card is not None else "")
         return self.machine.device_name if self.target.kind == CPU else "a CUDA device"
 
     @property
@@ -124,7 +136,30 @@ class Planned:
             attn_implementation=self.settings.attn_implementation,
             lora_r=self.settings.lora_r,
             lora_target_modules=self.settings.lora_target_modules,
+            model_changes=self.changes,
+            config=self.changed,
+            notes=of_decision(self.decision),
         )
+
+
+def check_emit(tool: str | None, settings: Settings) -> None:
+    """Raise UsageError where the tool cannot run the workload, whatever is planned for it."""
+    if tool is None:
+        return
+    from gcbench import export
+
+    export.check(
+        tool,
+        Training(
+            model=settings.model,
+            precision=settings.precision,
+            optim=settings.optim,
+            attn_implementation=settings.attn_implementation,
+            lora_r=settings.lora_r,
+            lora_target_modules=settings.lora_target_modules,
+            model_changes=changes.told(settings.layers, settings.set),
+        ),
+    )
 
 
 def plan(
@@ -132,11 +167,10 @@ def plan(
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    check_emit(asked.emit, wanted)
+    flash.check_plan(wanted.attn_implementation, early)
     if asked.measure and early is not None and early.kind != CPU:
-        raise UsageError(
-            f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "
-            "--measure"
-        )
+        raise UsageError(_not_here(wish, early.name))
     source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=wanted.trust_remote_code)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     err = Console(stderr=True)
@@ -158,9 +192,9 @@ def plan(
                         command=command,
                         on_step=counter.count,
                     )
-                planned = replace(planned, created=created)
+                planned = replace(planned, created=created, changed=runner.changed_config(wanted, source, children))
                 if asked.measure:
-                    planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
+                    planned = _confirmed(planned, wish, children=children, store=store, quiet=quiet, err=err)
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_kept(store)) from None
@@ -182,41 +216,58 @@ def _kept(store: Store) -> str:
     )
 
 
-def _confirmed(planned: Planned, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
+def _not_here(wish: Wish, target: str) -> str:
+    """Why --measure cannot confirm the plan, with the flag that would change it."""
+    if wish.device is None:
+        return (
+            "--measure runs on this machine, and --device-memory alone stands for a CUDA device of that size; add "
+            "--device cpu, or --device auto for what this machine has, or leave out --measure"
+        )
+    return (
+        f"--measure runs on this machine, and the plan is for {target}; leave out --device, or take --device auto, or "
+        "leave out --measure"
+    )
+
+
+def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
     """The plan after its best candidates have run here."""
     from gcbench import plan_measure, progress
 
     if planned.target.name != planned.machine.device:
-        raise UsageError(
-            f"--measure runs on this machine, and the plan is for {planned.target.name}; leave out --device, or leave "
-            "out --measure"
-        )
+        raise UsageError(_not_here(wish, planned.target.name))
     with progress.choose(err, quiet=quiet) as display:
         return plan_measure.confirm(planned, children=children, store=store, progress=display)
 
 
-def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
-    """Store the decision, translate it for a tool if one was named, and show it."""
-    from gcbench import plan_view
+def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
+    """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
+    from gcbench import plan_nothing, plan_view
 
-    planned = publish(planned, store)
+    if store is not None:
+        planned = publish(planned, store)
     emitted = None
     if asked.emit is not None:
         from gcbench import export
 
-        if planned.handover is None:
-            raise UsageError(
-                f"--emit {asked.emit}: nothing fits, so there is nothing to hand over; {store.folder / 'plan.md'} says "
-                "what would"
-            )
-        emitted = export.emit(asked.emit, planned.handover)
+        if planned.handover is not None:  # else the sentence that nothing fits is what there is to say
+            emitted = export.emit(asked.emit, planned.handover)
+    folder = None if store is None else store.folder
     try:
-        with streams.kept_in(store.folder):
-            plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
+        with streams.kept_in(folder) if folder is not None else nullcontext():
+            plan_view.show(
+                planned,
+                emitted,
+                as_json=as_json,
+                quiet=quiet,
+                err=err,
+                folder=folder,
+                emits=asked.emit is not None,
+            )
     finally:
-        store.close()
+        if store is not None:
+            store.close()
     if planned.decision.choice is None:
-        raise ThresholdBroken(plan_view.nothing_fits(planned))
+        raise ThresholdBroken(plan_nothing.nothing_fits(planned))
 
 
 def decide(
@@ -266,9 +317,10 @@ def decide(
         seq_len=seq_len,
         named=_named(specs, facts, target, is_default=wanted.strategies is None),
         batch_sizes=asked.batch_sizes,
-        reserve_frac=RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
+        reserve_frac=headroom.RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
         layers_in_order=facts.layers_in_order,
-        can_checkpoint=facts.checkpointing_refusal is None,
+        can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
+        own=_own(facts),
         is_confirmed=asked.measure,
         device_here=machine.device if is_here else None,
     )
@@ -292,13 +344,14 @@ def decide(
 
 
 def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
-    """What nobody has measured yet."""
+    """What has been compared with a card, and what has not."""
     if target.kind == CPU:
         return ()
     how = "add --measure" if is_here else "run gcbench plan --measure there"
     return (
-        "What CUDA does follows PyTorch's sources and published figures, and has not been compared with a card yet; to "
-        f"have it confirmed, {how}.",
+        "Memory was compared with measurements on an H100 (torch 2.11, 71 cells: allocated peaks within 0.02 %, "
+        "reserved ones within 9 %, in the median 0.03 %) and on no other card; times are estimates from rates and were "
+        f"not measured. To confirm both, {how}.",
     )
 
 
@@ -308,6 +361,8 @@ def _named(
     """The strategies to weigh, with their plans; of the default ones those that the model can have."""
     if facts.checkpointing_refusal is not None:
         return (("off", Plan(num_layers=facts.num_layers)),)
+    if is_default and facts.only_own is not None:
+        specs = default_strategies(facts)
     named: list[tuple[str, Plan]] = []
     for spec in dict.fromkeys(("off", *specs)):
         try:
@@ -316,7 +371,7 @@ def _named(
             if is_default:
                 continue
             raise UsageError(f"--strategies: {err}") from None
-        why = unsupported(found, target.kind, is_predicted=True)
+        why = not_for(found, facts) or unsupported(found, target.kind, is_predicted=True)
         if why is None:
             named.append((spec, found))
         elif not is_default:
@@ -324,17 +379,24 @@ def _named(
     return tuple(named)
 
 
+def _own(facts: ModelFacts) -> Plan | None:
+    """What a model's own way to checkpoint does, where that is the only one."""
+    own = None if facts.only_own is None else plan_of(parse(OWN), facts)
+    return own if own is not None and not_for(own, facts) is None else None
+
+
 def publish(planned: Planned, store: Store) -> Planned:
     """Write the plan of the choice, the decision and its picture into the store's folder."""
-    from gcbench import plan_plot, plan_view
+    from gcbench import plan_plot, plan_view, stored
 
     folder, choice = store.folder, planned.decision.choice
     with store.attempt():
         if choice is not None:
             document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
-            write_text(folder / PLAN_FILE, json.dumps(document, indent=1) + "\n")
-            planned = replace(planned, plan_file=folder / PLAN_FILE)
+            write_text(folder / stored.PLAN_NAME, json.dumps(document, indent=1) + "\n")
+            planned = replace(planned, plan_file=folder / stored.PLAN_NAME)
         write_text(folder / "decision.json", plan_view.document(planned, None))
+        stored.save_plan(planned, folder)
         write_text(folder / "plan.md", plan_view.markdown(planned))
         write_text(folder / "plan.txt", plan_view.text(planned, width=100))
         plan_plot.draw(planned, folder / "plots")

@@ -13,7 +13,7 @@ from gcbench.canvas import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, sh
 from gcbench.labels import MARGIN, Box, Label, place
 from gcbench.lettering import choose_font
 from gcbench.records import PHASES, Phase, Report, Row, Workload
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.tables import NOT_REPEATABLE, OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import GIB, MIB, format_bytes
 from gcbench.words import how_it_ended
 
@@ -140,7 +140,7 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
         for row, size, position in zip(group, sizes, positions, strict=True):
             if row.peak_phase == phase:
                 axes.barh(position, size, thickness, facecolor="none", edgecolor="black", linewidth=1.3, zorder=3)
-                flaw = f" ({_absence(row)})" if row.status != "ok" or failed_proof(row) else ""
+                flaw = f" ({_absence(row)})" if row.status != "ok" or hides_saving(row) else ""
                 text, weight = f" {format_bytes(row.peak_allocated_bytes)}{flaw}", "normal" if flaw else "bold"
                 axes.annotate(text, (size, position), va="center", fontsize=8.5, fontweight=weight)
     for number, row in enumerate(group):
@@ -281,4 +281,6 @@ def _absence(row: Row) -> str:
     """Why a cell is not in the picture."""
     if row.status != "ok":
         return how_it_ended(row)
-    return "failed the proof" if failed_proof(row) else "not measured"
+    if failed_proof(row):
+        return "failed the proof"
+    return NOT_REPEATABLE if hides_saving(row) else "not measured"

@@ -14,11 +14,12 @@ from gcbench import formats, progress, runner, sources, streams
 from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
-from gcbench.errors import GcbenchError, Interrupted
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.interruption import ignore_more
 from gcbench.records import Report
 from gcbench.report import write_text
 from gcbench.store import Store
+from gcbench.units import format_bytes
 
 FAILED_STATUSES = ("crash", "timeout", "killed")
 """Those that make `run` exit with 1: out of memory and unsupported are results."""
@@ -34,7 +35,7 @@ def measure(
     if previous is not None and out is not None:
         store = Store.reopen(out)
     else:
-        store = Store.create(out) if out else Store.new(sources.slug(wanted.model), now)
+        store = Store.create(out, can_resume=True) if out else Store.new(sources.slug(wanted.model), now)
     err = Console(stderr=True)
     with store, _kept_when_interrupted(store):
         if previous is not None:
@@ -60,6 +61,13 @@ def measure(
         raise GcbenchError(
             f"{len(broken)} of {len(report.outcomes)} cells crashed, timed out or were killed; "
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
+        )
+    if report.outcomes and all(outcome.failure and outcome.failure.kind == "oom" for outcome in report.outcomes):
+        limit = wanted.memory_limit or report.machine.device_memory_bytes
+        memory = f" into {format_bytes(limit)}" if limit is not None else ""
+        raise ThresholdBroken(
+            f"nothing fits{memory}: every cell ran out of memory; take a smaller batch, a shorter sequence, a leaner "
+            "optimizer or a larger device (gcbench plan looks for what fits)"
         )
 
 

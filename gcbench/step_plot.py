@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from gcbench import predicted, words
+from gcbench import headroom, predicted, words
 from gcbench.canvas import LONGEST_LABEL, head, lay_out, panels, quiet, shortened
 from gcbench.predicted import PredictedCell
 from gcbench.prediction import Curve
@@ -148,7 +148,8 @@ def _title(cell: PredictedCell) -> str:
     if row.spare_bytes is None:
         return name
     size = format_bytes(abs(row.spare_bytes))
-    return f"{name}\n{size} to spare" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
+    told = f", {row.fits}" if row.fits in (headroom.CLOSE, headroom.RESERVED) else ""
+    return f"{name}\n{size} to spare{told}" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
 
 
 def _mark_phases(axes: Axes, curve: Curve) -> None:

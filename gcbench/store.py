@@ -44,8 +44,12 @@ class Store:
         self._gradients: dict[str, str] = {}
 
     @classmethod
-    def create(cls, folder: Path) -> Store:
-        """A new run folder; raises UsageError when it holds something already, is in use or cannot be written."""
+    def create(cls, folder: Path, *, can_resume: bool = False) -> Store:
+        """A new folder of results; raises UsageError when it holds something already, is in use or cannot be written.
+
+        Args:
+            can_resume: whether the command has --resume.
+        """
         made = not folder.exists()
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -55,7 +59,7 @@ class Store:
         store = cls(folder, made=made, lock=lock)
         try:
             if any(path.name != LOCK_NAME for path in folder.iterdir()):
-                begun = (folder / REPORT_NAME).exists()
+                begun = can_resume and (folder / REPORT_NAME).exists()
                 advice = "add --resume to continue it, or take another --out" if begun else "take another --out"
                 raise UsageError(f"--out {folder} exists and is not empty; {advice}")
             with tempfile.TemporaryFile(dir=folder):

@@ -102,7 +102,7 @@ def test_a_cell_that_does_not_fit_keeps_its_figures_and_says_by_how_much():
     (line,) = [line for line in text.splitlines() if line.startswith("off  ")]
     assert line.split()[-3:] == ["−10.57", "GiB", "no"]
     assert "32.03 GiB" in line and "34.57 GiB" in line
-    assert "off does not fit, by 10.57 GiB." in text
+    assert "off does not fit, by 10.57 GiB." in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["terminal", "markdown"])
@@ -132,7 +132,7 @@ def test_no_line_is_wider_than_the_screen_and_no_figure_is_cut(build, width):
     for row in tables.rows(built):
         for column in predicted.table_columns([row]):
             if column.header in ("peak allocated", "to spare", "fits"):
-                assert column.cells[0] in text
+                assert column.cells[0] in text or column.shortened().cells[0] in text
 
 
 def test_what_fits_is_the_last_that_a_narrow_screen_shows():
@@ -190,7 +190,10 @@ def test_of_those_that_fit_the_fewest_layers_are_named():
 
 
 def test_little_to_spare_is_called_tight():
-    assert "with 300 MiB to spare, which is tight." in said(fitting("off", -10), fitting("per-layer", 300))
+    large = 5 * LIMIT
+    assert "with 3.42 GiB to spare, which is tight." in said(
+        fitting("off", -10, limit=large), fitting("per-layer", 3500, limit=large)
+    )
     assert "tight" not in said(fitting("off", -10), fitting("per-layer", 900))
     assert "tight" in said(fitting("off", -10), fitting("per-layer", 900, retries=2))
 

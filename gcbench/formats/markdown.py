@@ -13,7 +13,7 @@ from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Json, Machine, Report, Row
 from gcbench.screen import UNKNOWN, Column
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.tables import NOTHING_SHOWN, OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import format_bytes, format_count, format_percent
 from gcbench.words import notes
 
@@ -86,7 +86,7 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
         for block in (
             _table(predicted.table_columns(group)),
             _bullets(predicted.notes(group)),
-            _escaped(predicted.summary(cells)),
+            *map(_escaped, predicted.paragraphs(cells)),
         )
         if block
     )
@@ -105,6 +105,8 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
                 gaps.append(f"{row.strategy} at {where}: the run ended before this cell")
             elif failed_proof(row):
                 gaps.append(f"the saving of {row.strategy} at {where}: it failed the proof")
+            elif hides_saving(row):
+                gaps.append(f"the saving of {row.strategy} at {where}: {NOTHING_SHOWN}")
             elif row.step_time_s is not None and row.step_time_low_s is None:
                 gaps.append(f"the interval of the step time of {row.strategy} at {where}: {words.TOO_FEW_ROUNDS}")
         if OFF not in {row.strategy for row in group}:
@@ -130,8 +132,8 @@ def _head(report: Report, where: str) -> str:
     """The headline, and the model in a sentence."""
     model = report.model
     return (
-        f"# gcbench: {_escaped(model.model)} {_escaped(where)}\n\n"
-        f"{_escaped(model.model)} ({model.model_type}): {format_count(model.num_params)} parameters, "
+        f"# gcbench: {_escaped(words.model_of(report))} {_escaped(where)}\n\n"
+        f"{_escaped(words.model_of(report))} ({model.model_type}): {format_count(model.num_params)} parameters, "
         f"{model.num_layers} layers that can be checkpointed."
     )
 

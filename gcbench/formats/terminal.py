@@ -15,7 +15,7 @@ from gcbench.screen import Table as Table
 from gcbench.screen import fit as fit
 from gcbench.screen import plain as plain
 from gcbench.screen import show as print_all
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.tables import OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def proof(row: Row) -> str:
 
 
 def _table(group: Sequence[Row]) -> Table:
-    proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not failed_proof(row)]
+    proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not hides_saving(row)]
     bold = set()
     if len(proven) > 1:
         peaks = [(row.peak_allocated_bytes, number) for number, row in proven if row.peak_allocated_bytes is not None]
@@ -148,7 +148,7 @@ def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
         subtitle=where,
         columns=predicted.table_columns(group),
         notes=predicted.notes(group),
-        summary=predicted.summary(cells),
+        summary="\n".join(predicted.paragraphs(cells)),
         bold=frozenset({(cells.index(best), "strategy")} if best and len(cells) > 1 else ()),
     )
 
