@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from gcbench import check_view, plan_view, stored
+from gcbench import check_view, plan_view, screen, stored, streams
 from gcbench import compare_plans as comparing
 from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
@@ -39,7 +39,10 @@ def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
             return
         text = check_view.rendered(check, format)
     if out is None:
-        print(text, end="")
+        if format == "json":
+            streams.print_json(text)
+        else:
+            print(text, end="")
         return
     with writable(out):
         write_text(out, text)
@@ -65,12 +68,10 @@ def compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: b
     changes = comparing.compare(*plans, force=force)
     broken = comparing.broken(changes, thresholds)
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "rows": comparing.to_rows(changes)}, indent=1, ensure_ascii=False))
+        document = {"schema": SCHEMA, "rows": comparing.to_rows(changes)}
+        streams.print_json(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     else:
-        from rich.console import Console
-
-        for part in comparing.render(*plans, changes):
-            Console().print(part)
+        screen.show(list(comparing.render(*plans, changes)))
     if broken:
         raise ThresholdBroken("; ".join(broken))
 
