@@ -320,9 +320,7 @@ def show_stored(planned: Planned) -> None:
     """Print a stored plan as it was shown, with its notices."""
     from rich.console import Console
 
-    screen = Console()
-    for part in renderables(planned):
-        screen.print(part)
+    show_all(renderables(planned))
     for notice in planned.decision.notices:
         Console(stderr=True).print(notice, markup=False, highlight=False, soft_wrap=True)
 
