@@ -274,6 +274,7 @@ def test_what_a_handover_says_is_all_told_to_the_python_target():
         "lora_target_modules": ("k_proj",),
         "model_changes": "num_hidden_layers=2",
         "config": ChangedConfig(fields={"num_hidden_layers": 2}, keeps_weights=True),
+        "notes": ("something is added",),
     }
     assert set(other) == {field.name for field in fields(Handover)}
     base = handover(FOUND, lora_r=1, hub_id=None)

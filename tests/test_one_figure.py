@@ -70,7 +70,7 @@ def test_nothing_fits_is_exit_1_in_every_command(cli, model, command):
     memory = "--memory-limit" if command == "run" else "--device-memory"
     name, *more = command.split()
     done = cli(
-        *(name, "-m", model(), "-b", 2, "--seq-len", 16, memory, "600KiB", *more),
+        *(name, "-m", model(), "-b", 8, "--seq-len", 64, memory, "1MiB", *more),
         *("--device", "rtx-4090" if name == "plan" else "cpu"),  # a card needs no timing of operators
         *("--strategies", "off,per-layer", *(("--rounds", 1, "--steps", 1) if name == "run" else ()), "--out", "o"),
     )

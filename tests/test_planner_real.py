@@ -175,7 +175,8 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
     every = parse("per-layer").plan_for(LAYERS)
     top = first.weighing.candidate("per-layer", every, 512)
     assert top.peak_bytes > top.allocated_bytes + 100 * MIB, "there is no context in it"
-    memory = top.peak_bytes
+    # An allocator may need more for a smaller batch, where other blocks are left over.
+    memory = max(first.weighing.candidate("per-layer", every, batch).peak_bytes for batch in range(480, 513, 4))
     decision = first.limited(memory).decide()
     choice, asked = decision.choice, replace(wide, target=card(memory))
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= memory
@@ -193,19 +194,19 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("expandable", "expected"),
     [
-        (False, {"expandable segments"}),
-        (True, {"boundaries in the host's memory", CHUNKS, BF16}),
+        (False, {"expandable segments", "boundaries in the host's memory", ADAPTERS, BF16}),
+        (True, {"boundaries in the host's memory", BF16}),
     ],
 )
 def test_levers_of_a_card(expandable, expected):
-    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what is
-    left in the holes of the segments hides all that is smaller."""
+    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what a
+    lever frees is counted in whole segments."""
     target = replace(card(CARD.memory_bytes), expandable_segments=expandable)
     asked = task(target, seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
     weighing = Planner(asked, CardFigures(CARD)).weighing
     plan = asked.named[0][1]
-    shown = weighing.candidate("per-layer", plan, 1024)
-    step = weighing.scaling(plan).traced(1024)
+    shown = weighing.candidate("per-layer", plan, 4096)
+    step = weighing.scaling(plan).traced(4096)
     with Trial(asked, shown, held=weighing.counted) as trial:
         found = gains(asked, weighing.session, shown, step, trial, held=weighing.counted, usable=weighing.usable)
     decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)

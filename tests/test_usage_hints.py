@@ -28,7 +28,8 @@ SHOWN_BY = {
     "checkpointing.py": FOUR,
     "children.py": FOUR,
     "commands.py": None,
-    "compare.py": ("compare",),
+    "compare.py": None,  # names options of the command that both came from
+    "compare_plans.py": None,
     "config.py": None,
     "devices/__init__.py": FOUR,
     "devices/cuda.py": FOUR,
@@ -37,9 +38,10 @@ SHOWN_BY = {
     "export": ("plan",),
     "flash.py": ("predict", "plan"),
     "forecast.py": ("predict",),
+    "headroom.py": ("predict", "plan"),
     "models.py": FOUR,
     "plan_command.py": ("plan",),
-    "plan_from.py": ("plan",),
+    "plan_from.py": None,  # names a whole gcbench run, too
     "plan_measure.py": ("plan",),
     "plan_session.py": ("plan",),
     "plan_view.py": ("plan",),
@@ -52,6 +54,9 @@ SHOWN_BY = {
     "settings_file.py": FOUR,
     "sources.py": ("run", "predict"),  # --pretrained, which the others never ask for
     "spellings.py": FOUR,
+    "stored.py": ("report",),
+    "stored_commands.py": ("report",),
+    "words.py": ("run",),
     "store.py": ("run",),  # --resume is named where the command has it; --out all have
     "usage.py": None,
     "worker.py": ("run", "predict", "plan"),
