@@ -15,7 +15,8 @@ from gcbench.decision import FOUND, Candidate, Decision, choose, ranked, why_not
 from gcbench.errors import GcbenchError
 from gcbench.forecast import described
 from gcbench.plan_from import plan_of_row
-from gcbench.plan_session import Planned, in_run_order, unconfirmed
+from gcbench.plan_named import in_run_order, unconfirmed
+from gcbench.plan_session import Planned
 from gcbench.records import Cell, Outcome, Report, Row, Workload
 from gcbench.report import write_text
 from gcbench.resolve import Job, target_notice

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -25,12 +25,12 @@ from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken, UsageErro
 from gcbench.forecast import described
 from gcbench.handover import Handover, Rival, Training
 from gcbench.interruption import ignore_more
+from gcbench.plan_named import in_run_order, named, own_plan, unconfirmed
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
-from gcbench.resolve import default_strategies, not_for, plan_of, resolve, unsupported
+from gcbench.resolve import resolve
 from gcbench.simulate.target import Target
 from gcbench.store import Store
-from gcbench.strategies import OWN, Plan, parse
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, Decided, Planning, PlanTask
@@ -315,12 +315,12 @@ def decide(
         optim=wanted.optim,
         target=target,
         seq_len=seq_len,
-        named=_named(specs, facts, target, is_default=wanted.strategies is None),
+        named=named(specs, facts, target, is_default=wanted.strategies is None),
         batch_sizes=asked.batch_sizes,
         reserve_frac=headroom.RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
         layers_in_order=facts.layers_in_order,
         can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
-        own=_own(facts),
+        own=own_plan(facts),
         is_confirmed=asked.measure,
         device_here=machine.device if is_here else None,
     )
@@ -343,48 +343,6 @@ def decide(
     )
 
 
-def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
-    """What has been compared with a card, and what has not."""
-    if target.kind == CPU:
-        return ()
-    how = "add --measure" if is_here else "run gcbench plan --measure there"
-    return (
-        "Memory was compared with measurements on an H100 (torch 2.11, 71 cells: allocated peaks within 0.02 %, "
-        "reserved ones within 9 %, in the median 0.03 %) and on no other card; times are estimates from rates and were "
-        f"not measured. To confirm both, {how}.",
-    )
-
-
-def _named(
-    specs: Sequence[str], facts: ModelFacts, target: Target, *, is_default: bool
-) -> tuple[tuple[str, Plan], ...]:
-    """The strategies to weigh, with their plans; of the default ones those that the model can have."""
-    if facts.checkpointing_refusal is not None:
-        return (("off", Plan(num_layers=facts.num_layers)),)
-    if is_default and facts.only_own is not None:
-        specs = default_strategies(facts)
-    named: list[tuple[str, Plan]] = []
-    for spec in dict.fromkeys(("off", *specs)):
-        try:
-            found = plan_of(parse(spec), facts)
-        except ValueError as err:
-            if is_default:
-                continue
-            raise UsageError(f"--strategies: {err}") from None
-        why = not_for(found, facts) or unsupported(found, target.kind, is_predicted=True)
-        if why is None:
-            named.append((spec, found))
-        elif not is_default:
-            raise UsageError(f"--strategies {spec}: {why}")
-    return tuple(named)
-
-
-def _own(facts: ModelFacts) -> Plan | None:
-    """What a model's own way to checkpoint does, where that is the only one."""
-    own = None if facts.only_own is None else plan_of(parse(OWN), facts)
-    return own if own is not None and not_for(own, facts) is None else None
-
-
 def publish(planned: Planned, store: Store) -> Planned:
     """Write the plan of the choice, the decision and its picture into the store's folder."""
     from gcbench import plan_plot, plan_view, stored
@@ -401,18 +359,3 @@ def publish(planned: Planned, store: Store) -> Planned:
         write_text(folder / "plan.txt", plan_view.text(planned, width=100))
         plan_plot.draw(planned, folder / "plots")
     return planned
-
-
-def in_run_order(plan: Plan, order: Sequence[int] | None) -> Plan:
-    """The plan with layers counted in the order in which they run, as plan files do; the reverse of `renumbered`."""
-    if order is None:
-        return plan
-    place = {layer: number for number, layer in enumerate(order)}
-    pairs = [(tuple(place[layer] for layer in group), policy) for group, policy in plan.treated()]
-    pairs.sort(key=lambda pair: pair[0])
-    return replace(
-        plan,
-        num_layers=len(order),
-        groups=tuple(group for group, _ in pairs),
-        policies=tuple(policy for _, policy in pairs) if plan.policies else (),
-    )

@@ -9,7 +9,7 @@ import pytest
 from fixtures_predicted import CARD, cell, peaks, predicted_report, prediction
 from fixtures_report import outcome, report
 
-from gcbench import compare, plan_session, plan_view
+from gcbench import compare, plan_named, plan_view
 from gcbench.costs import CardFigures
 from gcbench.decision import Candidate, best_of_each, nearest_faster, why_not_faster
 from gcbench.planner import search
@@ -87,9 +87,9 @@ def test_a_measurement_elsewhere_names_the_flag_that_would_help(cli, model):
 
 
 def test_what_has_been_compared_with_a_card_is_said():
-    (said,) = plan_session.unconfirmed(Target(kind="cuda", name="h200"), is_here=False)
+    (said,) = plan_named.unconfirmed(Target(kind="cuda", name="h200"), is_here=False)
     assert "H100" in said and "times are estimates" in said and "not been compared" not in said
-    assert plan_session.unconfirmed(Target(kind="cpu", name="cpu"), is_here=True) == ()
+    assert plan_named.unconfirmed(Target(kind="cpu", name="cpu"), is_here=True) == ()
     assert plan_view.best_of_each is best_of_each
 
 

@@ -20,7 +20,7 @@ from fixtures_predicted import (
 from fixtures_report import mixed_report, peaks, workload
 from test_formats import check
 
-from gcbench import explained, formats, predicted, tables, words
+from gcbench import explained, formats, gaps, predicted, tables, words
 from gcbench import report as reports
 from gcbench.formats import markdown, terminal
 
@@ -301,15 +301,15 @@ def test_explanations_are_shown_when_asked_for(capsys):
 
 
 def test_what_a_prediction_does_not_cover():
-    gaps = predicted.not_covered(card_report())
-    assert gaps[0] == "time: how long a step takes is not predicted"
+    found = gaps.not_covered(card_report())
+    assert found[0] == "time: how long a step takes is not predicted"
     title = words.title(CARD, model=False, device=False)
-    assert f"every:2 at {title}: not supported" in gaps
-    assert any("another driver" in gap for gap in gaps)
-    assert not any("off at" in gap for gap in gaps), "a cell that does not fit is covered"
-    on_cpu = "\n".join(predicted.not_covered(cpu_report()))
+    assert f"every:2 at {title}: not supported" in found
+    assert any("another driver" in gap for gap in found)
+    assert not any("off at" in gap for gap in found), "a cell that does not fit is covered"
+    on_cpu = "\n".join(gaps.not_covered(cpu_report()))
     assert "the memory of the process" in on_cpu and "driver" not in on_cpu
-    assert "savings at" in "\n".join(predicted.not_covered(predicted_report(fitting("per-layer", 10))))
+    assert "savings at" in "\n".join(gaps.not_covered(predicted_report(fitting("per-layer", 10))))
 
 
 def test_markdown_links_the_plots_of_a_prediction():

@@ -43,6 +43,7 @@ SHOWN_BY = {
     "plan_command.py": ("plan",),
     "plan_from.py": None,  # names a whole gcbench run, too
     "plan_measure.py": ("plan",),
+    "plan_named.py": ("plan",),
     "plan_session.py": ("plan",),
     "plan_view.py": ("plan",),
     "planner": ("plan",),

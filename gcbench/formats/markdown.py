@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from gcbench import explained, plots, predicted, step_plot, words
+from gcbench import explained, gaps, plots, predicted, step_plot, words
 from gcbench.explained import Block
 from gcbench.formats.terminal import table_columns
 from gcbench.overview import overview
@@ -56,7 +56,7 @@ def _predicted(report: Report) -> list[str]:
         sizes = [(term.name, format_bytes(term.nbytes), explained.side(term), term.source) for term in terms]
         lines = [_line(["term", "size", "where", "source"]), _line(["---", "---:", "---", "---"]), *map(_line, sizes)]
         blocks += ["## What the trace cannot see", explained.UNSEEN, "\n".join(lines)]
-    return [*blocks, "## What this prediction does not cover", _bullets(predicted.not_covered(report))]
+    return [*blocks, "## What this prediction does not cover", _bullets(gaps.not_covered(report))]
 
 
 def _overview(report: Report) -> list[str]:
