@@ -3,9 +3,12 @@
     python benchmarks/accuracy.py           every results/reference/truth-*.json; no device needed
     python benchmarks/accuracy.py cpu       only those whose name contains this
 
-Writes results/reference/accuracy.json beside them. Bars, by error of the allocated peak: on a CPU at most 0.1 % in the
-worst cell and 0.01 % in the median, with the right phase in every cell; on CUDA 1 % in the median and 3 % in the 95th
-percentile, and of the reserved peak 3 % in the median. Exits with 1 when one is missed.
+Writes results/reference/accuracy.json beside them, and keeps there what it has of the other grids. What a card
+allocates depends on torch's version, so a card's grid is predicted with the versions it was measured with.
+
+Bars, by error of the allocated peak: on a CPU at most 0.1 % in the worst cell and 0.01 % in the median, with the right
+phase in every cell; on CUDA 1 % in the median and 3 % in the 95th percentile, and of the reserved peak 3 % in the
+median. Exits with 1 when one is missed.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.metadata import version
 from statistics import median
 from typing import Any
 
@@ -29,6 +33,7 @@ from gcbench.report import write_text
 from gcbench.targets import Wish
 from gcbench.units import format_bytes
 
+STORED = REFERENCE / "accuracy.json"
 BARS = {
     "cpu": {"worst": 0.001, "median": 0.0001, "phases": 1.0},
     "cuda": {"median": 0.01, "95th percentile": 0.03, "reserved, median": 0.03},
@@ -124,7 +129,8 @@ def main() -> None:
     files = sorted(path for path in REFERENCE.glob("truth-*.json") if wanted in path.name)
     if not files:
         sys.exit(f"there is no truth-*.json in {REFERENCE}; measure one with make truth")
-    stored: dict[str, Any] = {"gcbench": __version__, "command": "make accuracy", "truths": {}}
+    kept = json.loads(STORED.read_text(encoding="utf-8"))["truths"] if STORED.exists() else {}
+    stored: dict[str, Any] = {"gcbench": __version__, "command": "make accuracy", "truths": kept}
     bad: list[str] = []
     with ExitStack() as stack:
         children = [stack.enter_context(ForkedChildren()) for _ in range(forecast.num_children())]
@@ -150,6 +156,7 @@ def main() -> None:
             bad += [f"{path.stem}: {line}" for line in told_bad]
             stored["truths"][path.stem] = {
                 "machine": machine,
+                "predicted with": {name: version(name) for name in ("torch", "transformers")},
                 "figures": figures,
                 "bars": BARS[kind],
                 "errors": [
@@ -158,7 +165,7 @@ def main() -> None:
                 ],
             }
             print(f"  {time.perf_counter() - begin:.0f} s")
-    write_text(REFERENCE / "accuracy.json", json.dumps(stored, indent=1) + "\n")
+    write_text(STORED, json.dumps(stored, indent=1) + "\n")
     if bad:
         sys.exit("bars missed:\n" + "\n".join(bad))
 

@@ -19,3 +19,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'gcbench' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What tab completion shows: what is public, and what every module has. Imports nothing."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

@@ -1,6 +1,6 @@
 """`python -m gcbench`."""
 
-from gcbench.cli import main
+from gcbench.entry import main
 
 if __name__ == "__main__":
     main()

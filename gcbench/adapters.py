@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from gcbench import model_words
 from gcbench.errors import UnavailableError, UsageError, first_sentence
 from gcbench.records import ALL_LINEAR, Lora
+from gcbench.training import output_embeddings
 
 
 def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
@@ -99,7 +100,7 @@ def _fits(name: str, modules: Iterable[str]) -> bool:
 
 def _linear_names(model: torch.nn.Module) -> list[str]:
     """The last parts of the names of the linear layers, each once, in the model's order; without the output layer."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = output_embeddings(model)
     names = (
         path.rpartition(".")[2]
         for path, module in model.named_modules()

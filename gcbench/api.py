@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
 from typing import Any
+from weakref import ref
 
 import torch
 from torch._functorch import config as functorch_config
 from torch.nn import Module
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench import checkpointing, strategies, training
+from gcbench import checkpointing, own_way, strategies, training
 from gcbench.checkpointing import RecomputeCounter
 from gcbench.errors import UsageError
+from gcbench.gathering import check_gathering
+from gcbench.replaced import Watch
 from gcbench.resolve import unsupported
 from gcbench.segments import NotASegment
 from gcbench.simulate.stage import Stage
 from gcbench.strategies import Plan
+from gcbench.twins import own_plan, twin_of
 from gcbench.units import counted
 
 _BEFORE = "_gcbench_before"
@@ -44,14 +46,18 @@ class Applied:
 
     plan: Plan
     _counter: RecomputeCounter = field(repr=False)
+    _watch: ref[Watch] = field(repr=False)
 
     @property
     def recomputed(self) -> frozenset[int] | None:
         """The layers that backward passes have really run a second time since `apply` or `reset`.
 
-        None where layers are compiled, so that what they run again cannot be seen.
+        Also where other checkpointing has taken the plan's place, from the first training step on that shows it. None
+        where layers are compiled, so that what they run again cannot be seen.
         """
-        return None if self._counter.is_blind else frozenset(self._counter.layers)
+        watch = self._watch()
+        is_blind = self._counter.is_blind or (watch is not None and watch.is_unseen)
+        return None if is_blind else frozenset(self._counter.layers)
 
     def reset(self) -> None:
         """Begin to count anew."""
@@ -67,6 +73,7 @@ class _Before:
         configs: those that asked for a cache.
         memory_budget: torch's, where the plan changes it.
         watched: the module through which segments are watched.
+        own: the model's own checkpointing has been switched on.
         hooks: those that `apply` has added.
     """
 
@@ -74,7 +81,8 @@ class _Before:
     configs: tuple[Any, ...]
     memory_budget: float | None
     watched: Module
-    hooks: tuple[Any, ...]
+    own: bool
+    hooks: list[Any]
 
 
 def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
@@ -87,8 +95,9 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
 
     The strategy alone decides: layers that it leaves alone keep everything, also where transformers' own
     `activation_checkpointing_enable` was called before. Called later, as the Trainer does with
-    `activation_checkpointing=True`, that takes the strategy's place; leave it out. `config.use_cache` becomes False, as
-    a cache is of no use in training. In `eval()` nothing is recomputed. `compile:BUDGET` sets torch's budget for the
+    `activation_checkpointing=True` and trl's SFTTrainer unless told otherwise, that takes the strategy's place, and the
+    first training step after it warns; leave it out. `config.use_cache` becomes False, as a cache is of no use in
+    training. In `eval()` nothing is recomputed. `compile:BUDGET` sets torch's budget for the
     whole process. In a compiled model, layers in groups of several, offloaded or reentrant ones are run uncompiled.
 
     Args:
@@ -107,7 +116,7 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
             group one after the other.
     """
     trained = _trained(model)
-    layers = checkpointing.checkpointable_layers(trained)
+    layers = checkpointing.layers_of(trained)
     plan = _plan(trained, layers, strategy_or_plan)
     groups = [group for group, _ in plan.treated() if len(group) > 1]
     _check(model, layers, plan, groups)
@@ -119,15 +128,19 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
         configs=tuple(_caching_configs(trained)),
         memory_budget=functorch_config.activation_memory_budget if plan.memory_budget is not None else None,
         watched=watched,
-        hooks=tuple(_hooks(trained, watched, layers, plan, groups)),
+        own=plan.own,
+        hooks=list(_hooks(trained, watched, layers, plan, groups)),
     )
     setattr(trained, _BEFORE, before)
-    for module, _ in before.attributes:
-        if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False  # type: ignore[assignment]
+    own_way.switch_off(trained)
     for config in before.configs:
         config.use_cache = False
-    return Applied(plan=plan, _counter=_switch_on(trained, watched, layers, plan))
+    counter = _switch_own_on(trained, layers, before) if plan.own else _switch_on(trained, watched, layers, plan)
+    name = repr(strategy_or_plan) if isinstance(strategy_or_plan, str) else "plan"
+    watch = Watch(trained, layers, plan, name, counter)
+    watch.begin(_places_to_look(trained, layers))
+    before.hooks.append(watch)
+    return Applied(plan=plan, _counter=counter, _watch=ref(watch))
 
 
 def remove(model: Module) -> None:
@@ -145,6 +158,8 @@ def remove(model: Module) -> None:
     checkpointing.end_segments(before.watched)
     for hook in before.hooks:
         hook.remove()
+    if before.own:
+        own_way.switch_off(trained)
     for module, attributes in before.attributes:
         for name in _ATTRIBUTES:
             vars(module).pop(name, None)
@@ -190,8 +205,16 @@ def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
                 f"the plan is for {counted(wanted.num_layers, 'layer')} and {type(model).__name__} has {len(layers)}; "
                 f"make one with num_layers={len(layers)}"
             )
+        why = checkpointing.refusal_of(model, wanted)
+        if why is not None:
+            raise ValueError(why)
         return wanted
     assert strategy is not None
+    if strategy.is_own:
+        return own_plan(model, strategy.plan_for(len(layers)))
+    why = checkpointing.refusal_of(model, strategy.plan_for(len(layers)))
+    if why is not None:
+        raise ValueError(why)
     order = _order_run(model, layers) if strategy.counts_run else None
     if order is None:
         return strategy.plan_for(len(layers))
@@ -214,37 +237,7 @@ def _check(model: Module, layers: Sequence[Module], plan: Plan, groups: Sequence
             "the model's layers are wrapped in torch's CheckpointWrapper and would be recomputed twice; leave "
             "activation checkpointing out of the FSDP settings"
         )
-    _check_gathering(layers, groups, model)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _check_gathering(layers: Sequence[Module], groups: Sequence[Sequence[int]], model: Module, *call: object) -> None:
-    """Raise ValueError where FSDP gathers the weights of one group's layers apart from one another.
-
-    The group would be run again when the weights of its last layer alone are there.
-    """
-    units: dict[int, object] = {}
-    _note_units(model, None, units)
-    for group in groups:
-        if len({id(units.get(id(layers[number]))) for number in group}) > 1:
-            raise ValueError(
-                f"layers {list(group)} are to be recomputed as one, and FSDP gathers the weights of each on its own; "
-                "take groups of one layer, such as per-layer or every:2, or shard each group as one unit"
-            )
-
-
-def _note_units(module: Module, unit: object, units: dict[int, object]) -> None:
-    """Under the id of each layer, what FSDP gathers it with."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is not None and isinstance(module, fsdp.FSDPModule):
-        unit = module._get_fsdp_state()
-    elif fsdp is not None and isinstance(module, fsdp.FullyShardedDataParallel):
-        unit = module
-    if isinstance(module, GradientCheckpointingLayer):
-        units[id(module)] = unit
-        return
-    for child in module.children():
-        _note_units(child, unit, units)
+    check_gathering(layers, groups, model)
 
 
 # The order in which layers run
@@ -267,10 +260,7 @@ def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | Non
 
 
 def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
-    config = copy.deepcopy(model.config)
-    config._attn_implementation = "eager"  # runs on any device
-    with torch.device("meta"):
-        twin = type(model)(config).to(torch.bfloat16)
+    twin = twin_of(model)
     stage = Stage(twin, precision="bf16")
     if len(stage.layers) != num_layers:
         return None
@@ -314,6 +304,27 @@ def _switch_on(trained: Module, watched: Module, layers: Sequence[Module], plan:
     return counter
 
 
+def _switch_own_on(trained: Module, layers: Sequence[Module], before: _Before) -> RecomputeCounter:
+    """Switch the model's own checkpointing on, and count what it has run again; leaves nothing where that fails."""
+    counter = RecomputeCounter()
+    try:
+        before.hooks.extend(own_way.switch_on(trained))
+        before.hooks.extend(own_way.watch(layers, counter))
+    except Exception:  # a model's own code
+        remove(trained)
+        raise
+    return counter
+
+
+def _places_to_look(trained: Module, layers: Sequence[Module]) -> list[Module]:
+    """The modules at whose call the layers are looked at: what encloses all of them.
+
+    Where that is the model itself the first layer too, since a wrapper may call the model's `forward` alone.
+    """
+    stack = _enclosing(trained, layers)
+    return [stack] if stack is not trained else [trained, *layers[:1]]
+
+
 def _traced_or_counted(
     counter: RecomputeCounter, traced: Callable[..., Any], counted: Callable[..., Any], *call: Any
 ) -> Any:
@@ -338,30 +349,29 @@ def _watched(model: Module, trained: Module, layers: Sequence[Module], groups: S
 
     peft 0.18 calls the `forward` of the Hugging Face model, which fires none of its hooks.
     """
-    wanted = {id(layers[number]) for group in groups for number in group}
+    stack = _enclosing(trained, [layers[number] for group in groups for number in group])
+    return model if stack is trained else stack
+
+
+def _enclosing(trained: Module, modules: Sequence[Module]) -> Module:
+    """The innermost module that holds all of these, and is called itself."""
+    wanted = {id(module) for module in modules}
     paths = [name.split(".")[:-1] for name, module in trained.named_modules() if id(module) in wanted]
     common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
     stack = trained.get_submodule(".".join(common))
     while isinstance(stack, torch.nn.ModuleList | torch.nn.ModuleDict):
         common = common[:-1]
         stack = trained.get_submodule(".".join(common))
-    return model if stack is trained else stack
+    return stack
 
 
 def _hooks(
     trained: Module, watched: Module, layers: Sequence[Module], plan: Plan, groups: Sequence[Sequence[int]]
 ) -> Iterator[Any]:
     if groups:  # the model may be sharded only after this
-        yield watched.register_forward_pre_hook(partial(_check_gathering, layers, groups))
-    if plan.any_policy("reentrant") and (embeddings := _embeddings(trained)) is not None:
+        yield watched.register_forward_pre_hook(partial(check_gathering, layers, groups))
+    if plan.any_policy("reentrant") and (embeddings := training.input_embeddings(trained)) is not None:
         yield embeddings.register_forward_hook(_ask_for_gradients)
-
-
-def _embeddings(model: Module) -> Module | None:
-    try:
-        return model.get_input_embeddings()  # type: ignore[no-any-return, operator]
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _ask_for_gradients(module: Module, inputs: object, output: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from gcbench.calibrated import GENERIC, Calibration, Overhead, Point, machine_ke
 from gcbench.costs import Work
 from gcbench.devices import Device, cpu
 from gcbench.replay import Made, NotReplayable, Replayer
+from gcbench.seeding import generators_restored
 from gcbench.simulate.work import CACHED_BYTES, of_call
 from gcbench.units import GIB, KIB, MIB
 
@@ -167,7 +168,7 @@ def _undisturbed(device: Device) -> Iterator[None]:
         _keep_memory()
     was_enabled = gc.isenabled()
     cards = [] if device.name == cpu.TYPE else [device.name]
-    with torch.random.fork_rng(devices=cards):
+    with generators_restored(cards):
         gc.disable()
         try:
             yield

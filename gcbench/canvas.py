@@ -5,10 +5,13 @@ from __future__ import annotations
 import io
 import math
 import os
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcbench import predicted
+from gcbench import predicted, words
+from gcbench.lettering import choose_fonts, drawable
 from gcbench.records import Report
 
 if TYPE_CHECKING:
@@ -40,7 +43,7 @@ def head(figure: Figure, report: Report, subject: str, facts: str) -> None:
     """The model and what is shown of it, and below it the device and other facts."""
     device = f"{report.machine.device_name} ({report.machine.device})"
     where = f"predicted for {predicted.target(report)}" if report.source == "predicted" else device
-    title = f"{shortened(report.model.model, 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
+    title = f"{shortened(words.model_of(report), 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
     figure.suptitle(title, fontsize=12)
 
 
@@ -53,14 +56,30 @@ def quiet(axes: Axes, grid: str) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text, with its middle left out when it is longer than `length`."""
+    """The text for a plot, with its middle left out when it is longer than `length`."""
+    letters = drawable(text)
+    if sum(map(len, letters)) <= length:
+        return "".join(letters)
     half = (length - 1) // 2
-    return text if len(text) <= length else f"{text[:half]}…{text[-half:]}"
+    return f"{''.join(_first(letters, half))}…{''.join(reversed(_first(letters[::-1], half)))}"
+
+
+def _first(letters: Sequence[str], length: int) -> list[str]:
+    """As many of them as have room in `length`."""
+    ends = accumulate(map(len, letters))
+    return [letter for letter, end in zip(letters, ends, strict=True) if end <= length]
+
+
+def lay_out(figure: Figure) -> None:
+    """Give every text its font and its place, so that its extent can be asked for."""
+    choose_fonts(figure)
+    figure.draw_without_rendering()
 
 
 def write(figure: Figure, path: Path) -> Path:
     """Write a figure in one step; raises OSError and leaves the old picture on failure."""
     picture = io.BytesIO()
+    choose_fonts(figure)
     figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})
     return _replace(path, picture.getvalue())
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from gcbench import spellings
 from gcbench.errors import UnavailableError, UsageError
-from gcbench.units import GIB, MIB, parse_bytes
+from gcbench.units import GIB, MIB, parse_memory
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
 """The number formats of a matrix multiplication, as `matmul_flops` names them."""
@@ -22,6 +23,8 @@ _LEAST_MEMORY_BYTES = 256 * MIB
 _MOST_MEMORY_BYTES = 16 * 1024 * GIB
 _LEAST_RATE = 1e9
 _MOST_NEAR_NAMES = 4
+_LEAST_OF_BOX, _MOST_OF_BOX = 0.88, 1.02
+"""Total memory as torch finds it, of the size on the box in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,22 +74,70 @@ def cards() -> tuple[Card, ...]:
 def find(name: str, extra: Path | None = None) -> Card:
     """The card called `name`, from the file `extra` or else the catalogue.
 
-    Case, spaces, hyphens and underscores do not matter. Raises UnavailableError, with near names, when there is none,
+    Case, spaces, hyphens, underscores and the vendor's words ("NVIDIA", "GeForce", "RTX") do not matter, and the size
+    on the box may be added ("a40-48gb"). Raises UnavailableError, with near names, when there is none or more than one,
     and UsageError when `extra` cannot be read.
     """
     own = read(extra) if extra is not None else ()
-    # The user's own cards come last so that they replace built-in ones of the same name.
-    by_key = {_plain(spelling): card for card in (*cards(), *own) for spelling in card.spellings}
-    found = by_key.get(_plain(name))
+    found = _found(name, own)
     if found is not None:
         return found
-    near = _near(name, by_key)
-    known = ", ".join(card.name for card in (*cards(), *own))
-    hint = f"near names: {', '.join(near)}" if near else f"known are {known}"
-    raise UnavailableError(
-        f"there is no device {name!r} in the catalogue; {hint}; "
-        "or describe it with --device-file FILE.toml: a [[card]] with its name and memory_bytes"
+    remedy = (
+        "or give its memory alone, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
+        "with its name and memory_bytes"
     )
+    other = spellings.no_cuda_device(name)
+    if other is not None:
+        raise UnavailableError(
+            f"{name!r} is {other}, and predictions are for CUDA cards and CPUs; take --device cpu with --device-memory "
+            "36GiB, or --device-memory 36GiB alone for a CUDA card of that size"
+        )
+    sizes = _sizes(name, own)
+    if sizes:
+        raise UnavailableError(f"{name!r} comes in several sizes; near names: {', '.join(sizes)}; {remedy}")
+    near = _near(name, _by_key(own))
+    hint = f"near names: {', '.join(near)}" if near else "gcbench devices lists all that are known"
+    raise UnavailableError(f"there is no device {name!r} in the catalogue; {hint}; {remedy}")
+
+
+def known(name: str) -> Card | None:
+    """The card of the catalogue called `name`; None where there is none."""
+    return _found(name, ())
+
+
+def _by_key(own: Sequence[Card]) -> dict[str, Card]:
+    """Spelling -> card; the user's own come last, so that they replace built-in ones of the same name."""
+    return {_plain(spelling): card for card in (*cards(), *own) for spelling in card.spellings}
+
+
+def _found(name: str, own: Sequence[Card]) -> Card | None:
+    by_key = _by_key(own)
+    exact = by_key.get(_plain(name))
+    if exact is not None:
+        return exact
+    wanted = _core(name)
+    alike = {card.name: card for key, card in by_key.items() if _core(key) == wanted}
+    if not alike:  # "a40-48gb": the size on the box, of which torch finds a little less
+        size = re.fullmatch(r"(.*[a-z0-9]*?[a-z].*?|\d{4}(?:ti|super)*)(\d{2,3})gb", wanted)
+        alike = {
+            card.name: card
+            for key, card in by_key.items()
+            if size is not None
+            and _core(key) == size[1]
+            and _LEAST_OF_BOX <= card.memory_bytes / (int(size[2]) * GIB) <= _MOST_OF_BOX
+        }
+    return next(iter(alike.values())) if len(alike) == 1 else None
+
+
+def _sizes(name: str, own: Sequence[Card]) -> list[str]:
+    """Names of the cards that are `name` with a size or a form after it."""
+    wanted = _core(name)
+    if not wanted:
+        return []
+    found = {
+        card.name: card for card in (*cards(), *own) if re.fullmatch(rf"{re.escape(wanted)}\d+gb.*", _core(card.name))
+    }
+    return list(found) if len(found) > 1 else []
 
 
 def among(needed_bytes: int, limit_bytes: int) -> int | None:
@@ -118,11 +169,17 @@ def _plain(name: str) -> str:
     return re.sub(r"[\s_-]+", "", name).casefold()
 
 
+def _core(name: str) -> str:
+    """A name without the words that every card of its vendor has; "80g" is "80gb"."""
+    plain = re.sub(r"nvidia|geforce|tesla|quadro|instinct|radeon|generation|amd|^rx|rtx|gpu", "", _plain(name))
+    return re.sub(r"(?<=\d)g$|(?<=\d)gib$", "gb", plain)
+
+
 def _near(name: str, by_key: Mapping[str, Card]) -> list[str]:
     """Short names like `name`: those that contain it, those that it contains, or those spelled alike."""
-    wanted = _plain(name)
+    wanted = _core(name)
     keys = [key for key in by_key if len(wanted) > 1 and wanted in key]
-    keys = keys or [key for key in by_key if len(key) > 2 and key in wanted]
+    keys = keys or [key for key in by_key if len(_core(key)) > 2 and _core(key) in wanted]
     keys = keys or difflib.get_close_matches(wanted, by_key, n=2 * _MOST_NEAR_NAMES)
     return list(dict.fromkeys(by_key[key].name for key in keys))[:_MOST_NEAR_NAMES]
 
@@ -144,12 +201,14 @@ def _parse(text: str, origin: str) -> tuple[Card, ...]:
     for number, table in enumerate(tables, start=1):
         values: dict[str, Any] = {}
         where = f"{origin}, card {number}" + (f" ({table['name']})" if isinstance(table.get("name"), str) else "")
-        for key, value in table.items():
+        for raw_key, value in table.items():
+            key = _KEY_ALIASES.get(raw_key, raw_key)
             try:
                 values[key] = _parser(key)(value)
             except ValueError as err:
-                mistakes.append(f"{where}: {key}: {err}")
-        mistakes += [f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in table]
+                mistakes.append(f"{where}: {raw_key}: {err}")
+        given = {_KEY_ALIASES.get(key, key) for key in table}
+        mistakes += [f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in given]
         if all(key in values for key, _ in _REQUIRED):
             card = Card(**values)
             for spelling in dict.fromkeys(map(_plain, card.spellings)):
@@ -182,7 +241,7 @@ def _texts(raw: object) -> tuple[str, ...]:
 
 
 def _memory(raw: object) -> int:
-    count = raw if isinstance(raw, int) and not isinstance(raw, bool) else parse_bytes(_text(raw))
+    count = parse_memory(raw)
     if not _LEAST_MEMORY_BYTES <= count <= _MOST_MEMORY_BYTES:
         raise ValueError(f"{raw!r} is {count:,} bytes, which no card has; write it with its unit, like 24GiB")
     return count
@@ -243,4 +302,5 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "achievable_matmul_flops": _by_precision,
     "sources": _sources,
 }
+_KEY_ALIASES = {"memory": "memory_bytes", "total_memory": "memory_bytes"}
 _REQUIRED = (("name", '"my-card"'), ("memory_bytes", '"24GiB"'))

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import check_view, checks, preflight, runner, sources
-from gcbench.checks import FAILED, Check, Checked, Combination
+from gcbench import changes, check_view, checks, counting, preflight, runner, sources, streams
+from gcbench.checks import FAILED, UNSUPPORTED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
-from gcbench.errors import ThresholdBroken
+from gcbench.errors import Interrupted, ThresholdBroken
 from gcbench.formats.json_rows import document
+from gcbench.interruption import ignore_more
 from gcbench.records import Json, Machine, ModelFacts
 from gcbench.report import write_text
 from gcbench.sources import ModelSource
 from gcbench.store import Store
+from gcbench.strategies import OWN
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
@@ -38,7 +43,7 @@ class Wanted:
     compiled: bool = True
     device: str = "auto"
     batch_size: int = 2
-    seq_len: int = 32
+    seq_len: int | None = None
     layers: int | None = None
     overrides: dict[str, Json] | None = None
     full_size: bool = False
@@ -48,43 +53,78 @@ class Wanted:
 
 
 def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
-    """Check, show it, and keep it in `out` if given; raises ThresholdBroken when a combination that counts is wrong."""
+    """Check, show it, and keep it in `out` if given; raises what `raise_for` does."""
     source = preflight.examine(
         sources.resolve(wanted.model, trust_remote_code=wanted.trust_remote_code, overrides=wanted.overrides),
         preflight.Wanted(
             overrides=wanted.overrides or {},
             layers=wanted.layers,
-            seq_lens=(wanted.seq_len,),
+            seq_lens=() if wanted.seq_len is None else (wanted.seq_len,),
             strategies=wanted.strategies or (),
             precision=wanted.precisions[0] if wanted.precisions and len(wanted.precisions) == 1 else None,
         ),
     )
-    if out is not None:
-        Store.create(out)
     err = Console(stderr=True)
-    with ForkedChildren() as children:
-        if err.is_terminal and not quiet:
-            with err.status("checking") as status:
-                done = run(wanted, source=source, children=children, command=command, on_result=status.update)
-        else:
-            done = run(wanted, source=source, children=children, command=command)
-    done = replace(done, notices=(*source.notices, *done.notices))
-    if out is not None:
-        write_text(out / "check.json", json.dumps(encode(done), indent=1) + "\n")
-        write_text(out / "check.md", check_view.markdown(done))
-    if as_json:
-        print(document(asdict(row) for row in checks.rows(done)), end="")
-    else:
-        check_view.show(done)
-    if out is not None and not quiet:
-        err.print(f"Everything is in {out}", markup=False, highlight=False, soft_wrap=True)
-    if done.failures:
-        first = done.failures[0]
-        others = len(done.failures) - 1
-        more = f" and {others} more" if others else ""
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.create(out)) if out is not None else None
+        try:
+            with (
+                ForkedChildren() as children,
+                counting.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
+            ):
+                done = run(wanted, source=source, children=children, command=command, on_result=counter.count)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted("interrupted before anything was checked") from None
+        done = replace(done, notices=(*source.notices, *done.notices))
+        is_partial = len(done.results) < len(done.combinations)
+        if store is not None and done.results:
+            with store.attempt():
+                write_text(store.folder / "check.json", json.dumps(encode(done), indent=1) + "\n")
+                write_text(store.folder / "check.md", check_view.markdown(done))
+        if is_partial:
+            raise Interrupted(_kept(done, store))
+        try:
+            with streams.kept_in(store.folder) if store is not None else nullcontext():
+                if as_json:
+                    streams.print_json(document(asdict(row) for row in checks.rows(done)))
+                else:
+                    check_view.show(done)
+        finally:
+            if store is not None:
+                store.close()
+        if store is not None and not quiet:
+            err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
+    raise_for(done)
+
+
+def raise_for(check: Check) -> None:
+    """Raise ThresholdBroken when a combination that counts is wrong, or when not all that ran was shown to be right."""
+    if check.failures:
+        raise ThresholdBroken(f"{_some(check.failures)} did not train as off does; the table says why")
+    if check.open_questions:
         raise ThresholdBroken(
-            f"{first.strategy} with {first.setting.label}{more} did not train as off does; the table says why"
+            f"{NOTHING_SHOWN} about {_some(check.open_questions)}; the table says how far it is from itself"
         )
+    if check.is_empty:
+        reasons = dict.fromkeys((result.cause or result.message or "").rstrip(".") for result in check.results)
+        why, *others = reasons
+        more = f" (the table has {len(others)} more)" if others else ""
+        remedy = "" if ";" in why else "; choose another model or setting"
+        raise ThresholdBroken(f"nothing was tested, so nothing is shown: {why}{more}{remedy}")
+
+
+def _some(combinations: tuple[Combination, ...]) -> str:
+    first, *others = combinations
+    return f"{first.strategy} with {first.setting.label}" + (f" and {len(others)} more" if others else "")
+
+
+def _kept(done: Check, store: Store | None) -> str:
+    """After an interruption: what there is."""
+    if not done.results:
+        return "interrupted before anything was checked"
+    where = "kept nowhere, as there was no --out" if store is None else f"kept in {store.folder / 'check.md'}"
+    return f"interrupted; {len(done.results)} of {len(done.combinations)} combinations were checked, and are {where}"
 
 
 def run(
@@ -93,9 +133,12 @@ def run(
     source: ModelSource,
     children: Children,
     command: str,
-    on_result: object = None,
+    on_result: Callable[[int, int], object] = lambda done, total: None,
 ) -> Check:
-    """Try every combination in children, each of which goes on until something ends it."""
+    """Try every combination in children, each of which goes on until something ends it.
+
+    An interruption ends it with the results so far. `on_result` gets how many there are, of how many.
+    """
     machine = _machine(wanted, children)
     asked = checks.combinations(
         chosen_strategies=wanted.strategies,
@@ -116,38 +159,58 @@ def run(
         elif isinstance(event, Checked):
             results[event.number] = event
             steps_s += event.steps_s
-            if callable(on_result):
-                on_result(f"checking: {len(results)} of {len(asked)} combinations")
+            on_result(len(results), len(asked))
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
     notices: dict[str, None] = {}
-    while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
-        answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
-        runner.raise_refusal(Answer(refusal=answer.refusal))
-        facts = answer.facts or facts
-        notices |= dict.fromkeys(answer.notices)
-        lost = [n for n, _ in waiting if n not in results]
-        if lost:  # the child ended at the first of them
-            why = answer.failure.message if answer.failure else "the process ended without a word"
-            results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
+    is_own = False
+    on_result(0, len(asked))
+    try:
+        while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
+            answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
+            runner.raise_refusal(Answer(refusal=answer.refusal))
+            facts = answer.facts or facts
+            notices |= dict.fromkeys(answer.notices)
+            if facts is not None and facts.only_own is not None and wanted.strategies is None and not is_own:
+                is_own = True
+                asked, results = _with_own(wanted, asked, results)
+                continue
+            lost = [n for n, _ in waiting if n not in results]
+            if lost:  # the child ended at the first of them
+                why = answer.failure.message if answer.failure else "the process ended without a word"
+                results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
+        facts = facts or _facts(wanted, source, children)
+    except KeyboardInterrupt:
+        ignore_more()
     wall_s = time.monotonic() - begin
-    if facts is None:
-        facts = _facts(wanted, source, children)
     return Check(
         model=wanted.model,
         command=command,
         device=machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})",
         versions={name: machine.versions[name] for name in _VERSIONS if name in machine.versions},
         scaled=None if wanted.full_size else "scaled down",
-        num_params=facts.num_params,
-        num_layers=facts.num_layers,
+        num_params=facts.num_params if facts else None,
+        num_layers=facts.num_layers if facts else None,
         combinations=asked,
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,
         wall_s=wall_s,
         notices=tuple(notices),
+        model_changes=changes.told(wanted.layers, wanted.overrides),
     )
+
+
+def _with_own(
+    wanted: Wanted, asked: tuple[Combination, ...], results: dict[int, Checked]
+) -> tuple[tuple[Combination, ...], dict[int, Checked]]:
+    """The model's own way in place of the default strategies that it cannot have, and the results of the others."""
+    settings = list(dict.fromkeys(combination.setting for combination in asked))
+    own = tuple(Combination(setting=setting, strategy=OWN) for setting in settings)
+    done = [result for result in results.values() if result.verdict != UNSUPPORTED]
+    others = tuple(asked[result.number] for result in done)
+    kept = {len(own) + place: replace(result, number=len(own) + place) for place, result in enumerate(done)}
+    return (*own, *others), kept
 
 
 def _machine(wanted: Wanted, children: Children) -> Machine:

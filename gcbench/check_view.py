@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gcbench import changes
 from gcbench.checks import (
     FAILED,
     IDENTICAL,
+    NOT_REPEATABLE,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -16,22 +19,40 @@ from gcbench.checks import (
     Checked,
     Combination,
     Setting,
+    rows,
 )
+from gcbench.screen import plain as as_text
+from gcbench.screen import show as print_all
+from gcbench.screen import unbroken
+from gcbench.tables import NOTHING_SHOWN
 from gcbench.units import counted, format_count, format_seconds
+from gcbench.words import listed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", UNSUPPORTED: "–"}
+MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", NOT_REPEATABLE: "?", UNSUPPORTED: "–"}
 _MEANINGS = {
     IDENTICAL: "gradients bit-identical to off",
     WITHIN_NOISE: "equal within the noise of the kernels",
     WRONG: "WRONG",
     FAILED: "failed",
+    NOT_REPEATABLE: NOTHING_SHOWN,
     UNSUPPORTED: "not possible",
 }
 PLAIN = "plain: fp32, adamw_torch, all parameters trained, the model's own attention; the other lines say what differs"
-_STYLES = {IDENTICAL: "green", WITHIN_NOISE: "green", WRONG: "bold red", FAILED: "bold red", UNSUPPORTED: "dim"}
+_STYLES = {
+    IDENTICAL: "green",
+    WITHIN_NOISE: "green",
+    WRONG: "bold red",
+    FAILED: "bold red",
+    NOT_REPEATABLE: "bold yellow",
+    UNSUPPORTED: "dim",
+}
+
+
+_MOST_LABELS = 4
+"""Settings that are named; the table shows all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,30 +69,36 @@ class Problem:
 
 def title(check: Check) -> str:
     """What was trained."""
-    size = f"{format_count(check.num_params)} parameters, {counted(check.num_layers, 'layer')}"
-    return f"{check.model} · {size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+    known = check.num_params is not None
+    size = f" · {format_count(check.num_params)} parameters, {counted(check.num_layers or 0, 'layer')}" if known else ""
+    return f"{_name(check)}{size} · {check.device}" + (f" · {check.scaled}" if check.scaled else "")
+
+
+def _name(check: Check) -> str:
+    return changes.named(check.model, check.model_changes)
 
 
 def problems(check: Check) -> tuple[Problem, ...]:
-    """What is wrong, worst first, then what was not possible; the same things together."""
-    groups: dict[tuple[str, str, str | None], list[tuple[Checked, Combination]]] = {}
+    """What is wrong, worst first, then what was not possible; what has one cause or says the same, together."""
+    groups: dict[tuple[str, str], list[tuple[Checked, Combination]]] = {}
     for result in check.results:
-        if result.verdict not in (IDENTICAL, WITHIN_NOISE):
+        if not result.is_shown:
             asked = check.combinations[result.number]
-            # Where a cause is known, figures that differ do not make it another problem.
-            key = (result.verdict, result.cause or result.message or "", asked.strategy if not result.cause else None)
+            # Where a cause is known, or off is to blame, other figures and strategies do not make it another problem.
+            said = result.cause or _without_setting(result.message or "", asked)
+            key = (result.verdict, NOT_REPEATABLE if result.verdict == NOT_REPEATABLE else said)
             groups.setdefault(key, []).append((result, asked))
-    order = (WRONG, FAILED, UNSUPPORTED)
+    order = (WRONG, FAILED, NOT_REPEATABLE, UNSUPPORTED)
     found = [
         Problem(
             verdict=verdict,
-            message=pairs[0][0].message or "",
+            message=_without_setting(pairs[0][0].message or "", pairs[0][1]),
             where=tuple(asked for _, asked in pairs),
             cause=pairs[0][0].cause,
             remedy=pairs[0][0].remedy,
             link=pairs[0][0].link,
         )
-        for (verdict, _, _), pairs in groups.items()
+        for (verdict, _), pairs in groups.items()
     ]
     return tuple(sorted(found, key=lambda problem: order.index(problem.verdict)))
 
@@ -86,7 +113,12 @@ def summary(check: Check) -> str:
         parts[0] += f" ({counts[IDENTICAL]} bit by bit)"
     elif counts[IDENTICAL]:
         parts[0] += ", bit by bit"
-    for verdict, words in ((WRONG, "wrong"), (FAILED, "failed"), (UNSUPPORTED, "not possible here")):
+    for verdict, words in (
+        (WRONG, "wrong"),
+        (FAILED, "failed"),
+        (NOT_REPEATABLE, "not to be judged, as off does not repeat itself"),
+        (UNSUPPORTED, "not possible here"),
+    ):
         if counts[verdict]:
             parts.append(f"{counts[verdict]} {words}")
     text = "; ".join(parts) + "."
@@ -98,12 +130,36 @@ def summary(check: Check) -> str:
     return text
 
 
-def where(problem: Problem) -> str:
-    """`reentrant with lora; frozen-base`."""
+def _without_setting(message: str, asked: Combination) -> str:
+    """A message that begins with the name of its setting, without it: others say the same of theirs."""
+    return message.removeprefix(f"{asked.setting.label} ")
+
+
+def where(problem: Problem, check: Check) -> str:
+    """`reentrant with lora and with frozen-base`; one name alone where all that was tried with it is meant."""
+    if len(problem.where) > 1 and len(problem.where) == len(check.combinations):
+        return "everything that was tried"
+    strategies = _whole(check, problem, lambda asked: asked.strategy)
+    settings = _whole(check, problem, lambda asked: asked.setting.label)
+    if all(asked.setting.label in settings for asked in problem.where):
+        return f"all strategies with {_few(settings)}"
     by_strategy: dict[str, list[str]] = {}
     for asked in problem.where:
         by_strategy.setdefault(asked.strategy, []).append(asked.setting.label)
-    return "; ".join(f"{strategy} with {' and with '.join(labels)}" for strategy, labels in by_strategy.items())
+    by_labels: dict[str, list[str]] = {}
+    for strategy, labels in by_strategy.items():
+        by_labels.setdefault("every setting" if strategy in strategies else _few(labels), []).append(strategy)
+    return "; ".join(f"{listed(names)} with {labels}" for labels, names in by_labels.items())
+
+
+def _few(labels: Sequence[str]) -> str:
+    return " and with ".join(labels) if len(labels) <= _MOST_LABELS else f"{labels[0]} and {len(labels) - 1} others"
+
+
+def _whole(check: Check, problem: Problem, name: Callable[[Combination], str]) -> list[str]:
+    """Those names, of strategies or of settings, of which all that was tried, and more than once, is in the problem."""
+    tried, met = Counter(map(name, check.combinations)), Counter(map(name, problem.where))
+    return [each for each in met if met[each] == tried[each] > 1]
 
 
 def _grid(check: Check) -> tuple[list[str], list[Setting], dict[tuple[Setting, str], Checked]]:
@@ -128,6 +184,8 @@ class View:
         label_width = max(len(setting.label) for setting in settings) + 2
         for block in _blocks(names, options.max_width - label_width):
             rows = [s for s in settings if any((s, name) in found for name in block)]
+            if not rows:  # the check ended before them
+                continue
             table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
             table.add_column("", no_wrap=True)
             for name in block:
@@ -147,8 +205,11 @@ class View:
         yield Text(PLAIN, style="dim")
         for problem in problems(self.check):
             yield Text("")
-            yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem)}", "bold"))
+            yield Text.assemble((f"{MARKS[problem.verdict]} {where(problem, self.check)}", "bold"))
             for name, said in _told(problem):
+                if name == "see":
+                    yield unbroken(f"  {name:<8}{said}")
+                    continue
                 grid = Table.grid(padding=(0, 2, 0, 0))
                 grid.add_column(width=8)
                 grid.add_column(overflow="fold")
@@ -195,7 +256,7 @@ def times(check: Check) -> str:
 def markdown(check: Check) -> str:
     """The whole check as Markdown."""
     names, settings, found = _grid(check)
-    lines = [f"# gcbench check: {check.model}", "", title(check), "", f"`{check.command}`", ""]
+    lines = [f"# gcbench check: {_name(check)}", "", title(check), "", f"`{check.command}`", ""]
     lines += ["| | " + " | ".join(f"`{name}`" for name in names) + " |"]
     lines += ["| --- |" + " :-: |" * len(names)]
     for setting in settings:
@@ -204,7 +265,7 @@ def markdown(check: Check) -> str:
     lines += ["", *(f"- {notice}" for notice in check.notices), *([""] if check.notices else [])]
     lines += [summary(check), ""]
     for problem in problems(check):
-        lines += [f"## {problem.verdict}: {where(problem)}", ""]
+        lines += [f"## {problem.verdict}: {where(problem, check)}", ""]
         lines += [f"- {name}: {said}" for name, said in _told(problem)]
         lines.append("")
     lines += [times(check), "", ", ".join(f"{name} {version}" for name, version in check.versions.items())]
@@ -221,13 +282,23 @@ def _cell(result: Checked | None) -> str:
 
 def show(check: Check) -> None:
     """Print it on standard output, as wide as the screen is."""
-    from rich.console import Console
+    print_all([View(check=check)])
 
-    Console().print(View(check=check))
+
+def rendered(check: Check, format: str) -> str:
+    """The check in one of the formats of `gcbench report` that are text."""
+    from dataclasses import asdict
+
+    from gcbench.formats import csv_table, json_rows
+
+    if format == "markdown":
+        return markdown(check)
+    if format == "terminal":
+        return plain(check, width=120)
+    table = [asdict(row) for row in rows(check)]
+    return csv_table.table(table) if format == "csv" else json_rows.document(table)
 
 
 def plain(check: Check, *, width: int) -> str:
     """The same as text without styles."""
-    from gcbench.screen import plain as as_text
-
     return as_text([View(check=check)], width=width)

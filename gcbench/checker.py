@@ -2,114 +2,47 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 import time
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch._inductor import config as inductor_config
-from transformers import PreTrainedConfig
-from transformers.utils import logging as transformers_logging
 
 from gcbench import checkpointing, devices, models, resolve, strategies
-from gcbench.adapters import default_targets
+from gcbench.check_evidence import NUM_STEPS, Gradients, Reference, Seen, noted_warnings
+from gcbench.check_models import ModelMaker
 from gcbench.checks import (
     FAILED,
     FROZEN_BASE,
     IDENTICAL,
     LORA,
-    OWN,
+    NOT_REPEATABLE,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
     Checked,
     Combination,
     Setting,
-    Verdict,
 )
 from gcbench.diagnoses import Observation, diagnose
-from gcbench.errors import GcbenchError, MissingLibrary, UnavailableError, first_sentence
-from gcbench.records import ALL_LINEAR, Lora, ModelFacts, Phase
+from gcbench.errors import GcbenchError, MissingLibrary, UnavailableError, UsageError, first_sentence
+from gcbench.records import ModelFacts, Phase
 from gcbench.scaledown import scaled_down
-from gcbench.tables import tolerance
+from gcbench.seeding import state_outside_torch
+from gcbench.tables import NOT_ITSELF, NOTHING_SHOWN, SEEDED, is_repeatable, tolerance
 from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
-from gcbench.training import TrainingStep, parameter_dtype, random_batch
+from gcbench.training import TrainingStep, random_batch
 from gcbench.units import counted
 
-NUM_STEPS = 2
-"""The second shows what the first step's update made of it."""
-_LAYERS, _LORA_R = 4, 4
-_TOLERATED_NOISE = 2
+_LAYERS, _SEQ_LEN = 4, 32
 _MAX_SKIPPED_STEPS = 24
 """An fp16 scaler starts at 2**16 and halves at each overflow."""
+_FINEST = "fp32"
+"""The precision with the least roundoff."""
 
-
-@dataclass(frozen=True)
-class Gradients:
-    """The gradients of one step, on the CPU.
-
-    Attributes:
-        by_name: parameter -> its gradient.
-        missing: trained parameters without one.
-    """
-
-    by_name: dict[str, torch.Tensor]
-    missing: tuple[str, ...]
-
-    @classmethod
-    def of(cls, model: torch.nn.Module) -> Gradients:
-        """Copies of what the model's parameters hold."""
-        trained = [(name, param.grad) for name, param in model.named_parameters() if param.requires_grad]
-        return cls(
-            {name: grad.to("cpu", copy=True) for name, grad in trained if grad is not None},
-            tuple(name for name, grad in trained if grad is None),
-        )
-
-    @property
-    def is_finite(self) -> bool:
-        return all(bool(grad.isfinite().all()) for grad in self.by_name.values())
-
-    def difference(self, reference: Gradients) -> tuple[float, str | None]:
-        """The L2 norm of the difference over that of `reference`, and the parameter with the largest part in it.
-
-        0 is for gradients that are equal bit by bit; infinite where other parameters have one.
-        """
-        if self.by_name.keys() != reference.by_name.keys():
-            return math.inf, min(self.by_name.keys() ^ reference.by_name.keys())
-        squared = {
-            name: float((grad.double() - reference.by_name[name].double()).square().sum())
-            for name, grad in self.by_name.items()
-            if not torch.equal(grad, reference.by_name[name])
-        }
-        if not squared:
-            return 0.0, None
-        norm = sum(float(grad.double().square().sum()) for grad in reference.by_name.values())
-        return math.sqrt(sum(squared.values()) / norm) if norm else math.inf, max(squared, key=squared.__getitem__)
-
-
-@dataclass
-class _Seen:
-    """What two steps showed."""
-
-    gradients: list[Gradients] = field(default_factory=list)
-    recomputed: int | None = None
-    ran: checkpointing.LayersRun = field(default_factory=checkpointing.LayersRun)
-    warnings: list[str] = field(default_factory=list)
-    steps_s: float = 0.0
-
-
-@dataclass
-class _Reference:
-    """`off` in one setting, and how far two runs of it are apart."""
-
-    model: torch.nn.Module
-    seen: _Seen
-    noise: float
+Tell = Callable[[ReferenceRun], None]
 
 
 def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> Answer:
@@ -120,7 +53,7 @@ def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> An
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     for number, combination in task.combinations:
         tell(replace(checker.check(combination, tell), number=number))
-    return Answer(facts=checker.facts, notices=tuple(checker.notices))
+    return Answer(facts=checker.facts, notices=tuple(checker.models.notices))
 
 
 class _Checker:
@@ -130,9 +63,11 @@ class _Checker:
         self.task = task
         self.name = devices.choose(task.device)
         self.source = task.source
+        self.seq_len = self._seq_len()
         if not task.full_size:
             torch.set_num_threads(1)  # a small step gains nothing from more, and threads that wait for each other crawl
-            self.source = replace(task.source, config=scaled_down(task.source.config, layers=_LAYERS))
+            config = scaled_down(task.source.config, layers=_LAYERS, seq_len=self.seq_len)
+            self.source = replace(task.source, config=config)
         self.config = models.build_config(self.source, layers=task.layers, overrides=task.overrides)
         try:
             self.facts: ModelFacts = models.facts(self.source, self.config, None, changed=bool(task.overrides))
@@ -140,11 +75,28 @@ class _Checker:
             if task.full_size or isinstance(err, MissingLibrary):
                 raise
             raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
-        self._references: dict[Setting, _Reference | Exception] = {}
-        self.notices: list[str] = []
+        self.models = ModelMaker(source=self.source, config=self.config, device=self.name, seed=task.seed)
+        self._references: dict[Setting, Reference | Exception] = {}
+        self._results: dict[Combination, Checked] = {}
 
-    def check(self, asked: Combination, tell: Callable[[ReferenceRun], None]) -> Checked:
+    def _seq_len(self) -> int:
+        """The length to train at; raises UsageError for one that the model does not have."""
+        task = self.task
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        limit = models.max_seq_len(config)
+        if task.seq_len is None:
+            return min(_SEQ_LEN, limit or _SEQ_LEN, *models.possible_limits(config))
+        if limit is not None and task.seq_len > limit:
+            raise UsageError(resolve.too_long(task.seq_len, limit, task.source.name))
+        return task.seq_len
+
+    def check(self, asked: Combination, tell: Tell) -> Checked:
         """One combination; what it raises is its result."""
+        if asked not in self._results:
+            self._results[asked] = self._checked(asked, tell)
+        return self._results[asked]
+
+    def _checked(self, asked: Combination, tell: Tell) -> Checked:
         if self.facts.checkpointing_refusal is not None:
             return Checked(number=0, verdict=UNSUPPORTED, message=self.facts.checkpointing_refusal)
         reference = self._reference(asked.setting, tell)
@@ -153,88 +105,120 @@ class _Checker:
         try:
             plan = self._plan(asked.strategy, reference)
         except ValueError as err:
-            return Checked(number=0, verdict=UNSUPPORTED, message=str(err))
-        why = resolve.unsupported(plan, self.name.partition(":")[0])
+            smaller = "" if self.task.full_size else " (it is scaled down; add --full-size to check all of its layers)"
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
+        why = resolve.not_for(plan, self.facts) or resolve.unsupported(plan, self.name.partition(":")[0])
         if why is not None:
             return Checked(number=0, verdict=UNSUPPORTED, message=why)
-        seen = _Seen()
+        seen = Seen()
         try:
             self._steps(reference.model, plan, asked.setting, seen)
+            result = self._judged(asked, plan, seen, reference)
+            if result.verdict == WRONG:
+                result = self._doubted(asked, plan, seen, reference, tell)
         except Exception as err:  # anything that a model, torch or a compiler may raise
             return self._failed(asked, seen, err)
-        return self._judged(asked, plan, seen, reference)
+        if asked.setting.precision != _FINEST and result.verdict in (WITHIN_NOISE, NOT_REPEATABLE):
+            return self._with_less_roundoff(result, asked, plan, seen, reference, tell)
+        return result
 
-    def _plan(self, spec: str, reference: _Reference) -> strategies.Plan:
+    def _doubted(
+        self, asked: Combination, plan: strategies.Plan, seen: Seen, reference: Reference, tell: Tell
+    ) -> Checked:
+        """The verdict on a difference after further runs: what draws seldom may agree with itself once, or differ."""
+        while reference.doubts:
+            reference.doubts -= 1
+            again = Seen()
+            self._steps(reference.model, None, asked.setting, again)
+            tell(ReferenceRun(steps_s=again.steps_s))
+            reference.compare(again)
+        again = Seen()
+        self._steps(reference.model, plan, asked.setting, again)
+        seen.steps_s += again.steps_s
+        own = Reference(model=reference.model, seen=seen)
+        own.compare(again)
+        result = self._judged(asked, plan, seen, reference)
+        if result.verdict == WRONG and not own.repeats(asked.setting.precision, self.name):
+            return _not_repeatable(result, f"{asked.strategy} {NOT_ITSELF}; {own.how_it_differs()}")
+        return result
+
+    def _with_less_roundoff(
+        self,
+        result: Checked,
+        asked: Combination,
+        plan: strategies.Plan,
+        seen: Seen,
+        reference: Reference,
+        tell: Tell,
+    ) -> Checked:
+        """The verdict on a difference that may be roundoff's, which is less in fp32: any other stays as it is there."""
+        fine = self.check(replace(asked, setting=replace(asked.setting, precision=_FINEST)), tell)
+        if fine.verdict in (WRONG, NOT_REPEATABLE) and fine.verdict != result.verdict:
+            return replace(
+                result,
+                verdict=fine.verdict,
+                message=f"the same in fp32, where there is less roundoff: {fine.message}",
+                cause=fine.cause,
+                remedy=fine.remedy,
+                link=fine.link,
+            )
+        if fine.is_shown and result.verdict == NOT_REPEATABLE:
+            judged = self._judged(asked, plan, seen, reference, is_roundoff=True)
+            return judged if judged.is_shown else result
+        return result
+
+    def _plan(self, spec: str, reference: Reference) -> strategies.Plan:
         order = tuple(reference.seen.ran.order)
         natural = order == tuple(range(self.facts.num_layers))
         facts = replace(self.facts, layers_in_order=None if natural else order)
         return resolve.plan_of(strategies.parse(spec), facts)
 
-    def _reference(self, setting: Setting, tell: Callable[[ReferenceRun], None]) -> _Reference | Exception:
+    def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
         if setting not in self._references:
             try:
-                model = self._model(setting)
-                first, second = _Seen(), _Seen()
+                model = self.models.build(setting)
+                first, second = Seen(), Seen()
                 self._steps(model, None, setting, first)
                 self._steps(model, None, setting, second)
                 tell(ReferenceRun(steps_s=first.steps_s + second.steps_s))
-                noise = max(a.difference(b)[0] for a, b in zip(first.gradients, second.gradients, strict=True))
-                self._references[setting] = _Reference(model=model, seen=first, noise=noise)
+                reference = Reference(model=model, seen=first)
+                reference.compare(second)
+                self._references[setting] = reference
             except Exception as err:
                 self._references[setting] = err
         return self._references[setting]
 
-    def _model(self, setting: Setting) -> torch.nn.Module:
-        own = setting.attn_implementation == OWN
-        model = models.build(
-            self.source,
-            self.config,
-            device=self.name,
-            dtype=parameter_dtype(setting.precision),
-            attn_implementation=None if own else setting.attn_implementation,
-            seed=self.task.seed,
-            lora=self._lora() if setting.tuned == LORA else None,
-        )
-        if setting.tuned == FROZEN_BASE:
-            _freeze_base(model)
-        return model
-
-    def _lora(self) -> Lora:
-        """Adapters where peft puts them; where it knows no modules of this type of model, on all that it can adapt."""
-        targets = default_targets(models.build_meta(self.config))
-        if targets is not None:
-            where = "all linear layers" if targets == (ALL_LINEAR,) else ", ".join(targets)
-            self.notices.append(
-                f"peft knows no LoRA target modules for a {self.facts.model_type} model: with lora, adapters are on "
-                f"{where}."
-            )
-        return Lora(r=_LORA_R, target_modules=targets)
-
-    def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: _Seen) -> None:
+    def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: Seen) -> None:
         """Train a copy of the model for two steps, and note what there is to see."""
-        model = _copied(pristine)
+        model = self.models.fresh(pristine, setting)
         task = self.task
         try:
             # Compiled layers draw dropout as others do, or nothing could be compared.
             with (
                 inductor_config.patch(fallback_random=True),
-                _noted_warnings(seen.warnings),
+                noted_warnings(seen.warnings),
                 checkpointing.layers_run(model) as seen.ran,
             ):
                 counter = checkpointing.apply(model, plan) if plan is not None else checkpointing.RecomputeCounter()
-                batch = random_batch(model, batch_size=task.batch_size, seq_len=task.seq_len, seed=task.seed)
+                batch = random_batch(model, batch_size=task.batch_size, seq_len=self.seq_len, seed=task.seed)
                 step = TrainingStep(
                     model, batch=batch, precision=setting.precision, optim=setting.optim, seed=task.seed
                 )
 
                 looking_s = 0.0
+                at_start: object = None
 
                 def on_phase(phase: Phase) -> None:
-                    nonlocal looking_s
-                    if phase == "optimizer":
+                    nonlocal looking_s, at_start
+                    if phase == "forward":
+                        at_start = state_outside_torch()
+                    elif phase == "backward":
+                        seen.draws_outside_torch |= state_outside_torch() != at_start
+                    else:
                         start = time.perf_counter()
-                        if not counter.is_blind:
-                            seen.recomputed = len(counter.layers)
+                        if step.num_steps == 0:
+                            seen.recomputed = None if counter.is_blind else len(counter.layers)
+                            seen.backward = frozenset(seen.ran.backward)
                         gradients = Gradients.of(model)
                         if gradients.is_finite:  # an fp16 scaler skips steps until it has settled
                             seen.gradients.append(gradients)
@@ -254,11 +238,15 @@ class _Checker:
 
     def _without_reference(self, asked: Combination, err: Exception) -> Checked:
         text = first_sentence(err)
+        advice = "; try a shorter --seq-len" if isinstance(err, IndexError) else ""
+        if isinstance(err, NotImplementedError):
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{asked.setting.label} cannot be tried: {text}")
+        label = asked.setting.label
         return Checked(
             number=0,
             verdict=UNSUPPORTED,
-            message=f"{asked.setting.label} does not run without checkpointing either ({type(err).__name__}: {text})",
-            remedy=None if isinstance(err, GcbenchError) else self._next_step(asked.setting),
+            message=f"{label} does not run without checkpointing either ({type(err).__name__}: {text}){advice}",
+            remedy=None if isinstance(err, GcbenchError) or advice else self._next_step(asked.setting),
         )
 
     def _next_step(self, setting: Setting) -> str:
@@ -268,7 +256,7 @@ class _Checker:
             return f"Train a step of the model without gcbench; what stops it there is to be mended first.{size}"
         return f"Train with something else than {setting.label} on this device.{size}"
 
-    def _failed(self, asked: Combination, seen: _Seen, err: Exception) -> Checked:
+    def _failed(self, asked: Combination, seen: Seen, err: Exception) -> Checked:
         known = diagnose(self._observation(asked, seen, error_type=type(err).__name__, error_text=str(err)))
         unsupported = isinstance(err, NotImplementedError)
         return Checked(
@@ -281,52 +269,69 @@ class _Checker:
             steps_s=seen.steps_s,
         )
 
-    def _judged(self, asked: Combination, plan: strategies.Plan, seen: _Seen, reference: _Reference) -> Checked:
-        expected = len(reference.seen.ran.backward & {layer for group in plan.groups for layer in group})
+    def _judged(
+        self,
+        asked: Combination,
+        plan: strategies.Plan,
+        seen: Seen,
+        reference: Reference,
+        *,
+        is_roundoff: bool = False,
+    ) -> Checked:
+        """The verdict on two steps; with `is_roundoff`, all that `off` differs from itself is known to be that."""
+        expected = len(reference.seen.backward & {layer for group in plan.groups for layer in group})
+        if plan.own:  # its own code decides which; that none is would be wrong
+            expected = seen.recomputed or expected
         lost = tuple(name for name in seen.gradients[0].missing if name not in reference.seen.gradients[0].missing)
         (first, worst), (second, _) = (
             ours.difference(theirs) for ours, theirs in zip(seen.gradients, reference.seen.gradients, strict=True)
         )
-        reordered = plan.compiled or plan.any_policy("reentrant")
-        allowed = max(
-            tolerance(asked.setting.precision, reordered_layers=plan.num_layers if reordered else 0),
-            _TOLERATED_NOISE * reference.noise if math.isfinite(reference.noise) else 0.0,
-        )
-        wrong = _what_is_wrong(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)
-        if wrong is None and first == 0 and not second <= allowed:
-            wrong = f"the gradients of the first step are the same, and those of the second differ by {second:.2g}"
-        verdict: Verdict = WRONG if wrong else IDENTICAL if first == 0 == second else WITHIN_NOISE
-        known = None
-        if wrong:
-            known = diagnose(
-                self._observation(
-                    asked,
-                    seen,
-                    grad_rel_diff=first if math.isfinite(first) else None,
-                    is_wrong=not first <= allowed,
-                    layers_expected=expected,
-                    layers_recomputed=seen.recomputed,
-                    num_layers=plan.num_layers,
-                    params_without_grad=lost,
-                )
-            )
-        return Checked(
+        result = Checked(
             number=0,
-            verdict=verdict,
+            verdict=IDENTICAL if first == 0 == second else WITHIN_NOISE,
             grad_rel_diff=first if math.isfinite(first) else None,
             worst_param=worst,
-            noise=reference.noise,
+            noise=max(reference.noise) if math.isfinite(max(reference.noise)) else None,
             layers_expected=expected,
             layers_recomputed=seen.recomputed,
             params_without_grad=lost,
+            steps_s=seen.steps_s,
+        )
+        precision = asked.setting.precision
+        if not is_roundoff and not reference.repeats(precision, self.name):
+            return _not_repeatable(result, f"{NOTHING_SHOWN}; {reference.how_it_differs()}")
+        reordered = plan.num_layers if plan.compiled or plan.any_policy("reentrant") else 0
+        allowed, allowed_later = (
+            tolerance(precision, reordered_layers=reordered, noise=noise) for noise in reference.noise
+        )
+        wrong = _what_is_wrong(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)
+        comparable_later = first == 0 and is_repeatable(reference.noise[1], precision, self.name)
+        if wrong is None and comparable_later and not second <= allowed_later:
+            wrong = f"the gradients of the first step are the same, and those of the second differ by {second:.2g}"
+        if wrong is None:
+            return result
+        known = diagnose(
+            self._observation(
+                asked,
+                seen,
+                grad_rel_diff=result.grad_rel_diff,
+                is_wrong=not first <= allowed,
+                layers_expected=expected,
+                layers_recomputed=seen.recomputed,
+                num_layers=plan.num_layers,
+                params_without_grad=lost,
+            )
+        )
+        return replace(
+            result,
+            verdict=WRONG,
             message=wrong,
             cause=known.cause if known else None,
             remedy=known.remedy if known else None,
             link=known.link if known else None,
-            steps_s=seen.steps_s,
         )
 
-    def _observation(self, asked: Combination, seen: _Seen, **more: object) -> Observation:
+    def _observation(self, asked: Combination, seen: Seen, **more: object) -> Observation:
         values = self.config.get_text_config().to_dict()
         dropout = [v for name, v in values.items() if ("drop" in name) and isinstance(v, (int, float))]
         experts = [v for name, v in values.items() if "experts" in name and isinstance(v, int)]
@@ -335,11 +340,23 @@ class _Checker:
             precision=asked.setting.precision,
             optim=asked.setting.optim,
             has_dropout=any(value > 0 for value in dropout),
+            draws_outside_torch=seen.draws_outside_torch,
             is_moe=any(value > 1 for value in experts),
             frozen_base=asked.setting.tuned in (LORA, FROZEN_BASE),
             warnings=tuple(seen.warnings),
             **more,
         )
+
+
+def _not_repeatable(result: Checked, message: str) -> Checked:
+    return replace(
+        result,
+        verdict=NOT_REPEATABLE,
+        message=message,
+        remedy=f"{SEEDED[0].upper()}{SEEDED[1:]}.",
+        cause=None,
+        link=None,
+    )
 
 
 def _what_is_wrong(
@@ -353,40 +370,3 @@ def _what_is_wrong(
     if expected is not None and recomputed != expected:
         return f"recomputed {recomputed} of {counted(expected, 'layer')}"
     return None
-
-
-def _copied(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with parameters of its own; configs, which nothing changes, are shared."""
-    configs = (value for module in model.modules() for value in vars(module).values())
-    return copy.deepcopy(model, {id(value): value for value in configs if isinstance(value, PreTrainedConfig)})
-
-
-def _freeze_base(model: torch.nn.Module) -> None:
-    """Freeze the embeddings and the first half of the layers."""
-    layers = checkpointing.checkpointable_layers(model)
-    frozen = [model.get_input_embeddings(), *layers[: len(layers) // 2]]  # type: ignore[operator]
-    for module in frozen:
-        module.requires_grad_(False)
-
-
-@contextmanager
-def _noted_warnings(into: list[str]) -> Iterator[None]:
-    """Warnings, Python's and those that libraries log, go into a list and nowhere else."""
-
-    class Handler(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            into.append(record.getMessage())
-
-    handler = Handler(level=logging.WARNING)
-    transformers_logging.warning_once.cache_clear()
-    loggers = [logging.getLogger(), logging.getLogger("transformers")]
-    for logger in loggers:
-        logger.addHandler(handler)
-    try:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            yield
-        into.extend(str(warning.message) for warning in caught)
-    finally:
-        for logger in loggers:
-            logger.removeHandler(handler)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench import keeping
+from gcbench import keeping, own_way
 from gcbench.errors import UsageError
 from gcbench.keeping import KeptThenChanged
 from gcbench.operators import operator_name, targets
@@ -68,6 +68,13 @@ def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingL
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that plans count: those that can be checkpointed, or those of a model that checkpoints its own way."""
+    if own_way.is_all(model):
+        return list(own_way.layers_without_entry(model).values())
+    return [*checkpointable_layers(model)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class LayersRun:
     """The numbers of the layers that a step runs.
@@ -98,9 +105,12 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
             ran.backward.add(layer)
 
     hooks = []
-    for number, layer in enumerate(checkpointable_layers(model)):
-        hooks.append(layer.register_forward_pre_hook(partial(enter, number)))
-        hooks.append(layer.register_forward_hook(partial(leave, number)))
+    layers = layers_of(model)
+    for number, layer in enumerate(layers):
+        # Code of its own may call a layer's `forward`, which fires none of its hooks.
+        for module in own_way.parts(layer, layers) if own_way.is_all(model) else [layer]:
+            hooks.append(module.register_forward_pre_hook(partial(enter, number)))
+            hooks.append(module.register_forward_hook(partial(leave, number)))
     try:
         yield ran
     finally:
@@ -113,24 +123,36 @@ def refusal(model: torch.nn.Module) -> str | None:
     name = type(model).__name__
     if not getattr(model, "supports_gradient_checkpointing", False):
         return f"{name} does not support gradient checkpointing in this transformers version"
-    if not checkpointable_layers(model):
+    if not checkpointable_layers(model) and not own_way.exists(model):
         return f"{name} has no layer that can be checkpointed on its own"
     return None
+
+
+def refusal_of(model: torch.nn.Module, plan: Plan) -> str | None:
+    """Why this model cannot have a plan, as its own way to checkpoint is the only one; None where it can."""
+    return own_way.advice(model) if plan.groups and not plan.own and own_way.is_all(model) else None
 
 
 def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     """Checkpoint the layers of `plan` through each layer's own flag and function.
 
     That is what `activation_checkpointing_enable(every_n_layers=k)` sets, so what is measured is what a user's run
-    does. A plan with a memory budget sets torch's, for the whole process, until `clear`.
+    does. The model's own way is switched on as a whole. A plan with a memory budget sets torch's, for the whole
+    process, until `clear`.
 
-    Raises ValueError for a plan of another number of layers.
+    Raises ValueError for a plan of another number of layers, and for one that the model cannot have.
     """
-    layers = checkpointable_layers(model)
+    layers = layers_of(model)
     if plan.num_layers != len(layers):
         raise ValueError(f"the plan is for {counted(plan.num_layers, 'layer')} and the model has {len(layers)}")
+    why = refusal_of(model, plan)
+    if why is not None:
+        raise ValueError(why)
     counter = RecomputeCounter(is_blind=plan.compiled)
-    apply_groups(model, layers, plan.treated(), counter)
+    if plan.own:
+        _HOOKS[model] = Hooks((*own_way.switch_on(model), *own_way.watch(layers, counter)))
+    else:
+        apply_groups(model, layers, plan.treated(), counter)
     if plan.compiled:
         if plan.memory_budget is not None:
             functorch_config.activation_memory_budget = plan.memory_budget
@@ -168,6 +190,15 @@ def apply_groups(
         _HOOKS[model] = model.register_forward_hook(partial(_end_open, segments), always_call=True)
 
 
+class Hooks(tuple[Any, ...]):
+    """Handles of hooks that go together."""
+
+    def remove(self) -> None:
+        """Take all of them away."""
+        for hook in self:
+            hook.remove()
+
+
 _HOOKS: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 
 
@@ -181,7 +212,7 @@ def _end_open(segments: Sequence[Segment], *call: object) -> None:
 
 
 def end_segments(model: torch.nn.Module) -> None:
-    """Take away what watches over the segments of a model."""
+    """Take away what watches over the segments of a model, or over its own checkpointing."""
     if model in _HOOKS:
         _HOOKS.pop(model).remove()
 
@@ -280,7 +311,7 @@ def check_operators(names: Sequence[str]) -> None:
 def clear(model: torch.nn.Module) -> None:
     """Undo `apply`: no layer is checkpointed or compiled."""
     end_segments(model)
-    for layer in checkpointable_layers(model):
-        layer.gradient_checkpointing = False
+    own_way.switch_off(model)
+    for layer in layers_of(model):
         layer._compiled_call_impl = None
     functorch_config.activation_memory_budget = 1.0

@@ -14,8 +14,9 @@ IDENTICAL: Final = "identical"
 WITHIN_NOISE: Final = "within noise"
 WRONG: Final = "WRONG"
 FAILED: Final = "failed"
+NOT_REPEATABLE: Final = "not repeatable"
 UNSUPPORTED: Final = "unsupported"
-Verdict = Literal["identical", "within noise", "WRONG", "failed", "unsupported"]
+Verdict = Literal["identical", "within noise", "WRONG", "failed", "not repeatable", "unsupported"]
 
 FULL, LORA, FROZEN_BASE = "full", "lora", "frozen-base"
 TUNED = (FULL, LORA, FROZEN_BASE)
@@ -76,7 +77,7 @@ class Checked:
         number: its place among those that were asked for.
         grad_rel_diff: L2 norm of the first step's gradients less those of `off`, relative to the norm of those.
         worst_param: the parameter with the largest part in it.
-        noise: the same difference between two runs of `off`.
+        noise: the same difference between two runs of `off`, the largest of those that were made.
         layers_expected, layers_recomputed: layers planned that a gradient passes back through, and those that really
             ran again in one step; None where they are compiled, and without a step.
         params_without_grad: trained parameters without a gradient that have one in `off`.
@@ -103,6 +104,11 @@ class Checked:
     def is_bad(self) -> bool:
         return self.verdict in (WRONG, FAILED)
 
+    @property
+    def is_shown(self) -> bool:
+        """Whether the gradients are shown to be those of `off`."""
+        return self.verdict in (IDENTICAL, WITHIN_NOISE)
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckRow:
@@ -125,6 +131,7 @@ class CheckRow:
     cause: str | None
     remedy: str | None
     link: str | None
+    model_changes: str | None = None
     model_notice: str | None = None
 
 
@@ -134,7 +141,7 @@ class Check:
 
     Attributes:
         scaled: what became smaller for it, in a sentence; None at full size.
-        num_params, num_layers: of the model that was trained.
+        num_params, num_layers: of the model that was trained; None where the check ended before it was known.
         steps_s: seconds spent in training steps, those of references included.
         wall_s: seconds from the first of them to the end.
         notices: in what the model differs from what its config says, and what was decided for the user, in sentences.
@@ -145,13 +152,15 @@ class Check:
     device: str
     versions: dict[str, str]
     scaled: str | None
-    num_params: int
-    num_layers: int
+    num_params: int | None
+    num_layers: int | None
     combinations: tuple[Combination, ...]
     results: tuple[Checked, ...] = ()
     steps_s: float = 0.0
     wall_s: float = 0.0
     notices: tuple[str, ...] = ()
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model."""
 
     @property
     def failures(self) -> tuple[Combination, ...]:
@@ -159,6 +168,16 @@ class Check:
         return tuple(
             self.combinations[r.number] for r in self.results if r.is_bad and self.combinations[r.number].counts
         )
+
+    @property
+    def open_questions(self) -> tuple[Combination, ...]:
+        """The combinations of which nothing can be shown, because `off` does not repeat itself."""
+        return tuple(self.combinations[r.number] for r in self.results if r.verdict == NOT_REPEATABLE)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no combination was really tried."""
+        return all(result.verdict == UNSUPPORTED for result in self.results)
 
 
 def rows(check: Check) -> tuple[CheckRow, ...]:
@@ -185,6 +204,7 @@ def rows(check: Check) -> tuple[CheckRow, ...]:
                 cause=result.cause,
                 remedy=result.remedy,
                 link=result.link,
+                model_changes=check.model_changes,
                 model_notice=" ".join(check.notices) or None,
             )
         )

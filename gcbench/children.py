@@ -10,14 +10,17 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from gcbench import child_entry
 from gcbench.codec import decode
+from gcbench.errors import UnavailableError
 from gcbench.records import Failure
 from gcbench.tasks import Answer, Refusal, Task
 from gcbench.units import format_seconds
@@ -37,6 +40,9 @@ class Children(Protocol):
         `on_event` gets what the child tells meanwhile: an `Event` or, while predicting, a `Predicted`.
         """
 
+    def halt(self) -> None:
+        """End the child that runs, and any that is yet to be started, at once; may be called from another thread."""
+
 
 class ForkedChildren:
     """Children forked from a server process that has imported torch and the model's module once.
@@ -49,17 +55,25 @@ class ForkedChildren:
         self._preload = ["gcbench.preloading", "gcbench.worker", *preload]
         self._process: ForkServerProcess | None = None
         self._exitcode: int | None = None
+        self._is_halted = False
 
     def __enter__(self) -> ForkedChildren:
         # Asked through CUDA's runtime, "is there a GPU" would bar every process forked afterwards from using it.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context.set_forkserver_preload(self._preload)
-        self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
+        try:
+            self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
+        except OSError as err:
+            raise UnavailableError(
+                f"no temporary folder can be made ({err.strerror}); set TMPDIR to a folder with room in it"
+            ) from None
         _start_server(self._folder / _SERVER_LOG)
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._kill()
+        if kind is not None and not issubclass(kind, Exception):
+            _kill_server()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
@@ -77,7 +91,7 @@ class ForkedChildren:
                 return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
             theirs.close()
             assert self._process is not None
-            in_time = self._follow(self._process, ours, on_event, timeout_s)
+            in_time = self._is_halted or self._follow(self._process, ours, on_event, timeout_s)
         finally:
             self._kill()
             ours.close()
@@ -88,6 +102,12 @@ class ForkedChildren:
             return Answer(failure=_timed_out(timeout_s or 0.0, log))
         by_kernel = _kernel_kills() > killed_before
         return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
+
+    def halt(self) -> None:
+        self._is_halted = True
+        process = self._process
+        if process is not None and process.pid is not None:
+            process.kill()
 
     def _start(self, args: tuple[object, ...]) -> None:
         """Start the child; raises one of `_ENDED` when the server ends instead.
@@ -157,6 +177,14 @@ def _start_server(log_path: Path) -> None:
             os.dup2(original, stream)
             os.close(original)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _kill_server() -> None:
+    """After an interruption: the server ends by itself, but only when it has imported all that it was to import."""
+    pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
+    if pid is not None:  # it is private; without it the server is there for a few seconds more
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _timed_out(timeout_s: float, log: str) -> Failure:

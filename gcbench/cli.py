@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__, flags
-from gcbench.errors import GcbenchError, Interrupted, UsageError
+from gcbench import __version__, flags, streams, usage
+from gcbench.errors import GcbenchError, Interrupted, ReaderGone, UsageError
+from gcbench.interruption import ignore_more, interruptible
 
 app = typer.Typer(
     name="gcbench",
@@ -98,6 +100,7 @@ def predict(
     device: flags.TargetDevice = None,
     device_memory: flags.DeviceMemory = None,
     device_file: flags.DeviceFile = None,
+    reserve: flags.Reserve = None,
     expandable_segments: flags.ExpandableSegments = False,
     layers: flags.Layers = None,
     set_: flags.Set = None,
@@ -125,6 +128,7 @@ def predict(
         given,
         device_memory=device_memory,
         device_file=device_file,
+        reserve=reserve,
         expandable_segments=expandable_segments,
         explain=explain,
         exact=exact,
@@ -160,6 +164,7 @@ def plan(
     emit: flags.Emit = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.Out = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -182,6 +187,7 @@ def plan(
         device_memory=device_memory,
         device_file=device_file,
         expandable_segments=expandable_segments,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -207,6 +213,7 @@ def check(
     trust_remote_code: flags.TrustRemoteCode = None,
     seed: flags.Seed = None,
     timeout: flags.Timeout = None,
+    config: flags.Config = None,
     out: flags.CheckOut = None,
     json: flags.Json = False,
     quiet: flags.Quiet = False,
@@ -229,6 +236,7 @@ def check(
         tuned=train,
         compiled=not no_compile,
         full_size=full_size,
+        config=config,
         out=out,
         as_json=json,
         quiet=quiet,
@@ -238,7 +246,9 @@ def check(
 
 @app.command()
 def compare(
-    a: Annotated[Path, typer.Argument(metavar="A", help="A run folder or report.json: the one before.")],
+    a: Annotated[
+        Path, typer.Argument(metavar="A", help="A run, prediction or plan folder, or its JSON: the one before.")
+    ],
     b: Annotated[Path, typer.Argument(metavar="B", help="The one after.")],
     fail_on: Annotated[
         list[str] | None,
@@ -249,7 +259,7 @@ def compare(
     force: Annotated[bool, typer.Option("--force", help="Compare across devices and precisions.")] = False,
     json: Json = False,
 ) -> None:
-    """Compare two runs cell by cell: better, worse, or no difference shown."""
+    """Compare two runs, predictions or plans cell by cell: better, worse, or no difference shown."""
     from gcbench import commands
 
     commands.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
@@ -257,14 +267,16 @@ def compare(
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder or report.json.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A folder of a run, prediction, plan or check, or its JSON.")
+    ],
     format: Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv, json or png.")] = "terminal",
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="File to write (for png: a folder); else standard output.")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a stored run again, in any format."""
+    """Show a stored run, prediction, plan or check again, in any format."""
     from gcbench import commands
 
     commands.report(folder, format="json" if json else format, out=out)
@@ -272,7 +284,10 @@ def report(
 
 @app.command()
 def models(json: Json = False) -> None:
-    """List the built-in architectures."""
+    """List the architectures that --model knows by a short name: parameters, Hub id.
+
+    They work offline. --model takes any other causal LM too: a Hub id, a folder or a config.json.
+    """
     from gcbench import commands
 
     commands.models(as_json=json)
@@ -291,7 +306,7 @@ def devices(
     device_file: flags.DeviceFile = None,
     json: Json = False,
 ) -> None:
-    """List the cards that predict knows: memory, capability, rates."""
+    """List the cards that predict and plan know by name: memory, capability, rates."""
     from gcbench import commands
 
     commands.devices(device_file, as_json=json)
@@ -309,26 +324,39 @@ def env(
 
 def main() -> NoReturn:
     """Run the command line; the one place where errors become sentences and exit codes."""
+    with streams.guarded(), interruptible():
+        code = _code(_parse_and_run)
+        # What was printed may still be on its way, and must not fail after the last word.
+        code = _code(lambda: sys.stdout.flush()) or code
+    sys.exit(code)
+
+
+def _code(work: Callable[[], int | None]) -> int:
+    """The exit code that `work` ends in; an error is told."""
     try:
-        sys.exit(_parse_and_run())
+        return work() or 0
     except GcbenchError as err:
-        _tell(err)
-        sys.exit(err.exit_code)
+        ended = err
     except KeyboardInterrupt:
-        _tell(Interrupted("interrupted"))
-        sys.exit(Interrupted.exit_code)
-    except BrokenPipeError:  # the reader of our output has gone (gcbench … | head)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
+        ended = Interrupted("interrupted")
+    if isinstance(ended, Interrupted):
+        ignore_more()
+    with suppress(ReaderGone):  # of standard error
+        if not isinstance(ended, ReaderGone):
+            streams.tell(ended)
+    return ended.exit_code
 
 
 def _parse_and_run() -> int:
     """The exit code of a command that ended by itself; raises UsageError for a wrong flag or command."""
+    streams.require_output()
     try:
         # Not standalone: then a wrong flag is told like every other mistake, and at once (Typer's own panel takes
         # as long to import as everything else here together).
         code = app(prog_name="gcbench", standalone_mode=False)
     except Exception as err:
+        if type(err).__name__ == "Abort":  # what some versions of Typer make of Ctrl-C
+            raise KeyboardInterrupt from None
         # Whichever click Typer uses, its own or the package, its errors have these two.
         if not (hasattr(err, "format_message") and hasattr(err, "exit_code")):
             raise
@@ -337,9 +365,23 @@ def _parse_and_run() -> int:
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        raise UsageError(f"{message[:1].lower()}{message[1:]}; see {command} --help") from None
+        meant = usage.hint(message, command.rpartition(" ")[2], _options())
+        if meant is not None:
+            message = message.partition(" (Possible options")[0]
+        told = [
+            f"{message[:1].lower()}{message[1:]};",
+            *([meant if meant.endswith("?") else f"{meant};"] if meant else []),
+        ]
+        raise UsageError(f"{' '.join(told)} see {command} --help") from None
+    if code == Interrupted.exit_code:  # what others make of it
+        raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
-def _tell(err: GcbenchError) -> None:
-    print(f"error: {err}" if "\n" not in str(err) else f"error:\n{err}", file=sys.stderr)
+def _options() -> dict[str, frozenset[str]]:
+    """Command -> its long and short options."""
+    commands = getattr(typer.main.get_command(app), "commands", {})
+    return {
+        name: frozenset(option for parameter in command.params for option in parameter.opts)
+        for name, command in commands.items()
+    }

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from gcbench import config as configs
-from gcbench import formats
+from gcbench import formats, screen, settings_file, spellings, streams
 from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.records import SCHEMA, Report
 from gcbench.report import write_text
+from gcbench.screen import Column, Table
+from gcbench.settings_file import FileSettings
 from gcbench.units import format_bytes, format_count
 
 
@@ -34,13 +36,10 @@ def run(
         if out is None:
             raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
         previous = reports.reopen(out)
-    wanted = configs.settings(
-        {
-            **(previous.settings if previous else {}),
-            **(configs.read_toml(config) if config else {}),
-            **{key: value for key, value in flags.items() if value is not None},
-        }
-    )
+    file = settings_file.read(config, "run")
+    raw = {**(previous.settings if previous else {}), **file.settings, **flags}
+    wanted = configs.settings(raw)
+    tell(file, raw, quiet=quiet)
     from gcbench import session  # only now: a wrong value is told before anything else is imported
 
     session.measure(
@@ -53,6 +52,7 @@ def predict(
     *,
     device_memory: str | None,
     device_file: Path | None,
+    reserve: str | None,
     expandable_segments: bool,
     explain: bool,
     exact: bool,
@@ -63,28 +63,46 @@ def predict(
     argv: Sequence[str],
 ) -> None:
     """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
+    from gcbench.headroom import parse_reserve
     from gcbench.targets import Wish
 
-    raw = {**(configs.read_toml(config) if config else {}), **flags}
+    file = settings_file.read(config, "predict")
+    raw = {**file.settings, **flags}
     # A card's name is no device of this machine; memory and segments are settings of a prediction alone.
     device = raw.pop("device", None)
-    stored_limit = raw.pop("memory_limit", None)
-    stored = raw.pop("device_memory", stored_limit)
-    memory = device_memory if device_memory is not None else stored
+    memory = memory_of_device(device_memory, file, raw.pop("memory_limit", None))
     if device is not None and not isinstance(device, str):
         raise UsageError(f"--device: {device!r} is not a name; write it as text")
     wanted = configs.settings(raw)
     wish = Wish(
-        device=device,
-        device_memory=configs.parse_memory("--device-memory", memory),
-        device_file=device_file,
-        expandable_segments=expandable_segments,
-        explain=explain,
-        exact=exact,
+        device=None if device is None else spellings.device(device),
+        device_memory=memory,
+        device_file=file.file("device_file", device_file),
+        expandable_segments=file.is_set("expandable_segments", expandable_segments),
+        explain=file.is_set("explain", explain),
+        exact=file.is_set("exact", exact),
+        reserve_frac=parse_reserve(file.text("reserve", reserve)),
     )
+    tell(file, raw, quiet=quiet)
     from gcbench import forecast  # only now: a wrong value is told before anything else is imported
 
     forecast.predict(wanted, wish, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet)
+
+
+def memory_of_device(given: str | None, file: FileSettings, limit: object) -> int | None:
+    """Bytes that a device has by --device-memory, or else by the file, where `memory_limit` means it as well."""
+    if given is not None:
+        return configs.parse_memory("--device-memory", given)
+    if "device_memory" in file.values:
+        return configs.parse_memory("--device-memory", file.values["device_memory"])
+    return configs.parse_memory("--memory-limit", limit)
+
+
+def tell(file: FileSettings, raw: Mapping[str, object], *, quiet: bool) -> None:
+    """Say on standard error what of a file was left out, and what of `raw` was taken in another sense."""
+    file.tell(quiet=quiet)
+    for sentence in () if quiet else configs.notices(raw):
+        print(sentence, file=sys.stderr)
 
 
 def check(
@@ -96,6 +114,7 @@ def check(
     tuned: str | None,
     compiled: bool,
     full_size: bool,
+    config: Path | None,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -104,7 +123,17 @@ def check(
     """Combinations, small real steps, verdicts: does checkpointing work for this model?"""
     from gcbench import checks
 
-    wanted = configs.settings({"batch_size": "2", "seq_len": "32", **flags})
+    file = settings_file.read(config, "check")
+    tried = {
+        "precision": precision if precision is not None else file.values.get("precision"),
+        "optim": optim if optim is not None else file.values.get("optim"),
+        "attn_implementation": (
+            attn_implementation if attn_implementation is not None else file.values.get("attn_implementation")
+        ),
+        "train": tuned if tuned is not None else file.values.get("train"),
+    }
+    others = {key: value for key, value in file.settings.items() if key not in tried}
+    wanted = configs.settings({"batch_size": "2", **others, **flags})
     for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
         if len(values) > 1:
             raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
@@ -113,11 +142,14 @@ def check(
             "--strategies off: it is what all others are compared with; name another, or leave the flag out"
         )
     choice = {
-        "precisions": configs.several("--precision", precision, configs.PRECISION_NAMES),
-        "optims": configs.several("--optim", optim, configs.optimizer_names()),
-        "attentions": configs.several("--attn-implementation", attn_implementation),
-        "tuned": configs.several("--train", tuned, checks.TUNED),
+        "precisions": configs.several("--precision", tried["precision"], configs.precision),
+        "optims": configs.several("--optim", tried["optim"], configs.optimizer),
+        "attentions": configs.several("--attn-implementation", tried["attn_implementation"], configs.attention),
+        "tuned": configs.several("--train", tried["train"], configs.one_of(checks.TUNED)),
     }
+    compiled = compiled and not file.is_set("no_compile", False)
+    full_size = file.is_set("full_size", full_size)
+    tell(file, {**others, **flags, **tried}, quiet=quiet)
     from gcbench import check_session  # only now: a wrong value is told before anything else is imported
 
     check_session.check(
@@ -127,7 +159,7 @@ def check(
             compiled=compiled,
             device=wanted.device,
             batch_size=wanted.batch_size[0],
-            seq_len=(wanted.seq_len or (32,))[0],
+            seq_len=wanted.seq_len[0] if wanted.seq_len else None,
             layers=wanted.layers,
             overrides=wanted.set,
             full_size=full_size,
@@ -144,8 +176,9 @@ def check(
 
 
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
-    """Match the cells of two runs and say what changed; raises ThresholdBroken when a --fail-on is."""
+    """Match two runs, predictions or plans and say what changed; raises ThresholdBroken when a --fail-on is."""
     from gcbench import compare as comparing
+    from gcbench import stored_commands
 
     mistakes: list[str] = []
     thresholds: dict[str, float] = {}
@@ -157,36 +190,43 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
             mistakes.append(f"--fail-on: {err}")
     if mistakes:
         raise UsageError.of(mistakes)
+    if stored_commands.are_plans(a, b):
+        stored_commands.compare_plans(a, b, thresholds, force=force, as_json=as_json)
+        return
     comparison = comparing.compare(reports.load(a), reports.load(b), force=force)
     if as_json:
         _print_rows(comparing.to_rows(comparison))
     else:
-        from rich.console import Console
-
-        out = Console()
-        for part in comparing.render(comparison):
-            out.print(part)
+        screen.show(comparing.render(comparison))
     broken = comparing.broken(comparison, thresholds)
     if broken:
         raise ThresholdBroken("; ".join(broken))
 
 
 def report(folder: Path, *, format: str, out: Path | None) -> None:
-    """Render a stored run."""
+    """Render a stored run, prediction, plan or check."""
     legal = (*formats.names(), "png")
     if format not in legal:
         raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
+    from gcbench import stored as kept
+    from gcbench import stored_commands
+    from gcbench.stored_commands import writable
+
+    kind = kept.kind_of(folder)
+    if kind != "run":
+        stored_commands.report(folder, kind, format=format, out=out)
+        return
     stored = reports.load(folder)
     if format == "png":
         from gcbench.plots import draw
 
         target = out or reports.report_path(folder).parent / "plots"
-        with _writable(target):
+        with writable(target):
             for path in draw(stored, target):
                 print(path)
         return
     if out is not None:
-        with _writable(out):
+        with writable(out):
             write_text(out, formats.get(format).render(stored))
         return
     if format == "terminal":
@@ -194,15 +234,11 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
 
         terminal.show(stored)
         return
-    print(formats.get(format).render(stored), end="")
-
-
-@contextmanager
-def _writable(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as err:
-        raise UsageError(f"--out {place} cannot be written ({err.strerror}); take another --out") from None
+    text = formats.get(format).render(stored)
+    if format == "json":
+        streams.print_json(text)
+    else:
+        print(text, end="")
 
 
 def models(*, as_json: bool) -> None:
@@ -213,22 +249,21 @@ def models(*, as_json: bool) -> None:
     if as_json:
         _print_rows([{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in known])
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("model", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    table.add_column("Hub id", overflow="fold")
-    for entry in known:
-        table.add_row(entry.name, format_count(entry.published_params), entry.hub_id)
-    console = Console()
-    console.print(table)
-    console.print(
-        f"\n{len(known)} built-in architectures work offline; any other Hub id, folder or config.json of a causal LM "
-        "works too.",
-        highlight=False,
+    columns = (
+        Column(header="model", cells=tuple(entry.name for entry in known), right=False),
+        Column(
+            header="parameters",
+            short_header="size",
+            shorten=2,
+            cells=tuple(format_count(entry.published_params) for entry in known),
+        ),
+        Column(header="Hub id", cells=tuple(entry.hub_id for entry in known), right=False, drop=1),
     )
+    summary = (
+        f"{len(known)} built-in architectures work offline; any other Hub id, folder or config.json of a causal LM "
+        "works too."
+    )
+    screen.show([Table(columns=columns, summary=summary)])
 
 
 def devices(device_file: Path | None, *, as_json: bool) -> None:
@@ -239,31 +274,22 @@ def devices(device_file: Path | None, *, as_json: bool) -> None:
     if as_json:
         _print_rows([{f.name: _as_json(getattr(card, f.name)) for f in fields(card)} for card in known])
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("device", no_wrap=True)
-    for header in ("memory", "capability", "bf16 TFLOP/s", "bandwidth"):
-        table.add_column(header, justify="right", no_wrap=True)
-    table.add_column("name", overflow="fold")
-    for card in known:
-        rate, speed = card.matmul_flops.get("bf16"), card.bandwidth_bytes_per_s
-        table.add_row(
-            card.name,
-            format_bytes(card.memory_bytes),
-            card.compute_capability or "–",
-            f"{rate / 1e12:.0f}" if rate else "–",
-            f"{speed / 1e12:.2f} TB/s" if speed else "–",
-            card.full_name or "–",
-        )
-    console = Console()
-    console.print(table)
-    console.print(
-        "\nMemory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
-        "Cards of your own: --device-file.",
-        highlight=False,
+    rates = [card.matmul_flops.get("bf16") for card in known]
+    speeds = [card.bandwidth_bytes_per_s for card in known]
+    unknown = screen.UNKNOWN
+    columns = (
+        Column(header="device", cells=tuple(card.name for card in known), right=False),
+        Column(header="memory", cells=tuple(format_bytes(card.memory_bytes) for card in known)),
+        Column(header="capability", cells=tuple(card.compute_capability or unknown for card in known), drop=2),
+        Column(header="bf16 TFLOP/s", cells=tuple(f"{r / 1e12:.0f}" if r else unknown for r in rates), drop=4),
+        Column(header="bandwidth", cells=tuple(f"{s / 1e12:.2f} TB/s" if s else unknown for s in speeds), drop=3),
+        Column(header="name", cells=tuple(card.full_name or unknown for card in known), right=False, drop=1),
     )
+    summary = (
+        "Memory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
+        "Cards of your own: --device-file."
+    )
+    screen.show([Table(columns=columns, summary=summary)])
 
 
 def _as_json(value: object) -> object:
@@ -281,14 +307,14 @@ def strategies(*, as_json: bool) -> None:
         _print_rows(listed)
         return
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
     from rich.text import Text
 
     console = Console()
     for row in listed:
         spec, *said = row.items()
         console.print(Text(spec[1], style="bold"))
-        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid = Grid.grid(padding=(0, 2, 0, 0))
         for name, text in said:
             grid.add_row(f"  {name}", text)
         console.print(grid)
@@ -323,4 +349,4 @@ def env(*, device: str, as_json: bool) -> None:
 
 
 def _print_rows(rows: Sequence[object]) -> None:
-    print(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1, ensure_ascii=False))
+    streams.print_json(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1, ensure_ascii=False) + "\n")

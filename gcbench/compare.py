@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
-from gcbench import stats, words
+from gcbench import changes, stats, words
 from gcbench.errors import UsageError
 from gcbench.formats.terminal import UNKNOWN, Column, Table
 from gcbench.records import Cell, Outcome, Report, Row
@@ -22,7 +22,10 @@ Verdict = Literal[
     "same",
     "better",
     "worse",
+    "above",
+    "below",
     "no difference shown",
+    "too few rounds",
     "only in A",
     "only in B",
     "newly failing",
@@ -30,11 +33,15 @@ Verdict = Literal[
     "both fail",
     "not measured",
 ]
-"""`same` is for memory that is equal to the byte; `not measured` where both runs passed without that figure."""
+"""`same` is for memory that is equal to the byte; `above` and `below` are for a prediction beside a measurement; `too
+few rounds` for times without an interval; `not measured` where both runs passed without that figure."""
 
 THRESHOLDS = ("memory", "time")
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
+_TOO_FEW_ROUNDS = (
+    f"times have too few rounds for an interval, so they are not judged; --rounds {stats.MIN_ROUNDS} in both gives one"
+)
 _ANY = ""
 """Stands in a key for what is not to count."""
 
@@ -82,11 +89,23 @@ class Change:
     time_change_low_frac: float | None
     time_change_high_frac: float | None
     lora_r: int | None = None
+    model_changes_a: str | None = None
+    model_changes_b: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The model, with what was changed about it."""
+        a, b = self.model_changes_a, self.model_changes_b
+        if a == b or self.status_b is None:
+            return changes.named(self.model, a)
+        if self.status_a is None:
+            return changes.named(self.model, b)
+        return f"{self.model} (A with {a or 'no changes'}; B with {b or 'no changes'})"
 
     @property
     def cell(self) -> str:
         """The cell's workload, in words."""
-        parts = [self.model, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
+        parts = [self.name, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
         parts += [words.lora(self.lora_r) if self.lora_r is not None else None, self.attn_implementation, self.device]
         return " · ".join(part for part in parts if part is not None)
 
@@ -123,18 +142,15 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
             f"the runs cannot be compared: {'; '.join(clashes.values())}; "
             f"measure again under the same conditions, or add {FORCE} to compare all the same"
         )
-    cells_a, cells_b = _cells(a, clashes), _cells(b, clashes)
+    ignored = {*clashes, *(["device"] if a.source != b.source else [])}
+    cells_a, cells_b = _cells(a, ignored), _cells(b, ignored)
     if not cells_a.keys() & cells_b.keys():
         raise UsageError(f"the runs have no cell in common: A has {_extent(a)}; B has {_extent(b)}")
     keys = dict.fromkeys((*cells_a, *cells_b))
-    return Comparison(
-        changes=tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys),
-        notices=(
-            *(f"compared despite {clash}" for clash in clashes.values()),
-            *_differences(a, b),
-            *_about_models(a, b),
-        ),
-    )
+    changes = tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys)
+    too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
+    despite = (f"compared despite {clash}" for clash in clashes.values())
+    return Comparison(changes=changes, notices=(*despite, *too_few, *_differences(a, b), *_about_models(a, b)))
 
 
 def parse_threshold(text: str) -> tuple[str, float]:
@@ -172,7 +188,7 @@ def broken(comparison: Comparison, thresholds: Mapping[str, float]) -> list[str]
 def _growth(change: Change, name: str) -> tuple[float | None, str]:
     """By how much B is worse in memory or time, and that in words; None where it is not shown to be worse."""
     a, b = change.peak_allocated_a_bytes, change.peak_allocated_b_bytes
-    if name == "memory" and change.memory_verdict == "worse" and a is not None and b is not None:
+    if name == "memory" and change.memory_verdict in ("worse", "above") and a is not None and b is not None:
         percent = _percent(change.memory_change_frac)
         return change.memory_change_frac, f"peak memory grew by {format_bytes(b - a)} ({percent})"
     if name == "time" and change.time_verdict == "worse":
@@ -217,7 +233,7 @@ def _table(title: str, group: Sequence[Change]) -> Table:
             Column(header="step A", cells=tuple(format_seconds(c.step_time_a_s) for c in group), drop=1),
             Column(header="step B", cells=tuple(format_seconds(c.step_time_b_s) for c in group), drop=1),
             Column(
-                header="Δ time (95 %)",
+                header="Δ time (95 %)" if any(c.time_change_low_frac is not None for c in group) else "Δ time",
                 cells=tuple(times(c) for c in group),
                 short_header="Δ time",
                 short=tuple(_percent(c.time_change_frac) for c in group),
@@ -230,7 +246,10 @@ def _table(title: str, group: Sequence[Change]) -> Table:
 
 
 def _memory(change: Change) -> str:
-    return "same" if change.memory_verdict == "same" else _percent(change.memory_change_frac)
+    frac = change.memory_change_frac
+    if change.memory_verdict in ("above", "below") and frac is not None:
+        return f"{100 * frac:+.3f} %".replace("-", "−")  # a prediction is told by what is wrong with it
+    return "same" if change.memory_verdict == "same" else _percent(frac)
 
 
 def _percent(frac: float | None) -> str:
@@ -245,15 +264,17 @@ def _cells(report: Report, ignored: Collection[str]) -> dict[Cell, _Side]:
     """What a run has come to, under cells stripped of all that does not make two cells different."""
     cells = {}
     for row, outcome in zip(rows(report), report.outcomes, strict=True):
-        if outcome.rounds or outcome.failure:
+        if outcome.rounds or outcome.failure or outcome.prediction:
             w = outcome.cell.workload
             w = replace(w, device=_ANY if "device" in ignored else words.device_type(w.device))
             w = replace(w, precision=_ANY) if "precision" in ignored else w
+            w = replace(w, model_changes=None)  # what is changed may change nothing about the step
             cells[replace(outcome.cell, workload=w)] = _Side(row=row, outcome=outcome)
     return cells
 
 
 def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
+    a, b = _as_far_as_known(a, b), _as_far_as_known(b, a)
     state = _state(a, b)
     peak_a, peak_b = (side.row.peak_allocated_bytes if side else None for side in (a, b))
     paid = stats.change(a.outcome.rounds, b.outcome.rounds) if a and b and state is None else None
@@ -268,7 +289,8 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         attn_implementation=cell.workload.attn_implementation,
         status_a=a.status if a else None,
         status_b=b.status if b else None,
-        memory_verdict=state or _memory_verdict(peak_a, peak_b),
+        memory_verdict=state
+        or _memory_verdict(peak_a, peak_b, is_mixed=bool(a and b and a.row.source != b.row.source)),
         time_verdict=state or _time_verdict(paid),
         peak_allocated_a_bytes=peak_a,
         peak_allocated_b_bytes=peak_b,
@@ -279,7 +301,18 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         time_change_low_frac=paid.low if paid else None,
         time_change_high_frac=paid.high if paid else None,
         lora_r=cell.workload.lora_r,
+        model_changes_a=a.row.model_changes if a else None,
+        model_changes_b=b.row.model_changes if b else None,
     )
+
+
+def _as_far_as_known(side: _Side | None, other: _Side | None) -> _Side | None:
+    """A side; beside a measurement, a prediction that does not fit has a peak to compare all the same."""
+    if side is None or other is None or side.row.source == other.row.source or side.row.source != "predicted":
+        return side
+    if other.status == "ok" and side.row.status == "oom" and side.row.peak_allocated_bytes is not None:
+        return replace(side, row=replace(side.row, status="ok"))
+    return side
 
 
 def _state(a: _Side | None, b: _Side | None) -> Verdict | None:
@@ -295,16 +328,20 @@ def _state(a: _Side | None, b: _Side | None) -> Verdict | None:
     return states.get(passed)
 
 
-def _memory_verdict(a: int | None, b: int | None) -> Verdict:
+def _memory_verdict(a: int | None, b: int | None, *, is_mixed: bool) -> Verdict:
     if a is None or b is None:
         return "not measured"
+    if is_mixed and a != b:
+        return "above" if b > a else "below"
     return "same" if a == b else "worse" if b > a else "better"
 
 
 def _time_verdict(paid: stats.Estimate | None) -> Verdict:
     if paid is None:
         return "not measured"
-    if paid.interval is None or paid.interval[0] <= 0 <= paid.interval[1]:
+    if paid.interval is None:
+        return "too few rounds"
+    if paid.interval[0] <= 0 <= paid.interval[1]:
         return "no difference shown"
     return "worse" if paid.centre > 0 else "better"
 
@@ -316,6 +353,8 @@ def _clashes(a: Report, b: Report) -> dict[str, str]:
         ", ".join(dict.fromkeys(outcome.cell.workload.precision for outcome in report.outcomes)) for report in (a, b)
     ]
     pairs = {"device": devices, "precision": precisions}
+    if a.source != b.source and a.machine.device_name == b.machine.device_name:
+        del pairs["device"]  # a card has its name in a prediction, and its number in a run
     if a.model.model == b.model.model:  # the same name, changed by --layers or --set
         pairs["number of parameters"] = [f"{report.model.num_params:,}" for report in (a, b)]
     return {name: _differ(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1] and all(pair)}
@@ -329,6 +368,8 @@ def _differences(a: Report, b: Report) -> list[str]:
         _differ(name, facts_a.get(name, UNKNOWN), facts_b.get(name, UNKNOWN))
         for name in names
         if facts_a.get(name) != facts_b.get(name)
+        # A prediction and a measurement have settings of their own.
+        and (a.source == b.source or (name in facts_a and name in facts_b))
     ]
 
 
@@ -358,7 +399,7 @@ def _extent(report: Report) -> str:
     """The cells of a run in words, for a message."""
     strategies: dict[str, list[str]] = {}
     for outcome in report.outcomes:
-        if outcome.rounds or outcome.failure:
+        if outcome.rounds or outcome.failure or outcome.prediction:
             strategies.setdefault(words.title(outcome.cell.workload), []).append(outcome.cell.strategy)
     shown = [f"{title} ({', '.join(names)})" for title, names in strategies.items()]
     more = f" and {len(shown) - 2} more workloads" if len(shown) > 2 else ""

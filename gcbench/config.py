@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
-from gcbench import optimizers, strategies
-from gcbench.errors import UnavailableError, UsageError
+from gcbench import cards, optimizers, spellings, strategies, units
+from gcbench.errors import UsageError
 from gcbench.records import ALL_LINEAR, Json, Lora
-from gcbench.units import parse_bytes
 
 PRECISION_NAMES = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 DEFAULT_STRATEGIES = ("off", "per-layer", "every:2", "every:4")
@@ -103,17 +102,14 @@ def settings(given: Mapping[str, object]) -> Settings:
     return Settings(**values)
 
 
-def read_toml(path: Path) -> dict[str, object]:
-    """The raw settings in a TOML file, under their canonical names; raises UsageError when it cannot be read."""
-    try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UsageError(f"--config: there is no {path}; give a TOML file") from None
-    except (OSError, UnicodeDecodeError) as err:
-        raise UsageError(f"--config: {path} cannot be read ({err}); check the path and its permissions") from None
-    except tomllib.TOMLDecodeError as err:
-        raise UsageError(f"--config: {path} is not valid TOML ({err}); mend that line") from None
-    return {canonical(key): value for key, value in raw.items()}
+def notices(given: Mapping[str, object]) -> tuple[str, ...]:
+    """What of these raw settings was taken in another sense than it may have been meant, in sentences."""
+
+    def texts(key: str) -> list[str]:
+        raw = given.get(key)
+        return [] if raw is None else [str(item) for item in _listed(raw)]
+
+    return spellings.notices(texts("precision"), texts("seq_len"))
 
 
 def canonical(key: str) -> str:
@@ -135,21 +131,15 @@ def parse_memory(flag: str, raw: object) -> int | None:
     if raw is None:
         return None
     try:
-        return _bytes(raw)
+        return units.parse_memory(raw)
     except ValueError as err:
         raise UsageError(f"{flag}: {err}") from None
 
 
-def optimizer_names() -> tuple[str, ...]:
-    """Those that --optim takes."""
-    return tuple(optimizers.names())
-
-
-def several(flag: str, raw: str | None, legal: tuple[str, ...] | None = None) -> tuple[str, ...] | None:
-    """The names in `a,b`, each one of `legal` where that is given; None where nothing is given; raises UsageError."""
+def several(flag: str, raw: object, parse: Callable[[object], str]) -> tuple[str, ...] | None:
+    """The names in `a,b`, each as `parse` has it; None where nothing is given; raises UsageError."""
     if raw is None:
         return None
-    parse = _text if legal is None else _one_of(legal)
     try:
         return tuple(dict.fromkeys(parse(item) for item in _listed(raw)))
     except ValueError as err:
@@ -176,7 +166,7 @@ def _listed(raw: object) -> list[object]:
     if isinstance(raw, (list, tuple)):
         items: list[object] = list(raw)
     elif isinstance(raw, str):
-        items = [part.strip() for part in raw.split(",")]
+        items = [part.strip() for part in raw.removesuffix(",").split(",")]
     else:
         items = [raw]
     if not items or any(item == "" for item in items):
@@ -185,8 +175,8 @@ def _listed(raw: object) -> list[object]:
 
 
 def _whole(raw: object, *, at_least: int, at_most: int | None = None) -> int:
-    text = str(raw).strip()
-    if isinstance(raw, (bool, float)) or not text.removeprefix("-").isdecimal():
+    text = spellings.count(str(raw))
+    if isinstance(raw, bool) or not text.removeprefix("-").isdecimal():
         raise ValueError(f"{raw!r} is not a whole number; write one of {at_least} or more")
     number = int(text)
     if number < at_least:
@@ -200,9 +190,13 @@ def _count(at_least: int, at_most: int | None = None) -> Callable[[object], int]
     return lambda raw: _whole(raw, at_least=at_least, at_most=at_most)
 
 
-def _counts(at_least: int, at_most: int) -> Callable[[object], tuple[int, ...]]:
+def _counts(at_least: int, at_most: int, *, spelled: Callable[[str], str]) -> Callable[[object], tuple[int, ...]]:
     def parse(raw: object) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(_whole(item, at_least=at_least, at_most=at_most) for item in _listed(raw)))
+        if isinstance(raw, str) and re.fullmatch(r"\d{1,3}(?:,\d{3})+", raw.strip()) and re.search(r",0", raw):
+            raise ValueError(f"{raw!r} reads as a list; did you mean {raw.strip().replace(',', '')}?")
+        apart = re.sub(r"(?<=[\dkK])\s+(?=\d)", ",", raw) if isinstance(raw, str) else raw
+        items = [spelled(item) if isinstance(item, str) else item for item in _listed(apart)]
+        return tuple(dict.fromkeys(_whole(item, at_least=at_least, at_most=at_most) for item in items))
 
     return parse
 
@@ -213,17 +207,41 @@ def _text(raw: object) -> str:
     return raw.strip()
 
 
-def _one_of(legal: tuple[str, ...]) -> Callable[[object], str]:
-    def parse(raw: object) -> str:
-        by_plain = {name.replace("_", "-"): name for name in legal}
-        found = by_plain.get(_text(raw).lower().replace("_", "-"))
-        if found is None:
-            near = difflib.get_close_matches(str(raw), legal, n=1)
-            hint = f"did you mean {near[0]}? " if near else ""
-            raise ValueError(f"{raw!r} is unknown; {hint}legal are {', '.join(legal)}")
-        return found
+def _one_of(legal: tuple[str, ...], raw: object) -> str:
+    by_plain = {name.replace("_", "-"): name for name in legal}
+    found = by_plain.get(re.sub(r"[_ ]", "-", _text(raw).lower()))
+    if found is None:
+        close = difflib.get_close_matches(str(raw).lower(), legal, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"{raw!r} is unknown; {hint}legal are {', '.join(legal)}")
+    return found
 
-    return parse
+
+def precision(raw: object) -> str:
+    """One of `PRECISION_NAMES`, in any tool's spelling; raises ValueError."""
+    if isinstance(raw, (int, str)) and not isinstance(raw, bool):  # 16 is a word of Lightning's
+        raw = spellings.precision(str(raw))
+    return _one_of(PRECISION_NAMES, raw)
+
+
+def optimizer(raw: object) -> str:
+    """An optimizer that --optim takes, in any tool's spelling; raises ValueError."""
+    return _one_of(optimizers.names(), spellings.optimizer(raw, optimizers.names()) if isinstance(raw, str) else raw)
+
+
+def attention(raw: object) -> str:
+    """An attention implementation, in transformers' spelling; raises ValueError."""
+    return spellings.attention(_text(raw))
+
+
+def _attention_or_own(raw: object) -> str | None:
+    """None for the model's own choice, as its name is in a check and in other tools."""
+    return None if _text(raw).lower() in ("default", "auto", "none") else attention(raw)
+
+
+def one_of(legal: tuple[str, ...]) -> Callable[[object], str]:
+    """The parser of a name among `legal`."""
+    return lambda raw: _one_of(legal, raw)
 
 
 def _strategies(raw: object) -> tuple[str, ...]:
@@ -231,7 +249,8 @@ def _strategies(raw: object) -> tuple[str, ...]:
     mistakes: list[str] = []
     for item in _listed(raw):
         try:
-            specs[strategies.parse(str(item)).spec] = None
+            named = spellings.strategy(item) if isinstance(item, str) else str(item)
+            specs[strategies.parse(named).spec] = None
         except ValueError as err:
             mistakes.append(str(err))
     if mistakes:
@@ -249,20 +268,21 @@ def _modules(raw: object) -> tuple[str, ...]:
 
 
 def _device(raw: object) -> str:
-    name = _text(raw).lower()
+    name = spellings.device(_text(raw)).lower()
     kind, colon, index = name.partition(":")
     if name in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal()):
         return name
-    from gcbench import cards  # what no legal name needs
-
-    try:
-        card = cards.find(name).name
-    except UnavailableError:
-        raise ValueError(f"{raw!r} is unknown; legal are auto, cpu, cuda and cuda:N") from None
-    raise ValueError(
-        f"{raw!r} is a card to predict for, and this command runs on this machine; gcbench predict --device {card} and "
-        f"gcbench plan --device {card} tell what that card would do, and legal here are auto, cpu, cuda and cuda:N"
-    )
+    legal = "legal are auto, cpu, cuda and cuda:N"
+    other = spellings.no_cuda_device(name)
+    if other is not None:
+        raise ValueError(f"{raw!r} is {other}, on which nothing can be measured yet; {legal}")
+    card = cards.known(name)
+    if card is not None:
+        raise ValueError(
+            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}, and "
+            f"gcbench predict --device {card.name} predicts for the card"
+        )
+    raise ValueError(f"{raw!r} is unknown; {legal}")
 
 
 def _yes_no(raw: object) -> bool:
@@ -272,9 +292,9 @@ def _yes_no(raw: object) -> bool:
 
 
 def _bytes(raw: object) -> int:
-    count = raw if isinstance(raw, int) and not isinstance(raw, bool) else parse_bytes(_text(raw))
-    if count <= 0:
-        raise ValueError(f"{raw!r} leaves no memory at all; write it like 8GiB")
+    count = units.parse_memory(raw)
+    if count < units.LEAST_BARE_BYTES:
+        raise ValueError(f"{raw!r} is less than any device has; write it like 8GiB")
     return count
 
 
@@ -316,12 +336,12 @@ def _literal(text: str) -> Json:
 
 _PARSERS: dict[str, Callable[[object], object]] = {
     "model": _text,
-    "batch_size": _counts(1, MAX_BATCH_SIZE),
-    "seq_len": _counts(2, MAX_SEQ_LEN),
+    "batch_size": _counts(1, MAX_BATCH_SIZE, spelled=spellings.count),
+    "seq_len": _counts(2, MAX_SEQ_LEN, spelled=spellings.tokens),
     "strategies": _strategies,
-    "precision": _one_of(PRECISION_NAMES),
-    "optim": _one_of(optimizers.names()),
-    "attn_implementation": _text,
+    "precision": precision,
+    "optim": optimizer,
+    "attn_implementation": _attention_or_own,
     "device": _device,
     "warmup": _count(1, 1000),
     "steps": _count(1, 100_000),

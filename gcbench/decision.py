@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from gcbench.peaks import Phase
+from gcbench.prediction import Addition, Fallback
 from gcbench.strategies import OFF, Plan
-from gcbench.units import format_bytes
+from gcbench.units import counted, format_bytes
 
 FOUND = "plan"
 """The strategy of a candidate whose plan was found, not named."""
@@ -30,6 +31,10 @@ class Candidate:
         step_time_s: an estimate, or the median of measurements; `low` and `high` are the ends of its 95 % interval.
         source: `predicted` from a trace of this very step, `estimated` where the memory too is put together from
             others, `measured`.
+        is_lower_bound: whether the step takes more than `peak_bytes`: what its tensors and the process besides take is
+            too much already.
+        frac_low, frac_high: the 95 % interval of its tokens per second over those of the choice, both measured; None
+            where there is none.
     """
 
     strategy: str
@@ -44,6 +49,14 @@ class Candidate:
     source: Literal["predicted", "estimated", "measured"] = "predicted"
     tokens_per_s_low: float | None = None
     tokens_per_s_high: float | None = None
+    is_lower_bound: bool = False
+    frac_low: float | None = None
+    frac_high: float | None = None
+
+    @property
+    def peak_text(self) -> str:
+        """`16.99 GiB`; `≥ 41.20 GiB` where no more was looked at than that it is too large."""
+        return f"{'≥ ' if self.is_lower_bound else ''}{format_bytes(self.peak_bytes)}"
 
     @property
     def rank(self) -> tuple[int, int, int]:
@@ -85,6 +98,8 @@ class Told:
     of: Candidate
     peak_words: str
     gains: tuple[Gain, ...]
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,9 +118,12 @@ class Decision:
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
+        additions: what a real run may add to the choice (to the smallest where nothing fits).
+        fallback: what of its peak PyTorch code makes in place of fused kernels.
         told: of those that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
+        outside_bytes: what of a candidate's predicted peak lies outside the allocator; 0 on a CPU.
     """
 
     limit_bytes: int | None
@@ -120,24 +138,61 @@ class Decision:
     peak_words: str | None = None
     binding: str | None = None
     told: tuple[Told, ...] = ()
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
     times_from: str
     notices: tuple[str, ...] = ()
+    outside_bytes: int = 0
 
 
-def why_not_faster(
-    candidates: Sequence[Candidate], choice: Candidate, *, needs: Callable[[Candidate], int] | None = None
-) -> str:
-    """What keeps the choice from being faster: memory or not; `needs` tells the bytes that a candidate takes."""
+def described(candidate: Candidate) -> str:
+    """A strategy in words: its name, or what a found plan does."""
+    plan = candidate.plan
+    if candidate.strategy != FOUND:
+        return candidate.strategy
+    kinds = dict.fromkeys(plan.policies)
+    parts = []
+    for policy in kinds:
+        count, kept = plan.policies.count(policy), len(policy.keep)
+        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
+        parts.append(
+            f"{count} {verb} {counted(kept, 'output')} inside" if kept else f"{count} {verb} {own} input alone"
+        )
+    whole = plan.num_layers - plan.layers_checkpointed
+    if whole:
+        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
+    return f"a found plan: of {counted(plan.num_layers, 'layer')} {', '.join(parts)}"
+
+
+def nearest_faster(candidates: Sequence[Candidate], choice: Candidate) -> Candidate | None:
+    """Of `off` at batch sizes at which it is faster than the choice, the one that needs least; None where none is."""
     off = [candidate for candidate in candidates if candidate.strategy == OFF]
     faster = [each for each in off if each.tokens_per_s > (1 + AS_FAST_FRAC) * choice.tokens_per_s]
-    if not faster:
+    return min(faster, key=lambda each: each.peak_bytes, default=None)
+
+
+def why_not_faster(candidates: Sequence[Candidate], choice: Candidate) -> str:
+    """What keeps the choice from being faster: memory or not."""
+    nearest = nearest_faster(candidates, choice)
+    if nearest is None:
         return f"Memory does not bind: with nothing recomputed, no batch is more than {100 * AS_FAST_FRAC:g} % faster."
-    nearest = min(faster, key=lambda each: each.peak_bytes)
     more = nearest.tokens_per_s / choice.tokens_per_s - 1
-    needed = nearest.peak_bytes if needs is None else needs(nearest)
     return (
         f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
-        f"{format_bytes(needed)}."
+        f"{nearest.peak_text}."
+    )
+
+
+def best_of_each(candidates: Sequence[Candidate], choice: Candidate | None) -> list[Candidate]:
+    """The choice, and of each other strategy the fastest that fits, else the smallest; measured ones first."""
+    best: dict[str, Candidate] = {} if choice is None else {choice.strategy: choice}
+    for candidate in ranked(candidates):
+        known = best.get(candidate.strategy)
+        if known is None or (not known.fits and candidate.peak_bytes < known.peak_bytes):
+            best[candidate.strategy] = candidate
+    return sorted(
+        best.values(),
+        key=lambda each: (each != choice, not each.fits, each.source != "measured", -each.tokens_per_s),
     )
 
 

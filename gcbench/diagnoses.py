@@ -28,6 +28,7 @@ class Observation:
         buffers_differ: whether buffers were others than after the same steps of `off`.
         memory_budget: torch.compile's activation_memory_budget; None when it was not set.
         training: whether the model was in training mode.
+        draws_outside_torch: whether the forward pass draws from Python's or NumPy's generator.
         frozen_base: whether parameters of the model, the embedding among them, are not trained.
         steps_in_backward: whether the optimizer updates a parameter as soon as it has its gradient.
         sharded: whether FSDP holds the parameters.
@@ -54,6 +55,7 @@ class Observation:
     use_cache: bool = False
     preserve_rng_state: bool = True
     has_dropout: bool = False
+    draws_outside_torch: bool = False
     is_moe: bool = False
     frozen_base: bool = False
     quantised: bool = False
@@ -205,13 +207,14 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
         seen.warned_of("the use_reentrant parameter should be passed explicitly")
         and (seen.lost_gradients or (seen.error_text is None and not seen.is_wrong))
     ),
+    "own-way-reentrant": lambda seen: seen.strategy == "own" and seen.lost_gradients,
     "quantised-base-unprepared": lambda seen: seen.quantised and seen.lost_gradients,
     "last-layer-without-gradient": lambda seen: seen.reentrant and seen.frozen_base and _only_in_last_layer(seen),
     "reentrant-frozen-base": lambda seen: seen.reentrant and seen.frozen_base and seen.lost_gradients,
     "reentrant-shared-state": lambda seen: (
         seen.reentrant
         and seen.is_silent
-        and not (seen.has_dropout or seen.steps_in_backward or "layerwise" in seen.optim)
+        and not (seen.has_dropout or seen.draws_outside_torch or seen.steps_in_backward or "layerwise" in seen.optim)
     ),
     "reentrant-keyword-inputs": lambda seen: seen.reentrant and not seen.frozen_base and seen.lost_gradients,
     "memory-budget-dropout": lambda seen: (

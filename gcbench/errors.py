@@ -1,12 +1,14 @@
 """What can go wrong in a way the user can mend, each with its exit code.
 
 GcbenchError
-├── ThresholdBroken     1   a cell crashed or timed out, or a --fail-on threshold was broken
+├── ThresholdBroken     1   a cell crashed, nothing fits, a --fail-on threshold was broken, or a check is bad
 ├── UsageError          2   wrong flags, config file or output folder
+├── OutputError         2   standard output that cannot be written
 ├── UnavailableError    3   a model or device that cannot be had
 │   └── MissingLibrary  3   a package that the model's code needs is not installed
 ├── ResultsError        4   stored results that cannot be read
-└── Interrupted       130   Ctrl-C; what was measured is kept
+├── Interrupted       130   Ctrl-C; what was measured is kept
+└── ReaderGone        141   the reader of standard output has gone; nothing is said
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ class GcbenchError(Exception):
 
 
 class ThresholdBroken(GcbenchError):
-    """`compare --fail-on` found something worse."""
+    """Nothing fits, `compare --fail-on` found something worse, or a `check` is wrong or shows nothing."""
 
     exit_code = 1
 
@@ -33,6 +35,12 @@ class UsageError(GcbenchError):
     def of(cls, mistakes: list[str]) -> UsageError:
         """All mistakes found at the edge, as one error."""
         return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
+
+
+class OutputError(GcbenchError):
+    """Standard output that is closed, or on a disk that is full."""
+
+    exit_code = 2
 
 
 class UnavailableError(GcbenchError):
@@ -55,6 +63,12 @@ class Interrupted(GcbenchError):
     """Ctrl-C or SIGTERM."""
 
     exit_code = 130
+
+
+class ReaderGone(GcbenchError):
+    """The reader of our output has gone (`gcbench … | head`); ends as the signal for it would have ended us."""
+
+    exit_code = 141
 
 
 def first_sentence(err: BaseException) -> str:

@@ -177,7 +177,7 @@ Reserve = Annotated[
     typer.Option(
         "--reserve",
         metavar="5%",
-        rich_help_panel=DECISION,
+        rich_help_panel=WORKLOAD,
         help="Part of the memory that is held back (5% on a card, none on a CPU).",
     ),
 ]
@@ -199,7 +199,10 @@ MeasureFlag = Annotated[
 FromRun = Annotated[
     Path | None,
     typer.Option(
-        "--from", metavar="RUN", rich_help_panel=DECISION, help="Decide from a stored run in place of predicting."
+        "--from",
+        metavar="DIR",
+        rich_help_panel=DECISION,
+        help="Decide from a stored run in place of predicting, or take a stored plan.",
     ),
 ]
 PlanStrategies = Annotated[
@@ -247,7 +250,11 @@ CheckBatchSize = Annotated[
 CheckSeqLen = Annotated[
     str | None,
     typer.Option(
-        "--seq-len", "--sequence-length", metavar="N", rich_help_panel=WORKLOAD, help="Tokens in a sequence (32)."
+        "--seq-len",
+        "--sequence-length",
+        metavar="N",
+        rich_help_panel=WORKLOAD,
+        help="Tokens in a sequence (32, or all positions).",
     ),
 ]
 CheckOut = Annotated[
@@ -267,7 +274,10 @@ FullSize = Annotated[
 Config = Annotated[
     Path | None,
     typer.Option(
-        "--config", metavar="FILE.toml", rich_help_panel=RUN, help="The same settings from a file; flags win."
+        "--config",
+        metavar="FILE.toml",
+        rich_help_panel=RUN,
+        help="Settings from a file, keys as the options here; flags win, and keys of other commands are left out.",
     ),
 ]
 Out = Annotated[

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import formats, preflight, runner, sources
+from gcbench import counting, flash, formats, headroom, predicted, preflight, runner, sources, streams
 from gcbench.children import Children, ForkedChildren
-from gcbench.config import Settings
-from gcbench.errors import GcbenchError
+from gcbench.config import DEFAULT_STRATEGIES, Settings
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.interruption import ignore_more
 from gcbench.records import Failure, Machine, Outcome, Report
 from gcbench.report import write_text
 from gcbench.resolve import Job, resolve
@@ -26,6 +29,8 @@ from gcbench.targets import CPU, Wish, target_of
 from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
 from gcbench.units import counted, format_bytes
 
+OnCell = Callable[[Report, int, int], object]
+
 _MOST_CHILDREN = 4
 _OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
 
@@ -34,49 +39,56 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
     """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
     source = preflight.model_of(wanted)
-    store = Store.create(out) if out is not None else None
     err = Console(stderr=True)
     with ExitStack() as stack:
-        children = [stack.enter_context(ForkedChildren()) for _ in range(num_children())]
+        store = stack.enter_context(Store.create(out)) if out is not None else None
+        done = 0
         try:
-            with err.status("predicting") if err.is_terminal and not quiet else _Nothing() as status:
-                report = forecast(
-                    wanted,
-                    wish,
-                    early,
-                    source=source,
-                    children=children,
-                    command=command,
-                    on_cell=lambda done, all_of_them: (
-                        status.update(f"predicting: {done} of {all_of_them} cells") if status is not None else None
-                    ),
-                )
-        except GcbenchError:
+            with (
+                ExitStack() as running,
+                counting.choose(err, verb="predicting", noun="cells", quiet=quiet) as counter,
+            ):
+                children = [running.enter_context(ForkedChildren()) for _ in range(num_children())]
+
+                def keep(so_far: Report, answered: int, waiting: int) -> None:
+                    nonlocal done
+                    done = answered
+                    counter.count(answered, waiting)
+                    if store is not None and answered:
+                        store.save(so_far)
+
+                report = forecast(wanted, wish, early, source=source, children=children, command=command, on_cell=keep)
             if store is not None:
-                store.discard_if_empty()
-            raise
-    if store is not None:
-        _publish(report, store)
-    _show(report, store, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+                _publish(report, store)
+            _show(report, store, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted(_kept(store, done)) from None
     broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
     if broken:
         raise GcbenchError(
             f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed or timed out; the table says why"
         )
+    nothing = predicted.nothing_fits(report)
+    if nothing is not None:
+        raise ThresholdBroken(nothing)
+
+
+def _kept(store: Store | None, done: int) -> str:
+    """After an interruption: what there is."""
+    if not done:
+        return "interrupted before anything was predicted"
+    cells = f"{done} {'cell was' if done == 1 else 'cells were'} predicted"
+    if store is None:
+        return f"interrupted; {cells}, and kept nowhere, as there was no --out"
+    folder = shlex.quote(str(store.folder))
+    return f"interrupted; {cells} and kept in {store.folder}; show them with: gcbench report {folder}"
 
 
 def num_children() -> int:
     """A prediction keeps one core busy, and holds less than 1 GiB."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(cores, _MOST_CHILDREN)
-
-
-class _Nothing:
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, *exc: object) -> None:
-        return None
 
 
 def forecast(
@@ -87,19 +99,37 @@ def forecast(
     source: sources.ModelSource,
     children: Sequence[Children],
     command: str,
-    on_cell: Callable[[int, int], object] = lambda done, all_of_them: None,
+    on_cell: OnCell = lambda so_far, answered, waiting: None,
 ) -> Report:
-    """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`."""
+    """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`.
+
+    `on_cell` is called before the first cell and after each, never twice at a time, with the report so far, how many
+    cells are answered and how many there are.
+    """
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
-    machine, facts = runner.describe(replace(wanted, device=here), source, children[0])
-    target = target or target_of(wish, machine)
+    _check_attention(wanted, target)
+    machine, facts = runner.describe(replace(wanted, device=here), source, children[0], target=target)
+    if target is None:
+        target = target_of(wish, machine)
+        _check_attention(wanted, target)
     assert target is not None
     job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
+    if flash.is_stood_in(wanted.attn_implementation, target):
+        job = replace(job, notices=(*job.notices, flash.NOTICE))
     report = runner.begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
     report = replace(report, source="predicted", settings=settings | wish.as_json())
     return _answered(report, job, wish, target, source, children, on_cell)
+
+
+def _check_attention(wanted: Settings, target: Target | None) -> None:
+    flash.check(
+        wanted.attn_implementation,
+        target,
+        precision=wanted.precision,
+        specs=wanted.strategies or DEFAULT_STRATEGIES,
+    )
 
 
 def described(machine: Machine, target: Target) -> Machine:
@@ -128,27 +158,42 @@ def _answered(
     target: Target,
     source: sources.ModelSource,
     children: Sequence[Children],
-    on_cell: Callable[[int, int], object],
+    on_cell: OnCell,
 ) -> Report:
     """The report with every cell answered, shared out among `children`."""
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
+    reserve_frac = headroom.RESERVE_FRAC[target.kind] if wish.reserve_frac is None else wish.reserve_frac
+    one_at_a_time = threading.Lock()
+    halted = threading.Event()
+    on_cell(report, answered, len(waiting))
 
     def note(number: int, event: Predicted) -> None:
         nonlocal answered
-        outcomes[number] = _outcome(outcomes[number], event)
-        answered += 1
-        on_cell(answered, len(waiting))
+        with one_at_a_time:
+            if halted.is_set():
+                return
+            outcomes[number] = _outcome(outcomes[number], event, reserve_frac)
+            answered += 1
+            on_cell(replace(report, outcomes=tuple(outcomes)), answered, len(waiting))
 
     def work(own: Children, numbers: Sequence[int]) -> None:
         cells = [_cell(number, outcomes[number], job) for number in numbers]
-        _answer(own, cells, partial(_task, job, wish, target, source), note, timeout_s=job.settings.timeout)
+        task = partial(_task, job, wish, target, source)
+        _answer(own, cells, task, note, timeout_s=job.settings.timeout, halted=halted)
 
     shares = _shares(waiting, outcomes, len(children))
     with ThreadPoolExecutor(len(children)) as pool:
-        for done in [pool.submit(work, own, share) for own, share in zip(children, shares, strict=True) if share]:
-            done.result()
+        works = [pool.submit(work, own, share) for own, share in zip(children, shares, strict=True) if share]
+        try:
+            for done in works:
+                done.result()
+        except BaseException:  # an interruption must not wait for what the others are at
+            halted.set()
+            for own in children:
+                own.halt()
+            raise
     return replace(report, outcomes=tuple(outcomes))
 
 
@@ -169,6 +214,7 @@ def _answer(
     note: Callable[[int, Predicted], None],
     *,
     timeout_s: float | None,
+    halted: threading.Event,
 ) -> None:
     """Have a child answer the cells; one that takes the child down costs one row, and another child goes on."""
     waiting = {cell.number: cell for cell in cells}
@@ -178,10 +224,10 @@ def _answer(
             del waiting[event.number]
             note(event.number, event)
 
-    while waiting:
+    while waiting and not halted.is_set():
         answer = children.run(task(tuple(waiting.values())), on_event=on_event, timeout_s=timeout_s)
         runner.raise_refusal(Answer(refusal=answer.refusal))
-        if waiting:  # the child ended at the first of those that are left
+        if waiting and not halted.is_set():  # the child ended at the first of those that are left
             number = next(iter(waiting))
             del waiting[number]
             failure = answer.failure or Failure(kind="crash", message="the child gave no prediction")
@@ -217,12 +263,14 @@ def _task(
     )
 
 
-def _outcome(outcome: Outcome, event: Predicted) -> Outcome:
+def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome:
     said = event.prediction
     failure = event.failure
-    if said is not None and said.spare_bytes is not None and said.spare_bytes < 0 and said.limit_bytes is not None:
-        needed = format_bytes(said.limit_bytes - said.spare_bytes)
-        failure = Failure(kind="oom", message=f"needs {needed}, and there are {format_bytes(said.limit_bytes)}")
+    if said is not None:
+        said = replace(said, reserve_frac=reserve_frac)
+    if said is not None and said.usable_bytes is not None and said.needed_bytes > said.usable_bytes:
+        there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
+        failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
     return replace(outcome, prediction=said, failure=failure)
 
 
@@ -237,16 +285,19 @@ def _publish(report: Report, store: Store) -> None:
 
 
 def _show(report: Report, store: Store | None, *, explain: bool, as_json: bool, quiet: bool, err: Console) -> None:
-    if as_json:
-        print(formats.get("json").render(report), end="")
-    else:
-        from gcbench.formats import terminal
+    try:
+        with streams.kept_in(store.folder) if store is not None else nullcontext():
+            if as_json:
+                streams.print_json(formats.get("json").render(report))
+            else:
+                from gcbench.formats import terminal
 
-        terminal.show(report, explain=explain)
-    if not quiet:
-        for notice in (*(report.model_notices if as_json else ()), *report.notices):
-            err.print(notice, markup=False, highlight=False, soft_wrap=True)
+                terminal.show(report, explain=explain)
+        if not quiet:
+            for notice in (*(report.model_notices if as_json else ()), *report.notices):
+                err.print(notice, markup=False, highlight=False, soft_wrap=True)
+            if store is not None:
+                err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
+    finally:
         if store is not None:
-            err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
-    if store is not None:
-        store.close()
+            store.close()

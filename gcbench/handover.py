@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gcbench.changes import ChangedConfig
 from gcbench.strategies import Plan
 
 FOUND = "plan"
@@ -29,14 +30,12 @@ class Rival:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Handover:
-    """A choice to be written down as a tool's settings.
+class Training:
+    """What is known of the run before anything is planned.
 
     Attributes:
         model: as the user named it.
-        hub_id: under which `from_pretrained` finds it, where that is another name.
-        rivals: all others that fit, best first.
-        plan_file: where the choice's plan is stored as JSON, if it is.
+        model_changes: what `--layers` and `--set` changed about it, in words; None for the model itself.
         precision: `fp32`, `bf16`, `bf16-mixed` or `fp16-mixed`.
         optim: a name of transformers' `TrainingArguments.optim`, of those in `gcbench.optimizers`.
         attn_implementation: None where the model chooses.
@@ -45,17 +44,34 @@ class Handover:
     """
 
     model: str
-    hub_id: str | None
-    choice: Rival
-    rivals: tuple[Rival, ...]
-    plan_file: str | None
-    seq_len: int
     precision: str
     optim: str
     attn_implementation: str | None
     lora_r: int | None
     lora_target_modules: tuple[str, ...] | None
+    model_changes: str | None = None
     model_notices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Handover(Training):
+    """A choice to be written down as a tool's settings.
+
+    Attributes:
+        hub_id: under which `from_pretrained` finds the model, where that is another name.
+        rivals: all others that fit, best first.
+        plan_file: where the choice's plan is stored as JSON, if it is.
+        config: what was changed about the model's config; None for the model itself.
+        notes: what a real run may add to the choice's peak, a sentence each.
+    """
+
+    hub_id: str | None
+    choice: Rival
+    rivals: tuple[Rival, ...]
+    plan_file: str | None
+    seq_len: int
+    config: ChangedConfig | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def source(self) -> str:

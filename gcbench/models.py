@@ -13,10 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from gcbench import checkpointing, model_words, quantized
+from gcbench import checkpointing, flash, model_words, own_way, quantized
 from gcbench.adapters import with_adapters
 from gcbench.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.records import Json, Lora, ModelFacts
+from gcbench.seeding import seed_generators
 from gcbench.sources import ModelSource
 from gcbench.units import counted
 
@@ -81,7 +82,7 @@ def build(
 
     With `lora`, frozen and with adapters in it; raises what `with_adapters` does.
     """
-    torch.manual_seed(seed)
+    seed_generators(seed)
     kwargs: dict[str, Any] = {"dtype": dtype}
     if attn_implementation is not None:
         kwargs["attn_implementation"] = attn_implementation
@@ -89,6 +90,7 @@ def build(
         model = AutoModelForCausalLM.from_pretrained(
             source.weights, config=config, trust_remote_code=source.trust_remote_code, **kwargs
         ).to(device)
+        own_way.switch_off(model)
     else:
         with torch.device(device) if device != "cpu" else nullcontext():
             model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
@@ -114,7 +116,9 @@ def _uninitialised() -> Iterator[None]:
 
 def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
     # A copy: building writes the choices it makes into the config.
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)  # type: ignore[no-any-return]
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    own_way.switch_off(model)  # old configs have a field that switches checkpointing on
+    return model  # type: ignore[no-any-return]
 
 
 def facts(
@@ -136,6 +140,8 @@ def facts(
         kwargs["attn_implementation"] = attn_implementation
     try:
         model = build_meta(config, lora=lora, **kwargs)
+        if attn_implementation == flash.STAND_IN and not getattr(model, "_supports_flash_attn", False):
+            raise ValueError("the model does not support it")
     except GcbenchError:
         raise
     except Exception as err:  # modelling code may raise anything
@@ -143,8 +149,9 @@ def facts(
         if missing is not None:
             raise missing from None
         if attn_implementation is not None:
+            named = flash.FLASH if attn_implementation == flash.STAND_IN else attn_implementation
             raise UsageError(
-                f"{source.name!r} refuses --attn-implementation {attn_implementation}: {first_sentence(err)}; "
+                f"{source.name!r} refuses --attn-implementation {named}: {first_sentence(err)}; "
                 "leave the flag out to take the model's own choice"
             ) from None
         if changed:
@@ -159,11 +166,12 @@ def facts(
         model=source.name,
         model_type=config.model_type,
         num_params=sum(p.numel() for p in model.parameters()),
-        num_layers=len(checkpointing.checkpointable_layers(model)),
-        max_seq_len=_max_seq_len(config),
+        num_layers=len(checkpointing.layers_of(model)),
+        max_seq_len=max_seq_len(config),
         attn_implementation=_attention_in_use(model),
         checkpointing_refusal=checkpointing.refusal(model),
         num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        only_own=own_way.advice(model) if own_way.is_all(model) else None,
     )
 
 
@@ -184,7 +192,22 @@ def _attention_in_use(model: torch.nn.Module) -> str | None:
     return getattr(text_config, "_attn_implementation", None)
 
 
-def _max_seq_len(config: PreTrainedConfig) -> int | None:
+def possible_limits(config: PreTrainedConfig) -> tuple[int, ...]:
+    """What may be the most positions of a model with code of its own, by the names that such code uses for it."""
+    if config.model_type in CONFIG_MAPPING:
+        return ()
+    values = vars(config.get_text_config())
+    return tuple(v for name in _LIMITS if type(v := values.get(name)) is int and v > 0)
+
+
+_LIMITS = (
+    *("n_positions", "n_ctx", "num_positions", "max_positions", "context_length", "block_size"),
+    *("seq_length", "seq_len", "max_seq_len", "max_seq_length", "max_seqlen", "max_sequence_length"),
+)
+
+
+def max_seq_len(config: PreTrainedConfig) -> int | None:
+    """The model's own maximum length; None where its config does not tell it as transformers' configs do."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from gcbench import config as configs
+from gcbench import headroom, settings_file, spellings
+from gcbench.commands import memory_of_device, tell
 from gcbench.errors import UsageError
-from gcbench.units import parse_fraction
 
 T = TypeVar("T")
+
+_OF_THE_WORKLOAD = ("precision", "optim", "attn_implementation", "layers", "set", "lora_r", "lora_target_modules")
+"""What a stored run or plan was made for, and cannot be changed afterwards."""
 
 
 def plan(
@@ -26,6 +30,7 @@ def plan(
     device_memory: str | None,
     device_file: Path | None,
     expandable_segments: bool,
+    config: Path | None,
     out: Path | None,
     as_json: bool,
     quiet: bool,
@@ -41,23 +46,36 @@ def plan(
             mistakes.extend(line.removeprefix("- ") for line in str(err).splitlines())
         return None
 
-    raw = {key: value for key, value in flags.items() if key not in ("device", "batch_size")}
+    file = settings_file.read(config, "plan")
+    given = {**file.settings, **flags}
+    batch = file.text("batch_size", batch)
+    reserve, emit = file.text("reserve", reserve), file.text("emit", emit)
+    measure = file.is_set("measure", measure)
+    from_run = file.file("from", from_run)
+    raw = {key: value for key, value in given.items() if key not in ("device", "batch_size", "memory_limit")}
     if from_run is not None:
         raw.setdefault("model", "of the run")
     # A batch of one stands for those that are chosen from.
     given_batch = batch is not None and batch.strip().lower() != "auto"
     wanted = checked(lambda: configs.settings({**raw, "batch_size": batch if given_batch else "1"}))
-    memory = checked(lambda: configs.parse_memory("--device-memory", device_memory))
-    held_back = checked(lambda: _reserve(reserve))
+    memory = checked(lambda: memory_of_device(device_memory, file, given.get("memory_limit")))
+    held_back = checked(lambda: headroom.parse_reserve(reserve))
     tool = checked(lambda: _tool(emit))
     if wanted is not None and wanted.seq_len is not None and len(wanted.seq_len) > 1:
         mistakes.append(f"--seq-len: a plan is for one length, and here are {len(wanted.seq_len)}; keep one")
     if from_run is not None and measure:
         mistakes.append("--measure: a stored run was measured already; leave out --measure, or --from")
+    if from_run is not None:
+        mistakes += [
+            f"--{name.replace('_', '-')}: a stored run or plan has its own; leave it out, or leave out --from"
+            for name in _OF_THE_WORKLOAD
+            if name in raw
+        ]
     if mistakes:
         raise UsageError.of(list(dict.fromkeys(mistakes)))
     assert wanted is not None
-    device = flags.get("device")
+    device = given.get("device")
+    tell(file, raw, quiet=quiet)
 
     from gcbench import plan_session  # only now: a wrong value is told before anything else is imported
     from gcbench.targets import Wish
@@ -69,10 +87,10 @@ def plan(
         measure=measure,
     )
     wish = Wish(
-        device=str(device) if device is not None else None,
+        device=None if device is None else spellings.device(str(device)),
         device_memory=memory,
-        device_file=device_file,
-        expandable_segments=expandable_segments,
+        device_file=file.file("device_file", device_file),
+        expandable_segments=file.is_set("expandable_segments", expandable_segments),
     )
     command = shlex.join(["gcbench", *argv])
     if from_run is not None:
@@ -81,18 +99,6 @@ def plan(
         plan_from.plan(from_run, wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
         return
     plan_session.plan(wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
-
-
-def _reserve(text: str | None) -> float | None:
-    if text is None:
-        return None
-    try:
-        share = parse_fraction(text)
-    except ValueError as err:
-        raise UsageError(f"--reserve: {err}") from None
-    if not 0 <= share < 1:
-        raise UsageError(f"--reserve: {text!r} leaves no memory; write a share below 100%, like 5%")
-    return share
 
 
 def _tool(name: str | None) -> str | None:

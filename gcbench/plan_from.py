@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,21 +11,22 @@ from pathlib import Path
 from rich.console import Console
 
 from gcbench import config as configs
-from gcbench import plan_session
+from gcbench import headroom, plan_session, stored, told_apart
 from gcbench import report as reports
 from gcbench.config import Settings
-from gcbench.decision import Candidate, Decision, Largest, choose, ranked
+from gcbench.decision import Candidate, Decision, Largest, ranked
 from gcbench.errors import ResultsError, UsageError
-from gcbench.plan_session import RESERVE_FRAC, Asked, Planned
+from gcbench.plan_session import Asked, Planned
 from gcbench.records import ModelFacts, Report, Row
 from gcbench.resolve import plan_of
 from gcbench.simulate.target import Target
 from gcbench.sources import slug
-from gcbench.store import Store, default_folder
+from gcbench.stats import MIN_ROUNDS
+from gcbench.store import Store
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies.plan_file import of_json
-from gcbench.tables import failed_proof, rows
-from gcbench.targets import Wish
+from gcbench.tables import failed_proof, rows, unproven
+from gcbench.targets import CPU, Wish
 from gcbench.units import format_bytes
 
 _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")
@@ -42,10 +44,47 @@ def plan(
     quiet: bool,
 ) -> None:
     """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
+    if stored.kind_of(folder) == "plan" and _again(folder, wanted, wish, asked):
+        _shown_again(folder, asked, out=out, as_json=as_json, quiet=quiet)
+        return
     report = reports.load(folder)
     planned = decide(report, folder, wanted, wish, asked, command=command)
-    store = Store.create(out or default_folder(f"plan-{slug(report.model.model)}", planned.created))
-    plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+    with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
+        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+
+
+def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
+    """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
+
+    Raises UsageError where a plan without a run is to be decided anew.
+    """
+    anew = {
+        "--batch": asked.batch_sizes,
+        "--seq-len": wanted.seq_len,
+        "--strategies": wanted.strategies,
+        "--reserve": asked.reserve_frac,
+        "--device": wish.device,
+        "--device-memory": wish.device_memory,
+    }
+    given = [flag for flag, value in anew.items() if value is not None]
+    if given and not (folder / reports.REPORT_NAME).exists():
+        raise UsageError(
+            f"{', '.join(given)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan anew "
+            "without --from"
+        )
+    return not given
+
+
+def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
+    planned = stored.load_plan(folder)
+    plan_session.check_emit(asked.emit, planned.settings)
+    err = Console(stderr=True)
+    if out is None:
+        plan_session.finish(planned, asked, None, as_json=as_json, quiet=quiet, err=err)
+        return
+    with Store.create(out) as store:
+        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
 
 
 def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: Asked, *, command: str) -> Planned:
@@ -61,8 +100,8 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
     limit = wish.device_memory or report.machine.device_memory_bytes
     if limit is None:
         raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
-    reserve = RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
-    usable = int(limit * (1 - reserve))
+    reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
+    usable = headroom.usable_bytes(limit, reserve)
     table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
     lengths = sorted({row.seq_len for row in table})
     if wanted.seq_len is not None:
@@ -78,9 +117,19 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
             f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
             "--seq-len and --strategies"
         )
-    candidates = [_candidate(row, report, usable) for row in table]
-    choice = choose(candidates)
-    fitting = sum(each.fits for each in candidates)
+    ran = {(o.cell.strategy, o.cell.workload.batch_size, o.cell.workload.seq_len): o.rounds for o in report.outcomes}
+    rounds = {_candidate(row, report, usable): ran[row.strategy, row.batch_size, row.seq_len] for row in table}
+    fitting = sum(each.fits for each in rounds)
+    choice, others, candidates = told_apart.decided(list(rounds), rounds)
+    how = "The fastest" if not others else "Chosen"
+    why = [f"{how} of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}."]
+    why += [told_apart.sentence(choice, others)] if choice and others else []
+    notices = ["Largest batches are those of the run: larger ones were not measured."]
+    if kind != CPU and any(row.peak_process_bytes is None for row in table):
+        notices.append(
+            "What the process held of the card outside the allocator was not measured, so that peaks leave it out; "
+            "--reserve has to cover it."
+        )
     decision = Decision(
         limit_bytes=limit,
         usable_bytes=usable,
@@ -89,12 +138,12 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         smallest=None if choice else min(candidates, key=lambda each: each.peak_bytes),
         candidates=ranked(candidates),
         largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
-        binding=f"The fastest of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}.",
+        binding=" ".join(why),
         times_from=f"measurements in {folder}",
-        notices=("Largest batches are those of the run: larger ones were not measured.",),
+        notices=(*notices, *_too_few_rounds(table, folder), *unproven(table)),
     )
-    stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
-    settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
+    kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
     return Planned(
         settings=settings,
         seq_len=table[0].seq_len,
@@ -106,6 +155,16 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         hub_id=None,
         model_notices=report.model_notices,
+    )
+
+
+def _too_few_rounds(table: list[Row], folder: Path) -> tuple[str, ...]:
+    """What the choice rests on where times have no interval."""
+    if all(row.step_time_low_s is not None for row in table):
+        return ()
+    return (
+        f"{folder} has too few rounds for an interval, so the choice may be one of noise; "
+        f"gcbench run --resume --out {shlex.quote(str(folder))} --rounds {MIN_ROUNDS} adds to them.",
     )
 
 
@@ -136,10 +195,10 @@ def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Pla
     if facts.checkpointing_refusal is not None or spec == OFF:
         return Plan(num_layers=facts.num_layers)
     if spec in plan_files:
-        stored = of_json(json.loads(plan_files[spec]))
+        plan = of_json(json.loads(plan_files[spec]))
         order = facts.layers_in_order
-        stored = replace(stored, num_layers=facts.num_layers if order is None else len(order))
-        return stored if order is None else stored.renumbered(order, facts.num_layers)
+        plan = replace(plan, num_layers=facts.num_layers if order is None else len(order))
+        return plan if order is None else plan.renumbered(order, facts.num_layers)
     return plan_of(parse(spec), facts)
 
 

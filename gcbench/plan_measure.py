@@ -8,21 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from gcbench import racing, runner
+from gcbench import changes, racing, runner, told_apart
 from gcbench.children import Children
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.errors import GcbenchError
 from gcbench.forecast import described
 from gcbench.plan_from import plan_of_row
-from gcbench.plan_session import Planned, in_run_order, unconfirmed
-from gcbench.records import Cell, Report, Workload
+from gcbench.plan_named import in_run_order, unconfirmed
+from gcbench.plan_session import Planned
+from gcbench.records import Cell, Outcome, Report, Row, Workload
 from gcbench.report import write_text
 from gcbench.resolve import Job, target_notice
 from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.tables import failed_proof, rows
+from gcbench.tables import failed_proof, rows, unproven
 from gcbench.units import counted
 
 _STEPS = 2
@@ -39,48 +40,84 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     job = _job(planned, named)
     report = runner.begin(job, planned.machine, planned.facts, planned.command)
     store.save(report)
-    report, num_rounds = _race(report, job, planned, children=children, store=store, progress=progress)
+    report, num_rounds, still_in = _race(report, job, planned, children=children, store=store, progress=progress)
     measured = _measured(report, named, planned)
-    if not any(each.fits for each in measured):
+    if not any(each.source == "measured" for each in measured):
         raise GcbenchError(f"none of {counted(len(entered), 'setting')} that ran can be used; {store.folder} says why")
     before = _before(planned)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
+    rounds = {now: _outcome_of(report, named[was], was).rounds for was, now in zip(named, measured, strict=True)}
+    alike = [
+        now
+        for was, now in zip(named, measured, strict=True)
+        if now.fits and _outcome_of(report, named[was], was).cell in still_in
+    ]
     decided = replace(
-        settled(decision, dict(zip(named, measured, strict=True))),
+        settled(decision, dict(zip(named, measured, strict=True)), alike=alike, rounds=rounds),
         times_from=f"measurements of {counted(len(entered), 'setting')} in up to {counted(num_rounds, 'round')}",
         notices=(
             *(notice for notice in decision.notices if notice not in before),
             f"Measured: {counted(len(entered), 'setting')} that could be the best, {counted(steps, 'training step')}; "
             "what was not run is an estimate, in the scale of what was.",
+            *unproven(rows(report)),
         ),
     )
     return replace(planned, decision=decided)
 
 
-def settled(decision: Decision, measured: Mapping[Candidate, Candidate]) -> Decision:
-    """The decision among those that were run, one of which fits at least; what is said is of the new choice.
+def _outcome_of(report: Report, spec: str, candidate: Candidate) -> Outcome:
+    return next(
+        outcome
+        for outcome in report.outcomes
+        if (outcome.cell.strategy, outcome.cell.workload.batch_size) == (spec, candidate.batch_size)
+    )
 
-    Estimates of the others are changed by what those that were run took against theirs: ranking is what is right
+
+def settled(
+    decision: Decision,
+    measured: Mapping[Candidate, Candidate],
+    *,
+    alike: Sequence[Candidate] = (),
+    rounds: told_apart.Rounds | None = None,
+) -> Decision:
+    """The decision among those that were run; what is said is of the new choice, if anything fits.
+
+    `alike` are those that were still in when the race ended: which of them is faster was not shown, and the simplest is
+    taken. Estimates of the others are changed by what those that were run took against theirs: ranking is what is right
     about them.
     """
-    choice = choose(list(measured.values()))
-    assert choice is not None
+    ran = list(measured.values())
+    fitting = [each for each in ran if each.fits]
+    if not fitting:
+        return replace(
+            decision,
+            choice=None,
+            smallest=min((each for each in ran if each.source == "measured"), key=lambda each: each.peak_bytes),
+            candidates=ranked(ran) + tuple(each for each in decision.candidates if each not in measured),
+            binding=None,
+        )
+    leader = choose(ran)
+    assert leader is not None
+    choice, others, ran = told_apart.beside(ran, alike or [leader], rounds or {})
+    entered = next(was for was, now in measured.items() if now == choice)
+    measured = dict(zip(measured, ran, strict=True))
     scale = median(now.tokens_per_s / was.tokens_per_s for was, now in measured.items() if now.source == "measured")
-    others = [
+    estimates = [
         replace(each, tokens_per_s=each.tokens_per_s * scale, step_time_s=each.step_time_s / scale)
         for each in decision.candidates
         if each not in measured
     ]
-    candidates = ranked(list(measured.values())) + ranked(others)
-    entered = next(was for was, now in measured.items() if now == choice)
+    candidates = ranked(ran) + ranked(estimates)
     told = next((told for told in decision.told if told.of == entered), None)
     return replace(
         decision,
         choice=choice,
         candidates=candidates,
-        binding=why_not_faster(candidates, choice),
+        binding=" ".join(filter(None, (told_apart.sentence(choice, others), why_not_faster(candidates, choice)))),
         peak_words=decision.peak_words if told is None else told.peak_words,
         gains=decision.gains if told is None else told.gains,
+        additions=decision.additions if told is None else told.additions,
+        fallback=decision.fallback if told is None else told.fallback,
     )
 
 
@@ -113,6 +150,7 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
                 optim=settings.optim,
                 attn_implementation=planned.facts.attn_implementation,
                 lora_r=settings.lora_r,
+                model_changes=changes.told(settings.layers, settings.set),
             ),
             strategy=spec,
         )
@@ -143,8 +181,8 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
 
 def _race(
     report: Report, job: Job, planned: Planned, *, children: Children, store: Store, progress: Progress
-) -> tuple[Report, int]:
-    """Rounds of those that are still in, and how many there were."""
+) -> tuple[Report, int, Sequence[Cell]]:
+    """Rounds of those that are still in, how many there were, and who was in at the end."""
     running: Sequence[Cell] = job.cells
     progress.begin(num_steps=len(running) * racing.MOST_ROUNDS * (_STEPS + 2), num_rounds=racing.MOST_ROUNDS)
     for number in range(racing.MOST_ROUNDS):
@@ -159,12 +197,19 @@ def _race(
             if outcome.failure is None and outcome.cell in running
         }
         if not rates:
-            return report, number + 1
+            return report, number + 1, ()
         now = racing.standing(rates)
         running = [cell for cell in running if cell in now.still_in]
         if now.is_settled:
-            return report, number + 1
-    return report, racing.MOST_ROUNDS
+            return report, number + 1, running
+    return report, racing.MOST_ROUNDS, running
+
+
+def _held_of_card(row: Row, decision: Decision) -> int | None:
+    """What the process held of the card; without nvidia-smi, what the allocator held and the predicted rest."""
+    if row.peak_process_bytes is not None or row.peak_reserved_bytes is None:
+        return row.peak_process_bytes
+    return row.peak_reserved_bytes + decision.outside_bytes
 
 
 def _measured(report: Report, named: dict[Candidate, str], planned: Planned) -> list[Candidate]:
@@ -174,7 +219,7 @@ def _measured(report: Report, named: dict[Candidate, str], planned: Planned) -> 
     found = []
     for candidate, spec in named.items():
         row = table[spec, candidate.batch_size]
-        held = row.peak_allocated_bytes if planned.machine.device == "cpu" else row.peak_process_bytes
+        held = row.peak_allocated_bytes if planned.machine.device == "cpu" else _held_of_card(row, planned.decision)
         if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or held is None:
             found.append(replace(candidate, fits=False))
             continue

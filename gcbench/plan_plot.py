@@ -38,7 +38,7 @@ def figure(planned: Planned) -> Figure:
     ]
     unit, name = (GIB, "GiB") if max((each.peak_bytes for each in shown), default=0) >= GIB else (MIB, "MiB")
     picture, (axes,) = panels(1, width=7.5, height=4.8)
-    title = f"{shortened(planned.settings.model, 60)}: memory against speed"
+    title = f"{shortened(planned.name, 60)}: memory against speed"
     facts = f"{planned.where} · {planned.seq_len} tokens · {planned.settings.precision} · {planned.settings.optim}"
     picture.suptitle(f"{title}\n{shortened(facts, 90)}", fontsize=12)
     groups: dict[str, list[Candidate]] = {}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -13,29 +14,29 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import preflight, runner, sources
+from gcbench import changes, counting, flash, headroom, preflight, runner, sources, streams
+from gcbench import report as reports
+from gcbench.added import of_decision
+from gcbench.changes import ChangedConfig
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision
-from gcbench.errors import GcbenchError, ThresholdBroken, UsageError
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.forecast import described
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
+from gcbench.interruption import ignore_more
+from gcbench.plan_named import in_run_order, named, own_plan, unconfirmed
 from gcbench.records import Machine, ModelFacts
 from gcbench.report import write_text
-from gcbench.resolve import plan_of, resolve, unsupported
+from gcbench.resolve import resolve
 from gcbench.simulate.target import Target
-from gcbench.store import Store, default_folder
-from gcbench.strategies import Plan, parse
+from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
 from gcbench.targets import CPU, Wish, target_of
-from gcbench.tasks import Answer, Decided, PlanTask
+from gcbench.tasks import Answer, Decided, Planning, PlanTask
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
 """What is weighed against what is found, unless strategies are named."""
-RESERVE_FRAC = {"cpu": 0.0, "cuda": 0.05}
-"""Of the device's memory. On a CPU what is limited is what is predicted, to the byte; a card also serves others, and
-what its libraries take has not been measured on every one."""
-PLAN_FILE = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,8 @@ class Planned:
         hub_id: under which the model is found on the Hub; None where that is not known.
         source: the model; None for a decision from a stored run.
         plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
+        changed: what `--layers` and `--set` came to in the model's config; None for the model itself.
+        stored_where: the device in words, of a plan that was stored; None for one that was just made.
         model_notices: in what the model differs from what its config says, in sentences.
     """
 
@@ -77,6 +80,8 @@ class Planned:
     hub_id: str | None
     source: sources.ModelSource | None = None
     plan_file: Path | None = None
+    changed: ChangedConfig | None = None
+    stored_where: str | None = None
     model_notices: tuple[str, ...] = ()
 
     @property
@@ -86,11 +91,21 @@ class Planned:
         return self.source
 
     @property
+    def changes(self) -> str | None:
+        """What `--layers` and `--set` changed about the model, in words."""
+        return changes.told(self.settings.layers, self.settings.set)
+
+    @property
+    def name(self) -> str:
+        """The model, with what was changed about it."""
+        return changes.named(self.settings.model, self.changes)
+
+    @property
     def where(self) -> str:
         """What the plan is for; a card of which only the memory is known has no name."""
         card = self.target.card
-        if card is not None:
-            return card.title
+        if self.stored_where is not None or card is not None:
+            return self.stored_where or (card.title if card is not None else "")
         return self.machine.device_name if self.target.kind == CPU else "a CUDA device"
 
     @property
@@ -123,8 +138,31 @@ class Planned:
             attn_implementation=self.settings.attn_implementation,
             lora_r=self.settings.lora_r,
             lora_target_modules=self.settings.lora_target_modules,
+            model_changes=self.changes,
+            config=self.changed,
+            notes=of_decision(self.decision),
             model_notices=self.model_notices,
         )
+
+
+def check_emit(tool: str | None, settings: Settings) -> None:
+    """Raise UsageError where the tool cannot run the workload, whatever is planned for it."""
+    if tool is None:
+        return
+    from gcbench import export
+
+    export.check(
+        tool,
+        Training(
+            model=settings.model,
+            precision=settings.precision,
+            optim=settings.optim,
+            attn_implementation=settings.attn_implementation,
+            lora_r=settings.lora_r,
+            lora_target_modules=settings.lora_target_modules,
+            model_changes=changes.told(settings.layers, settings.set),
+        ),
+    )
 
 
 def plan(
@@ -132,64 +170,107 @@ def plan(
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    check_emit(asked.emit, wanted)
+    flash.check_plan(wanted.attn_implementation, early)
     if asked.measure and early is not None and early.kind != CPU:
-        raise UsageError(
-            f"--measure runs on this machine, and the plan is for {early.name}; leave out --device, or leave out "
-            "--measure"
-        )
+        raise UsageError(_not_here(wish, early.name))
     source = preflight.model_of(wanted)
     created = datetime.now(UTC).isoformat(timespec="seconds")
-    store = Store.create(out or default_folder(f"plan-{sources.slug(wanted.model)}", created))
     err = Console(stderr=True)
+    with Store.create(out) if out else Store.new(f"plan-{sources.slug(wanted.model)}", created) as store:
+        try:
+            with ExitStack() as stack:
+                preload = (*sources.modules(source), "gcbench.planner.search")
+                children = stack.enter_context(ForkedChildren(preload=preload))
+                # Half a second that the plot takes to begin with, spent while the children are at work.
+                threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
+                with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
+                    planned = decide(
+                        wanted,
+                        wish,
+                        asked,
+                        early,
+                        source=source,
+                        children=children,
+                        command=command,
+                        on_step=counter.count,
+                    )
+                planned = replace(planned, created=created, changed=runner.changed_config(wanted, source, children))
+                if asked.measure:
+                    planned = _confirmed(planned, wish, children=children, store=store, quiet=quiet, err=err)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted(_kept(store)) from None
+        finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+
+
+def _kept(store: Store) -> str:
+    """After an interruption: what there is, and what it is good for."""
     try:
-        with ExitStack() as stack:
-            preload = (*sources.modules(source), "gcbench.planner.search")
-            children = stack.enter_context(ForkedChildren(preload=preload))
-            # Half a second that the plot takes to begin with, spent while the children are at work.
-            threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
-            with err.status("planning") if err.is_terminal and not quiet else nullcontext():
-                planned = decide(wanted, wish, asked, early, source=source, children=children, command=command)
-            planned = replace(planned, created=created)
-            if asked.measure:
-                planned = _confirmed(planned, children=children, store=store, quiet=quiet, err=err)
+        done = sum(len(outcome.rounds) for outcome in reports.load(store.folder).outcomes)
     except GcbenchError:
-        store.discard_if_empty()
-        raise
-    finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+        done = 0
+    if not done:
+        return "interrupted before a plan was made"
+    folder = shlex.quote(str(store.folder))
+    return (
+        f"interrupted; {done} measured rounds are kept in {store.folder}; "
+        f"decide by them with: gcbench plan --from {folder}"
+    )
 
 
-def _confirmed(planned: Planned, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
+def _not_here(wish: Wish, target: str) -> str:
+    """Why --measure cannot confirm the plan, with the flag that would change it."""
+    if wish.device is None:
+        return (
+            "--measure runs on this machine, and --device-memory alone stands for a CUDA device of that size; add "
+            "--device cpu, or --device auto for what this machine has, or leave out --measure"
+        )
+    return (
+        f"--measure runs on this machine, and the plan is for {target}; leave out --device, or take --device auto, or "
+        "leave out --measure"
+    )
+
+
+def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
     """The plan after its best candidates have run here."""
     from gcbench import plan_measure, progress
 
     if planned.target.name != planned.machine.device:
-        raise UsageError(
-            f"--measure runs on this machine, and the plan is for {planned.target.name}; leave out --device, or leave "
-            "out --measure"
-        )
+        raise UsageError(_not_here(wish, planned.target.name))
     with progress.choose(err, quiet=quiet) as display:
         return plan_measure.confirm(planned, children=children, store=store, progress=display)
 
 
-def finish(planned: Planned, asked: Asked, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
-    """Store the decision, translate it for a tool if one was named, and show it."""
-    from gcbench import plan_view
+def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
+    """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
+    from gcbench import plan_nothing, plan_view
 
-    planned = publish(planned, store.folder)
+    if store is not None:
+        planned = publish(planned, store)
     emitted = None
     if asked.emit is not None:
         from gcbench import export
 
-        if planned.handover is None:
-            raise UsageError(
-                f"--emit {asked.emit}: nothing fits, so there is nothing to hand over; {store.folder / 'plan.md'} says "
-                "what would"
+        if planned.handover is not None:  # else the sentence that nothing fits is what there is to say
+            emitted = export.emit(asked.emit, planned.handover)
+    folder = None if store is None else store.folder
+    try:
+        with streams.kept_in(folder) if folder is not None else nullcontext():
+            plan_view.show(
+                planned,
+                emitted,
+                as_json=as_json,
+                quiet=quiet,
+                err=err,
+                folder=folder,
+                emits=asked.emit is not None,
             )
-        emitted = export.emit(asked.emit, planned.handover)
-    plan_view.show(planned, emitted, as_json=as_json, quiet=quiet, err=err, folder=store.folder)
-    store.close()
+    finally:
+        if store is not None:
+            store.close()
     if planned.decision.choice is None:
-        raise ThresholdBroken(plan_view.nothing_fits(planned))
+        raise ThresholdBroken(plan_nothing.nothing_fits(planned))
 
 
 def decide(
@@ -201,8 +282,12 @@ def decide(
     source: sources.ModelSource,
     children: Children,
     command: str,
+    on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
 ) -> Planned:
-    """The decision; `target` None is what this machine has."""
+    """The decision; `target` None is what this machine has.
+
+    `on_step` gets what is done of how much, and what is next.
+    """
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
     machine, facts = runner.describe(replace(wanted, device=here), source, children, needs_order=True)
     is_here = target is None or (target.kind == CPU and machine.device == CPU)
@@ -220,6 +305,8 @@ def decide(
     def on_event(event: object) -> None:
         if isinstance(event, Decided):
             answered.append(event.decision)
+        elif isinstance(event, Planning):
+            on_step(event.done, event.total, event.doing)
 
     task = PlanTask(
         source=source,
@@ -231,11 +318,12 @@ def decide(
         optim=wanted.optim,
         target=target,
         seq_len=seq_len,
-        named=_named(specs, facts, target, is_default=wanted.strategies is None),
+        named=named(specs, facts, target, is_default=wanted.strategies is None),
         batch_sizes=asked.batch_sizes,
-        reserve_frac=RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
+        reserve_frac=headroom.RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
         layers_in_order=facts.layers_in_order,
-        can_checkpoint=facts.checkpointing_refusal is None,
+        can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
+        own=own_plan(facts),
         is_confirmed=asked.measure,
         device_here=machine.device if is_here else None,
     )
@@ -259,69 +347,19 @@ def decide(
     )
 
 
-def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
-    """What nobody has measured yet."""
-    if target.kind == CPU:
-        return ()
-    how = "add --measure" if is_here else "run gcbench plan --measure there"
-    return (
-        "What CUDA does follows PyTorch's sources and published figures, and has not been compared with a card yet; to "
-        f"have it confirmed, {how}.",
-    )
+def publish(planned: Planned, store: Store) -> Planned:
+    """Write the plan of the choice, the decision and its picture into the store's folder."""
+    from gcbench import plan_plot, plan_view, stored
 
-
-def _named(
-    specs: Sequence[str], facts: ModelFacts, target: Target, *, is_default: bool
-) -> tuple[tuple[str, Plan], ...]:
-    """The strategies to weigh, with their plans; of the default ones those that the model can have."""
-    if facts.checkpointing_refusal is not None:
-        return (("off", Plan(num_layers=facts.num_layers)),)
-    named: list[tuple[str, Plan]] = []
-    for spec in dict.fromkeys(("off", *specs)):
-        try:
-            found = plan_of(parse(spec), facts)
-        except ValueError as err:
-            if is_default:
-                continue
-            raise UsageError(f"--strategies: {err}") from None
-        why = unsupported(found, target.kind, is_predicted=True)
-        if why is None:
-            named.append((spec, found))
-        elif not is_default:
-            raise UsageError(f"--strategies {spec}: {why}")
-    return tuple(named)
-
-
-def publish(planned: Planned, folder: Path) -> Planned:
-    """Write the plan of the choice, the decision and its picture into the folder."""
-    from gcbench import plan_view
-
-    choice = planned.decision.choice
-    path = None
-    if choice is not None:
-        path = folder / PLAN_FILE
-        document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
-        write_text(path, json.dumps(document, indent=1) + "\n")
-    planned = replace(planned, plan_file=path)
-    write_text(folder / "decision.json", plan_view.document(planned, None))
-    write_text(folder / "plan.md", plan_view.markdown(planned))
-    write_text(folder / "plan.txt", plan_view.text(planned, width=100))
-    from gcbench import plan_plot
-
-    plan_plot.draw(planned, folder / "plots")
+    folder, choice = store.folder, planned.decision.choice
+    with store.attempt():
+        if choice is not None:
+            document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
+            write_text(folder / stored.PLAN_NAME, json.dumps(document, indent=1) + "\n")
+            planned = replace(planned, plan_file=folder / stored.PLAN_NAME)
+        write_text(folder / "decision.json", plan_view.document(planned, None))
+        stored.save_plan(planned, folder)
+        write_text(folder / "plan.md", plan_view.markdown(planned))
+        write_text(folder / "plan.txt", plan_view.text(planned, width=100))
+        plan_plot.draw(planned, folder / "plots")
     return planned
-
-
-def in_run_order(plan: Plan, order: Sequence[int] | None) -> Plan:
-    """The plan with layers counted in the order in which they run, as plan files do; the reverse of `renumbered`."""
-    if order is None:
-        return plan
-    place = {layer: number for number, layer in enumerate(order)}
-    pairs = [(tuple(place[layer] for layer in group), policy) for group, policy in plan.treated()]
-    pairs.sort(key=lambda pair: pair[0])
-    return replace(
-        plan,
-        num_layers=len(order),
-        groups=tuple(group for group, _ in pairs),
-        policies=tuple(policy for _, policy in pairs) if plan.policies else (),
-    )

@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gcbench import cards
-from gcbench.decision import FOUND, Candidate, Decision
+from gcbench import headroom, plan_nothing, streams, told_apart
+from gcbench.added import of_decision
+from gcbench.decision import FOUND, Candidate, Decision, best_of_each, described
 from gcbench.records import SCHEMA, Json
-from gcbench.screen import Column, Table, plain
+from gcbench.screen import Column, Table, plain, unbroken
+from gcbench.screen import show as show_all
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.units import counted, format_bytes, format_percent, format_seconds
+from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -54,6 +56,10 @@ def rows(planned: Planned) -> list[dict[str, Json]]:
             "tokens_per_s_high": candidate.tokens_per_s_high,
             "tokens_per_s_frac": candidate.tokens_per_s / choice.tokens_per_s if choice else None,
             "is_choice": candidate == choice,
+            "model_changes": planned.changes,
+            "peak_is_lower_bound": candidate.is_lower_bound,
+            "tokens_per_s_frac_low": candidate.frac_low,
+            "tokens_per_s_frac_high": candidate.frac_high,
             "model_notice": " ".join(planned.model_notices) or None,
         }
         for candidate in decision.candidates
@@ -79,6 +85,9 @@ def document(planned: Planned, emitted: Emitted | None) -> str:
             {"name": gain.name, "flag": gain.flag, "peak_bytes": gain.peak_bytes, "fits": gain.fits}
             for gain in decision.gains
         ],
+        "additions": [
+            {"name": added.name, "nbytes": added.nbytes, "peak_bytes": added.peak_bytes} for added in decision.additions
+        ],
         "reserve_frac": decision.reserve_frac,
         "times_from": decision.times_from,
         "notices": [*planned.model_notices, *decision.notices],
@@ -93,33 +102,15 @@ def answer(planned: Planned) -> list[tuple[str, str]]:
     decision = planned.decision
     choice = decision.choice
     if choice is None:
-        return _nothing(planned)
+        return plan_nothing.lines(planned)
     return [
         ("batch", f"{choice.batch_size} × {planned.seq_len} tokens"),
         ("checkpointing", described(choice)),
         ("peak", _peak(choice, decision)),
         ("speed", _speed(choice, decision)),
         ("why", _why(decision)),
+        *(("note", text) for text in of_decision(decision)),
     ]
-
-
-def described(candidate: Candidate) -> str:
-    """A strategy in words: its name, or what a found plan does."""
-    plan = candidate.plan
-    if candidate.strategy != FOUND:
-        return candidate.strategy
-    kinds = dict.fromkeys(plan.policies)
-    parts = []
-    for policy in kinds:
-        count, kept = plan.policies.count(policy), len(policy.keep)
-        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
-        parts.append(
-            f"{count} {verb} {counted(kept, 'output')} inside" if kept else f"{count} {verb} {own} input alone"
-        )
-    whole = plan.num_layers - plan.layers_checkpointed
-    if whole:
-        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
-    return f"a found plan: of {counted(plan.num_layers, 'layer')} {', '.join(parts)}"
 
 
 def _peak(choice: Candidate, decision: Decision) -> str:
@@ -128,7 +119,12 @@ def _peak(choice: Candidate, decision: Decision) -> str:
         return text
     spare = decision.limit_bytes - choice.peak_bytes
     reserve = f", {format_percent(decision.reserve_frac)} of it held back" if decision.reserve_frac else ""
-    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free"
+    close = ""
+    if choice.source != "measured" and decision.outside_bytes:
+        uncertain = headroom.uncertain_bytes(choice.peak_bytes - decision.outside_bytes)
+        if spare < uncertain:
+            close = f": too close to tell, as the device may hold {format_bytes(uncertain)} more than predicted"
+    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free{close}"
 
 
 def _speed(choice: Candidate, decision: Decision) -> str:
@@ -155,79 +151,12 @@ def _why(decision: Decision) -> str:
     return " ".join(parts)
 
 
-def _nothing(planned: Planned) -> list[tuple[str, str]]:
-    decision = planned.decision
-    smallest = decision.smallest
-    lines = [("answer", f"nothing fits into {format_bytes(decision.usable_bytes)}")]
-    if smallest is not None:
-        at = f"{described(smallest)} at batch {smallest.batch_size}"
-        lines.append(("smallest peak", f"{format_bytes(smallest.peak_bytes)}: {at}"))
-    if decision.peak_words:
-        lines.append(("peak", f"in the {decision.peak_words}"))
-    found = remedies(planned)
-    if found:
-        lines.append(("would fit with", "; ".join(found)))
-    if smallest is not None:
-        lines.append(("or on", _larger_device(decision)))
-    return lines
-
-
-def remedies(planned: Planned) -> list[str]:
-    """What would make something fit, each on its own."""
-    decision = planned.decision
-    found = [gain.name for gain in decision.gains if gain.fits]
-    if decision.longest_seq_len is not None:
-        found.append(f"sequences of {decision.longest_seq_len} tokens")
-    return found
-
-
-def needed_bytes(decision: Decision) -> int | None:
-    """The device that the smallest peak needs, with its reserve."""
-    return None if decision.smallest is None else int(decision.smallest.peak_bytes / (1 - decision.reserve_frac))
-
-
-def nothing_fits(planned: Planned) -> str:
-    """The sentence that ends a plan without a choice."""
-    decision = planned.decision
-    said = f"nothing fits into {format_bytes(decision.usable_bytes)}"
-    if decision.smallest is not None:
-        said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
-    ways = [*remedies(planned)[:2], _larger_device(decision)]
-    return f"{said}; take {', or '.join(ways)}"
-
-
-def _larger_device(decision: Decision) -> str:
-    """A device that would do; where no card would, how many would have to share the model."""
-    needed, limit = needed_bytes(decision), decision.limit_bytes
-    devices = cards.among(needed, limit) if needed is not None and limit else None
-    if devices is None:
-        return f"a device of {format_bytes(needed)}"
-    return (
-        f"{devices} or more such devices that share the model (no card has {format_bytes(needed)}; FSDP or ZeRO-3 in "
-        "the trainer divide it, and gcbench plans for one device)"
-    )
-
-
-def best_of_each(decision: Decision) -> list[Candidate]:
-    """The choice, and of each other strategy the fastest that fits, else the smallest; measured ones first."""
-    choice = decision.choice
-    best: dict[str, Candidate] = {} if choice is None else {choice.strategy: choice}
-    for candidate in decision.candidates:
-        known = best.get(candidate.strategy)
-        if known is None or (not known.fits and candidate.peak_bytes < known.peak_bytes):
-            best[candidate.strategy] = candidate
-    return sorted(
-        best.values(),
-        key=lambda each: (each != choice, not each.fits, each.source != "measured", -each.tokens_per_s),
-    )
-
-
 def frontier_table(planned: Planned) -> Table:
     """The best of each strategy."""
     decision = planned.decision
     choice = decision.choice
     largest = {each.strategy: each.batch_size for each in decision.largest}
-    group = best_of_each(decision)
+    group = best_of_each(decision.candidates, choice)
 
     def relative(candidate: Candidate) -> str:
         if not candidate.fits:
@@ -238,7 +167,10 @@ def frontier_table(planned: Planned) -> Table:
             return "the choice"
         if choice.source == "measured" and candidate.source != "measured":
             return "not run"
-        return format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+        told = format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+        if candidate.source != "measured":
+            return told
+        return f"{told} ({told_apart.interval_of(candidate) or 'no interval'})"
 
     return Table(
         title="The best of each strategy",
@@ -252,7 +184,7 @@ def frontier_table(planned: Planned) -> Table:
                 drop=2,
                 cells=tuple(str(each.plan.layers_checkpointed) for each in group),
             ),
-            Column(header="peak", cells=tuple(format_bytes(each.peak_bytes) for each in group)),
+            Column(header="peak", cells=tuple(each.peak_text for each in group)),
             Column(header="tokens/s", cells=tuple(relative(each) for each in group)),
             Column(
                 header="largest batch",
@@ -281,16 +213,16 @@ def gains_table(decision: Decision) -> Table | None:
     )
 
 
-def next_steps(planned: Planned) -> list[str]:
-    """Commands to go on with."""
+def next_steps(planned: Planned) -> list[tuple[str, str]]:
+    """What to go on with: (what for, the command or the line of Python)."""
     choice = planned.decision.choice
-    if choice is None:
+    if choice is None or (choice.strategy == FOUND and planned.plan_file is None):
         return []
     spec = f"plan:{planned.plan_file}" if choice.strategy == FOUND else choice.strategy
     return [
-        f"in your own loop: gcbench.apply(model, {spec!r})",
-        f"for a trainer: gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}",
-        f"to measure it: gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}",
+        ("in your own loop", f"gcbench.apply(model, {spec!r})"),
+        ("for a trainer", f"gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}"),
+        ("to measure it", f"gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}"),
     ]
 
 
@@ -320,7 +252,7 @@ def renderables(planned: Planned) -> list[RenderableType]:
 
     settings = planned.settings
     memory = f", {format_bytes(planned.decision.limit_bytes)}" if planned.decision.limit_bytes else ""
-    what = f"{settings.model} · {planned.seq_len} tokens · {settings.precision} · {settings.optim}"
+    what = f"{planned.name} · {planned.seq_len} tokens · {settings.precision} · {settings.optim}"
     head = Text(f"{what} on {planned.where}{memory}")
     head.stylize("bold")
     grid = Grid.grid(padding=(0, 2, 0, 0))
@@ -332,14 +264,14 @@ def renderables(planned: Planned) -> list[RenderableType]:
     gains = gains_table(planned.decision)
     if gains is not None:
         parts.append(gains)
-    parts += [Text(notice, style="bold") for notice in planned.model_notices]
-    parts += [Text(step) for step in next_steps(planned)]
+    for purpose, command in next_steps(planned):
+        parts += [Text(f"{purpose}:"), unbroken(f"  {command}")]
     return parts
 
 
 def markdown(planned: Planned) -> str:
     """The answer as Markdown, with every candidate."""
-    lines = [f"# gcbench plan: {planned.settings.model}", "", f"`{planned.command}`", ""]
+    lines = [f"# gcbench plan: {planned.name}", "", f"`{planned.command}`", ""]
     lines += [f"- **{name}**: {text}" for name, text in answer(planned)]
     lines += [f"- {notice}" for notice in planned.model_notices]
     lines += ["", "| strategy | batch | peak | tokens/s | |", "|---|---:|---:|---:|---|"]
@@ -347,7 +279,7 @@ def markdown(planned: Planned) -> str:
     for candidate in planned.decision.candidates:
         mark = "the choice" if candidate == choice else "" if candidate.fits else "does not fit"
         lines.append(
-            f"| `{candidate.strategy}` | {candidate.batch_size} | {format_bytes(candidate.peak_bytes)} | "
+            f"| `{candidate.strategy}` | {candidate.batch_size} | {candidate.peak_text} | "
             f"{candidate.tokens_per_s:,.0f} | {mark} |"
         )
     if planned.decision.gains:
@@ -356,24 +288,54 @@ def markdown(planned: Planned) -> str:
     return "\n".join(lines) + "\n"
 
 
-def show(planned: Planned, emitted: Emitted | None, *, as_json: bool, quiet: bool, err: Console, folder: Path) -> None:
-    """Print the answer; with settings for a tool, those alone on standard output and the answer beside them."""
+def show(
+    planned: Planned,
+    emitted: Emitted | None,
+    *,
+    as_json: bool,
+    quiet: bool,
+    err: Console,
+    folder: Path | None,
+    emits: bool = False,
+) -> None:
+    """Print the answer; where settings for a tool were asked for, those alone on standard output and the answer beside.
+
+    `folder` is where everything is, None where nothing was stored.
+    """
     from rich.console import Console
 
     if as_json:
-        print(document(planned, emitted), end="")
+        streams.print_json(document(planned, emitted))
     elif emitted is not None:
         print(emitted.text, end="")
-    screen = err if emitted is not None else Console()
-    if not as_json and not (quiet and emitted is not None):
-        for part in renderables(planned):
-            screen.print(part)
+    screen = err if emits else Console()
+    if not as_json and not (quiet and emits):
+        show_all(renderables(planned), screen)
     if quiet:
         return
-    told = planned.model_notices if as_json else ()
-    notices = [*told, *planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
-    for notice in [*notices, f"Everything is in {folder}"]:
+    notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
+    for notice in [*notices, *([f"Everything is in {folder}"] if folder is not None else [])]:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_stored(planned: Planned) -> None:
+    """Print a stored plan as it was shown, with its notices."""
+    from rich.console import Console
+
+    show_all(renderables(planned))
+    for notice in planned.decision.notices:
+        Console(stderr=True).print(notice, markup=False, highlight=False, soft_wrap=True)
+
+
+def rendered(planned: Planned, format: str) -> str:
+    """The plan in one of the formats of `gcbench report` that are text."""
+    from gcbench.formats import csv_table
+
+    if format == "markdown":
+        return markdown(planned)
+    if format == "terminal":
+        return text(planned, width=120)
+    return csv_table.table(rows(planned)) if format == "csv" else document(planned, None)
 
 
 def text(planned: Planned, *, width: int) -> str:

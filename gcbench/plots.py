@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcbench import step_plot
-from gcbench.canvas import GREY, LONGEST_LABEL, head, panels, quiet, shortened, write
+from gcbench.canvas import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, shortened, write
 from gcbench.labels import MARGIN, Box, Label, place
+from gcbench.lettering import choose_font
 from gcbench.records import PHASES, Phase, Report, Row, Workload
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.tables import NOT_REPEATABLE, OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import GIB, MIB, format_bytes
 from gcbench.words import how_it_ended
 
@@ -72,7 +73,7 @@ def memory_figure(report: Report) -> Figure:
     handles.append(Patch(facecolor="none", edgecolor="black", linewidth=1.3))
     labels.append("the phase that sets the peak")
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axes in found:
         _make_room(axes)
     return figure
@@ -89,7 +90,7 @@ def tradeoff_figure(report: Report) -> Figure:
             styles.setdefault(row.strategy, len(styles))
     for axes, (workload, group) in zip(found, groups.items(), strict=True):
         _tradeoff_panel(axes, workload, group, styles)
-    figure.draw_without_rendering()
+    lay_out(figure)
     figure.set_layout_engine("none")
     for axes, group in zip(found, groups.values(), strict=True):
         _label_points(axes, [row for row in group if _has_tradeoff(row)], styles)
@@ -139,7 +140,7 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
         for row, size, position in zip(group, sizes, positions, strict=True):
             if row.peak_phase == phase:
                 axes.barh(position, size, thickness, facecolor="none", edgecolor="black", linewidth=1.3, zorder=3)
-                flaw = f" ({_absence(row)})" if row.status != "ok" or failed_proof(row) else ""
+                flaw = f" ({_absence(row)})" if row.status != "ok" or hides_saving(row) else ""
                 text, weight = f" {format_bytes(row.peak_allocated_bytes)}{flaw}", "normal" if flaw else "bold"
                 axes.annotate(text, (size, position), va="center", fontsize=8.5, fontweight=weight)
     for number, row in enumerate(group):
@@ -197,7 +198,9 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     axes.set_ylabel("peak memory saved, %", fontsize=9)
     missing = [f"{shortened(row.strategy, LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)]
     note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
-    axes.set_xlabel("\n".join(filter(None, ("time paid per step, % (bars: 95 % interval)", note))), fontsize=9)
+    bars = any(row.strategy != OFF and row.time_overhead_low_frac is not None for row in group)
+    time = f"time paid per step, % ({'bars: 95 % interval' if bars else 'too few rounds for an interval'})"
+    axes.set_xlabel("\n".join(filter(None, (time, note))), fontsize=9)
     _panel_title(axes, workload)
     quiet(axes, "both")
 
@@ -258,6 +261,7 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
             annotation_clip=False,
         )
         text.set_gid(LABEL)
+        choose_font(text)
         size = _box(text.get_window_extent(renderer))
         label = place(size, number, points, frame, symbols, placed)
         placed.append(label)
@@ -277,4 +281,6 @@ def _absence(row: Row) -> str:
     """Why a cell is not in the picture."""
     if row.status != "ok":
         return how_it_ended(row)
-    return "failed the proof" if failed_proof(row) else "not measured"
+    if failed_proof(row):
+        return "failed the proof"
+    return NOT_REPEATABLE if hides_saving(row) else "not measured"

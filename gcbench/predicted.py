@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gcbench import cards, tables, words
+from gcbench import cards, headroom, tables, words
+from gcbench.added import Setting, kernels_sentence, sentence
+from gcbench.headroom import CLOSE
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Report, Row, Workload
 from gcbench.screen import UNKNOWN, Column
@@ -79,7 +81,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
         Column(header="reserved", cells=of(lambda r: format_bytes(r.peak_reserved_bytes)), drop=2),
         Column(header="process", cells=of(lambda r: format_bytes(r.peak_process_bytes)), drop=3),
         Column(header="to spare", cells=of(lambda r: signed_bytes(r.spare_bytes))),
-        Column(header="fits", cells=of(_fits), right=False),
+        Column(header="fits", cells=of(_fits), right=False, short=of(_fits_shortly), shorten=2),
     )
     always = ("strategy", "peak allocated")
     return tuple(c for c in columns if c.header in always or any(cell != UNKNOWN for cell in c.cells))
@@ -106,9 +108,10 @@ def choice(cells: Sequence[PredictedCell]) -> PredictedCell | None:
     if not there:
         return None
     if bounded:
-        fitting = [cell for cell in bounded if _spare(cell) >= 0]
+        fitting = [cell for cell in bounded if _may_run(cell)]
+        sure = [cell for cell in fitting if cell.row.fits != CLOSE]
         if fitting:
-            return min(fitting, key=lambda cell: (cell.row.layers_checkpointed, -_spare(cell)))
+            return min(sure or fitting, key=lambda cell: (cell.row.layers_checkpointed, -_spare(cell)))
         return max(bounded, key=_spare)
     lowest = min(map(_peak, there))
     alike = [cell for cell in there if _peak(cell) <= lowest * (1 + _SAME_PEAK)]
@@ -134,6 +137,34 @@ def summary(cells: Sequence[PredictedCell]) -> str:
     return " ".join(sentences)
 
 
+def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
+    """What is said beneath the table of one workload."""
+    return tuple(text for text in (summary(cells), with_kernels(cells), added(cells)) if text)
+
+
+def added(cells: Sequence[PredictedCell]) -> str | None:
+    """What a real run may add to the figures of one workload; None where that is nothing of weight."""
+    best = choice(cells)
+    if best is None:
+        return None
+
+    def setting(cell: PredictedCell) -> Setting:
+        found = cell.prediction.additions if cell.prediction else ()
+        return Setting(name=cell.row.strategy, fits=_may_run(cell), additions=found)
+
+    others = [setting(cell) for cell in cells if cell is not best]
+    return sentence(setting(best), others, usable_bytes=best.row.usable_bytes)
+
+
+def with_kernels(cells: Sequence[PredictedCell]) -> str | None:
+    """What the peak would lose with kernels that could not be traced; None where the model has none."""
+    best = choice(cells)
+    said = best.prediction.fallback if best is not None and best.prediction is not None else None
+    if best is None or said is None:
+        return None
+    return kernels_sentence(said, best.row.strategy, _peak(best))
+
+
 def where(cell: PredictedCell) -> str:
     """`in the loss and logits (backward pass)`: where in the step its peak is."""
     said = cell.prediction.explanation if cell.prediction else None
@@ -153,49 +184,29 @@ def checkpointing_lever(prediction: Prediction | None) -> Lever | None:
     return next((lever for lever in levers if lever.name == _EVERY_LAYER), None)
 
 
-def not_covered(report: Report) -> tuple[str, ...]:
-    """What a reader might look for and not find, a sentence each."""
-    gaps = ["time: how long a step takes is not predicted"]
-    for workload, cells in by_workload(report).items():
-        place = words.title(workload, model=False, device=False)
-        for cell in cells:
-            if cell.prediction is None:
-                ended = "its prediction is missing" if cell.row.status == "ok" else words.how_it_ended(cell.row)
-                gaps.append(f"{cell.row.strategy} at {place}: {ended}")
-        if OFF not in {cell.row.strategy for cell in cells}:
-            gaps.append(f"savings at {place}: off is not among its strategies")
-    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
-    if said and all(prediction.memory.process_bytes is None for prediction in said):
-        gaps.append("the memory of the process: on a CPU, only what tensors hold is predicted")
-    if any(prediction.terms for prediction in said):
-        gaps.append(
-            "the exact size of what the trace cannot see: it is what the sources named above say, and another driver "
-            "or another version of a library may take more or less"
-        )
-        gaps.append(
-            "a check against a card: until now gcbench's predictions were compared with measurements on a CPU only"
-        )
-    gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
-    return tuple(gaps)
-
-
 def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
     """Which strategies fit, and with how much to spare."""
     limit = best.row.device_memory_bytes or 0
-    fitting = [cell for cell in cells if _spare(cell) >= 0]
-    failing = [cell for cell in cells if _spare(cell) < 0]
-    if not fitting:
+    failing = [cell for cell in cells if not _may_run(cell)]
+    if len(failing) == len(cells):
         return _nothing_fits(cells, best, limit)
+    close = [cell for cell in cells if _may_run(cell) and cell.row.fits == CLOSE]
+    fitting = [cell for cell in cells if cell not in failing and cell not in close]
     name, spare = best.row.strategy, format_bytes(_spare(best))
     flushes = best.prediction is not None and bool(best.prediction.num_alloc_retries)
     tight = ", which is tight" if flushes or _spare(best) < _TIGHT * limit else ""
     of = f"{best.row.layers_checkpointed} of {best.row.num_layers}"
-    if best.row.layers_checkpointed == 0:
+    if not fitting:
+        sentences = [
+            f"Whether {name} fits in {format_bytes(limit)} is too close to tell: it leaves {spare}, and what the "
+            f"device holds may be {format_bytes(uncertain_bytes(best))} more than predicted."
+        ]
+    elif best.row.layers_checkpointed == 0:
         sentences = [
             f"{name} fits in {format_bytes(limit)} with {spare} to spare{tight}: nothing has to be recomputed."
         ]
     elif len(fitting) == 1:
-        only = "Only " if failing else ""
+        only = "Only " if failing and not close else ""
         sentences = [f"{only}{name} fits in {format_bytes(limit)}, with {spare} to spare{tight}."]
     elif len({cell.row.layers_checkpointed for cell in fitting}) == 1:
         sentences = [
@@ -207,11 +218,21 @@ def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
             f"{_several(fitting)} fit in {format_bytes(limit)}; {name} checkpoints the fewest layers ({of}) and leaves "
             f"{spare} to spare{tight}."
         ]
-    roomiest = max(fitting, key=_spare)
+    roomiest = max(fitting or close, key=_spare)
     if _spare(roomiest) > _spare(best) * (1 + _SAME_PEAK):
         sentences.append(f"{roomiest.row.strategy} leaves the most, {format_bytes(_spare(roomiest))}.")
-    if failing:
-        sentences.append(_failing(failing))
+    others = [cell for cell in close if cell is not best]
+    if others:
+        rooms = listed([format_bytes(_spare(cell)) for cell in others])
+        verb = "are" if len(others) > 1 else "is"
+        sentences.append(f"{listed(_names(others))} {verb} too close to tell, with {rooms} to spare.")
+    held = [cell for cell in failing if _spare(cell) >= 0]
+    if held:
+        verb = "fit" if len(held) > 1 else "fits"
+        sentences.append(f"{listed(_names(held))} {verb} only without the reserve ({_reserve(best)}).")
+    beyond = [cell for cell in failing if _spare(cell) < 0]
+    if beyond:
+        sentences.append(_failing(beyond))
     return sentences
 
 
@@ -230,6 +251,11 @@ def _nothing_fits(cells: Sequence[PredictedCell], best: PredictedCell, limit: in
     row = best.row
     opening = "Nothing fits" if len(cells) > 1 else f"{row.strategy} does not fit"
     nearest = f"{row.strategy} comes nearest and" if len(cells) > 1 else "it"
+    if _spare(best) >= 0:
+        return [
+            f"{opening} in {_usable(best)}: {nearest} needs {format_bytes(-_room_left(best))} more.",
+            _only_the_reserve(cells, best),
+        ]
     sentence = f"{opening} in {format_bytes(limit)}: {nearest} needs {format_bytes(-_spare(best))} more than there is."
     standing = _standing_bytes(best.prediction)
     if standing > limit:
@@ -248,6 +274,36 @@ def _nothing_fits(cells: Sequence[PredictedCell], best: PredictedCell, limit: in
         return told
     batch = "a smaller batch, " if row.batch_size > 1 else ""
     return [sentence, f"Try {batch}a shorter sequence or a leaner optimizer."]
+
+
+def _only_the_reserve(cells: Sequence[PredictedCell], best: PredictedCell) -> str:
+    """What a smaller reserve would let in, and whether that is sure to fit."""
+    limit, frac = best.row.device_memory_bytes or 0, _reserve_frac(best)
+    smaller = headroom.smaller_reserve(limit - _spare(best), limit_bytes=limit, reserve_frac=frac) or 0.0
+    there = headroom.usable_bytes(limit, smaller)
+    let_in = [cell for cell in cells if limit - _spare(cell) <= there]
+    verb = "fit" if len(let_in) > 1 else "fits"
+    sure = ", which is too close to tell" if all(cell.row.fits == CLOSE for cell in let_in) else ""
+    return (
+        f"Only the reserve stands in the way: with {headroom.reserve_flag(smaller)} {_several(let_in)} {verb}, with "
+        f"{format_bytes(max(map(_spare, let_in)))} of the device to spare{sure}."
+    )
+
+
+def nothing_fits(report: Report) -> str | None:
+    """The sentence that ends a prediction of which no cell fits, with a remedy; None where one does."""
+    cells = [cell for group in by_workload(report).values() for cell in group]
+    bounded = [cell for cell in cells if cell.row.spare_bytes is not None]
+    if not bounded or len(bounded) < len(cells) or any(map(_may_run, bounded)):
+        return None
+    best = max(bounded, key=_spare)
+    needs = format_bytes((best.row.device_memory_bytes or 0) - _spare(best))
+    said = f"nothing fits into {_usable(best)}, the nearest is {best.row.strategy} with {needs}"
+    if _spare(best) >= 0:
+        return f"{said}; {_only_the_reserve(bounded, best).removesuffix('.').replace('Only', 'only')}"
+    ways = ["a smaller batch"] if best.row.batch_size > 1 else []
+    ways += ["a shorter sequence", "a leaner optimizer", "LoRA (--lora-r)" if best.row.lora_r is None else ""]
+    return f"{said}; take {', '.join(filter(None, ways))} or a larger device"
 
 
 def _standing_bytes(prediction: Prediction | None) -> int:
@@ -309,6 +365,34 @@ def _spare(cell: PredictedCell) -> int:
     return cell.row.spare_bytes or 0
 
 
+def _room_left(cell: PredictedCell) -> int:
+    """What the cell leaves of what may be used; negative where it does not fit there."""
+    return _spare(cell) - (cell.row.device_memory_bytes or 0) + (cell.row.usable_bytes or 0)
+
+
+def _may_run(cell: PredictedCell) -> bool:
+    """Whether it stays within the memory that may be used; it may still be too close to tell."""
+    return _room_left(cell) >= 0
+
+
+def uncertain_bytes(cell: PredictedCell) -> int:
+    """By how much what the cell holds may be more than predicted."""
+    return headroom.uncertain_bytes(cell.row.peak_reserved_bytes)
+
+
+def _reserve_frac(cell: PredictedCell) -> float:
+    return cell.prediction.reserve_frac if cell.prediction else 0.0
+
+
+def _reserve(cell: PredictedCell) -> str:
+    """`5.0 % of 39.39 GiB`."""
+    return f"{format_percent(_reserve_frac(cell))} of {format_bytes(cell.row.device_memory_bytes)}"
+
+
+def _usable(cell: PredictedCell) -> str:
+    return headroom.held_back(cell.row.device_memory_bytes or 0, _reserve_frac(cell))
+
+
 def _peak(cell: PredictedCell) -> int:
     return cell.row.peak_allocated_bytes or 0
 
@@ -318,4 +402,9 @@ def _checkpointed(row: Row) -> str:
 
 
 def _fits(row: Row) -> str:
-    return UNKNOWN if row.spare_bytes is None else "yes" if row.spare_bytes >= 0 else "no"
+    return row.fits or UNKNOWN
+
+
+def _fits_shortly(row: Row) -> str:
+    short: dict[str | None, str] = {CLOSE: "close", headroom.RESERVED: "reserve"}
+    return short.get(row.fits, _fits(row))

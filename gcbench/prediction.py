@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from gcbench import headroom
 from gcbench.peaks import MemoryPeaks, Phase
 
 
@@ -45,6 +46,37 @@ class Lever:
 
     name: str
     peak_bytes: int
+
+
+ACCUMULATION = "gradient accumulation"
+KEPT_OUTPUTS = "a loop that keeps `outputs`"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Something that a real run may have and the predicted step has not, from the same step replayed with it.
+
+    Attributes:
+        nbytes: what it adds to the bytes that count against the device's memory.
+        peak_bytes: those bytes with it.
+    """
+
+    name: str
+    nbytes: int
+    peak_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fallback:
+    """What PyTorch code took in the trace where the device, with packages installed, would run fused kernels.
+
+    Attributes:
+        packages: names to install.
+        nbytes: what of the allocated peak it made: at most that much less is needed with the kernels.
+    """
+
+    packages: tuple[str, ...]
+    nbytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +123,13 @@ class Prediction:
         memory: as a measurement of it would report.
         limit_bytes: memory of the device; None where there is no bound.
         spare_bytes: what would be left of it; negative where the cell does not fit.
+        reserve_frac: the part of the device's memory that is held back.
         num_alloc_retries: times the allocator would have to flush its cache to go on; None on the CPU.
         attention: kernel -> number of calls in a forward and backward pass of the traced layers.
         layers_traced: layers that stood for all.
         why_in_full: why every layer was traced; None where a few were.
+        additions: what a real run may add; small ones are left out.
+        fallback: None where no kernel was stood in for, and on the CPU, where there is none.
     """
 
     memory: MemoryPeaks
@@ -107,3 +142,28 @@ class Prediction:
     why_in_full: str | None
     explanation: Explanation | None = None
     curve: Curve | None = None
+    additions: tuple[Addition, ...] = ()
+    fallback: Fallback | None = None
+    reserve_frac: float = 0.0
+
+    @property
+    def needed_bytes(self) -> int:
+        """What counts against the device's memory: on CUDA all that the process holds, on a CPU what tensors hold."""
+        return self.memory.allocated_bytes if self.memory.process_bytes is None else self.memory.process_bytes
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """The device's memory less the reserve; None where there is no bound."""
+        return None if self.limit_bytes is None else headroom.usable_bytes(self.limit_bytes, self.reserve_frac)
+
+    @property
+    def fit(self) -> headroom.Fit | None:
+        """Whether the cell fits; None where there is no bound."""
+        if self.limit_bytes is None:
+            return None
+        return headroom.judged(
+            self.needed_bytes,
+            limit_bytes=self.limit_bytes,
+            reserve_frac=self.reserve_frac,
+            reserved_bytes=self.memory.reserved_bytes,
+        )

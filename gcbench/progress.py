@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from statistics import median
 from types import TracebackType
 
@@ -11,14 +13,51 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from gcbench.errors import GcbenchError
 from gcbench.records import Cell, Outcome
 from gcbench.tasks import Event
 from gcbench.units import counted, format_bytes, format_seconds
+
+_SILENCES_S = (10.0, 20.0, 30.0, 60.0)
+"""After how long without a word one is said in plain lines; the last again and again."""
 
 
 def label(cell: Cell) -> str:
     """A cell as it is named while it runs."""
     return f"{cell.strategy}, batch {cell.workload.batch_size} × {cell.workload.seq_len}"
+
+
+class Heartbeat:
+    """Calls `say` where nothing was said for a while, on a thread of its own, so that a long wait is seen to be one."""
+
+    def __init__(self, say: Callable[[], None], *, silences_s: tuple[float, ...] = _SILENCES_S) -> None:
+        self._say = say
+        self._silences_s = silences_s
+        self._spoken, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def spoken(self) -> None:
+        """Something else was said: the next silence begins now."""
+        self._spoken.set()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._spoken.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        turn = 0
+        while not self._ended.is_set():
+            if self._spoken.wait(self._silences_s[min(turn, len(self._silences_s) - 1)]):
+                self._spoken.clear()
+                turn = 0
+                continue
+            turn += 1
+            with suppress(OSError, GcbenchError):  # nobody listens any more, which the main thread will find out
+                self._say()
 
 
 def figures(outcome: Outcome) -> str:
@@ -60,30 +99,56 @@ class QuietProgress:
 
 
 class PlainProgress(QuietProgress):
-    """One line per round of a cell, for logs and pipes."""
+    """One line per round of a cell, for logs and pipes, and one now and then where that takes long."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start = time.monotonic()
+        self._where, self._last_step, self._done_steps, self._total, self._steps = "", "", 0, 0, 0
+        self._heartbeat = Heartbeat(self._still_there)
 
     def __enter__(self) -> PlainProgress:
+        self._heartbeat.start()
         return self
 
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        self._heartbeat.stop()
+
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
-        self._num_rounds = num_rounds
+        self._num_rounds, self._total = num_rounds, num_steps
         self._say(f"measuring: {counted(num_steps, 'training step')} or more, in {counted(num_rounds, 'round')}")
 
     def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         self._where = f"round {round + 1}/{self._num_rounds} {label(cell)}"
+        self._last_step, self._steps = "building the model", num_steps
+
+    def step(self, event: Event) -> None:
+        self._last_step = f"{event.kind} step {event.step}"
 
     def leave(self, outcome: Outcome) -> None:
-        self._say(f"{self._where}: {figures(outcome)} [{format_seconds(time.monotonic() - self._start)} elapsed]")
+        self._done_steps += self._steps
+        percent = 100 * self._done_steps // max(self._total, 1)
+        self._say(f"{self._where}: {figures(outcome)} [{min(percent, 100)} % done, {self._elapsed()} elapsed]")
+
+    def skip(self, *, num_steps: int) -> None:
+        self._total -= num_steps
+
+    def _still_there(self) -> None:
+        where = f"{self._where}: {self._last_step}" if self._where else "importing torch, reading the model"
+        self._print(f"{where} … [{self._elapsed()} elapsed]")
 
     def _say(self, text: str) -> None:
+        self._heartbeat.spoken()
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
+    def _elapsed(self) -> str:
+        return format_seconds(time.monotonic() - self._start)
 
-class _Display(Progress):
+
+class TwoLines(Progress):
     """The description on a line of its own: beside the bar it would push the figures off a narrow screen."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
@@ -96,7 +161,7 @@ class LiveProgress(QuietProgress):
     """One Rich display: cell, round, step, elapsed, time left, last figures."""
 
     def __init__(self, console: Console) -> None:
-        self._display = _Display(
+        self._display = TwoLines(
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("steps,"),
@@ -123,8 +188,7 @@ class LiveProgress(QuietProgress):
         self._display.stop()
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
-        self._num_rounds = num_rounds
-        self._total = num_steps
+        self._num_rounds, self._total = num_rounds, num_steps
         self._display.reset(self._task, total=num_steps)
 
     def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:

@@ -32,6 +32,8 @@ class Workload:
     """The attention kernel in use; None for a model without attention."""
     lora_r: int | None = None
     """Rank of the adapters that are trained in place of the model's parameters; None when those are trained."""
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model, such as `num_hidden_layers=6`; None for the model itself."""
 
 
 ALL_LINEAR = "all-linear"
@@ -77,7 +79,7 @@ class RoundResult:
             that training on text never calls).
         layers_planned: those of them in the plan's groups that a gradient passes back through (below the lowest LoRA
             adapter none does).
-        layers_recomputed: layers really run a second time in one step; None where they are compiled and nobody sees.
+        layers_recomputed: layers run a second time in the same step; None where they are compiled and nobody sees.
         params_without_grad: trainable parameters whose gradient was None after the first backward.
         grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
         grad_rel_diff: L2 norm of the difference of these gradients from `off` in round 0, relative to its norm;
@@ -89,6 +91,7 @@ class RoundResult:
         wall_s: seconds from the parent's start of the child to its end.
         draws_other_dropout: layers are compiled and drop activations, by other random numbers than those of `off`, so
             that their gradients cannot be compared.
+        draws_outside_torch: the forward pass of the first step draws from Python's or NumPy's generator.
     """
 
     round: int
@@ -106,6 +109,7 @@ class RoundResult:
     steps_s: float
     wall_s: float
     draws_other_dropout: bool = False
+    draws_outside_torch: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,9 @@ class Outcome:
     """Layers in the plan's groups, before it is known which of them the model runs."""
     rounds: tuple[RoundResult, ...] = ()
     failure: Failure | None = None
+    repeat_rel_diffs: tuple[float, ...] = ()
+    """Of `off` alone: `grad_rel_diff` of runs that were neither timed nor probed; made where a verdict depends on the
+    noise of `off`, and one round does not tell it."""
     prediction: Prediction | None = None
     """In place of rounds, in a report of predictions; with the failure `oom` where the cell does not fit."""
 
@@ -141,6 +148,9 @@ class ModelFacts:
         max_seq_len: the model's own maximum length; None where it has none.
         attn_implementation: the kernel the model uses unless told otherwise.
         checkpointing_refusal: why the model cannot checkpoint; None when it can.
+        only_own: why no layers can be chosen, and what can be done, for a model that checkpoints in its own way alone.
+        own_groups: the layers that its own way recomputes, those that are recomputed together in one group; None where
+            nobody looked, or no look was possible.
         num_trainable_params: those that are not frozen; None in a report from before there was LoRA.
         layers_in_order: numbers of the layers that training runs, in the order in which it does; None where that is all
             of them in `modules()` order, or where nobody asked.
@@ -155,6 +165,8 @@ class ModelFacts:
     checkpointing_refusal: str | None
     num_trainable_params: int | None = None
     layers_in_order: tuple[int, ...] | None = None
+    only_own: str | None = None
+    own_groups: tuple[tuple[int, ...], ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +254,8 @@ class Row:
     grad_noise_floor: float | None = None
     """Largest difference between the gradients of two `off` rounds; 0.0 where kernels are deterministic."""
     proof: str | None = None
-    """`identical`, `within noise`, `no reference` or, where a saving must not be shown, `FAILED: why`."""
+    """`identical`, `within noise`, `no reference` or, where a saving must not be shown, `FAILED: why` or
+    `not repeatable`, where `off` differs from itself by more than roundoff explains."""
     lora_r: int | None = None
     """Rank of the LoRA adapters; None where all parameters are trained."""
     peak_op: str | None = None
@@ -253,5 +266,15 @@ class Row:
     device_memory_bytes: int | None = None
     spare_bytes: int | None = None
     """What the cell leaves of the device's memory; negative where it does not fit."""
+    usable_bytes: int | None = None
+    """The device's memory less the reserve."""
+    fits: str | None = None
+    """`yes`, `too close to tell`, `in the reserve` or `no`."""
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model."""
+    accumulation_adds_bytes: int | None = None
+    """What gradient accumulation adds to a predicted peak; None where it is below 0.5 % of it, or not predicted."""
+    kept_outputs_add_bytes: int | None = None
+    """The same of a loop that keeps the model's outputs in a variable."""
     model_notice: str | None = None
     """In what the model differs from what its config says."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
+from gcbench import changes
 from gcbench.codec import decode, encode
 from gcbench.errors import ResultsError, UsageError
 from gcbench.records import SCHEMA, Report
@@ -24,11 +26,15 @@ def save(report: Report, folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure."""
+    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure.
+
+    Bytes of a path that are no text are written as they were, in JSON as escapes.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
+        temporary.write_text(text, encoding="utf-8", errors=errors)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -41,25 +47,50 @@ def load(place: Path) -> Report:
     Raises ResultsError when there is none, when it is damaged, or when a newer gcbench wrote it.
     """
     path = report_path(place)
+    document = parsed(path, "gcbench run --out")
+    try:
+        return _with_changes(decode(Report, document))
+    except ValueError as err:
+        raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+
+
+def parsed(path: Path, writer: str) -> object:
+    """The JSON document in a file that `writer` left.
+
+    Raises ResultsError when there is none, when it is no JSON, or when a newer gcbench wrote it.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ResultsError(f"there is no {path}; give a folder that gcbench run --out wrote") from None
+        raise ResultsError(f"there is no {path}; give a folder that {writer} wrote") from None
     except (OSError, UnicodeDecodeError) as err:
         raise ResultsError(f"{path} cannot be read ({err}); check the path and its permissions") from None
     except json.JSONDecodeError as err:
         raise ResultsError(
             f"{path} is damaged (line {err.lineno}: {err.msg}); restore it, or measure again into a new folder"
         ) from None
+    except RecursionError:
+        raise ResultsError(f"{path} is nested too deep; restore it, or measure again into a new folder") from None
     schema = document.get("schema") if isinstance(document, dict) else None
     if isinstance(schema, int) and schema > SCHEMA:
         raise ResultsError(
             f"{path} has schema {schema} and this gcbench reads up to {SCHEMA}; upgrade gcbench to read it"
         )
-    try:
-        return decode(Report, document)
-    except ValueError as err:
-        raise ResultsError(f"{path} is damaged ({err}); restore it, or measure again into a new folder") from None
+    return document
+
+
+def _with_changes(report: Report) -> Report:
+    """The report with what was changed about the model in every cell, for one that was stored before cells told it."""
+    told = changes.told(report.settings.get("layers"), report.settings.get("set"))
+    if told is None:
+        return report
+    return replace(
+        report,
+        outcomes=tuple(
+            replace(o, cell=replace(o.cell, workload=replace(o.cell.workload, model_changes=told)))
+            for o in report.outcomes
+        ),
+    )
 
 
 def reopen(folder: Path) -> Report:

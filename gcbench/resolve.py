@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from gcbench import strategies
+from gcbench import changes, strategies
 from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.errors import UsageError
 from gcbench.preflight import beyond_positions
 from gcbench.records import Cell, Machine, ModelFacts, Workload
 from gcbench.simulate.target import Target
-from gcbench.strategies import Plan, Strategy
+from gcbench.strategies import OFF, OWN, Plan, Strategy
 from gcbench.units import format_bytes
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
@@ -67,11 +67,11 @@ def resolve(
         notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
     else:
         seq_len = wanted.seq_len
-        mistakes += [
-            beyond_positions(facts.model, length, limit) for length in seq_len if limit is not None and length > limit
-        ]
+        mistakes += [too_long(length, limit, facts.model) for length in seq_len if limit is not None and length > limit]
 
-    specs = wanted.strategies or DEFAULT_STRATEGIES
+    specs = wanted.strategies or default_strategies(facts)
+    if wanted.strategies is None and facts.only_own is not None:
+        notices.append(f"The default strategies are {' and '.join(specs)}: {facts.only_own}.")
     plans: dict[str, Plan] = {}
     plan_files: dict[str, str] = {}
     for spec in specs:
@@ -108,7 +108,7 @@ def resolve(
         refusals={
             spec: why
             for spec, plan in plans.items()
-            if (why := unsupported(plan, kind, is_predicted=target is not None))
+            if (why := not_for(plan, facts) or unsupported(plan, kind, is_predicted=target is not None))
         },
         plan_files=plan_files,
         least_steps=_LEAST_STEPS[kind],
@@ -117,12 +117,33 @@ def resolve(
     )
 
 
+def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
+    """What is compared where nothing is named."""
+    return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
+
+
+def too_long(seq_len: int, limit: int, model: str) -> str:
+    """What is wrong with a sequence that is longer than the model's positions."""
+    return beyond_positions(model, seq_len, limit)
+
+
 def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:
     """What a strategy becomes for a model; raises ValueError when it cannot be had for it."""
+    if strategy.is_own and facts.own_groups is not None:
+        return replace(strategy.plan_for(facts.num_layers), groups=facts.own_groups)
     order = facts.layers_in_order
     if not strategy.counts_run or order is None:
         return strategy.plan_for(facts.num_layers)
     return strategy.plan_for(len(order)).renumbered(order, facts.num_layers)
+
+
+def not_for(plan: Plan, facts: ModelFacts) -> str | None:
+    """Why a model cannot have a plan, with what to do; None when it can, or can have none at all."""
+    if plan.groups and not plan.own:
+        return facts.only_own
+    if plan.own and not plan.groups and facts.num_layers:
+        return "the model's own flag for checkpointing changes nothing: no layer runs again; take off"
+    return None
 
 
 def unsupported(plan: Plan, kind: str, *, is_predicted: bool = False) -> str | None:
@@ -161,6 +182,7 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
                 optim=settings.optim,
                 attn_implementation=facts.attn_implementation,
                 lora_r=settings.lora_r,
+                model_changes=changes.told(settings.layers, settings.set),
             ),
             strategy=strategy,
         )

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from gcbench import __version__, errors, strategies
+from gcbench.changes import ChangedConfig
 from gcbench.children import Children
 from gcbench.codec import decode, encode
 from gcbench.config import Settings, as_json
@@ -17,9 +18,11 @@ from gcbench.errors import UnavailableError, UsageError
 from gcbench.fingerprint import Fingerprint, difference
 from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
 from gcbench.resolve import LEAST_TIMED_S, Job, resolve
+from gcbench.simulate.target import Target
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OFF
+from gcbench.tables import needs_repeat
 from gcbench.tasks import Answer, DescribeTask, Event, MeasureTask
 
 _DESCRIBE_TIMEOUT_S = 600.0
@@ -68,15 +71,21 @@ def run(
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
         report = measure_round(report, task, job, children, store, progress)
         progress.leave(_outcome(report, task.cell))
-    return report
+    return _repeat_off(report, job, source, children, store)
 
 
 def describe(
-    wanted: Settings, source: ModelSource, children: Children, *, needs_order: bool = False
+    wanted: Settings,
+    source: ModelSource,
+    children: Children,
+    *,
+    needs_order: bool = False,
+    target: Target | None = None,
 ) -> tuple[Machine, ModelFacts]:
     """The machine and the model, asked of a child; raises what the child would have raised.
 
-    With `needs_order` the order in which layers run is looked for even where no strategy counts them so.
+    With `target`, the model as it is traced for it. With `needs_order` the order in which layers run is looked for even
+    where no strategy counts them so.
     """
     answer = children.run(
         DescribeTask(
@@ -88,6 +97,7 @@ def describe(
             lora=wanted.lora,
             operators=operators(wanted.strategies or ()),
             needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
+            target=target,
         ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
@@ -95,6 +105,19 @@ def describe(
     raise_refusal(answer)
     assert answer.machine is not None and answer.facts is not None
     return answer.machine, answer.facts
+
+
+def changed_config(wanted: Settings, source: ModelSource, children: Children) -> ChangedConfig | None:
+    """What `--layers` and `--set` come to in the model's config, asked of a child; None without them."""
+    if wanted.layers is None and not wanted.set:
+        return None
+    answer = children.run(
+        DescribeTask(device="cpu", source=source, layers=wanted.layers, overrides=wanted.set or {}, needs_changes=True),
+        on_event=lambda event: None,
+        timeout_s=_DESCRIBE_TIMEOUT_S,
+    )
+    raise_refusal(answer)
+    return answer.changed
 
 
 def operators(specs: Iterable[str]) -> tuple[str, ...]:
@@ -228,6 +251,24 @@ def measure_round(
     outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
     report = replace(report, outcomes=outcomes)
     store.save(report)
+    return report
+
+
+def _repeat_off(report: Report, job: Job, source: ModelSource, children: Children, store: Store) -> Report:
+    """The report with the noise of `off`, where a verdict depends on it and one round of `off` does not tell it."""
+    for outcome in report.outcomes:
+        off = next((o for o in report.outcomes if o.cell == _reference_cell(outcome.cell.workload)), None)
+        if off is None or not off.rounds or not needs_repeat(outcome, off):
+            continue
+        task = replace(task_for(job, source, off.cell, 1), warmup=1, steps=0, least_timed_s=0.0, with_memory=False)
+        answer = children.run(task, on_event=lambda event: None, timeout_s=job.settings.timeout)
+        if answer.result is None or answer.fingerprint is None:
+            continue  # what it came to without the noise stands
+        again = _judged(answer.result, answer.fingerprint, off.cell, store)
+        if again.grad_rel_diff is not None:
+            with_noise = replace(off, repeat_rel_diffs=(again.grad_rel_diff,))
+            report = replace(report, outcomes=tuple(with_noise if o.cell == off.cell else o for o in report.outcomes))
+            store.save(report)
     return report
 
 

@@ -23,9 +23,8 @@ MAX_LAYERS = 8
 
 _CAPS = {
     r"vocab(?!_offset)": VOCAB,
-    r"^(max|n)_(positions|position_embeddings|seq_len|(source|target)_positions)$": 512,
     r"^original_max_position_embeddings$": 64,
-    r"^(n_ctx|context_length|model_max_length|rel_extent)$": 512,
+    r"^rel_extent$": 512,
     r"^(num|n|moe_num)_(local_|routed_)?experts$|^zero_expert_num$": 8,
     r"^num_experts_per_tok(en)?$|^moe_(top_?)?k$|^(n_group|num_expert_group|index_topk_blocks|split_ngram_parts)$": 2,
     r"rank$|^(mamba_d_state|(ssm_)?state_size)$": 16,
@@ -35,6 +34,10 @@ _CAPS = {
     r"^index_block_size$": 4,
     r"^topk_group$": 1,
 }
+_POSITIONS = re.compile(
+    r"^(max|n)_(positions|position_embeddings|seq_len|(source|target)_positions)$|^(n_ctx|context_length|model_max_length)$"
+)
+_MOST_POSITIONS = 512
 _HIDDEN = ("hidden_size", "d_model", "n_embd", "emb_dim", "embedding_dim")
 _WIDTHS = re.compile(
     r"hidden_size|(intermediate|embedding|feed_forward)_size|d_model|n_embd|(emb|embd|embds|embed|embedding|proj)_dim"
@@ -53,12 +56,12 @@ _PERIODS = re.compile(r"_(pattern|period|interval|step|group_size|every_n_layers
 _TOKENS = re.compile(r"token_(id|ids|index)$")
 
 
-def scaled_down(values: Mapping[str, Json], *, layers: int = 4) -> dict[str, Json]:
+def scaled_down(values: Mapping[str, Json], *, layers: int = 4, seq_len: int = 0) -> dict[str, Json]:
     """The config's values with fewer layers and less width, as a new dict; nothing is larger than it was.
 
     Fields that are left to their defaults are filled in. `layers` is the depth, unless that is too few for a layer of
-    each kind: then it goes up to MAX_LAYERS. Lists with an entry per layer keep those of the layers that stay. A part
-    that is at most WIDTH wide keeps its widths.
+    each kind: then it goes up to MAX_LAYERS. Positions for `seq_len` tokens stay. Lists with an entry per layer keep
+    those of the layers that stay. A part that is at most WIDTH wide keeps its widths.
     """
     filled = _filled(values)
     tokens = {token for name, value in _fields(filled) if _TOKENS.search(name) for token in _ints(value)}
@@ -67,6 +70,7 @@ def scaled_down(values: Mapping[str, Json], *, layers: int = 4) -> dict[str, Jso
         layers=layers,
         hidden={width for name, value in _fields(filled) if name in _HIDDEN for width in _ints(value) if width > WIDTH},
         tokens={token: VOCAB - 1 - place for place, token in enumerate(large)},
+        positions=max(_MOST_POSITIONS, seq_len),
     )
     return _Part.of(filled, None).scaled(filled, aims)
 
@@ -83,11 +87,12 @@ def _filled(values: Mapping[str, Json]) -> dict[str, Json]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Aims:
-    """What all parts go by: the depth, the hidden sizes there are, the new ids of tokens."""
+    """What all parts go by: the depth, the hidden sizes there are, the new ids of tokens, the most positions."""
 
     layers: int
     hidden: set[int]
     tokens: dict[int, int]
+    positions: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +159,8 @@ class _Part:
             return value
         if _TOKENS.search(name):
             return aims.tokens.get(value, value)
+        if _POSITIONS.search(name):
+            return min(value, aims.positions)
         uncapped = value if self.hidden <= WIDTH else self._width(name, value, aims)
         return min(value, next((most for pattern, most in _CAPS.items() if re.search(pattern, name)), uncapped))
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import shlex
-import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
-from gcbench import formats, preflight, progress, runner, sources
+from gcbench import formats, preflight, progress, runner, sources, streams
 from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
-from gcbench.errors import GcbenchError, Interrupted
+from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.interruption import ignore_more
 from gcbench.records import Report
 from gcbench.report import write_text
-from gcbench.store import Store, default_folder
-from gcbench.units import counted
+from gcbench.store import Store
+from gcbench.units import counted, format_bytes
 
 FAILED_STATUSES = ("crash", "timeout", "killed")
 """Those that make `run` exit with 1: out of memory and unsupported are results."""
@@ -33,53 +32,53 @@ def measure(
     cell crashed, timed out or was killed, or when the results could not be written."""
     source = preflight.model_of(wanted, pretrained=wanted.pretrained)
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    folder = out or default_folder(sources.slug(wanted.model), now)
-    store = Store(folder) if previous else Store.create(folder)
+    if previous is not None and out is not None:
+        store = Store.reopen(out)
+    else:
+        store = Store.create(out, can_resume=True) if out else Store.new(sources.slug(wanted.model), now)
     err = Console(stderr=True)
-    with _interruptible(store):
-        try:
-            with (
-                ForkedChildren(preload=sources.modules(source)) as children,
-                progress.choose(err, quiet=quiet) as display,
-            ):
-                report = runner.run(
-                    wanted,
-                    source=source,
-                    children=children,
-                    store=store,
-                    progress=display,
-                    command=command,
-                    previous=previous,
-                )
-        except GcbenchError:
-            store.discard_if_empty()
-            raise
+    with store, _kept_when_interrupted(store):
+        if previous is not None:
+            previous = reports.reopen(store.folder)  # again, now that nobody else can write to it
+        with ForkedChildren(preload=sources.modules(source)) as children, progress.choose(err, quiet=quiet) as display:
+            report = runner.run(
+                wanted,
+                source=source,
+                children=children,
+                store=store,
+                progress=display,
+                command=command,
+                previous=previous,
+            )
         _publish(report, store)
-    _show(report, store, as_json=as_json, quiet=quiet, err=err)
-    store.close()
+        try:
+            with streams.kept_in(store.folder):
+                _show(report, store, as_json=as_json, quiet=quiet, err=err)
+        finally:
+            store.close()
     broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
     if broken:
         raise GcbenchError(
             f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed, timed out or were killed; "
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
         )
+    if report.outcomes and all(outcome.failure and outcome.failure.kind == "oom" for outcome in report.outcomes):
+        limit = wanted.memory_limit or report.machine.device_memory_bytes
+        memory = f" into {format_bytes(limit)}" if limit is not None else ""
+        raise ThresholdBroken(
+            f"nothing fits{memory}: every cell ran out of memory; take a smaller batch, a shorter sequence, a leaner "
+            "optimizer or a larger device (gcbench plan looks for what fits)"
+        )
 
 
 @contextmanager
-def _interruptible(store: Store) -> Iterator[None]:
-    """Make Ctrl-C and a polite kill end the run with what was measured kept."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _kept_when_interrupted(store: Store) -> Iterator[None]:
+    """Make an interruption end the run with what was measured kept."""
     try:
         yield
     except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not cut the last save short
+        ignore_more()  # a second one must not cut the last save short
         raise Interrupted(_kept(store)) from None
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _kept(store: Store) -> str:
@@ -87,7 +86,6 @@ def _kept(store: Store) -> str:
     try:
         report = reports.load(store.folder)
     except GcbenchError:
-        store.discard_if_empty()
         return "interrupted before anything was measured"
     _publish(report, store, plots=False)
     done = sum(len(outcome.rounds) for outcome in report.outcomes)
@@ -110,7 +108,7 @@ def _publish(report: Report, store: Store, *, plots: bool = True) -> None:
 
 def _show(report: Report, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
     if as_json:
-        print(formats.get("json").render(report), end="")
+        streams.print_json(formats.get("json").render(report))
     else:
         from gcbench.formats import terminal
 

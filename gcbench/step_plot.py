@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from gcbench import predicted, words
-from gcbench.canvas import LONGEST_LABEL, head, panels, quiet, shortened
+from gcbench import headroom, predicted, words
+from gcbench.canvas import LONGEST_LABEL, head, lay_out, panels, quiet, shortened
 from gcbench.predicted import PredictedCell
 from gcbench.prediction import Curve
 from gcbench.records import Phase, Report, Workload
@@ -81,7 +81,7 @@ def step_figure(report: Report, workload: Workload) -> Figure:
     notes += [f"device memory, {format_bytes(limit)}, is above the scale"] if limit is not None and not is_near else []
     notes += [f"not shown: {', '.join(missing)}"] if missing else []
     figure.supxlabel(textwrap.fill(" · ".join(notes), round(_LETTERS_PER_INCH * figure.get_figwidth())), fontsize=9)
-    figure.draw_without_rendering()
+    lay_out(figure)
     for axes in found:
         _keep_inside(axes)
     return figure
@@ -148,7 +148,8 @@ def _title(cell: PredictedCell) -> str:
     if row.spare_bytes is None:
         return name
     size = format_bytes(abs(row.spare_bytes))
-    return f"{name}\n{size} to spare" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
+    told = f", {row.fits}" if row.fits in (headroom.CLOSE, headroom.RESERVED) else ""
+    return f"{name}\n{size} to spare{told}" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
 
 
 def _mark_phases(axes: Axes, curve: Curve) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING
 
 from gcbench import stats
+from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Prediction
 from gcbench.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
 from gcbench.units import counted
 
@@ -17,6 +18,15 @@ if TYPE_CHECKING:
 
 OFF = "off"
 IDENTICAL, WITHIN_NOISE, NO_REFERENCE, FAILED = "identical", "within noise", "no reference", "FAILED"
+NOT_REPEATABLE = "not repeatable"
+"""`off` differs from itself by far more than roundoff, so that no difference from it shows anything."""
+NOT_ITSELF = "does not repeat itself: nothing can be shown"
+NOTHING_SHOWN = f"off {NOT_ITSELF}"
+SEEDED = (
+    "torch's, NumPy's and Python's global generators are seeded before each step: draw from those alone, and keep no "
+    "state from one step to the next"
+)
+"""What a model can do about it."""
 NOT_MEASURED_YET = "not measured: the run ended before this cell"
 
 _UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -56,6 +66,22 @@ def failed_proof(row: Row) -> bool:
     return row.proof is not None and row.proof.startswith(FAILED)
 
 
+def hides_saving(row: Row) -> bool:
+    """Whether the proof forbids to show what the cell saves: it failed, or nothing could be shown."""
+    return _hides_saving(row.proof)
+
+
+def unproven(table: Iterable[Row]) -> tuple[str, ...]:
+    """A sentence for whoever chooses among rows of which nothing could be shown."""
+    if not any(row.proof == NOT_REPEATABLE for row in table):
+        return ()
+    return (f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]} about the gradients; memory and times are measured.",)
+
+
+def _hides_saving(proof: str | None) -> bool:
+    return proof is not None and proof.startswith((FAILED, NOT_REPEATABLE))
+
+
 def frame(report: Report) -> pandas.DataFrame:
     """The rows as a pandas data frame with nullable column types, for notebooks."""
     import pandas
@@ -76,7 +102,8 @@ class _Summary:
     """What the rounds of a cell say together; counts are the worst over the rounds, None without rounds.
 
     `layers_recomputed` is the fewest, so it differs from the most when rounds disagree. `noise` is the largest
-    difference of the rounds after the first from the reference: for `off`, what the kernels change from run to run.
+    difference of the rounds after the first, and of repeats, from the reference: for `off`, what changes from run to
+    run.
     """
 
     rounds: tuple[RoundResult, ...]
@@ -107,7 +134,7 @@ def _summary(outcome: Outcome) -> _Summary:
         most_layers_recomputed=max(counts, default=None),
         params_without_grad=max((r.params_without_grad for r in rounds), default=None),
         grad_rel_diff=_largest(diff for _, diff in diffs),
-        noise=_largest(diff for number, diff in diffs if number > 0) if len(diffs) > 1 else None,
+        noise=_largest([*(diff for number, diff in diffs if number > 0), *outcome.repeat_rel_diffs]),
         is_reordered=any(part.partition(":")[0] in _REORDERED for part in outcome.cell.strategy.split("+")),
         alloc_retries=max((r.num_alloc_retries or 0 for r in rounds), default=0),
     )
@@ -121,15 +148,16 @@ def _largest(values: Iterable[float]) -> float | None:
 def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
     w, mine, is_off = outcome.cell.workload, _summary(outcome), outcome.cell.strategy == OFF
     planned = outcome.layers_checkpointed if mine.layers_planned is None else mine.layers_planned
-    proof = _proof(mine, off, w.precision, planned)
-    off_proof = _proof(off, off, w.precision, 0) if off else None
+    off_proof = _proof(off, off, w, 0) if off else None
+    proof = off_proof if is_off else _proof(mine, off, w, planned)
     said = outcome.prediction
     # A prediction has nothing to prove: it is that of the plan.
-    comparable = said is not None or not any((v or FAILED).startswith(FAILED) for v in (proof, off_proof))
+    comparable = said is not None or not any(_hides_saving(v or FAILED) for v in (proof, off_proof))
     step = stats.step_time(mine.rounds)
     paid = stats.overhead(mine.rounds, off.rounds) if off and comparable else None
     if paid and is_off:
-        paid = stats.Estimate(centre=0.0, low=0.0, high=0.0, num_units=paid.num_units)
+        known = None if paid.interval is None else 0.0
+        paid = stats.Estimate(centre=0.0, low=known, high=known, num_units=paid.num_units)
     peak = mine.memory.allocated_bytes if mine.memory else None
     off_peak = off.memory.allocated_bytes if off and off.memory and comparable else None
     return Row(
@@ -173,14 +201,26 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         attention_kernel="+".join(said.attention) or None if said else None,
         device_memory_bytes=said.limit_bytes if said else None,
         spare_bytes=said.spare_bytes if said else None,
+        usable_bytes=said.usable_bytes if said else None,
+        fits=said.fit if said else None,
+        model_changes=w.model_changes,
+        accumulation_adds_bytes=_adds(said, ACCUMULATION),
+        kept_outputs_add_bytes=_adds(said, KEPT_OUTPUTS),
         model_notice=" ".join(report.model_notices) or None,
     )
 
 
-def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpointed: int) -> str | None:
+def _adds(said: Prediction | None, name: str) -> int | None:
+    return next((addition.nbytes for addition in said.additions if addition.name == name), None) if said else None
+
+
+def _proof(mine: _Summary, off: _Summary | None, workload: Workload, layers_checkpointed: int) -> str | None:
     """Whether the cell recomputed what its plan says and changed nothing else; None when nothing was measured."""
     if mine.params_without_grad is None:
         return None
+    diff, precision, device = mine.grad_rel_diff, workload.precision, workload.device
+    if off and not is_repeatable(off.noise, precision, device):
+        return NOT_REPEATABLE  # before all else: layers may come and go by chance, too, and gradients agree by it
     fewest, most = mine.layers_recomputed, mine.most_layers_recomputed
     if fewest is not None and not fewest == most == layers_checkpointed:
         other = "" if fewest == most else f" in one round and {most} in another"
@@ -188,28 +228,56 @@ def _proof(mine: _Summary, off: _Summary | None, precision: str, layers_checkpoi
     if off and off.params_without_grad is not None and mine.params_without_grad > off.params_without_grad:
         extra = mine.params_without_grad - off.params_without_grad
         return f"{FAILED}: {extra} {'parameter' if extra == 1 else 'parameters'} got no gradient"
-    diff = mine.grad_rel_diff
     if diff is None:
         return NO_REFERENCE
     if math.isnan(diff):
         return f"{FAILED}: the gradients are not numbers"
     if diff == 0:
         return IDENTICAL
-    tolerated = tolerance(precision, reordered_layers=(mine.layers_run or 0) if mine.is_reordered else 0)
-    if off and off.noise is not None and math.isfinite(off.noise):
-        tolerated = max(tolerated, _TOLERATED_NOISE * off.noise)
+    reordered = (mine.layers_run or 0) if mine.is_reordered else 0
+    tolerated = tolerance(precision, reordered_layers=reordered, noise=off.noise if off else None)
     return WITHIN_NOISE if diff <= tolerated else f"{FAILED}: the gradients differ from off by {diff:.2g}"
 
 
-def tolerance(precision: str, *, reordered_layers: int = 0) -> float:
+def is_repeatable(noise: float | None, precision: str, device: str) -> bool:
+    """Whether `noise`, the relative difference of the gradients of two runs of `off`, can be that of roundoff.
+
+    On a card, where kernels add in any order, it can up to the root of the unit roundoff. Where a rounding decides
+    something, as the expert that a token goes to, it does so for a share of them in proportion to the roundoff, and
+    the norm of what changes goes with the root of that share. Random numbers that are drawn anew change a share that
+    has nothing to do with it. Kernels of a CPU add in one order, so that a few units of roundoff are much there; in
+    fp32 the root is as little. NaN says nothing.
+    """
+    most = math.sqrt(_unit_roundoff(precision))
+    if device.partition(":")[0] == "cpu":
+        most = min(most, max(_TOLERATED_ROUNDOFFS * _unit_roundoff(precision), math.sqrt(_UNIT_ROUNDOFFS["fp32"])))
+    return noise is None or not noise > most
+
+
+def needs_repeat(outcome: Outcome, off: Outcome) -> bool:
+    """Whether the verdict on an outcome depends on the noise of `off`, and that is not known."""
+    mine, reference = _summary(outcome), _summary(off)
+    if reference.noise is not None or not mine.grad_rel_diff:
+        return False
+    return not mine.grad_rel_diff <= tolerance(outcome.cell.workload.precision)
+
+
+def _unit_roundoff(precision: str) -> float:
+    return _UNIT_ROUNDOFFS.get(precision.removesuffix("-mixed"), 2.0**-24)
+
+
+def tolerance(precision: str, *, reordered_layers: int = 0, noise: float | None = None) -> float:
     """The relative difference of gradients that another choice of kernels explains.
+
+    Twice the `noise` of two runs of `off` is tolerated, too: ask `is_repeatable` first whether it can be roundoff's.
 
     Compiled layers round at other places throughout, and reentrant ones add gradients in another order. Roundings that
     are as good as random add up as the root of their number (Higham and Mary, A new approach to probabilistic rounding
     error analysis, 2019); twice that is tolerated.
     """
-    roundoff = _UNIT_ROUNDOFFS.get(precision.removesuffix("-mixed"), 2.0**-24)
-    return max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * reordered_layers)) * roundoff
+    rounding = max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * reordered_layers))
+    floor = _TOLERATED_NOISE * noise if noise is not None and math.isfinite(noise) else 0.0
+    return max(rounding * _unit_roundoff(precision), floor)
 
 
 def _cause(outcome: Outcome, mine: _Summary) -> str:
@@ -224,6 +292,7 @@ def _cause(outcome: Outcome, mine: _Summary) -> str:
             grad_rel_diff=mine.grad_rel_diff,
             is_wrong=mine.grad_rel_diff not in (None, 0.0),
             layers_expected=mine.layers_planned,
+            draws_outside_torch=any(result.draws_outside_torch for result in outcome.rounds),
             layers_recomputed=mine.layers_recomputed,
             num_layers=mine.layers_run,
             params_without_grad=("?",) * (mine.params_without_grad or 0),
@@ -237,6 +306,8 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
     parts = [outcome.failure.message] if outcome.failure else []
     if proof and proof.startswith(FAILED):
         parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}{_cause(outcome, mine)}")
+    if proof == NOT_REPEATABLE and outcome.cell.strategy == OFF:
+        parts.append(f"{NOT_ITSELF}; {SEEDED}")
     said = outcome.prediction
     if said and said.num_alloc_retries and not outcome.failure:
         parts.append("it fits only by flushing the allocator's cache, so it is near out of memory")

@@ -24,6 +24,7 @@ class Wish:
         device: a name from the catalogue, `cpu`, or what this machine has; None for a card of `device_memory` bytes, or
             where that is None too, for what this machine has.
         device_file: a TOML file with cards of the user's own.
+        reserve_frac: the part of the device's memory that is held back; None for the default of its kind.
     """
 
     device: str | None = None
@@ -32,6 +33,7 @@ class Wish:
     expandable_segments: bool = False
     explain: bool = False
     exact: bool = False
+    reserve_frac: float | None = None
 
     def as_json(self) -> dict[str, Json]:
         """As a report stores it, beside the settings."""
@@ -41,6 +43,7 @@ class Wish:
             "expandable_segments": self.expandable_segments,
             "explain": self.explain,
             "exact": self.exact,
+            "reserve_frac": self.reserve_frac,
         }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from gcbench.changes import ChangedConfig
 from gcbench.checks import Combination
 from gcbench.decision import Decision
 from gcbench.fingerprint import Fingerprint
@@ -31,6 +32,10 @@ class DescribeTask:
     """Operators that strategies name, to be checked."""
     needs_order: bool = False
     """Whether a strategy counts layers in the order in which they run."""
+    needs_changes: bool = False
+    """Whether what `layers` and `overrides` come to in the config is to be told."""
+    target: Target | None = None
+    """What is predicted for; None where something runs here, and where only a look at the machine can tell."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +105,8 @@ class PlanTask:
         batch_sizes: those to try; None for all that may pay.
         reserve_frac: the part of the device's memory that is held back.
         layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
-        can_checkpoint: whether the model supports it.
+        can_checkpoint: whether its layers can be chosen.
+        own: what its own way to checkpoint does, where that is the only one.
         is_confirmed: whether the best are run before the answer, so that one of them may take the choice's place.
         device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
         calibration_s: seconds that timing operators on it may take, twice; what callers add takes seven more, once.
@@ -121,6 +127,7 @@ class PlanTask:
     layers_in_order: tuple[int, ...] | None
     can_checkpoint: bool
     device_here: str | None
+    own: Plan | None = None
     is_confirmed: bool = False
     calibration_s: float = 4.0
 
@@ -148,6 +155,7 @@ class CheckTask:
     Attributes:
         source: the model; made smaller first unless `full_size`.
         combinations: (its place in the check, what to try).
+        seq_len: None for 32, or fewer where the model has fewer positions.
     """
 
     source: ModelSource
@@ -157,7 +165,7 @@ class CheckTask:
     full_size: bool
     combinations: tuple[tuple[int, Combination], ...]
     batch_size: int
-    seq_len: int
+    seq_len: int | None
     seed: int
 
 
@@ -198,6 +206,15 @@ class Decided:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planning:
+    """Where a `PlanTask` is: so many of its steps are done, and `doing` is what it does now."""
+
+    done: int
+    total: int
+    doing: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Refusal:
     """A user's mistake or a missing thing that only the child could find: an error to raise in the parent."""
 
@@ -224,5 +241,7 @@ class Answer:
     fingerprint: Fingerprint | None = None
     failure: Failure | None = None
     refusal: Refusal | None = None
+    changed: ChangedConfig | None = None
+    """Beside `facts`."""
     notices: tuple[str, ...] = ()
     """What a check decided for the user, in sentences; beside the facts of its model."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from gcbench import optimizers
 from gcbench.records import Phase
+from gcbench.seeding import seed_generators
 
 PRECISIONS = {
     "fp32": (torch.float32, None),
@@ -31,8 +33,8 @@ class TrainingStep:
     """Forward, loss, backward, optimizer step, gradients freed: one call, one step.
 
     The model is trained as it is (in `train()` mode, dropout on), on one fixed batch, with labels equal to the
-    inputs. Before each step the random state is set from `seed` and the step's number, so that two processes with
-    the same weights compute the same step.
+    inputs. Before each step Python's, NumPy's and torch's generators are seeded with `seed` plus the step's number, so
+    that two processes with the same weights compute the same step.
     """
 
     def __init__(self, model: torch.nn.Module, *, batch: torch.Tensor, precision: str, optim: str, seed: int) -> None:
@@ -52,10 +54,10 @@ class TrainingStep:
 
     def __call__(self, on_phase: OnPhase = lambda phase: None) -> None:
         """Run one step; `on_phase` is called as each phase begins."""
-        torch.manual_seed(self.seed + self.num_steps)
+        seed_generators(self.seed + self.num_steps)
         on_phase("forward")
         with self._autocast():
-            loss = self.model(**self.inputs).loss
+            loss = _loss(self.model(**self.inputs))
         on_phase("backward")
         loss = self.update.scaled(loss)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -80,6 +82,13 @@ class TrainingStep:
         if self.autocast_dtype is None:
             return nullcontext()
         return torch.autocast(self.device_type, dtype=self.autocast_dtype)
+
+
+def _loss(outputs: Any) -> torch.Tensor:
+    """The loss that a model computes, where transformers' Trainer looks for it: old code returns a tuple or a dict."""
+    if isinstance(outputs, tuple) and not hasattr(outputs, "loss"):
+        return outputs[0]  # type: ignore[no-any-return]
+    return outputs["loss"] if type(outputs) is dict else outputs.loss  # type: ignore[no-any-return]
 
 
 class Update:
@@ -108,7 +117,7 @@ def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed:
 
     Ids with a meaning of their own (padding, image placeholders) are left out: they change what a model does.
     """
-    vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[operator]
+    vocab_size = num_token_ids(model)
     special = _special_ids(model.config, vocab_size)
     allowed = torch.ones(vocab_size, dtype=torch.bool)
     if len(special) < vocab_size:
@@ -117,6 +126,36 @@ def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed:
     generator = torch.Generator().manual_seed(seed)
     picks = torch.randint(len(choices), (batch_size, seq_len), generator=generator)
     return choices[picks].to(next(model.parameters()).device)
+
+
+def num_token_ids(model: torch.nn.Module) -> int:
+    """How many token ids a model takes; its config has the answer where it does not show its embeddings."""
+    embeddings = input_embeddings(model)
+    if embeddings is not None:
+        return len(embeddings.weight)  # type: ignore[arg-type]
+    vocab_size = getattr(model.config.get_text_config(), "vocab_size", None)  # type: ignore[operator, union-attr]
+    tables = [module.num_embeddings for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    # A table of another size is for something else, such as positions.
+    known = [size for size in tables if vocab_size is None or size >= vocab_size]
+    return vocab_size or max(known, default=2)
+
+
+def input_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
+    """What turns token ids into vectors; None where a model's code does not tell."""
+    return _told(model, "get_input_embeddings")
+
+
+def output_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The layer that makes the logits; None where a model has none, or its code does not tell."""
+    return _told(model, "get_output_embeddings")
+
+
+def _told(model: torch.nn.Module, method: str) -> torch.nn.Module | None:
+    try:
+        found = getattr(model, method)()
+    except (AttributeError, NotImplementedError):
+        return None
+    return found if isinstance(getattr(found, "weight", None), torch.Tensor) else None
 
 
 def _special_ids(config: object, vocab_size: int) -> set[int]:

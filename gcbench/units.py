@@ -18,14 +18,54 @@ _FACTORS = {
     "tb": 10**12,
 }
 
+LEAST_BARE_BYTES = MIB
+"""A number without a unit below this was meant in another one: no device has so few bytes."""
+MOST_MEMORY_BYTES = 16 * TIB
+_MOST_BARE_GIB = 1024
+
 
 def parse_bytes(text: str) -> int:
     """`"8GiB"`, `"24 GB"`, `"512MiB"` or a plain number of bytes; raises ValueError on anything else."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*", text)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
         raise ValueError(f"{text!r} is not an amount of memory; write it like 8GiB, 512MiB or 24GB")
     return int(float(match[1]) * factor)
+
+
+def parse_memory(raw: object) -> int:
+    """The size of a device's memory in bytes, from text or from a number in a file.
+
+    A number without a unit counts bytes; one that no device has as bytes is refused, with the unit that was meant.
+    Raises ValueError for all else that is no amount of memory.
+    """
+    if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
+        raise ValueError(f"{raw!r} is not an amount of memory; write it like 8GiB, 512MiB or 24GB")
+    text = str(raw).strip()
+    prefix = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt])i?", text, re.IGNORECASE)
+    if prefix is not None:
+        number, unit = prefix[1], prefix[2].upper()
+        raise ValueError(f"{raw!r} is not an amount of memory; did you mean {number}{unit}iB or {number}{unit}B?")
+    if isinstance(raw, (int, float)) and raw < 0:
+        raise ValueError(f"{raw!r} leaves no memory at all; write it like 8GiB")
+    if re.fullmatch(r"\d+(?:\.\d+)?", text):
+        number_of_bytes = float(text)
+        if 0 < number_of_bytes < LEAST_BARE_BYTES:
+            unit = "GiB" if number_of_bytes <= _MOST_BARE_GIB else "MiB"
+            raise ValueError(f"{raw!r} is {text} bytes; did you mean {text}{unit}?")
+        if number_of_bytes > MOST_MEMORY_BYTES:
+            raise ValueError(f"{raw!r} is more bytes than any device has; write it like 8GiB or 80GiB")
+        return _positive(raw, int(number_of_bytes))
+    count = parse_bytes(text)
+    if count > MOST_MEMORY_BYTES:
+        raise ValueError(f"{raw!r} is more than any device has; write it like 8GiB or 80GiB")
+    return _positive(raw, count)
+
+
+def _positive(raw: object, count: int) -> int:
+    if count <= 0:
+        raise ValueError(f"{raw!r} leaves no memory at all; write it like 8GiB")
+    return count
 
 
 def parse_fraction(text: str) -> float:

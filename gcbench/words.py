@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
-from gcbench.records import Row, Workload
-from gcbench.tables import OFF, failed_proof
+from gcbench import changes
+from gcbench.records import Report, Row, Workload
+from gcbench.stats import MIN_ROUNDS
+from gcbench.tables import NOTHING_SHOWN, OFF, failed_proof, hides_saving
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 FAILURES = {
@@ -18,6 +21,8 @@ FAILURES = {
 """What a person reads for each kind of failure."""
 
 PHASES = {"forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer step"}
+
+TOO_FEW_ROUNDS = f"too few rounds for an interval; --rounds {MIN_ROUNDS} gives one"
 
 _CANNOT_HELP = (
     "No strategy saves memory: with this batch the peak is in the optimizer step, where checkpointing cannot help; "
@@ -32,7 +37,7 @@ _NOTHING = 0.0005
 
 def title(workload: Workload, *, model: bool = True, device: bool = True) -> str:
     """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without model or device where that is clear."""
-    parts = [workload.model] if model else []
+    parts = [changes.named(workload.model, workload.model_changes)] if model else []
     parts += [f"batch {workload.batch_size} × {workload.seq_len} tokens", workload.precision, workload.optim]
     if workload.lora_r is not None:
         parts.append(lora(workload.lora_r))
@@ -41,6 +46,11 @@ def title(workload: Workload, *, model: bool = True, device: bool = True) -> str
     if device:
         parts.append(workload.device)
     return " · ".join(parts)
+
+
+def model_of(report: Report) -> str:
+    """The model of a report, with what was changed about it."""
+    return changes.named(report.model.model, changes.told(report.settings.get("layers"), report.settings.get("set")))
 
 
 def lora(rank: int) -> str:
@@ -70,15 +80,17 @@ def device_type(device: str) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """The sentences under the table of one workload; `rows` are the cells of that workload."""
     usable = [row for row in rows if row.status == "ok" and row.peak_allocated_bytes is not None]
-    proven = [row for row in usable if not failed_proof(row)]
+    proven = [row for row in usable if not hides_saving(row)]
     off = next((row for row in rows if row.strategy == OFF), None)
     others = [row for row in proven if row.strategy != OFF]
     broken = [row for row in usable if failed_proof(row)]
     sentences = []
     if not usable:
         sentences.append(_nothing_measured(rows))
-    elif off and off.peak_allocated_bytes is not None and not failed_proof(off):
+    elif off and off.peak_allocated_bytes is not None and not hides_saving(off):
         sentences.extend(_against_off(off, others, [row for row in rows if row.strategy != OFF and row not in broken]))
+    elif off and hides_saving(off) and not failed_proof(off):
+        sentences.append(_unrepeatable(off))
     elif others:
         sentences.extend(_without_off(off, others))
     if broken:
@@ -107,7 +119,7 @@ def time_paid(row: Row) -> str:
         return "at a time that was not measured against off"
     limits = interval(low, high)
     if low is None or high is None:
-        basis = "one sample each, so no interval"
+        basis = TOO_FEW_ROUNDS
     else:
         basis = f"95 %: {limits}"
         if low <= 0 <= high:
@@ -143,7 +155,7 @@ def _where_now(best: Row, off: Row) -> str:
 
 
 def _cheaper(best: Row, others: Sequence[Row]) -> Row | None:
-    """The cheapest strategy with the same peak that is shown to be cheaper; by the centres where intervals lack."""
+    """The cheapest strategy with the same peak that is shown to be cheaper; None where intervals lack."""
     limit = (best.peak_allocated_bytes or 0) * (1 + _SAME_PEAK)
     found = [
         row for row in others if row is not best and (row.peak_allocated_bytes or 0) <= limit and _is_cheaper(row, best)
@@ -152,11 +164,8 @@ def _cheaper(best: Row, others: Sequence[Row]) -> Row | None:
 
 
 def _is_cheaper(row: Row, than: Row) -> bool:
-    if row.time_overhead_frac is None or than.time_overhead_frac is None:
-        return False
-    high = row.time_overhead_frac if row.time_overhead_high_frac is None else row.time_overhead_high_frac
-    low = than.time_overhead_frac if than.time_overhead_low_frac is None else than.time_overhead_low_frac
-    return high < low
+    high, low = row.time_overhead_high_frac, than.time_overhead_low_frac
+    return high is not None and low is not None and high < low
 
 
 def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
@@ -166,7 +175,8 @@ def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
         step = f" and steps of {format_seconds(best.step_time_s)}" if best.step_time_s is not None else ""
         sentences = [f"off does not fit in memory; {best.strategy} does, with a peak of {peak} in the {where}{step}."]
         fastest = min((row for row in others if row.step_time_s is not None), key=_by_time, default=best)
-        if fastest is not best and (fastest.step_time_high_s or 0) < (best.step_time_low_s or 0):
+        high, low = fastest.step_time_high_s, best.step_time_low_s
+        if fastest is not best and high is not None and low is not None and high < low:
             sentences.append(
                 f"{fastest.strategy} fits too, with a peak of {format_bytes(fastest.peak_allocated_bytes)} "
                 f"and steps of {format_seconds(fastest.step_time_s)}."
@@ -211,6 +221,15 @@ def _broken(rows: Sequence[Row]) -> str:
     reasons = "; ".join(f"{row.strategy}: {_why(row)}" if len(rows) > 1 else _why(row) for row in rows)
     pronoun = "its figures are" if len(rows) == 1 else "their figures are"
     return f"{listed([row.strategy for row in rows])} failed the proof ({reasons}), so {pronoun} not to be used."
+
+
+def _unrepeatable(off: Row) -> str:
+    noise = off.grad_noise_floor
+    size = f" by {noise:.2g}" if noise is not None and math.isfinite(noise) else ""
+    return (
+        f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]}. Its gradients differ{size} from run to run, with the same "
+        "weights, batch and seeds, so that no saving is shown; peaks and times are what was measured."
+    )
 
 
 def _why(row: Row) -> str:

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from gcbench import checkpointing, devices, models, sketch
+from gcbench import checkpointing, devices, flash, models, sketch
 from gcbench.devices import Device
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.fingerprint import Fingerprint
 from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
+from gcbench.seeding import state_outside_torch
 from gcbench.segments import NotASegment
 from gcbench.tasks import (
     MAX_TIMED_STEPS,
@@ -87,18 +88,40 @@ def describe(task: DescribeTask) -> Answer:
             return Answer(machine=device.describe())
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         changed = task.layers is not None or bool(task.overrides)
-        facts = models.facts(task.source, config, task.attn_implementation, changed=changed, lora=task.lora)
+        traced = _as_traced(task)
+        facts = models.facts(task.source, config, traced.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers)
         if task.needs_order and facts.checkpointing_refusal is None:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 
-            facts = replace(facts, layers_in_order=layers_in_order(task))
-        return Answer(machine=device.describe(), facts=facts)
+            facts = replace(facts, layers_in_order=layers_in_order(traced))
+        if facts.only_own is not None:
+            from gcbench.simulate.order import own_groups
+
+            facts = replace(facts, own_groups=own_groups(traced))
+        if traced is not task:
+            facts = replace(facts, attn_implementation=task.attn_implementation)
+        came_to = None
+        if task.needs_changes:
+            from gcbench import changed_config  # what most runs do not need
+
+            came_to = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
+        return Answer(machine=device.describe(), facts=facts, changed=came_to)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:
         return Answer(failure=_crash(err))
+
+
+def _as_traced(task: DescribeTask) -> DescribeTask:
+    """With the attention that a prediction for the task's target traces."""
+    if not flash.is_stood_in(task.attn_implementation, task.target):
+        return task
+    from gcbench.simulate import flash_stand_in
+
+    flash_stand_in.register()
+    return replace(task, attn_implementation=flash.STAND_IN)
 
 
 def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
@@ -124,6 +147,8 @@ class _Measurement:
         self.where = "while the model was being built"
         self.fingerprint: Fingerprint | None = None
         self.layers_run = checkpointing.LayersRun()
+        self.num_recomputed: int | None = None
+        self.draws_outside_torch = False
         self.steps_s = 0.0
 
     def run(self) -> Answer:
@@ -139,6 +164,7 @@ class _Measurement:
             seed=task.seed,
             lora=task.lora,
         )
+        self.device.settle()  # what building left in the cache would shape every later step's reserved memory
         self.counter = checkpointing.apply(self.model, task.plan)
         batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
         self.step = TrainingStep(
@@ -159,8 +185,8 @@ class _Measurement:
                 memory=memory,
                 step_times_s=tuple(times),
                 layers_run=len(self.layers_run.forward),
-                layers_planned=len(self.layers_run.backward & {layer for group in task.plan.groups for layer in group}),
-                layers_recomputed=None if self.counter.is_blind else len(self.counter.layers),
+                layers_planned=self._layers_planned(),
+                layers_recomputed=self.num_recomputed,
                 params_without_grad=len(self.fingerprint.missing),
                 grad_checksum=self.fingerprint.checksum,
                 grad_rel_diff=None,
@@ -169,10 +195,18 @@ class _Measurement:
                 num_steps=self.step.num_steps,
                 steps_s=self.steps_s,
                 wall_s=0.0,
+                draws_outside_torch=self.draws_outside_torch,
                 draws_other_dropout=task.plan.compiled and _has_dropout(self.model),
             ),
             fingerprint=self.fingerprint,
         )
+
+    def _layers_planned(self) -> int:
+        """Layers that are to be recomputed; the model's own code decides itself which, if any."""
+        plan = self.task.plan
+        if plan.own and self.num_recomputed:
+            return self.num_recomputed
+        return len(self.layers_run.backward & {layer for group in plan.groups for layer in group})
 
     def _warm_up(self) -> None:
         """Steps until the optimizer has its state; gradients are fingerprinted in the first finite one."""
@@ -183,6 +217,10 @@ class _Measurement:
 
     def _fingerprint(self, phase: Phase) -> None:
         self._note(phase)
+        if self.step.num_steps == 0 and phase == "forward":
+            self._state_at_start = state_outside_torch()
+        if self.step.num_steps == 0 and phase == "backward":
+            self.draws_outside_torch = state_outside_torch() != self._state_at_start
         if phase == "optimizer" and (self.fingerprint is None or not self.fingerprint.is_finite):
             self.fingerprint = sketch.take(self.model, step=self.step.num_steps, seed=self.task.seed)
 
@@ -225,6 +263,8 @@ class _Measurement:
         start = time.perf_counter()
         with checkpointing.layers_run(self.model) if is_first else nullcontext(self.layers_run) as self.layers_run:
             seconds = self.device.time(lambda: self.step(on_phase))
+        if is_first and not self.counter.is_blind:  # other steps may drop other layers
+            self.num_recomputed = len(self.counter.layers)
         self.steps_s += time.perf_counter() - start
         self.tell(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
         return seconds

@@ -115,7 +115,7 @@ def state(model):
         }
         for name, module in model.named_modules()
     }
-    caches = [module.config.use_cache for module in model.modules() if hasattr(module, "config")]
+    caches = [getattr(module.config, "use_cache", None) for module in model.modules() if hasattr(module, "config")]
     return modules, caches, torch._functorch.config.activation_memory_budget
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+
 import pytest
 import torch
+from conftest import ROOT
 
 from gcbench import cards
 from gcbench.simulate.attention_buffers import internal_buffers
@@ -122,17 +126,32 @@ def test_efficient_forward_accumulates_only_wide_heads():
         assert buffers(EFFICIENT, query, query, query, None, True) == expected
 
 
-def test_cudnn_backward_workspace_is_what_its_front_end_asks_for():
+def test_cudnn_backward_workspace_is_one_block_of_all_that_it_needs():
     query, key = meta(2, 8, 256, 64), meta(2, 2, 256, 64)
-    found = buffers(f"{CUDNN}_backward", query, query, key, key, query, card="h200")
     full_heads = 16 * 256 * 64 * 2
     rows = 16 * 256 * 4
-    assert found == {
-        "dQ_accum": rows * 64,
-        "softmax_sum": rows,
-        "dK_fullhead": full_heads,
-        "dV_fullhead": full_heads,
-    }
+    alone = buffers(f"{CUDNN}_backward", query, query, query, query, query, card="h200")
+    assert alone == {"cuDNN's workspace": rows * 64 + rows + 256}
+    grouped = buffers(f"{CUDNN}_backward", query, query, key, key, query, card="h200")
+    assert grouped == {"cuDNN's workspace": rows * 64 + rows + 2 * full_heads + 256}
+
+
+@pytest.mark.parametrize(
+    ("case", "shape", "key_heads"),
+    [
+        ("llama-3.2-1b, off", (2, 32, 1024, 64), 8),
+        ("qwen2.5-0.5b, off", (2, 14, 1024, 64), 2),
+        ("gemma-3-1b, 12 layers, off", (2, 4, 1024, 256), 1),
+        ("gemma-3-1b, 12 layers, off", (2, 4, 1024, 256), 4),  # the layers with a window, whose heads are repeated
+    ],
+)
+def test_cudnn_backward_workspace_is_what_an_h100_took(case, shape, key_heads):
+    """The history of its allocator, torch 2.11: one block a layer, given back at once."""
+    stored = json.loads((ROOT / "results/reference/plain-loop-nvidia-h100.json").read_text(encoding="utf-8"))
+    events = stored["cases"][case]["events"]
+    query, key = meta(*shape), meta(shape[0], key_heads, *shape[2:])
+    (nbytes,) = buffers(f"{CUDNN}_backward", query, query, key, key, query, card="h100").values()
+    assert any(taken == nbytes and given == -nbytes for taken, given in itertools.pairwise(events))
 
 
 def test_other_operators_have_no_buffers():

@@ -51,7 +51,7 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
     exact = cli(*big, "--strategies", "off", "--memory-limit", peaks["off"], "--json")
     assert exact.rows["off"]["status"] == "ok"
     one_less = cli(*big, "--strategies", "off", "--memory-limit", peaks["off"] - 1, "--json")
-    assert one_less.rows["off"]["status"] == "oom" and one_less.code == 0
+    assert one_less.rows["off"]["status"] == "oom" and one_less.code == 1, "nothing fits"
 
 
 def test_an_allocation_that_fails_is_a_row(cli, model):
@@ -60,7 +60,7 @@ def test_an_allocation_that_fails_is_a_row(cli, model):
         *("run", "-m", model(vocab_size=2**15), *QUICK, "--batch", 256, "--seq-len", 128, "--rounds", 1),
         *("--strategies", "off", "--memory-limit", "64MiB", "--json"),
     )
-    assert result.code == 0, result.err
+    assert result.code == 1 and "error: nothing fits into 64.00 MiB" in result.err, "a row, and then the sentence"
     assert result.rows["off"]["status"] == "oom"
     assert "memory ran out in the forward phase; try a smaller --batch" in result.rows["off"]["message"]
     assert result.rows["off"]["step_time_s"] is None

@@ -162,7 +162,7 @@ def test_a_stride_beyond_the_layers_is_left_out_when_it_is_a_default(cli, model)
         ("--seed", "-1", "--seed: -1 is too small"),
         ("--precision", "fp8", "legal are fp32, bf16, bf16-mixed, fp16-mixed"),
         ("--precision", "bf16-mixd", "did you mean bf16-mixed?"),
-        ("--optim", "adamw", "did you mean adamw_torch?"),
+        ("--optim", "adam", "did you mean adamw_torch?"),
         ("--memory-limit", "8 bananas", "write it like 8GiB"),
         ("--memory-limit", "0", "leaves no memory at all"),
         ("--timeout", "-1", "is not a time"),

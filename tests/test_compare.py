@@ -60,13 +60,19 @@ def test_time_is_judged_by_its_interval(seconds, verdict):
     assert change.time_change_frac == pytest.approx(seconds / 0.5 - 1, abs=1e-6)
 
 
-def test_a_time_without_an_interval_shows_no_difference():
-    """Two single samples twice as far apart prove nothing."""
-    a, b = run(outcome("off", PEAKS, [[0.5]])), run(outcome("off", PEAKS, [[1.0]]))
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_a_time_with_too_few_rounds_for_an_interval_is_not_judged(rounds):
+    """Twice the time, and nothing shown. The trap: "−100 to 104306 %" read as a measurement."""
+    a, b = run(cell(rounds=rounds, seconds=0.5)), run(cell(rounds=8, seconds=1.0))
     change = only(a, b)
-    assert change.time_verdict == "no difference shown"
-    assert change.time_change_frac == pytest.approx(1.0)
-    assert comparing.broken(comparing.compare(a, b, force=False), {"time": 0.05}) == []
+    assert change.time_verdict == "too few rounds"
+    assert change.time_change_frac == pytest.approx(1.0, rel=0.02)
+    assert (change.time_change_low_frac, change.time_change_high_frac) == (None, None)
+    comparison = comparing.compare(a, b, force=False)
+    assert comparing.broken(comparison, {"time": 0.05}) == []
+    text = plain(comparing.render(comparison), width=120)
+    assert "too few rounds" in text and "95 %" not in text and "--rounds 3 in both gives one" in text
+    assert "no difference shown" not in text
 
 
 def failing(strategy="per-layer", **changes):

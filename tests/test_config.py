@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 
-from gcbench import cli, flags
+from gcbench import cli, flags, settings_file
 from gcbench import config as configs
 from gcbench import report as reports
 from gcbench.config import Settings, as_json, settings
@@ -129,10 +129,10 @@ def test_what_flags_give_has_the_names_of_settings():
 )
 def test_every_spelling_of_a_toml_key(tmp_path, key):
     values = {"batch_size": "8", "optim": '"sgd"', "strategies": '"off"', "attn_implementation": '"eager"'}
-    values |= {"seq_len": "8", "warmup": "8", "layers": "8", "memory_limit": "8", "trust_remote_code": "true"}
+    values |= {"seq_len": "8", "warmup": "8", "layers": "8", "memory_limit": "'8GiB'", "trust_remote_code": "true"}
     name = configs.canonical(key)
     (tmp_path / "run.toml").write_text(f"{key} = {values[name]}\n")
-    raw = configs.read_toml(tmp_path / "run.toml")
+    raw = settings_file.read(tmp_path / "run.toml", "run").settings
     assert list(raw) == [name]
     changed = settings({**LEAST, **raw})
     assert getattr(changed, name) != getattr(settings(LEAST), name)
@@ -205,7 +205,7 @@ def test_a_mistake_in_a_value_is_not_told_as_missing_too():
     ("given", "said"),
     [
         ({"batch_size": True}, "True is not a whole number"),
-        ({"batch_size": 1.0}, "1.0 is not a whole number"),
+        ({"batch_size": 1.5}, "1.5 is not a whole number"),
         ({"batch_size": []}, "has an empty item"),
         ({"batch_size": "1, ,2"}, "has an empty item"),
         ({"seq_len": "1"}, "1 is too small"),
@@ -218,7 +218,7 @@ def test_a_mistake_in_a_value_is_not_told_as_missing_too():
         ({"timeout": True}, "is not a time"),
         ({"timeout": "inf"}, "is not a time"),
         ({"timeout": 0}, "is not a time"),
-        ({"memory_limit": True}, "is not a name"),
+        ({"memory_limit": True}, "is not an amount of memory"),
         ({"memory_limit": -5}, "leaves no memory"),
         ({"device": "cuda:"}, "legal are auto"),
         ({"device": "cpu:0"}, "legal are auto"),

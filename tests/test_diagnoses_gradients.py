@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
+import own_ways
 import pytest
 import torch
 import torch._functorch.config as functorch_config
@@ -32,6 +33,7 @@ from trials import (
     with_lora,
 )
 
+from gcbench import own_way
 from gcbench.diagnoses import Observation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -48,6 +50,28 @@ def test_lora_behind_a_frozen_embedding_and_reentrant_checkpointing():
     assert told(trial) == "reentrant-frozen-base"
     facts["reentrant"] = False
     assert told(Trial(model, train(model), off, checkpointed(model, use_reentrant=False), **facts)) is None
+
+
+def test_code_of_a_model_s_own_that_leaves_the_variant_to_torch():
+    """The trap: trained layers behind a frozen embedding, no error, and a warning that names transformers' settings."""
+    for way, cause in (("old-setter", "own-way-reentrant"), ("function", None)):
+        model = own_ways.build(way)
+        for module in (model.text.tok, *model.text.blocks[:2]):
+            module.requires_grad_(False)
+
+        def step(model=model):
+            loss = model(input_ids=IDS, labels=IDS).loss
+            loss.backward()
+            return loss
+
+        off = Trial(model, step, strategy="off")
+        own_way.switch_on(model)
+        trial = Trial(model, step, off, strategy="own", num_layers=4, frozen_base=True)
+        assert bool(trial.seen.params_without_grad) is (cause is not None)
+        if cause is None:
+            assert told(trial) is None
+        else:
+            assert told(trial) == "own-way-reentrant"
 
 
 def test_a_base_that_was_not_prepared_for_training_in_few_bits():

@@ -20,6 +20,7 @@ from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
 from gcbench import export, strategies
+from gcbench.changes import ChangedConfig
 from gcbench.errors import UsageError
 from gcbench.export._base import Reach, stride_of
 from gcbench.handover import FOUND, Handover, Rival
@@ -271,6 +272,9 @@ def test_what_a_handover_says_is_all_told_to_the_python_target():
         "attn_implementation": "eager",
         "lora_r": 2,
         "lora_target_modules": ("k_proj",),
+        "model_changes": "num_hidden_layers=2",
+        "config": ChangedConfig(fields={"num_hidden_layers": 2}, keeps_weights=True),
+        "notes": ("something is added",),
         "model_notices": ("The checkpoint is another.",),
     }
     assert set(other) == {field.name for field in fields(Handover)}

@@ -16,6 +16,8 @@ from gcbench.planner.gains import Trial, gains
 from gcbench.planner.search import Planner
 from gcbench.records import Lora
 from gcbench.simulate.child import Session
+from gcbench.simulate.predictor import Predictor
+from gcbench.simulate.stage import NotComposable
 from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, parse
 from gcbench.tasks import CellToPredict, PlanTask
@@ -114,11 +116,31 @@ def test_levers_where_the_optimizer_sets_the_peak():
     assert decision.choice.strategy == OFF and decision.choice.peak_phase == "optimizer"
     assert_gains(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
     by_name = {gain.name: gain for gain in decision.gains}
-    # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have over 4096 elements.
+    # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have 4096 elements; the
+    # temporaries of adamw_torch are not in an 8-bit step, as they are not in the fused one.
     model = planned.model_of("llama", "fp32", LAYERS)
-    quantised = sum(param.numel() for param in model.parameters() if param.numel() > 4096)
-    saved = decision.choice.peak_bytes - by_name[EIGHT_BIT].peak_bytes
+    quantised = sum(param.numel() for param in model.parameters() if param.numel() >= 4096)
+    saved = by_name[FUSED].peak_bytes - by_name[EIGHT_BIT].peak_bytes
     assert saved == pytest.approx(quantised * 2 * (4 - 1 - 4 / 256), rel=0.01)
+
+
+@pytest.mark.parametrize("exact", [False, True], ids=["few layers traced", "all traced"])
+def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_asked_for(monkeypatch, exact):
+    """The trap: states shrunk in a step that keeps the lists of temporaries of the foreach optimizer."""
+    if exact:
+        monkeypatch.setattr(Predictor, "_composed", _not_composable)
+    found = set()
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        asked = task(cpu(10**9), seq_len=8, batch_sizes=(1,), specs=(OFF,), can_checkpoint=False, optim=optim)
+        gains = {gain.name: gain for gain in Planner(asked, FIGURES).decide().gains}
+        found.add(gains[EIGHT_BIT].peak_bytes)
+        if FUSED in gains:
+            assert gains[EIGHT_BIT].peak_bytes <= gains[FUSED].peak_bytes
+    assert len(found) == 1
+
+
+def _not_composable(*args):
+    raise NotComposable("for the test")
 
 
 def test_levers_where_the_logits_set_the_peak_and_memory_binds():
@@ -153,7 +175,8 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
     every = parse("per-layer").plan_for(LAYERS)
     top = first.weighing.candidate("per-layer", every, 512)
     assert top.peak_bytes > top.allocated_bytes + 100 * MIB, "there is no context in it"
-    memory = top.peak_bytes
+    # An allocator may need more for a smaller batch, where other blocks are left over.
+    memory = max(first.weighing.candidate("per-layer", every, batch).peak_bytes for batch in range(480, 513, 4))
     decision = first.limited(memory).decide()
     choice, asked = decision.choice, replace(wide, target=card(memory))
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= memory
@@ -171,19 +194,19 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("expandable", "expected"),
     [
-        (False, {"expandable segments"}),
-        (True, {"boundaries in the host's memory", CHUNKS, BF16}),
+        (False, {"expandable segments", "boundaries in the host's memory", ADAPTERS, BF16}),
+        (True, {"boundaries in the host's memory", BF16}),
     ],
 )
 def test_levers_of_a_card(expandable, expected):
-    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what is
-    left in the holes of the segments hides all that is smaller."""
+    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what a
+    lever frees is counted in whole segments."""
     target = replace(card(CARD.memory_bytes), expandable_segments=expandable)
     asked = task(target, seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
     weighing = Planner(asked, CardFigures(CARD)).weighing
     plan = asked.named[0][1]
-    shown = weighing.candidate("per-layer", plan, 1024)
-    step = weighing.scaling(plan).traced(1024)
+    shown = weighing.candidate("per-layer", plan, 4096)
+    step = weighing.scaling(plan).traced(4096)
     with Trial(asked, shown, held=weighing.counted) as trial:
         found = gains(asked, weighing.session, shown, step, trial, held=weighing.counted, usable=weighing.usable)
     decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)

@@ -164,11 +164,11 @@ def test_a_strategy_without_a_point_is_named_with_the_reason():
 
 
 def test_an_interval_many_times_wider_than_the_points_does_not_hide_them():
-    """Two rounds can give an interval of hundreds of percent; the points must not shrink into one column."""
+    """Three rounds can give an interval of hundreds of percent; the points must not shrink into one column."""
     wild = report(
-        outcome("off", peaks(4, 5, 3), [[0.5], [0.5]]),
-        outcome("per-layer", peaks(2, 3, 3), [[0.55], [0.75]]),
-        outcome("every:2", peaks(3, 4, 3), [[0.55], [0.56]]),
+        outcome("off", peaks(4, 5, 3), [[0.5], [0.5], [0.5]]),
+        outcome("per-layer", peaks(2, 3, 3), [[0.55], [0.6], [2.75]]),
+        outcome("every:2", peaks(3, 4, 3), [[0.55], [0.56], [0.555]]),
     )
     axes = plots.tradeoff_figure(wild).axes[0]
     left, right = axes.get_xlim()
@@ -177,6 +177,15 @@ def test_an_interval_many_times_wider_than_the_points_does_not_hide_them():
     assert 100 * centre / (right - left) > 0.05
     arrows = [line.get_marker() for line in axes.lines if line.get_marker() in "<>" and not line.get_clip_on()]
     assert arrows == [">"], "only the interval of per-layer goes on beyond an edge, and only beyond the right one"
+
+
+def test_too_few_rounds_have_no_bars_and_say_so():
+    few = report(
+        *(outcome(name, peaks(4, high, 3), [[0.5], [high / 10]]) for name, high in (("off", 6), ("per-layer", 5)))
+    )
+    axes = plots.tradeoff_figure(few).axes[0]
+    assert "too few rounds for an interval" in axes.get_xlabel() and "bars" not in axes.get_xlabel()
+    assert all(container.lines[2] == () for container in axes.containers)
 
 
 def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):

@@ -83,14 +83,15 @@ def test_a_prediction_is_kept_and_shown_again(cli, model, tmp_path):
 
 
 def test_what_does_not_fit_is_a_result(cli, model):
-    """Exit 0: out of memory is what was asked. The figures stay, so that one sees how far off it is."""
+    """Exit 1, as in `plan`, since nothing can be run; the figures stay, so that one sees how far off each is."""
     result = cli("predict", "-m", model(), *QUICK, "--device-memory", "100KiB", "--json")
-    assert result.code == 0, result.err
+    assert result.code == 1, result.err
     for row in result.rows.values():
         assert (row["status"], row["source"]) == ("oom", "predicted")
         assert row["device_memory_bytes"] == 100 << 10
         assert row["spare_bytes"] == (100 << 10) - row["peak_allocated_bytes"] < 0
         assert "and there are 100 KiB" in row["message"]
+        assert row["fits"] == "no"
 
 
 def test_a_card_needs_no_card(cli, model):
@@ -178,7 +179,7 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
     ("flags", "code", "said"),
     [
         (("--device", "rtx4091"), 3, ("there is no device 'rtx4091'", "near names: rtx-4090")),
-        (("--device", "quantum"), 3, ("there is no device 'quantum'", "known are", "h100")),
+        (("--device", "quantum"), 3, ("there is no device 'quantum'", "gcbench devices lists all that are known")),
         (("--device-memory", "8 bananas"), 2, ("--device-memory: '8 bananas'", "write it like 8GiB")),
         (("--device-memory", "0"), 2, ("--device-memory", "leaves no memory at all")),
         (("--device-memory", "-1GiB"), 2, ("--device-memory: '-1GiB'",)),
@@ -203,7 +204,7 @@ def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, said):
     [
         ("garbage = = 1", "is not valid TOML"),
         ('[[card]]\nname = "x"\n', "card 1 (x): memory_bytes is missing"),
-        ('[[card]]\nname = "x"\nmemory_bytes = 24\n', "24 bytes, which no card has"),
+        ('[[card]]\nname = "x"\nmemory_bytes = 24\n', "24 is 24 bytes; did you mean 24GiB?"),
         ("", "describes no device"),
     ],
 )

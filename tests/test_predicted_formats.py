@@ -20,7 +20,7 @@ from fixtures_predicted import (
 from fixtures_report import mixed_report, peaks, workload
 from test_formats import check
 
-from gcbench import explained, formats, predicted, tables, words
+from gcbench import explained, formats, gaps, predicted, tables, words
 from gcbench import report as reports
 from gcbench.formats import markdown, terminal
 
@@ -102,7 +102,7 @@ def test_a_cell_that_does_not_fit_keeps_its_figures_and_says_by_how_much():
     (line,) = [line for line in text.splitlines() if line.startswith("off  ")]
     assert line.split()[-3:] == ["−10.57", "GiB", "no"]
     assert "32.03 GiB" in line and "34.57 GiB" in line
-    assert "off does not fit, by 10.57 GiB." in text
+    assert "off does not fit, by 10.57 GiB." in " ".join(text.split())
 
 
 @pytest.mark.parametrize("name", ["terminal", "markdown"])
@@ -132,7 +132,7 @@ def test_no_line_is_wider_than_the_screen_and_no_figure_is_cut(build, width):
     for row in tables.rows(built):
         for column in predicted.table_columns([row]):
             if column.header in ("peak allocated", "to spare", "fits"):
-                assert column.cells[0] in text
+                assert column.cells[0] in text or column.shortened().cells[0] in text
 
 
 def test_what_fits_is_the_last_that_a_narrow_screen_shows():
@@ -190,7 +190,10 @@ def test_of_those_that_fit_the_fewest_layers_are_named():
 
 
 def test_little_to_spare_is_called_tight():
-    assert "with 300 MiB to spare, which is tight." in said(fitting("off", -10), fitting("per-layer", 300))
+    large = 5 * LIMIT
+    assert "with 3.42 GiB to spare, which is tight." in said(
+        fitting("off", -10, limit=large), fitting("per-layer", 3500, limit=large)
+    )
     assert "tight" not in said(fitting("off", -10), fitting("per-layer", 900))
     assert "tight" in said(fitting("off", -10), fitting("per-layer", 900, retries=2))
 
@@ -294,19 +297,19 @@ def test_explanations_are_shown_when_asked_for(capsys):
     terminal.show(card_report())
     assert "made from" in asked and "made from" not in capsys.readouterr().out
     terminal.show(mixed_report(), explain=True)
-    assert capsys.readouterr().out.startswith("gpt2 · batch 8"), "a measurement has nothing to explain"
+    assert capsys.readouterr().out.startswith("Overview of 6 cells"), "a measurement has nothing to explain"
 
 
 def test_what_a_prediction_does_not_cover():
-    gaps = predicted.not_covered(card_report())
-    assert gaps[0] == "time: how long a step takes is not predicted"
+    found = gaps.not_covered(card_report())
+    assert found[0] == "time: how long a step takes is not predicted"
     title = words.title(CARD, model=False, device=False)
-    assert f"every:2 at {title}: not supported" in gaps
-    assert any("another driver" in gap for gap in gaps)
-    assert not any("off at" in gap for gap in gaps), "a cell that does not fit is covered"
-    on_cpu = "\n".join(predicted.not_covered(cpu_report()))
+    assert f"every:2 at {title}: not supported" in found
+    assert any("another driver" in gap for gap in found)
+    assert not any("off at" in gap for gap in found), "a cell that does not fit is covered"
+    on_cpu = "\n".join(gaps.not_covered(cpu_report()))
     assert "the memory of the process" in on_cpu and "driver" not in on_cpu
-    assert "savings at" in "\n".join(predicted.not_covered(predicted_report(fitting("per-layer", 10))))
+    assert "savings at" in "\n".join(gaps.not_covered(predicted_report(fitting("per-layer", 10))))
 
 
 def test_markdown_links_the_plots_of_a_prediction():

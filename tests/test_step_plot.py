@@ -84,7 +84,7 @@ def test_there_is_a_panel_for_each_strategy_and_a_name_for_what_has_none():
     assert [panel.get_title(loc="left") for panel in drawn.axes] == [
         "off (0/12 layers)\ndoes not fit, by 10.57 GiB",
         "per-layer (12/12 layers)\n4.08 GiB to spare",
-        "every:4 (3/12 layers)\n276 MiB to spare",
+        "every:4 (3/12 layers)\n276 MiB to spare, too close to tell",
     ]
     assert "not shown: every:2 (not supported)" in drawn.get_supxlabel()
 

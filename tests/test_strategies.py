@@ -307,7 +307,7 @@ def test_a_choice_beyond_the_model_says_what_fits(spec, fits):
         strategies.parse(spec).plan_for(4)
 
 
-CHOICES = ("off", "every", "first", "last", "per-layer", "plan", "segment")
+CHOICES = ("off", "every", "first", "last", "own", "per-layer", "plan", "segment")
 CHANGES = ("compile", "offload", "reentrant", "selective")
 
 

@@ -182,14 +182,14 @@ def test_a_difference_is_judged_by_four_roundoffs_where_kernels_are_deterministi
 
 
 def test_a_difference_is_judged_by_twice_what_off_itself_varies():
-    noisy = off(diffs=[0.0, 1e-3, 2e-3])
-    accepted = row_of(noisy, outcome("per-layer", HALF_PEAKS, steady(0.6), diffs=[3.9e-3] * 3))
-    refused = row_of(noisy, outcome("per-layer", HALF_PEAKS, steady(0.6), diffs=[4.1e-3] * 3))
-    assert accepted.grad_noise_floor == 2e-3
+    noisy = off(diffs=[0.0, 1e-5, 2e-5])
+    accepted = row_of(noisy, outcome("per-layer", HALF_PEAKS, steady(0.6), diffs=[3.9e-5] * 3))
+    refused = row_of(noisy, outcome("per-layer", HALF_PEAKS, steady(0.6), diffs=[4.1e-5] * 3))
+    assert accepted.grad_noise_floor == 2e-5
     assert accepted.proof == "within noise"
     assert str(refused.proof).startswith("FAILED")
     itself = row_of(noisy, strategy="off")
-    assert (itself.proof, itself.grad_rel_diff) == ("within noise", 2e-3)
+    assert (itself.proof, itself.grad_rel_diff) == ("within noise", 2e-5)
 
 
 def test_one_round_of_off_knows_no_noise_floor():

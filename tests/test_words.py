@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from fixtures_report import OUT_OF_MEMORY, outcome, peaks, report, steady, workload
 
 from gcbench import tables, words
@@ -60,10 +61,23 @@ def test_less_time_is_said_as_less():
     assert "for 20 % less time (95 %: " in said(off(), cell("per-layer", peaks(400, 590, 400), 0.4))
 
 
-def test_one_sample_gives_no_interval():
-    single = outcome("off", peaks(900, 1000, 400), [[0.5]], work=GPU)
-    other = outcome("per-layer", peaks(400, 590, 400), [[0.6]], work=GPU)
-    assert "for 20 % more time (one sample each, so no interval)" in said(single, other)
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_too_few_rounds_are_said_in_place_of_an_interval(rounds):
+    """The trap: "no difference in time shown (95 %: −100 to 3256277426 %)" for a setting that takes 20 % more."""
+    single = outcome("off", peaks(900, 1000, 400), [[0.5], [0.51]][:rounds], work=GPU)
+    other = outcome("per-layer", peaks(400, 590, 400), [[0.6], [0.6]][:rounds], work=GPU)
+    found = said(single, other)
+    assert "more time (too few rounds for an interval; --rounds 3 gives one)" in found
+    assert "no difference" not in found and "95 %" not in found
+
+
+def test_no_strategy_is_called_cheaper_without_intervals():
+    found = said(
+        off(rounds=2),
+        cell("per-layer", peaks(400, 500, 590), 0.65, rounds=2),
+        cell("every:2", peaks(500, 594, 590), 0.6, rounds=2),
+    )
+    assert "within 1 %" not in found
 
 
 def test_memory_without_times_still_has_its_saving():

@@ -1,6 +1,6 @@
 """Settings in the words of the tool that trains: a choice of `gcbench plan` as text. One file per target.
 
-Every module has `NAME`, `TOOL` (what sentences call it), `refusal(handover)` (why it cannot run this workload at all,
+Every module has `NAME`, `TOOL` (what sentences call it), `refusal(training)` (why it cannot run this workload at all,
 with the remedy), `why_not(plan, handover)` (what it cannot say of a plan, after its name in a sentence) and
 `render(rival, handover)`. What a tool can say was read in its source; each module names the version.
 """
@@ -8,9 +8,10 @@ with the remedy), `why_not(plan, handover)` (what it cannot say of a plan, after
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 from gcbench.errors import UsageError
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.plugins import modules
 from gcbench.units import format_percent
 
@@ -35,16 +36,26 @@ def names() -> tuple[str, ...]:
     return tuple(module.NAME for module in modules(__name__))
 
 
+def check(target: str, training: Training) -> None:
+    """Raise UsageError when the tool cannot run this workload, whatever is planned for it."""
+    tool = _tool(target)
+    refusal = tool.refusal(training)
+    if refusal is not None:
+        raise UsageError(f"--emit {target}: {refusal}")
+
+
+def _tool(target: str) -> ModuleType:
+    return {module.NAME: module for module in modules(__name__)}[target]
+
+
 def emit(target: str, handover: Handover) -> Emitted:
     """The choice as settings of `target`, or the best of its rivals that can be said there.
 
     Raises KeyError when there is no such target; UsageError when the tool cannot run this workload, or can be told
     none of the settings that fit.
     """
-    tool = {module.NAME: module for module in modules(__name__)}[target]
-    refusal = tool.refusal(handover)
-    if refusal is not None:
-        raise UsageError(f"--emit {target}: {refusal}")
+    check(target, handover)
+    tool = _tool(target)
     why = tool.why_not(handover.choice.plan, handover)
     if why is None:
         return Emitted(text=tool.render(handover.choice, handover), expressed=handover.choice, notice=None)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gcbench.handover import Handover, Rival
+from gcbench import changes
+from gcbench.handover import Handover, Rival, Training
 from gcbench.records import ALL_LINEAR
 from gcbench.strategies import Plan, Policy
 from gcbench.units import format_bytes
 
+_WIDTH = 110
 LORA_ALPHA = 8
 """peft's own default, which gcbench measures with."""
 
@@ -35,7 +38,7 @@ class Reach:
 
     def why_not(self, plan: Plan) -> str | None:
         """What cannot be said of `plan`, in the words after the tool's name; None where all can."""
-        if any(len(group) > 1 for group in plan.groups):
+        if any(len(group) > 1 for group in plan.groups) and not plan.own:
             return "cannot recompute several layers as one"
         if len({policy for _, policy in plan.treated()}) > 1:
             return "cannot recompute one layer differently from another"
@@ -65,6 +68,8 @@ def stride_of(plan: Plan) -> int | None:
 
     The number of layers for the first layer alone, as transformers' `every_n_layers` has it.
     """
+    if plan.own:
+        return 1  # the tool's own switch is the model's
     layers = [group[0] for group in plan.groups if len(group) == 1]
     if not layers or len(layers) != len(plan.groups):
         return None
@@ -82,14 +87,29 @@ def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(name if "::" in name else f"aten::{name}" for name in keep)
 
 
+def cannot_change(tool: str, training: Training) -> str:
+    """Why a tool that loads a model by its name alone has no settings for one that `--layers` or `--set` changed."""
+    model = changes.named(training.model, training.model_changes)
+    return (
+        f"{tool} loads the model as it is, and this plan is for {model}; "
+        "save that model into a folder and plan with --model FOLDER, or take --emit trainer, trl or python"
+    )
+
+
+_ADDED = "Gradient accumulation, and a loop that keeps `outputs`, add to this peak; gcbench predict says how much."
+
+
 def described(rival: Rival, handover: Handover) -> str:
     """The comment that begins every text: what it is, for which workload, and what its model is not."""
     lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
-    first = (
+    told = (
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
-    return "\n".join([first, *(f"# {notice}" for notice in _of_the_plan(handover))])
+    notes = [] if handover.model_changes is None else [f"for {changes.named(handover.model, handover.model_changes)}"]
+    notes += handover.notes if rival == handover.choice else [_ADDED] if handover.notes else ()
+    notes += _of_the_plan(handover)
+    return "\n".join([told, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])
 
 
 def _of_the_plan(handover: Handover) -> list[str]:

@@ -40,12 +40,49 @@ def literal(value: object) -> str:
     return repr(value)
 
 
+def config(handover: Handover) -> list[str]:
+    """Lines that make the config of a model that was changed; none for the model itself."""
+    if handover.config is None:
+        return []
+    made = f"config = AutoConfig.from_pretrained({literal(handover.source)})"
+    return [made, *(f"config.{name} = {_field(value)}" for name, value in handover.config.fields.items())]
+
+
+def _field(value: object) -> str:
+    """A value; a list with an equal entry for every layer is written as one."""
+    if isinstance(value, list) and len(value) > 1 and all(item == value[0] for item in value):
+        return f"[{literal(value[0])}] * {len(value)}"
+    return literal(value)
+
+
+def auto_classes(handover: Handover) -> str:
+    """What loading the model takes of transformers, for an import."""
+    return "AutoModelForCausalLM" if handover.config is None else "AutoConfig, AutoModelForCausalLM"
+
+
 def model(handover: Handover) -> str:
     """Loads the model with the weights' dtype of the precision; transformers' own default is the checkpoint's."""
+    loading = _loading(handover)
+    if handover.config is None:
+        return loading
+    weights = (
+        "# Of the model's own weights, those that this config has a place for; others begin at random."
+        if handover.config.keeps_weights
+        else "# The model's own weights have other shapes, so that it begins with random ones."
+    )
+    return "\n".join([*config(handover), weights, loading])
+
+
+def _loading(handover: Handover) -> str:
     named: dict[str, object] = {"dtype": Code("torch.bfloat16" if handover.precision == "bf16" else "torch.float32")}
     if handover.attn_implementation is not None:
         named["attn_implementation"] = handover.attn_implementation
-    return call("model = AutoModelForCausalLM.from_pretrained", literal(handover.source), **named)
+    if handover.config is None:
+        return call("model = AutoModelForCausalLM.from_pretrained", literal(handover.source), **named)
+    if not handover.config.keeps_weights:
+        return call("model = AutoModelForCausalLM.from_config", "config", **named)
+    given = {"config": Code("config"), **named}
+    return call("model = AutoModelForCausalLM.from_pretrained", literal(handover.source), **given)
 
 
 def lora(handover: Handover) -> str:

@@ -8,8 +8,9 @@ for is written into it as comments.
 
 from __future__ import annotations
 
+from gcbench.export import _program
 from gcbench.export._base import Reach, described, policy_of, targets_of, yaml
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "accelerate-fsdp"
@@ -18,7 +19,7 @@ REACH = Reach(offload=True)
 _MIXED = {"bf16-mixed": "bf16", "fp16-mixed": "fp16"}
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """It runs every workload: what it runs is the user's own program."""
     return None
 
@@ -63,9 +64,12 @@ def _program_s(rival: Rival, handover: Handover) -> list[str]:
     """What the program that is launched has to say, as comments."""
     dtype = "torch.bfloat16" if handover.precision == "bf16" else "torch.float32"
     attention = handover.attn_implementation
-    lines = [
+    lines = _program.config(handover)
+    given = "config=config, " if lines else ""
+    name = "from_config" if handover.config is not None and not handover.config.keeps_weights else "from_pretrained"
+    lines += [
         f"batches of {rival.batch_size} sequences of {handover.seq_len} tokens on each GPU",
-        f"from_pretrained(…, dtype={dtype}" + (f', attn_implementation="{attention}")' if attention else ")"),
+        f"{name}(…, {given}dtype={dtype}" + (f', attn_implementation="{attention}")' if attention else ")"),
         f'the optimizer that TrainingArguments calls optim="{handover.optim}"',
         "activation_checkpointing off in TrainingArguments (gradient_checkpointing before transformers 5.23)",
     ]

@@ -8,8 +8,18 @@ by parts of their names, and for inputs in the host's memory. Weights are bf16 w
 
 from __future__ import annotations
 
-from gcbench.export._base import LORA_ALPHA, Reach, described, policy_of, qualified, stride_of, targets_of, yaml
-from gcbench.handover import Handover, Rival
+from gcbench.export._base import (
+    LORA_ALPHA,
+    Reach,
+    cannot_change,
+    described,
+    policy_of,
+    qualified,
+    stride_of,
+    targets_of,
+    yaml,
+)
+from gcbench.handover import Handover, Rival, Training
 from gcbench.records import ALL_LINEAR
 from gcbench.strategies import Plan
 from gcbench.strategies.selective import MATMUL, NAMED
@@ -24,17 +34,19 @@ _ATTENTION = (
 """Which names it takes, besides those of kernels on the Hub, which have a slash in them."""
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """Workloads that it cannot run."""
-    if handover.precision.endswith("-mixed"):
+    if training.model_changes is not None:
+        return cannot_change(TOOL, training)
+    if training.precision.endswith("-mixed"):
         return (
-            f"axolotl has no {handover.precision}: it holds the weights themselves in 16 bits; plan with --precision "
+            f"axolotl has no {training.precision}: it holds the weights themselves in 16 bits; plan with --precision "
             "bf16, or take --emit python"
         )
-    attention = handover.attn_implementation
+    attention = training.attn_implementation
     if attention is not None and attention not in _ATTENTION and "/" not in attention:
         return f"axolotl does not know the attention {attention}; plan with one of {', '.join(_ATTENTION)}"
-    if handover.lora_r is not None and handover.lora_target_modules is None:
+    if training.lora_r is not None and training.lora_target_modules is None:
         return (
             "axolotl does not choose LoRA's targets by itself; plan with --lora-target-modules all-linear, or with "
             "names of modules"

@@ -8,8 +8,8 @@ Trained weights are fp32 unless `pure_bf16` is said; frozen ones have the checkp
 
 from __future__ import annotations
 
-from gcbench.export._base import LORA_ALPHA, Reach, described, policy_of, targets_of, yaml
-from gcbench.handover import Handover, Rival
+from gcbench.export._base import LORA_ALPHA, Reach, cannot_change, described, policy_of, targets_of, yaml
+from gcbench.handover import Handover, Rival, Training
 from gcbench.records import ALL_LINEAR
 from gcbench.strategies import Plan
 
@@ -20,19 +20,21 @@ _ATTENTION = {"eager": "disabled", "sdpa": "sdpa", "flash_attention_2": "fa2"}
 _PRECISION = {"bf16": {"pure_bf16": True}, "bf16-mixed": {"bf16": True}, "fp16-mixed": {"fp16": True}, "fp32": {}}
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """Workloads that it cannot run."""
-    attention = handover.attn_implementation
+    if training.model_changes is not None:
+        return cannot_change(TOOL, training)
+    attention = training.attn_implementation
     if attention is not None and attention not in _ATTENTION:
         return f"LLaMA-Factory does not know the attention {attention}; plan with one of {', '.join(_ATTENTION)}"
-    if handover.lora_r is None:
+    if training.lora_r is None:
         return None
-    if handover.precision != "bf16":
+    if training.precision != "bf16":
         return (
             f"LLaMA-Factory leaves frozen weights in the checkpoint's dtype, so that it has no LoRA in "
-            f"{handover.precision}; plan with --precision bf16, or take --emit python"
+            f"{training.precision}; plan with --precision bf16, or take --emit python"
         )
-    if handover.lora_target_modules is None:
+    if training.lora_target_modules is None:
         return "LLaMA-Factory's own choice of LoRA's targets is not peft's; plan with --lora-target-modules"
     return None
 

@@ -7,7 +7,7 @@ from dataclasses import fields
 from gcbench.export import _program
 from gcbench.export._base import described
 from gcbench.export._program import Code, call, literal, program
-from gcbench.handover import FOUND, Handover, Rival
+from gcbench.handover import FOUND, Handover, Rival, Training
 from gcbench.strategies import Plan, Policy
 
 NAME = "python"
@@ -21,7 +21,7 @@ _OPTIMIZERS = {
 _AUTOCAST = {"bf16-mixed": "torch.bfloat16", "fp16-mixed": "torch.float16"}
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """It runs every workload."""
     return None
 
@@ -41,7 +41,7 @@ def render(rival: Rival, handover: Handover) -> str:
         described(rival, handover),
         "import torch",
         lora and "from peft import LoraConfig, get_peft_model",
-        "from transformers import AutoModelForCausalLM",
+        f"from transformers import {_program.auto_classes(handover)}",
         "from transformers.optimization import Adafactor" if handover.optim == "adafactor" else "",
         "\nimport gcbench",
         '\ndevice = "cuda" if torch.cuda.is_available() else "cpu"',

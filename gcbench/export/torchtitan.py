@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shlex
 
-from gcbench.export._base import Reach, described
-from gcbench.handover import Handover, Rival
+from gcbench.export._base import Reach, cannot_change, described
+from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "torchtitan"
@@ -21,21 +21,23 @@ _DTYPES = {"fp32": ("float32", "float32"), "bf16": ("bfloat16", "bfloat16"), "bf
 _OPTIMIZERS = {"adamw_torch": "foreach", "adamw_torch_fused": "fused"}
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """Workloads that it cannot run."""
-    if handover.lora_r is not None:
+    if training.model_changes is not None:
+        return cannot_change(TOOL, training)
+    if training.lora_r is not None:
         return "torchtitan has LoRA in its models' Python configs alone; take --emit trainer, trl, axolotl or python"
-    if handover.precision not in _DTYPES:
-        precision = handover.precision
+    if training.precision not in _DTYPES:
+        precision = training.precision
         return f"torchtitan does not train in {precision}; plan with --precision bf16-mixed, or take --emit python"
-    if handover.optim not in _OPTIMIZERS:
-        return f"torchtitan has no {handover.optim}; plan with --optim adamw_torch, or take --emit python"
+    if training.optim not in _OPTIMIZERS:
+        return f"torchtitan has no {training.optim}; plan with --optim adamw_torch, or take --emit python"
     return None
 
 
 def why_not(plan: Plan, handover: Handover) -> str | None:
     """What cannot be said of a plan."""
-    return REACH.why_not(plan)
+    return "does not use a model's own way to checkpoint" if plan.own else REACH.why_not(plan)
 
 
 def render(rival: Rival, handover: Handover) -> str:

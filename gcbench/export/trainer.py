@@ -10,7 +10,7 @@ from __future__ import annotations
 from gcbench.export import _program
 from gcbench.export._base import Reach
 from gcbench.export._program import Code
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "trainer"
@@ -18,7 +18,7 @@ TOOL = "transformers' Trainer"
 REACH = Reach(stride=True, keep=True, offload=True, reentrant=True)
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """It runs every workload."""
     return None
 
@@ -36,7 +36,7 @@ def render(rival: Rival, handover: Handover) -> str:
             rival,
             handover,
             peft="LoraConfig, get_peft_model",
-            imports=("from transformers import AutoModelForCausalLM, Trainer, TrainingArguments",),
+            imports=(f"from transformers import {_program.auto_classes(handover)}, Trainer, TrainingArguments",),
         ),
         _program.model(handover),
         lora and f"model = get_peft_model(model, {lora})",

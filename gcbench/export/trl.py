@@ -10,14 +10,14 @@ from __future__ import annotations
 from gcbench.export import _program
 from gcbench.export._program import Code
 from gcbench.export.trainer import REACH
-from gcbench.handover import Handover, Rival
+from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "trl"
 TOOL = "trl"
 
 
-def refusal(handover: Handover) -> str | None:
+def refusal(training: Training) -> str | None:
     """It runs every workload."""
     return None
 
@@ -36,7 +36,10 @@ def render(rival: Rival, handover: Handover) -> str:
             rival,
             handover,
             peft="LoraConfig",
-            imports=("from transformers import AutoModelForCausalLM", "from trl import SFTConfig, SFTTrainer"),
+            imports=(
+                f"from transformers import {_program.auto_classes(handover)}",
+                "from trl import SFTConfig, SFTTrainer",
+            ),
         ),
         _program.model(handover),
         _program.keeping(rival.plan).rstrip(),

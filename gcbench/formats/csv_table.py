@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple
 
 from gcbench.records import Report
@@ -11,6 +12,16 @@ from gcbench.tables import columns, rows
 
 NAME = "csv"
 SUFFIX = ".csv"
+
+
+def table(found: Sequence[Mapping[str, object]]) -> str:
+    """Any rows, with a header line."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    if found:
+        writer.writerow(found[0])
+    writer.writerows(row.values() for row in found)
+    return text.getvalue()
 
 
 def render(report: Report) -> str:

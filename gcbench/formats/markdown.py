@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from gcbench import explained, plots, predicted, step_plot, words
+from gcbench import explained, gaps, plots, predicted, step_plot, words
 from gcbench.explained import Block
 from gcbench.formats.terminal import table_columns
+from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Json, Machine, Report, Row
 from gcbench.screen import UNKNOWN, Column
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.tables import NOTHING_SHOWN, OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import counted, format_bytes, format_count, format_percent
 from gcbench.words import notes
 
@@ -32,7 +33,7 @@ def render(report: Report) -> str:
 
 def _measured(report: Report) -> list[str]:
     table = rows(report)
-    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}."]
+    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}.", *_overview(report)]
     for workload, group in by_workload(table).items():
         blocks += [f"## {_escaped(words.title(workload, model=False))}", answer(group)]
     blocks += _plots(report)
@@ -41,7 +42,10 @@ def _measured(report: Report) -> list[str]:
 
 def _predicted(report: Report) -> list[str]:
     made = _made(report, "Made")
-    blocks = [f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}"]
+    blocks = [
+        f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}",
+        *_overview(report),
+    ]
     tried = report.settings.get("explain") is True
     for workload, cells in predicted.by_workload(report).items():
         blocks += [f"## {_escaped(words.title(workload, model=False, device=False))}", prediction(cells)]
@@ -52,7 +56,17 @@ def _predicted(report: Report) -> list[str]:
         sizes = [(term.name, format_bytes(term.nbytes), explained.side(term), term.source) for term in terms]
         lines = [_line(["term", "size", "where", "source"]), _line(["---", "---:", "---", "---"]), *map(_line, sizes)]
         blocks += ["## What the trace cannot see", explained.UNSEEN, "\n".join(lines)]
-    return [*blocks, "## What this prediction does not cover", _bullets(predicted.not_covered(report))]
+    return [*blocks, "## What this prediction does not cover", _bullets(gaps.not_covered(report))]
+
+
+def _overview(report: Report) -> list[str]:
+    """All cells in one table, where there are several workloads."""
+    found = overview(report)
+    return (
+        []
+        if found is None
+        else ["## Overview", _escaped(f"{found.title.removeprefix('Overview of ')}."), _table(found.columns)]
+    )
 
 
 def answer(group: Sequence[Row]) -> str:
@@ -72,7 +86,7 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
         for block in (
             _table(predicted.table_columns(group)),
             _bullets(predicted.notes(group)),
-            _escaped(predicted.summary(cells)),
+            *map(_escaped, predicted.paragraphs(cells)),
         )
         if block
     )
@@ -91,8 +105,10 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
                 gaps.append(f"{row.strategy} at {where}: the run ended before this cell")
             elif failed_proof(row):
                 gaps.append(f"the saving of {row.strategy} at {where}: it failed the proof")
+            elif hides_saving(row):
+                gaps.append(f"the saving of {row.strategy} at {where}: {NOTHING_SHOWN}")
             elif row.step_time_s is not None and row.step_time_low_s is None:
-                gaps.append(f"the interval of the step time of {row.strategy} at {where}: it has one sample")
+                gaps.append(f"the interval of the step time of {row.strategy} at {where}: {words.TOO_FEW_ROUNDS}")
         if OFF not in {row.strategy for row in group}:
             gaps.append(f"savings and overheads at {where}: off is not among its strategies")
     measured = [row for row in table if row.peak_allocated_bytes is not None]
@@ -116,8 +132,8 @@ def _head(report: Report, where: str) -> str:
     """The headline, and the model in a sentence."""
     model = report.model
     return (
-        f"# gcbench: {_escaped(model.model)} {_escaped(where)}\n\n"
-        f"{_escaped(model.model)} ({model.model_type}): {format_count(model.num_params)} parameters, "
+        f"# gcbench: {_escaped(words.model_of(report))} {_escaped(where)}\n\n"
+        f"{_escaped(words.model_of(report))} ({model.model_type}): {format_count(model.num_params)} parameters, "
         f"{counted(model.num_layers, 'layer')} that can be checkpointed."
     )
 

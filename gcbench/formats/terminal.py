@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from gcbench import explained, predicted, words
+from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Report, Row
 from gcbench.screen import UNKNOWN as UNKNOWN
@@ -13,7 +14,8 @@ from gcbench.screen import Column as Column
 from gcbench.screen import Table as Table
 from gcbench.screen import fit as fit
 from gcbench.screen import plain as plain
-from gcbench.tables import OFF, by_workload, failed_proof, rows
+from gcbench.screen import show as print_all
+from gcbench.tables import OFF, by_workload, failed_proof, hides_saving, rows
 from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
@@ -24,13 +26,13 @@ SUFFIX = ".txt"
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """One renderable per workload, which chooses its columns by the width it is given.
+    """One renderable per workload, which chooses its columns by the width it is given; an overview before several.
 
     A prediction adds what it would explain, where it was asked to, and what it does not cover.
     """
     if report.source == "predicted":
         return _predicted(report, explain=report.settings.get("explain") is True)
-    return [*(_table(group) for group in by_workload(rows(report)).values()), *_about_model(report)]
+    return [*_overview(report), *(_table(group) for group in by_workload(rows(report)).values()), *_about_model(report)]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
@@ -38,11 +40,12 @@ def show(report: Report, *, explain: bool = False) -> None:
 
     With `explain`, or where the report was made with it, what a prediction says of each peak as well.
     """
-    from rich.console import Console
+    print_all(_predicted(report, explain=True) if explain and report.source == "predicted" else tables(report))
 
-    console = Console()
-    for table in _predicted(report, explain=True) if explain and report.source == "predicted" else tables(report):
-        console.print(table)
+
+def _overview(report: Report) -> list[RenderableType]:
+    found = overview(report)
+    return [found] if found is not None else []
 
 
 def render(report: Report, *, width: int = 120) -> str:
@@ -64,7 +67,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac))),
         Column(header="step time", cells=of(step_time), short=of(lambda r: format_seconds(r.step_time_s)), shorten=4),
         Column(
-            header="overhead (95 %)",
+            header="overhead (95 %)" if any(words.interval(*_limits(row)) for row in group) else "overhead",
             cells=of(overhead),
             short_header="overhead",
             short=of(_overhead_shortly),
@@ -86,8 +89,12 @@ def step_time(row: Row) -> str:
 
 def overhead(row: Row) -> str:
     """`+27 % (22 to 33 %)`."""
-    limits = words.interval(row.time_overhead_low_frac, row.time_overhead_high_frac)
+    limits = words.interval(*_limits(row))
     return f"{_overhead_alone(row)} ({limits})" if limits and row.strategy != OFF else _overhead_alone(row)
+
+
+def _limits(row: Row) -> tuple[float | None, float | None]:
+    return row.time_overhead_low_frac, row.time_overhead_high_frac
 
 
 def tokens(per_second: float | None) -> str:
@@ -103,7 +110,7 @@ def proof(row: Row) -> str:
 
 
 def _table(group: Sequence[Row]) -> Table:
-    proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not failed_proof(row)]
+    proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not hides_saving(row)]
     bold = set()
     if len(proven) > 1:
         peaks = [(row.peak_allocated_bytes, number) for number, row in proven if row.peak_allocated_bytes is not None]
@@ -122,7 +129,7 @@ def _table(group: Sequence[Row]) -> Table:
 def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
     from rich.text import Text
 
-    parts: list[RenderableType] = []
+    parts: list[RenderableType] = _overview(report)
     where = f"predicted for {predicted.target(report)}"
     for cells in predicted.by_workload(report).values():
         parts.append(_predicted_table(cells, where))
@@ -148,7 +155,7 @@ def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
         subtitle=where,
         columns=predicted.table_columns(group),
         notes=predicted.notes(group),
-        summary=predicted.summary(cells),
+        summary="\n".join(predicted.paragraphs(cells)),
         bold=frozenset({(cells.index(best), "strategy")} if best and len(cells) > 1 else ()),
     )
 
@@ -159,7 +166,7 @@ def _recomputed(row: Row) -> str:
 
 def _overhead_shortly(row: Row) -> str:
     """The centre alone, unless its interval, for which there is no room, takes the difference back."""
-    low, high = row.time_overhead_low_frac, row.time_overhead_high_frac
+    low, high = _limits(row)
     unsure = low is not None and high is not None and low <= 0 <= high and row.strategy != OFF
     return "none shown" if unsure else _overhead_alone(row)
 

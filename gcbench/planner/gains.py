@@ -9,7 +9,7 @@ import numpy as np
 
 from gcbench.decision import Candidate, Gain
 from gcbench.records import Lora
-from gcbench.simulate.assembly import Assembly, Kind
+from gcbench.simulate.assembly import Assembly, Ints, Kind
 from gcbench.simulate.child import CHUNKS, Session
 from gcbench.simulate.explain import without_logits
 from gcbench.simulate.parallel import Ahead
@@ -73,8 +73,8 @@ def gains(
     assembly = step.assembly
     sizes = without_logits(assembly, CHUNKS)
     note(f"a loss computed in {CHUNKS} chunks", None, replace(assembly.timeline, nbytes=sizes))
-    if task.optim.startswith("adamw"):
-        note("an 8-bit AdamW", None, _quantised(assembly, 2 if task.precision == "bf16" else 4))
+    if task.optim.startswith("adamw") and (eight_bit := _eight_bit(task, session, candidate, step)) is not None:
+        note("an 8-bit AdamW", None, eight_bit)
     if task.target.kind == "cuda" and not task.target.expandable_segments:
         flexible = replace(task.target, expandable_segments=True)
         other = Session.on(session, flexible)
@@ -114,7 +114,7 @@ def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
         change("mixed precision", "--precision bf16-mixed", replace(task, precision="bf16-mixed"))
     if task.precision in ("fp32", "bf16-mixed", "fp16-mixed"):
         change("weights in bf16", "--precision bf16", replace(task, precision="bf16"))
-    if task.target.kind == "cuda" and plan.groups and whole is candidate and not plan.compiled:
+    if task.target.kind == "cuda" and plan.groups and whole is candidate and not (plan.compiled or plan.own):
         away = replace(candidate, plan=plan.with_policies(offload=True))
         changes.append(("boundaries in the host's memory", f"--strategies {candidate.strategy}+offload", task, away))
     return changes
@@ -130,12 +130,39 @@ def _traced(task: PlanTask, candidate: Candidate, held: Held) -> int | None:
         return None
 
 
-def _quantised(assembly: Assembly, width: int) -> Timeline:
-    """The step with AdamW's two states in 8 bits: a byte each, and a factor for every block of them.
+def _eight_bit(task: PlanTask, session: Session, candidate: Candidate, step: Step) -> Timeline | None:
+    """The step with AdamW's two states in 8 bits, whichever AdamW it was traced with; None where it cannot be had.
 
-    `width` is what an element of a state takes now, in bytes.
+    An 8-bit optimizer steps a parameter in one kernel, in place, and makes no lists of temporaries as `adamw_torch`
+    does: it is the step of the fused optimizer, with smaller states.
     """
-    line = assembly.timeline
-    of_states = (assembly.kinds == Kind.OPTIMIZER) & (line.nbytes > 4 * _LEAST_QUANTISED)
-    small = line.nbytes // width + 4 * -(-line.nbytes // (width * _BLOCK))
-    return replace(line, nbytes=np.where(of_states, small, line.nbytes))
+
+    def quantised(nbytes: Ints) -> Ints:
+        return _quantised(nbytes, width=2 if task.precision == "bf16" else 4)
+
+    line = session.predictor.with_optimizer(step, _FUSED, steps_on_device=True, state_bytes=quantised)
+    if line is not None:
+        return line
+    assembly = step.assembly if task.optim == _FUSED else _traced_fused(task, candidate)
+    if assembly is None:
+        return None
+    sizes = assembly.timeline.nbytes
+    return replace(assembly.timeline, nbytes=np.where(assembly.kinds == Kind.OPTIMIZER, quantised(sizes), sizes))
+
+
+def _traced_fused(task: PlanTask, candidate: Candidate) -> Assembly | None:
+    """The step of a model whose layers cannot be told apart, with the fused optimizer; None where it cannot be had."""
+    try:
+        predictor = Session(replace(task, optim=_FUSED).as_predictions()).predictor
+        return predictor.step(candidate.plan, batch_size=candidate.batch_size, seq_len=task.seq_len).assembly
+    except Exception:  # as in `_traced`
+        return None
+
+
+def _quantised(nbytes: Ints, *, width: int) -> Ints:
+    """What states take in 8 bits: a byte an element, and a factor for every block of them; small ones stay.
+
+    `width` is what an element takes now, in bytes.
+    """
+    small = nbytes // width + 4 * -(-nbytes // (width * _BLOCK))
+    return np.where(nbytes >= width * _LEAST_QUANTISED, small, nbytes)

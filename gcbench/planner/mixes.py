@@ -190,6 +190,7 @@ class Mixes:
             step_time_s=batch * weighing.task.seq_len / rate,
             tokens_per_s=rate,
             source="estimated",
+            is_lower_bound=weighing.is_bound(peak),
         )
 
 
@@ -208,7 +209,7 @@ def plan_of(uniform: Sequence[Plan], layers: Sequence[int], choice: Sequence[int
 
 def _is_plain(plan: Plan) -> bool:
     """Whether its layers are recomputed one by one, plainly, or not at all."""
-    return all(len(group) == 1 for group in plan.groups) and not plan.policies and not plan.compiled
+    return all(len(group) == 1 for group in plan.groups) and not plan.policies and not (plan.compiled or plan.own)
 
 
 def _name(plan: Plan) -> str:

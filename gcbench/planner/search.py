@@ -9,18 +9,32 @@ from dataclasses import replace
 from functools import partial
 
 from gcbench.costs import CardFigures, Figures
-from gcbench.decision import FOUND, Candidate, Decision, Gain, Largest, Told, choose, ranked, why_not_faster
+from gcbench.decision import (
+    FOUND,
+    Candidate,
+    Decision,
+    Gain,
+    Largest,
+    Told,
+    best_of_each,
+    choose,
+    nearest_faster,
+    ranked,
+    why_not_faster,
+)
 from gcbench.errors import GcbenchError
 from gcbench.planner.gains import Trial, gains
 from gcbench.planner.mixes import Mixes
 from gcbench.planner.weighing import Weighing
+from gcbench.prediction import Addition, Fallback
 from gcbench.racing import contenders
+from gcbench.simulate.additions import additions
 from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
 from gcbench.simulate.parallel import on_two_cores
 from gcbench.strategies import OFF, Plan
-from gcbench.tasks import Answer, Decided, PlanTask, Refusal
+from gcbench.tasks import Answer, Decided, Planning, PlanTask, Refusal
 from gcbench.units import format_bytes
 
 MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
@@ -29,14 +43,21 @@ most 2 % of that of everything. Autocast has a layer keep weights that it cast t
 _MOST_POLICIES = 5
 _WITHOUT_BOUND = (1, 2, 4, 8, 16)
 """Batch sizes where nothing limits them."""
+_STEPS = 4
+"""Of which a plan tells that they are done."""
 _SHORTEST = 64
 """Tokens; a shorter sequence is no remedy."""
 
 
-def plan(task: PlanTask, tell: Callable[[Decided], None]) -> Answer:
+def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
     """Decide and tell; what cannot be decided is a refusal or a failure."""
+
+    def say(done: int, doing: str) -> None:
+        tell(Planning(done=done, total=_STEPS, doing=doing))
+
     try:
-        tell(Decided(decision=Planner(task, figures_for(task)).decide()))
+        say(0, "tracing the training step")
+        tell(Decided(decision=Planner(task, figures_for(task)).decide(say)))
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:  # modelling code may raise anything
@@ -76,22 +97,25 @@ class Planner:
         other._calibrated = set()  # what one of the two has timed, the other does not know of
         return other
 
-    def decide(self) -> Decision:
-        """Weigh, solve, verify."""
+    def decide(self, say: Callable[[int, str], None] = lambda done, doing: None) -> Decision:
+        """Weigh, solve, verify; `say` gets how many of `_STEPS` are done and what is done now."""
+        say(1, "weighing strategies and batch sizes")
         most = self._most()
         batches = self._batches(most)
         self._calibrate(batches)
         lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
         self.weighing.all_up_to = None
         if self.weighing.candidate("", lightest, batches[0]).fits:
-            self.weighing.all_up_to = batches[0]
+            self.weighing.all_up_to = None if self.task.batch_sizes else batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
         named = on_two_cores(lambda one: self._candidate(*one), wanted)
+        say(2, "searching plans")
         drafts = self._drafts(batches)
         with ExitStack() as stack:
             likely = choose([*named, *drafts])
             trial = None if likely is None else stack.enter_context(self._trial(likely))
-            candidates = self._verified([*named, *self._found(drafts, choose(named))])
+            candidates = self._known([*named, *self._found(drafts, choose(named))])
+            say(3, "trying what else would lower the peak")
             choice = choose(candidates)
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
@@ -108,10 +132,13 @@ class Planner:
             gains=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
-            binding=None if choice is None else why_not_faster(candidates, choice, needs=self._needs),
+            binding=None if choice is None else why_not_faster(candidates, choice),
             told=tuple(map(self._told, rivals)),
+            additions=() if shown is None else self._additions(shown),
+            fallback=None if shown is None else self._fallback(shown),
             times_from=self.weighing.figures.source,
             notices=tuple(self.notices),
+            outside_bytes=self.weighing.outside_bytes,
         )
 
     # What is traced.
@@ -122,6 +149,8 @@ class Planner:
         num_layers = len(stage.layers)
         layers = self.task.layers_in_order or tuple(range(num_layers))
         off = Plan(num_layers=num_layers)
+        if self.task.own is not None:
+            return [off, self.task.own]
         if not layers or not self.task.can_checkpoint:
             return [off]
         every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
@@ -200,7 +229,7 @@ class Planner:
         if not most:
             return ()
         named = [Largest(strategy=spec, batch_size=most[plan]) for spec, plan in self.named]
-        if len(self.mixes.uniform) > 1:
+        if len(self.mixes.uniform) > 1 and self.task.own is None:
             # Nothing found keeps less than every layer's input.
             tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
             named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
@@ -245,6 +274,28 @@ class Planner:
             checked[checked.index(choice)] = traced
         return checked
 
+    def _known(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, with the choice verified and what a table or a sentence names traced as it is."""
+        known = list(candidates)
+        while True:
+            known = self._verified(known)
+            choice = choose(known)
+            shown = best_of_each(known, choice)
+            if choice is not None and (nearest := nearest_faster(known, choice)) is not None:
+                shown.append(nearest)
+            todo = [each for each in dict.fromkeys(shown) if each.is_lower_bound or each.source == "estimated"]
+            if not todo:
+                return known
+            for each, now in zip(todo, on_two_cores(self._in_full, todo), strict=True):
+                known[known.index(each)] = now
+
+    def _in_full(self, candidate: Candidate) -> Candidate:
+        """The candidate with the peak that a prediction of it would show."""
+        estimated = candidate.source == "estimated"
+        return self.weighing.candidate(
+            candidate.strategy, candidate.plan, candidate.batch_size, traced=estimated, in_full=True
+        )
+
     def _smallest(self, batch: int, candidates: Sequence[Candidate]) -> Candidate | None:
         """The lowest peak that can be reached at a batch size."""
         of_batch = [candidate for candidate in candidates if candidate.batch_size == batch]
@@ -284,9 +335,21 @@ class Planner:
         shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
         return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
 
-    def _needs(self, candidate: Candidate) -> int:
-        line = self.weighing.scaling(candidate.plan).line(candidate.batch_size)
-        return self.weighing.counted(line, self.weighing.session)
+    def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
+        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        held, _ = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return additions(step, lambda line: self.weighing.counted(line, self.weighing.session), held)
+
+    def _fallback(self, candidate: Candidate) -> Fallback | None:
+        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return self.weighing.session.fallback(step, peak)
 
     def _told(self, candidate: Candidate) -> Told:
-        return Told(of=candidate, peak_words=self._peak_words(candidate), gains=self._gains(candidate, None))
+        return Told(
+            of=candidate,
+            peak_words=self._peak_words(candidate),
+            gains=self._gains(candidate, None),
+            additions=self._additions(candidate),
+            fallback=self._fallback(candidate),
+        )

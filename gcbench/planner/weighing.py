@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy
 
+from gcbench import headroom
 from gcbench.costs import Figures, Work
 from gcbench.decision import Candidate
 from gcbench.errors import first_sentence
@@ -123,9 +124,12 @@ class Weighing:
             self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len, pair=self.pair)
         return self._scalings[plan]
 
-    def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False) -> Candidate:
-        """A plan at a batch size; with `traced` from a trace of this very step."""
-        held, peak = self.held(plan, batch, traced=traced)
+    def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False, in_full: bool = False) -> Candidate:
+        """A plan at a batch size; with `traced` from a trace of this very step, with `in_full` also beyond `all_up_to`.
+
+        Beyond it the peak may be a lower bound.
+        """
+        held, peak = self.held(plan, batch, traced=traced, in_full=in_full)
         seconds = self.seconds(plan, batch, traced=traced)
         return Candidate(
             strategy=spec,
@@ -138,7 +142,12 @@ class Weighing:
             step_time_s=seconds,
             tokens_per_s=batch * self.task.seq_len / seconds,
             source="predicted" if traced or self.scaling(plan).is_exact(batch) else "estimated",
+            is_lower_bound=self.is_bound(peak),
         )
+
+    def is_bound(self, peak: Peak) -> bool:
+        """Whether the allocator was not looked at, so that the process holds more than is said."""
+        return self.is_cuda and peak.memory.process_bytes is None
 
     def seconds(self, plan: Plan, batch: int, *, traced: bool = False) -> float:
         """How long a step takes; an estimate."""
@@ -151,13 +160,13 @@ class Weighing:
         scaling = self.scaling(plan)
         return scaling.traced(batch) if traced else scaling.step(batch)
 
-    def held(self, plan: Plan, batch: int, *, traced: bool = False) -> tuple[int, Peak]:
+    def held(self, plan: Plan, batch: int, *, traced: bool = False, in_full: bool = False) -> tuple[int, Peak]:
         """(bytes that count against the device's memory, the peak) of a step."""
         key = (plan, batch, traced)
-        if key not in self._peaks:
+        if key not in self._peaks or (in_full and self.is_bound(self._peaks[key][1])):
             scaling = self.scaling(plan)
             line = scaling.traced(batch).timeline if traced else scaling.line(batch)
-            self._peaks[key] = self.weighed(line, None if traced else batch)
+            self._peaks[key] = self.weighed(line, None if traced or in_full else batch)
         return self._peaks[key]
 
     def weighed(self, line: Timeline, batch: int | None = None) -> tuple[int, Peak]:
@@ -231,7 +240,7 @@ class Weighing:
 
 def _usable(task: PlanTask) -> int | None:
     limit = task.target.memory_bytes
-    return None if limit is None else int(limit * (1 - task.reserve_frac))
+    return None if limit is None else headroom.usable_bytes(limit, task.reserve_frac)
 
 
 def largest(fits: Callable[[int], bool], *, start: int = 0) -> int:

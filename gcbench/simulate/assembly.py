@@ -70,6 +70,8 @@ class Standing:
     kind: Kind
     requested_at: Phase | None = None
     """The phase of the first step that asks for it; None for what is there before."""
+    requested_by: tuple[str, ...] = ()
+    """Operators, the first of which asks for it, once its result is there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +147,14 @@ def assemble(
         gradients,
         num_blocks=num_passes,
         backward_at=passes.backward_at,
-        standing=standing,
+        requested=requests(standing, passes),
         update=update,
     )
     (begin, _), _, (update_begins, _) = line.marks
     kinds, of_layers = _classified(
         passes, gradients, treatments=treatments, layers=layers, vocab_size=vocab_size, persistent=persistent
     )
-    is_state = np.isin(np.arange(num_own) + update.num_params, np.array(_kept(update), np.int64))
+    is_state = np.isin(np.arange(num_own) + update.num_params, states_of(update))
     stretches = [(first_step + base, piece.blocks) for _, piece, base in passes.instances]
     stretches += [(first_update, update.own)]
     stretches += [(second_step + base, piece.blocks) for _, piece, base in passes.instances]
@@ -178,6 +180,21 @@ def assemble(
     )
 
 
+def requests(standing: Sequence[Standing], passes: Passes) -> tuple[int | None, ...]:
+    """For each of what stands, the number of the passes' events before it; None where nothing asks for it.
+
+    What is there before the first step has 0.
+    """
+    found: dict[tuple[Phase | None, tuple[str, ...]], int | None] = {}
+    for term in standing:
+        key = (term.requested_at, term.requested_by)
+        if key not in found:
+            backward = term.requested_at not in (None, "forward")
+            begins = passes.backward_at if backward else 0
+            found[key] = passes.first(term.requested_by, backward=backward) if term.requested_by else begins
+    return tuple(found[term.requested_at, term.requested_by] for term in standing)
+
+
 def line_of(
     events: Ints,
     nbytes: Ints,
@@ -185,25 +202,30 @@ def line_of(
     *,
     num_blocks: int,
     backward_at: int,
-    standing: Sequence[Standing],
+    requested: Sequence[int | None],
     update: UpdateTrace,
+    accumulated: Sequence[int] | None = None,
 ) -> Timeline:
     """The first step and the measured one, of passes with these events.
 
     Args:
-        nbytes: the sizes of what stands, of the passes' blocks, of the update's own, and of the passes' once more.
+        nbytes: the sizes of what stands, of the passes' blocks, of the update's own, and of the passes' once more; with
+            `accumulated` a third time.
         gradients: for each parameter of `update`, the block of its gradient in the passes.
         num_blocks: how many the passes have.
         backward_at: number of the passes' events before the backward pass.
+        requested: for each of what stands, the number of the passes' events before it; None where nothing asks for it.
+        accumulated: for each gradient, the number of the passes' events after which it is added to what is there. If
+            given, the measured step is the last micro-batch of several: it begins with all gradients, and ends with
+            the update.
     """
     num_own = len(update.own)
-    first_step, first_update = len(standing), len(standing) + num_blocks
+    first_step, first_update = len(requested), len(requested) + num_blocks
     second_step = first_update + num_own
-    once = events + np.where(events >= 0, first_step, -first_step)
     stays = _among(events, _persistent(events, num_blocks, gradients), num_blocks)
-    again = events[~stays]
-    second = again + np.where(again >= 0, second_step, -second_step)
-    boundary = int(np.count_nonzero(~stays[:backward_at]))
+
+    def numbered(events: Ints, step: int) -> Ints:
+        return events + np.where(events >= 0, step, -step)
 
     def renumbered(events: Sequence[int], step: int) -> Ints:
         of_gradients = np.array(gradients, np.int64) + step
@@ -212,19 +234,23 @@ def line_of(
         blocks = table[np.where(values >= 0, values, ~values)] if len(values) else values
         return np.where(values >= 0, blocks, ~blocks)
 
-    before = [n for n, term in enumerate(standing) if term.requested_at is None]
-    forward = [n for n, term in enumerate(standing) if term.requested_at == "forward"]
-    backward = [n for n, term in enumerate(standing) if term.requested_at not in (None, "forward")]
+    asked = [(at, number) for number, at in enumerate(requested) if at is not None]
     opening = [
-        np.array([*before, *forward], np.int64),
-        once[:backward_at],
-        np.array(backward, np.int64),
-        once[backward_at:],
+        np.insert(numbered(events, first_step), [at for at, _ in asked], [number for _, number in asked]),
         renumbered(update.first, first_step),
     ]
-    measured = [second[:boundary], second[boundary:], renumbered(update.later, second_step)]
     settled_at = sum(map(len, opening))
-    begins = settled_at + np.cumsum([0, *(len(part) for part in measured)])
+    once, boundary = events[~stays], int(np.count_nonzero(~stays[:backward_at]))
+    later = numbered(once, second_step)
+    if accumulated is not None:
+        opening.append(later)
+        kept = np.cumsum(~stays)
+        moments = [int(kept[at - 1]) if at else 0 for at in accumulated]
+        third_step = second_step + num_blocks
+        given = ~(np.array(gradients, np.int64) + third_step)
+        later = np.insert(numbered(once, third_step), moments, given)
+    measured = [later[:boundary], later[boundary:], renumbered(update.later, second_step)]
+    begins = sum(map(len, opening)) + np.cumsum([0, *(len(part) for part in measured)])
     phases: tuple[Phase, ...] = ("forward", "backward", "optimizer")
     return Timeline(
         nbytes=nbytes,
@@ -322,12 +348,12 @@ def _is_logits(block: Block, vocab_size: int | None) -> bool:
     return vocab_size is not None and len(block.shape) > 1 and block.shape[-1] == vocab_size
 
 
-def _kept(update: UpdateTrace) -> list[int]:
+def states_of(update: UpdateTrace) -> Ints:
     """Blocks of the update that outlive a phase."""
     kept = set(update.states)
     given = {~event for event in update.later if event < 0}
     kept |= {event for event in update.later if event >= 0 and event not in given}
-    return sorted(kept)
+    return np.array(sorted(kept), np.int64)
 
 
 def _classified(

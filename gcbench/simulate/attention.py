@@ -68,8 +68,9 @@ class CudaAttention:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        query, key, value = (_autocast(tensor) for tensor in (query, key, value))
+        # From the last to the first, as gcc evaluates the arguments of the call in autocast's wrapper.
         mask = None if attn_mask is None else _autocast(attn_mask)
+        value, key, query = (_autocast(tensor) for tensor in (value, key, query))
         with _without_autocast(query.device.type):
             call = describe(query, key, value, mask, dropout_p=dropout_p, is_causal=is_causal, enable_gqa=enable_gqa)
             choice = choose(call, self.gpu)
@@ -78,7 +79,7 @@ class CudaAttention:
                 counts = self.reasons.setdefault(kernel, {})
                 counts[reason] = counts.get(reason, 0) + 1
             if choice.kernel == "flash":
-                return _flash(query, key, value, dropout_p, is_causal, scale)
+                return flash(query, key, value, dropout_p, is_causal, scale)
             if choice.kernel == "math":
                 return math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
             mask = _additive(mask, query.dtype)
@@ -140,7 +141,7 @@ def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | N
     return torch.where(mask, torch.scalar_tensor(0.0, dtype=dtype, device=mask.device), minus_infinity)
 
 
-def _flash(
+def flash(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,

@@ -4,9 +4,10 @@ From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All bu
 the same time, together with the operator's results and inputs, and given back when it returns; where an operator has
 two phases, they are those of the larger one. Deterministic algorithms, which take more, are not covered.
 
-What cannot be known from source is assumed: cuDNN's own plan is taken to need nothing beyond the tensors that its
-front end places in the workspace; a card's shared memory, which decides between tiles of the memory-efficient kernel,
-follows from its compute capability; and AOTriton on AMD's cards needs one row sum per query.
+What cuDNN takes beyond the tensors that its front end names was measured on an H100, in one block with them, and is
+taken to be the same on other cards. What cannot be known from source is assumed: a card's shared memory, which decides
+between tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one
+row sum per query.
 """
 
 from __future__ import annotations
@@ -34,10 +35,12 @@ _EFFICIENT_BACKWARD = (
 )
 _WORKSPACE = "workspace_size, pytorch aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h"
 _CUDNN_COPY = "run_cudnn_SDP_bprop, pytorch aten/src/ATen/native/cudnn/MHA.cpp"
+_CUDNN_PLAN_BYTES = 256
 _CUDNN_WORKSPACE = (
-    "CompositeSDPABackwardNode, cudnn-frontend include/cudnn_frontend/node/scaled_dot_product_flash_attention.h"
+    "measured on an H100, torch 2.11, cuDNN 9.19 (results/reference/plain-loop-nvidia-h100.json); dQ_accum and "
+    "softmax_sum: CompositeSDPABackwardNode, cudnn-frontend "
+    "include/cudnn_frontend/node/scaled_dot_product_flash_attention.h"
 )
-_CUDNN_ASSUMED = "assumed: cuDNN's plan is closed source; flash attention needs the same"
 _AOTRITON = "assumed: AOTriton's backward pass, pytorch aten/src/ATen/native/transformers/hip"
 _SAFE_SOFTMAX = "_safe_softmax, pytorch aten/src/ATen/native/transformers/attention.cpp"
 _SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cuda/SoftMax.cu"
@@ -240,12 +243,14 @@ def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[
     if grad_out.stride(-1) != 1:
         yield Internal(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
-    yield Internal(name="dQ_accum", nbytes=rows_bytes * s.head_dim, source=_CUDNN_WORKSPACE)
-    yield Internal(name="softmax_sum", nbytes=rows_bytes, source=_CUDNN_WORKSPACE)
-    if s.key_heads != s.heads:
-        rows = s.batch * s.heads * s.keys * s.itemsize
-        yield Internal(name="dK_fullhead", nbytes=rows * s.head_dim, source=_CUDNN_ASSUMED)
-        yield Internal(name="dV_fullhead", nbytes=rows * s.value_dim, source=_CUDNN_ASSUMED)
+    nbytes = rows_bytes * s.head_dim + rows_bytes + _CUDNN_PLAN_BYTES  # dQ_accum and softmax_sum, in fp32
+    if s.key_heads != s.heads:  # dK and dV of all heads, before those of a group are added up
+        nbytes += s.batch * s.heads * s.keys * s.itemsize * (s.head_dim + s.value_dim)
+    yield Internal(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
+
+
+def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    yield Internal(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
 
 
 def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
@@ -282,6 +287,7 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[Internal]]] = 
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    _aten._scaled_dot_product_cudnn_attention.default: _cudnn_forward,
     _aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
     _aten._safe_softmax.default: _safe_softmax,
     _aten._softmax_backward_data.default: _softmax_backward,

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
+
 from gcbench.simulate.target import Target
 
 Kernel = Literal["cudnn", "flash", "efficient", "math"]
@@ -26,6 +28,8 @@ CUDNN_VERSION = 92000
 
 Wheels built for CUDA 12 bring one from before 9.15.1, with which flash comes first on every card.
 """
+TORCH_VERSION = (int(torch.__version__.split(".")[0]), int(torch.__version__.split(".")[1]))
+"""The target is taken to run the torch that is installed here."""
 ASSUMED_CAPABILITY = (8, 0)
 """Of an NVIDIA card of which only the memory is known: an A100, whose kernels every later card has too."""
 
@@ -82,6 +86,7 @@ class Gpu:
     capability: tuple[int, int] = ASSUMED_CAPABILITY
     vendor: str = "nvidia"
     cudnn_version: int = CUDNN_VERSION
+    torch_version: tuple[int, int] = TORCH_VERSION
 
     @property
     def name(self) -> str:
@@ -132,7 +137,7 @@ def _cudnn(call: AttentionCall, gpu: Gpu) -> Iterator[str]:
     if call.mask is not None:
         yield from _cudnn_mask(call, call.mask)
     yield from _outside(gpu, (8, 0))
-    if call.dropout_p * 16 % 1:
+    if gpu.torch_version >= (2, 12) and call.dropout_p * 16 % 1:  # https://github.com/pytorch/pytorch/pull/174245
         yield f"dropout {call.dropout_p:g} is no multiple of 1/16"
     yield from _empty_sequence(call)
     yield from _strided(call, ignore_single=True)

@@ -9,14 +9,15 @@ from dataclasses import replace
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-from gcbench import models
+from gcbench import checkpointing, flash, models, own_way
 from gcbench.errors import GcbenchError, first_sentence
-from gcbench.prediction import Lever, Prediction
+from gcbench.prediction import Fallback, Lever, Prediction
 from gcbench.records import Failure
 from gcbench.simulate import timeline
+from gcbench.simulate.additions import additions
 from gcbench.simulate.allocator import OutOfMemory
 from gcbench.simulate.assembly import Assembly
-from gcbench.simulate.explain import curve, explain, without_logits
+from gcbench.simulate.explain import curve, explain, fallback_bytes, without_logits
 from gcbench.simulate.predictor import Predictor, Step
 from gcbench.simulate.roads import Way, way_to
 from gcbench.simulate.target import Target
@@ -66,12 +67,17 @@ class Session:
     def _predictor(self, optim: str) -> Predictor:
         task = self.task
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        attention = flash.traced_as(task.attn_implementation, task.target)
+        if attention == flash.STAND_IN:
+            from gcbench.simulate import flash_stand_in
+
+            flash_stand_in.register()
         model = models.build_meta(
             config,
             lora=task.lora,
             dtype=parameter_dtype(task.precision),
             trust_remote_code=task.source.trust_remote_code,
-            **({} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}),
+            **({} if attention is None else {"attn_implementation": attention}),
         )
         return Predictor(
             model,
@@ -91,13 +97,13 @@ class Session:
         step = self._step(self.predictor, cell.plan, cell)
         kernels = {} if attention is None else dict(attention.chosen)
         peak = self.peak(step.timeline)
-        needed = peak.memory.process_bytes if self.target.kind == "cuda" else peak.memory.allocated_bytes
+        needed = self.counts(peak)
         limit = self.target.memory_bytes
         levers = self._levers(step, peak, cell) if self.task.explain else []
         return Prediction(
             memory=peak.memory,
             limit_bytes=limit,
-            spare_bytes=None if limit is None or needed is None else limit - needed,
+            spare_bytes=None if limit is None else limit - needed,
             num_alloc_retries=None if self.target.kind == "cpu" else peak.num_alloc_retries,
             terms=self.way.terms,
             attention=kernels,
@@ -105,11 +111,28 @@ class Session:
             why_in_full=step.why_in_full,
             explanation=explain(step.assembly, peak, levers),
             curve=curve(step.assembly),
+            additions=additions(step, self.counted, self.counts(peak)),
+            fallback=self.fallback(step, peak),
         )
 
     @staticmethod
     def _step(predictor: Predictor, plan: Plan, cell: CellToPredict) -> Step:
         return predictor.step(plan, batch_size=cell.batch_size, seq_len=cell.seq_len)
+
+    def fallback(self, step: Step, peak: Peak) -> Fallback | None:
+        """What PyTorch code made of the peak where the target would run a package's kernels."""
+        packages = self.predictor.stage.fallbacks
+        if self.target.kind == "cpu" or not packages:
+            return None
+        return Fallback(packages=tuple(sorted(packages)), nbytes=fallback_bytes(step.assembly, peak))
+
+    def counts(self, peak: Peak) -> int:
+        """Bytes that count against the device's memory: on CUDA what the process holds, on a CPU what tensors do."""
+        return (peak.memory.process_bytes or 0) if self.target.kind == "cuda" else peak.memory.allocated_bytes
+
+    def counted(self, line: Timeline) -> int:
+        """The same of a step."""
+        return self.counts(self.peak(line))
 
     def peak(self, line: Timeline) -> Peak:
         """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
@@ -149,8 +172,12 @@ class Session:
 
     def _with_plan(self, cell: CellToPredict) -> int | None:
         layers = cell.plan.num_layers
-        every = Plan(num_layers=layers, groups=tuple((layer,) for layer in range(layers)))
-        if not layers or cell.plan == every:
+        model = self.predictor.stage.model
+        if checkpointing.refusal(model) is not None:
+            return None
+        groups = tuple((layer,) for layer in range(layers))
+        every = Plan(num_layers=layers, groups=groups, own=own_way.is_all(model))
+        if not layers or cell.plan == every or (every.own and cell.plan.own):
             return None
         return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
 

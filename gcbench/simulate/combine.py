@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gcbench.simulate.assembly import line_of
+from gcbench.simulate.assembly import line_of, requests
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.stage import BEFORE, HEAD, LOSS, REST, NotComposable, Segment
 from gcbench.simulate.timeline import Timeline
@@ -82,6 +82,7 @@ class Combiner:
         counts = np.array([self._tables[step].counts[number] for number, step in enumerate(source)], np.int64)
         bases = np.concatenate([[0], np.cumsum(counts)[:-1]])
         events, ends = self._events(source, bases, int(counts.sum()))
+        backward_at = int(ends[self.segments.index(LOSS) - 1])
         step = self.steps[0]
         assert step.update is not None
         part = self._parts[0]
@@ -102,10 +103,18 @@ class Combiner:
             np.concatenate([lines[0].nbytes[:standing], *sizes, lines[0].nbytes[own_at : own_at + own], *sizes]),
             gradients.tolist(),
             num_blocks=int(counts.sum()),
-            backward_at=int(ends[self.segments.index(LOSS) - 1]),
-            standing=part.standing,
+            backward_at=backward_at,
+            requested=[self._moved(at, backward_at) for at in requests(part.standing, part.passes)],
             update=step.update,
         )
+
+    def _moved(self, at: int | None, backward_at: int) -> int | None:
+        """Where in the whole step that is which in the first of the steps comes after so many events.
+
+        What is asked for is asked for before the layers, in the first of them, or as the backward pass begins.
+        """
+        begins = self._parts[0].passes.backward_at
+        return at if at is None or at < begins else at - begins + backward_at
 
     def _events(self, source: Ints, bases: Ints, num_blocks: int) -> tuple[Ints, Ints]:
         """The passes' events, and how many there are up to the end of each segment."""

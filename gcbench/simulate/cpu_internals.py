@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 _SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default
+_CUMSUM = torch.ops.aten.cumsum.default
 _NUMBERS = {float: torch.float64, int: torch.int64, bool: torch.bool}
 _WRAPPING = frozenset(
     f"{name}{inplace}.Scalar"
@@ -33,6 +34,8 @@ def internal_buffers(
     """(name, bytes) of what the operator takes for itself while it runs on the CPU."""
     if func is _SAFE_SOFTMAX:
         yield from _safe_softmax(result)
+    if func is _CUMSUM and args[0].dtype is not result.dtype:  # `impl_func_cum_ops` in native/ReduceOps.cpp
+        yield "input in the result's dtype", result.numel() * result.element_size()
     for place in _places(func):
         if place < len(args) and (dtype := _NUMBERS.get(type(args[place]))) is not None:
             yield "number", dtype.itemsize

@@ -16,12 +16,14 @@ class Block:
         op: the operator that made it; None for what was there before the step.
         shape: of the tensor it was made for.
         recomputed: made a second time, by the recomputation of a checkpointed layer.
+        fallback: made by PyTorch code in place of a package's fused kernel.
     """
 
     nbytes: int
     op: str | None
     shape: tuple[int, ...] = ()
     recomputed: bool = False
+    fallback: bool = False
 
 
 @dataclass(kw_only=True)

@@ -39,6 +39,20 @@ def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanat
     )
 
 
+def fallback_bytes(assembly: Assembly, peak: Peak) -> int:
+    """What of the peak was made by PyTorch code in place of a package's fused kernel."""
+    is_alive = np.zeros(len(assembly.timeline.nbytes), np.bool_)
+    is_alive[_alive(assembly, peak.at)] = True
+    made: dict[int, npt.NDArray[np.bool_]] = {}
+    total = 0
+    for start, blocks in assembly.stretches:
+        if id(blocks) not in made:
+            made[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
+        here = slice(start, start + len(blocks))
+        total += int(assembly.timeline.nbytes[here][is_alive[here] & made[id(blocks)]].sum())
+    return total
+
+
 def curve(assembly: Assembly) -> Curve:
     """The measured step, thinned to a few hundred points without losing a peak."""
     line = assembly.timeline

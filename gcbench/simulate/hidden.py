@@ -59,6 +59,7 @@ _SORT = "segmented_sort_large_segments, pytorch aten/src/ATen/native/cuda/SortSt
 _RADIX_SORT = "radix_sort_pairs, pytorch aten/src/ATen/cuda/cub-RadixSortPairs.cuh, which hands CUB no double buffers"
 _REDUCTION = "gpu_reduce_kernel, pytorch aten/src/ATen/native/cuda/Reduce.cuh"
 _CAST_SUM = "make_reduction_from_out_ty, pytorch aten/src/ATen/native/ReduceOpsUtils.h"
+_CUMSUM = "impl_func_cum_ops, pytorch aten/src/ATen/native/ReduceOps.cpp"
 _GROUPED = "bf16bf16_grouped_gemm_impl_sm90_sm100, pytorch aten/src/ATen/native/cuda/GroupMM.cu"
 
 
@@ -70,6 +71,7 @@ class Standing:
         in_allocator: whether torch's caching allocator holds it; if not, it counts for the process alone.
         requested_at: the phase of the first step that asks for it first. What is outside the allocator is there
             before any phase.
+        requested_by: operators, the first of which in that phase asks for it; without any, the phase's beginning does.
         source: where the figure is written, and by whom it was measured if it was.
     """
 
@@ -78,6 +80,7 @@ class Standing:
     in_allocator: bool
     requested_at: Literal["forward", "backward"]
     source: str
+    requested_by: tuple[str, ...] = ()
 
 
 def standing_terms(target: Target, *, trains: bool = True) -> tuple[Standing, ...]:
@@ -243,6 +246,14 @@ def _second_copies(count: int, key_bytes: int) -> Iterator[Internal]:
     yield _buffer("second copy of the values", count * _INT64_BYTES, _RADIX_SORT)
 
 
+def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+    """A copy of the input in the result's dtype, where that is another: booleans and short integers."""
+    tensor = inputs["self"]
+    dtype = inputs.get("dtype") or (torch.int64 if not tensor.dtype.is_floating_point else tensor.dtype)
+    if not tensor.is_complex() and dtype is not tensor.dtype:
+        yield _buffer("input in the result's dtype", tensor.numel() * dtype.itemsize, _CUMSUM)
+
+
 def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
     """Three pointers, three strides and one shape for each group, on Hopper and datacenter Blackwell in bf16."""
     gpu = gpu_of(target)
@@ -271,6 +282,7 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[Internal]]] = {
     _aten.sort.default: _sort,
     _aten.sort.stable: _sort,
     _aten._grouped_mm.default: _grouped_mm,
+    _aten.cumsum.default: _cumsum,
 }
 
 
@@ -292,8 +304,10 @@ def _table() -> tuple[dict[str, Any], ...]:
 def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
     major, minor = capability
     named = entry.get("capabilities", [f"{major}"])
-    since = entry.get("from_torch", "0")
-    return (f"{major}" in named or f"{major}.{minor}" in named) and _torch_version() >= _version(since)
+    since, until = _version(entry.get("from_torch", "0")), entry.get("until_torch")
+    version = _torch_version()
+    is_of_version = version >= since and (until is None or version < _version(until))
+    return (f"{major}" in named or f"{major}.{minor}" in named) and is_of_version
 
 
 def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[Standing]:
@@ -305,6 +319,7 @@ def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[Standing]:
             nbytes=parse_bytes(str(entry["nbytes"])),
             in_allocator=entry["in_allocator"],
             requested_at=phase,
+            requested_by=tuple(f"{name}.default" for name in entry.get("requested_by", ())),
             source=entry["source"] if measured is None else f"measured {measured}: {entry['source']}",
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import pickle
 import signal
@@ -26,10 +27,12 @@ class Ahead(Generic[T, R]):
         reading, writing = os.pipe()
         sys.stdout.flush()
         sys.stderr.flush()
+        parent = os.getpid()
         pid = os.fork()
         if pid == 0:
             code = 1
             try:
+                _end_with(parent)
                 os.close(reading)
                 with os.fdopen(writing, "wb") as telling:
                     pickle.dump([work(item) for item in items], telling, protocol=pickle.HIGHEST_PROTOCOL)
@@ -101,6 +104,14 @@ class _Numbers:
     def __iter__(self) -> Iterator[int]:
         while told := os.read(self._reading, self._WIDTH):
             yield int.from_bytes(told, "big")
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel kill this process when its parent is killed, which then cannot do it (prctl(2))."""
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+    if os.getppid() != parent:  # it was killed before
+        os._exit(1)
 
 
 def _has_two_cores() -> bool:

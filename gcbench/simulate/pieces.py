@@ -6,8 +6,9 @@ Others' are named by where they were taken: so many layers away, or in the part 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +50,13 @@ class Pieces:
         by_segment: in order of time.
         gradients: id of a parameter -> (segment, number of the block within it).
         boundaries: (layer, where its input was taken relative to it, number of the block there).
+        accumulated: id of a parameter -> (segment, number of its events before the gradient was complete).
     """
 
     by_segment: Mapping[Segment, Piece]
     gradients: Mapping[int, tuple[Segment, int]]
     boundaries: Mapping[int, tuple[Ref, int]]
+    accumulated: Mapping[int, tuple[Segment, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,7 @@ class Passes:
         backward_at: number of events before the backward pass.
         starts: number of events before each instance.
         boundaries: for each layer in the order of `layers`, the block of its input; -1 where it is not the step's own.
+        events_after: for segments outside the layers, how many events there are after each of their piece's.
     """
 
     instances: tuple[tuple[Segment, Piece, int], ...]
@@ -77,6 +81,22 @@ class Passes:
     backward_at: int
     starts: Ints
     boundaries: tuple[int, ...]
+    events_after: Mapping[Segment, Ints] = field(default_factory=dict)
+
+    def moment(self, segment: Segment, offset: int) -> int:
+        """Number of events up to and with the first `offset` of a segment's piece."""
+        place = next(place for place, (other, _, _) in enumerate(self.instances) if other == segment)
+        within = self.events_after.get(segment)
+        return int(self.starts[place]) + (offset if within is None or offset == 0 else int(within[offset - 1]))
+
+    def first(self, ops: Collection[str], *, backward: bool) -> int | None:
+        """Number of events up to and with the first result of one of `ops` in a pass; None where none ran in it."""
+        for start, (_, piece, base) in zip(self.starts.tolist(), self.instances, strict=True):
+            if (start >= self.backward_at) == backward:
+                for number, block in enumerate(piece.blocks):
+                    if block.op in ops:
+                        return int(start) + int(np.argmax(self.events[start:] == base + number)) + 1
+        return None
 
     def nbytes(self) -> Ints:
         """The size of each block."""
@@ -131,7 +151,11 @@ def cut(layered: LayeredTrace) -> Pieces:
         for layer, block in layered.boundaries.items()
         if block in place
     }
-    return Pieces(by_segment=pieces, gradients=gradients, boundaries=boundaries)
+    accumulated = {}
+    for param, moment in layered.accumulated.items():
+        place_of = bisect_right(starts, max(moment - 1, 0)) - 1
+        accumulated[param] = (names[place_of], moment - starts[place_of])
+    return Pieces(by_segment=pieces, gradients=gradients, boundaries=boundaries, accumulated=accumulated)
 
 
 def _layer_order(names: Sequence[Segment]) -> list[int]:
@@ -181,10 +205,13 @@ def put_together(pieces: Pieces, layers: Sequence[int], stand_in: Sequence[int])
         total += len(piece.blocks)
 
     parts: list[Ints] = []
+    events_after: dict[Segment, Ints] = {}
     given = np.zeros(total, np.bool_)
     for segment, piece, _ in instances:
         if segment[1] < 0:
-            part = _outside(piece, base, {layer: images[kept] for layer, kept in played.items()}, given)
+            part, events_after[segment] = _outside(
+                piece, base, {layer: images[kept] for layer, kept in played.items()}, given
+            )
         else:
             here = turn[segment[1]]
             bases = np.array([base[_resolve(ref, here, layers)] for ref in piece.refs], np.int64)
@@ -208,6 +235,7 @@ def put_together(pieces: Pieces, layers: Sequence[int], stand_in: Sequence[int])
         backward_at=int(starts[loss]),
         starts=starts,
         boundaries=tuple(boundaries),
+        events_after=events_after,
     )
 
 
@@ -223,19 +251,21 @@ def _resolve(ref: Ref, here: int, layers: Sequence[int]) -> Segment:
 
 def _outside(
     piece: Piece, base: Mapping[Segment, int], images: Mapping[int, Sequence[int]], given: npt.NDArray[np.bool_]
-) -> Ints:
-    """The events of a segment outside the layers.
+) -> tuple[Ints, Ints]:
+    """The events of a segment outside the layers, and how many there are after each of the piece's.
 
     What it gives back of a kept layer it gives back of all its images that still hold it: the output of a layer is
     given back by the next layer, and that of the last but one by the head.
     """
     events: list[int] = []
+    after: list[int] = []
     for number, frees, code in zip(piece.number.tolist(), piece.frees.tolist(), piece.ref.tolist(), strict=True):
         part, layer = piece.refs[code]
         homes: Sequence[Segment] = [(part, other) for other in images[layer]] if layer >= 0 else [(part, layer)]
         blocks = [base[home] + number for home in homes]
         events.extend(~block if frees else block for block in blocks if not (frees and layer >= 0 and given[block]))
-    return np.array(events, np.int64)
+        after.append(len(events))
+    return np.array(events, np.int64), np.array(after, np.int64)
 
 
 def _check(events: Ints, num_blocks: int) -> None:

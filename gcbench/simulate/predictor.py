@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from gcbench import costs
+from gcbench import costs, own_way
 from gcbench.costs import Figures, Work
 from gcbench.simulate import assembly, pieces
-from gcbench.simulate.assembly import Assembly, Kind, Standing, Treatment
+from gcbench.simulate.assembly import Assembly, Ints, Kind, Standing, Treatment
 from gcbench.simulate.layers import sample
 from gcbench.simulate.pieces import Passes
 from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.update import UpdateTrace, trace_update
 from gcbench.strategies import Plan, Policy
+from gcbench.training import output_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +28,14 @@ class Parts:
     Attributes:
         params: the parameters that the optimizer steps, by their place among all.
         gradients: for each of them, the block of its gradient in `passes`.
+        accumulated: for each of them, the number of events of `passes` after which it is complete.
         standing: what the device holds besides.
     """
 
     passes: Passes
     params: tuple[int, ...]
     gradients: tuple[int, ...]
+    accumulated: tuple[int, ...]
     standing: tuple[Standing, ...]
 
 
@@ -60,6 +63,23 @@ class Step:
     @property
     def timeline(self) -> Timeline:
         return self.assembly.timeline
+
+    def accumulating(self) -> Timeline | None:
+        """The last of several micro-batches, which begins with all gradients; None where it was traced in full."""
+        parts, update = self.parts, self.update
+        if parts is None or update is None:
+            return None
+        passes = parts.passes.nbytes()
+        return assembly.line_of(
+            parts.passes.events,
+            np.concatenate([self.timeline.nbytes, passes]),
+            parts.gradients,
+            num_blocks=parts.passes.num_blocks,
+            backward_at=parts.passes.backward_at,
+            requested=assembly.requests(parts.standing, parts.passes),
+            update=update,
+            accumulated=parts.accumulated,
+        )
 
     def seconds(self, figures: Figures) -> float:
         """How long the step takes, by figures of its operators; an estimate."""
@@ -117,14 +137,22 @@ class Predictor:
             why = f"with layers left out, it raises {type(err).__name__}"
         return self._in_full(plan, batch_size, seq_len, why)
 
-    def with_optimizer(self, step: Step, optim: str, *, steps_on_device: bool) -> Timeline | None:
-        """The same step with another optimizer; None where it was traced in full."""
+    def with_optimizer(
+        self, step: Step, optim: str, *, steps_on_device: bool, state_bytes: Callable[[Ints], Ints] | None = None
+    ) -> Timeline | None:
+        """The same step with another optimizer; None where it was traced in full.
+
+        `state_bytes` has the optimizer's states take other sizes than they do.
+        """
         parts = step.parts
         if parts is None:
             return None
         update = self._traced_update(parts.params, optim, steps_on_device)
         passes = parts.passes.nbytes()
         own = np.array([block.nbytes for block in update.own], np.int64)
+        if state_bytes is not None:
+            states = assembly.states_of(update) - update.num_params
+            own[states] = state_bytes(own[states])
         standing = np.array([term.nbytes for term in parts.standing], np.int64)
         return assembly.line_of(
             parts.passes.events,
@@ -132,19 +160,22 @@ class Predictor:
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
-            standing=parts.standing,
+            requested=assembly.requests(parts.standing, parts.passes),
             update=update,
         )
 
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
+        if plan.own and own_way.is_all(self.stage.model):
+            raise NotComposable("its own code checkpoints them")
         treatments = _treatments(plan)
         for _ in range(2):
             pairs = [(self.stage.kinds[layer], treatments.get(layer)) for layer in self._layers]
             chosen = sample(_with_edges(pairs), beside=pairs)
             kept = [self._layers[place] for place in chosen.kept]
-            traced = self.stage.trace_layers(_groups(kept, treatments), kept, batch_size=batch_size, seq_len=seq_len)
+            groups = _groups(kept, treatments)
+            traced = self.stage.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
             if list(traced.called) == self._layers:
                 break
             # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
@@ -154,7 +185,7 @@ class Predictor:
         cut = pieces.cut(traced)
         stand_in = [self._layers[place] for place in chosen.stand_in]
         passes = pieces.put_together(cut, self._layers, stand_in)
-        params, gradients = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
+        params, gradients, accumulated = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
         standing = [
             *self._model_blocks,
             *(Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING) for block in traced.batch),
@@ -176,34 +207,47 @@ class Predictor:
             why_in_full=None,
             works=tuple((segment, piece.works) for segment, piece, _ in passes.instances),
             update=update,
-            parts=Parts(passes=passes, params=tuple(params), gradients=tuple(gradients), standing=tuple(standing)),
+            parts=Parts(
+                passes=passes,
+                params=tuple(params),
+                gradients=tuple(gradients),
+                accumulated=tuple(accumulated),
+                standing=tuple(standing),
+            ),
         )
 
     def _gradients(
         self, cut: pieces.Pieces, passes: pieces.Passes, played: dict[int, int]
-    ) -> tuple[list[int], list[int]]:
-        """The parameters that get a gradient, by their place among all, and the blocks of their gradients."""
+    ) -> tuple[list[int], list[int], list[int]]:
+        """The parameters that get a gradient, by their place among all.
+
+        With them the blocks of their gradients, and the number of events after which each is complete.
+        """
         owners = self.stage.owners
-        by_name = {owners[param]: home for param, home in cut.gradients.items() if param in owners}
+        by_name = {owners[param]: (param, home) for param, home in cut.gradients.items() if param in owners}
         params: list[int] = []
         blocks: list[int] = []
+        accumulated: list[int] = []
         for place, param in enumerate(self.stage.parameters):
             layer, name = owners.get(id(param), (-1, ""))
             home: tuple[Segment, int] | None
+            owner = id(param)
             if layer in played:
-                home = by_name.get((played[layer], name))
+                owner, home = by_name.get((played[layer], name), (owner, None))
                 if home is not None and home[0][1] != played[layer]:
                     raise NotComposable("a layer's gradients are made outside of it")
                 segment = None if home is None else (home[0][0], layer)
             else:
-                home = cut.gradients.get(id(param))
+                home = cut.gradients.get(owner)
                 segment = None if home is None else home[0]
             if home is not None and segment is not None:
                 params.append(place)
                 blocks.append(passes.bases[segment] + home[1])
+                (part, where), offset = cut.accumulated[owner]
+                accumulated.append(passes.moment((part, layer if where == played.get(layer) else where), offset))
         if len(set(blocks)) != len(blocks):
             raise NotComposable("gradients share memory")
-        return params, blocks
+        return params, blocks, accumulated
 
     def _update(self, params: Sequence[int]) -> UpdateTrace:
         key = tuple(params)
@@ -272,5 +316,5 @@ def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:
 
 
 def _vocab_size(model: torch.nn.Module) -> int | None:
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return None if head is None else int(head.weight.shape[0])
+    head = output_embeddings(model)
+    return None if head is None else len(head.weight)  # type: ignore[arg-type]

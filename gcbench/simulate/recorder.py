@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import cache
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from functools import cache, partial
 from typing import Any
 from unittest import mock
 
@@ -30,15 +30,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     from `internals`.
     """
 
-    def __init__(self, internals: Internals | None = None) -> None:
+    def __init__(self, internals: Internals | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._internals = internals
+        self._result_order = result_order
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
         self._ages = Ages()
+        self.fallbacks: set[str] = set()
+        """Packages whose kernels were stood in for."""
+        self._fallback_depth = 0
         self.works: list[Work] = []
         """What each call has the device do, in order."""
 
@@ -64,6 +68,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if number is not None:
                 self.trace.blocks[number] = Block(0, None)
 
+    def _hide(self, values: Iterable[object]) -> None:
+        """Results that do not lie in the device's memory."""
+        for value in values:
+            if isinstance(value, torch.Tensor):
+                self.note(value, None)
+                self.forget([value])
+
+    @contextmanager
+    def in_fallback(self, package: str) -> Iterator[None]:
+        """What is taken inside stands for a kernel of `package`."""
+        self.fallbacks.add(package)
+        self._fallback_depth += 1
+        try:
+            yield
+        finally:
+            self._fallback_depth -= 1
+
     def note_backward(self, phase: Phase) -> None:
         """For a step that is not the measured one."""
         self._in_backward = phase == "backward"
@@ -84,7 +105,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         number = len(self.trace.blocks)
         # Only a recomputation builds a graph in the backward pass.
         again = self._in_backward and torch.is_grad_enabled()
-        self.trace.blocks.append(Block(nbytes, op, tuple(shape), again))
+        self.trace.blocks.append(Block(nbytes, op, tuple(shape), again, self._fallback_depth > 0))
         self.trace.events.append(number)
         return number
 
@@ -108,7 +129,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if isinstance(result, torch.Tensor):
             self.note(result, name)
         elif isinstance(result, (tuple, list)):
-            for value in result:
+            order = self._result_order.get(func)
+            if order is not None:
+                self._hide(value for place, value in enumerate(result) if place not in order)
+            for value in result if order is None else [result[place] for place in order]:
                 if isinstance(value, torch.Tensor):
                     self.note(value, name)
                 elif isinstance(value, (tuple, list)):
@@ -120,7 +144,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for part, nbytes in self._internals(func, args, kwargs, result)
                 if nbytes
             ]
-            self.trace.events.extend(~number for number in inside)
+            self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys what a function holds
         return result
 
     def _adds_in_place(self, args: Any, kwargs: Any) -> bool:
@@ -227,11 +251,31 @@ def as_in_a_real_run(recorder: Recorder, *, notes_random_state: bool) -> Iterato
     with ExitStack() as stack:
         # transformers takes fake tensors for tracing by a compiler, and would build an explicit mask.
         if hasattr(masking_utils, "find_packed_sequence_indices"):
-            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda *a, **k: None))
+            look = partial(_nothing_is_packed, masking_utils.find_packed_sequence_indices)
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", look))
         # Checkpointing keeps the random state of each layer: 5 KB, made without an operator.
         stack.enter_context(mock.patch.object(torch, "get_rng_state", noted_state))
         stack.enter_context(mock.patch.object(torch.random, "get_rng_state", noted_state))
         yield
+
+
+def _nothing_is_packed(look: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """Let transformers look for packed sequences, for what that allocates, and find none, as in a batch of full ones.
+
+    It asks `.all()` whether every position follows on the one before, which a tensor without values cannot answer.
+    """
+    ask = torch.Tensor.all
+
+    def yes(tensor: torch.Tensor, *rest: Any, **more: Any) -> bool:
+        ask(tensor, *rest, **more)
+        return True
+
+    with (
+        mock.patch.object(masking_utils, "is_tracing", lambda *a, **k: False),
+        mock.patch.object(torch.Tensor, "all", yes),
+        suppress(Exception),  # another version may look in another way; none is found either way
+    ):
+        look(*args, **kwargs)
 
 
 def saved_on_host(recorder: Recorder) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from gcbench.prediction import Term
 from gcbench.simulate.assembly import Kind, Standing
 from gcbench.simulate.attention import CudaAttention
 from gcbench.simulate.cuda_road import as_on_cuda
+from gcbench.simulate.result_order import ON_CUDA
 from gcbench.simulate.stage import CPU_ROAD, Road
 from gcbench.simulate.target import Target
 
@@ -56,9 +57,15 @@ def way_to(target: Target) -> Way:
 
     known = hidden.standing_terms(target)
     return Way(
-        road=Road(patches=patches, internals=internals, notes_random_state=False),
+        road=Road(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
         standing=tuple(
-            Standing(name=term.name, nbytes=term.nbytes, kind=Kind.STANDING, requested_at=term.requested_at)
+            Standing(
+                name=term.name,
+                nbytes=term.nbytes,
+                kind=Kind.STANDING,
+                requested_at=term.requested_at,
+                requested_by=term.requested_by,
+            )
             for term in known
             if term.in_allocator
         ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ from unittest import mock
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gcbench import checkpointing
+from gcbench import checkpointing, own_way
 from gcbench.checkpointing import Groups
 from gcbench.costs import Work
 from gcbench.records import Phase
@@ -20,7 +20,9 @@ from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
 from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.fallbacks import marked
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
+from gcbench.simulate.storage import give_storage, on_accumulation, unchanged
 from gcbench.strategies import Plan
 from gcbench.training import TrainingStep
 
@@ -51,6 +53,7 @@ class LayeredTrace:
         gradients: id of a parameter -> the block of its gradient.
         boundaries: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
+        accumulated: id of a parameter -> number of events before its gradient was complete.
     """
 
     trace: Trace
@@ -60,6 +63,7 @@ class LayeredTrace:
     boundaries: Mapping[int, int]
     called: tuple[int, ...]
     works: tuple[tuple[Work, ...], ...] = ()
+    accumulated: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,11 +74,13 @@ class Road:
         patches: a context in which the step runs.
         internals: what kernels take for themselves; None where nothing is known of it.
         notes_random_state: whether checkpointing keeps random states in the device's memory.
+        result_order: operator -> the places of its results in the order in which the device allocates them.
     """
 
     patches: Callable[[], AbstractContextManager[object]] = scaler_without_values
     internals: Internals | None = None
     notes_random_state: bool = True
+    result_order: Mapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
 CPU_ROAD = Road(internals=internal_buffers)
@@ -91,8 +97,10 @@ class Stage:
         self.precision = precision
         self.road = road
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
-        self.layers = checkpointing.checkpointable_layers(model)
+        self.layers = checkpointing.layers_of(model)
         self.blocks = blocks(model)
+        self.fallbacks: set[str] = set()
+        """Packages whose kernels the model's own code stood in for, in all traces so far."""
         self._on_stage: set[int] = set()
         self._absent: set[int] = set()
         """Modules of the layers that are not on the stage."""
@@ -150,7 +158,7 @@ class Stage:
         With `steps_on_device` False the optimizer's step counters lie in the host's memory and count nothing.
         """
         self._give_storage(range(len(self.layers)))
-        with self._recording(plan.treated()) as recorder:
+        with self._recording(plan.treated(), own=plan.own) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim=optim)
             standing = [replace(block, op=None) for block in recorder.trace.blocks[num_model:]]
@@ -173,21 +181,28 @@ class Stage:
         found = frozenset(number for number in gradients if number is not None)
         return recorder.trace, found, tuple(recorder.works)
 
-    def trace_layers(self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int) -> LayeredTrace:
+    def trace_layers(
+        self, groups: Groups, kept: Sequence[int], *, batch_size: int, seq_len: int, own: bool = False
+    ) -> LayeredTrace:
         """Forward and backward pass in which layers that are not `kept` hand their input on.
 
-        `groups` are those of kept layers.
+        `groups` are those of kept layers; with `own` the model checkpoints them in its own way.
 
         Raises NotComposable when the layers do not run one after the other, each once.
         """
         self._give_storage(kept)
-        with self._recording(groups) as recorder:
+        with self._recording(groups, own=own) as recorder:
             num_model = len(recorder.trace.blocks)
             step = self._step(batch_size=batch_size, seq_len=seq_len, optim="sgd")
             watch = _Watch(recorder, self.layers, kept)
             num_standing = len(recorder.trace.blocks)
+            accumulated: dict[int, int] = {}
+
+            def note_accumulated(param: torch.Tensor) -> None:
+                accumulated[id(param)] = len(recorder.trace.events)
+
             try:
-                with watch:
+                with watch, on_accumulation(self.parameters, note_accumulated):
                     step(watch.on_phase)
             except _Done:
                 pass
@@ -209,13 +224,14 @@ class Stage:
             gradients=gradients,
             boundaries=watch.boundaries,
             called=tuple(watch.called),
+            accumulated=accumulated,
         )
 
     @contextmanager
-    def ready(self) -> Iterator[None]:
-        """The whole model on the stage, nothing checkpointed, steps in the context on fake tensors."""
+    def ready(self, *, own: bool = False) -> Iterator[None]:
+        """The whole model on the stage, steps in the context on fake tensors; checkpointed in its own way, or not."""
         self._give_storage(range(len(self.layers)))
-        with self._recording(()):
+        with self._recording((), own=own):
             yield
 
     def run_forward(self, kept: Sequence[int], *, batch_size: int, seq_len: int) -> None:
@@ -229,17 +245,25 @@ class Stage:
         return [module for module in self.model.modules() if id(module) not in self._absent]
 
     @contextmanager
-    def _recording(self, groups: Groups) -> Iterator[Recorder]:
-        """The groups checkpointed, fake tensors and the recorder in force, what stands before a step noted.
+    def _recording(self, groups: Groups, *, own: bool = False) -> Iterator[Recorder]:
+        """The groups checkpointed, or the model in its own way, and fake tensors and the recorder in force.
+
+        What stands before a step is noted.
 
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
         """
-        recorder = Recorder(self.road.internals)
+        recorder = Recorder(self.road.internals, self.road.result_order)
         with ExitStack() as stack:
-            stack.enter_context(unchanged([*self._modules_that_run(), *self.layers]))
+            modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
+            stack.enter_context(unchanged(modules))
+            stack.enter_context(marked(self.model.modules(), recorder))
+            stack.callback(lambda: self.fallbacks.update(recorder.fallbacks))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
-            checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
+            if own:
+                stack.callback(checkpointing.Hooks(own_way.switch_on(self.model)).remove)
+            else:
+                checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
             stack.callback(checkpointing.end_segments, self.model)
             stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
             stack.enter_context(self.road.patches())
@@ -274,6 +298,7 @@ class _Watch:
         that what the caller holds of it is held as long as in a model without them."""
         self._hooks: list[Any] = []
         self._treatments: list[tuple[torch.nn.Module, Any]] = []
+        self._passing: list[torch.nn.Module] = []
 
     def __enter__(self) -> _Watch:
         for number, layer in enumerate(self.layers):
@@ -281,8 +306,10 @@ class _Watch:
                 self._hooks.append(layer.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True))
                 self._hooks.append(layer.register_forward_hook(partial(self._leave, number)))
             else:
-                self._treatments.append((layer, layer.gradient_checkpointing))
-                layer.gradient_checkpointing = False  # type: ignore[assignment]
+                if hasattr(layer, "gradient_checkpointing"):
+                    self._treatments.append((layer, layer.gradient_checkpointing))
+                    layer.gradient_checkpointing = False  # type: ignore[assignment]
+                self._passing.append(layer)
                 layer.forward = partial(self._pass_on, number)
         return self
 
@@ -291,6 +318,7 @@ class _Watch:
             hook.remove()
         for layer, treatment in self._treatments:
             layer.gradient_checkpointing = treatment
+        for layer in self._passing:
             del layer.forward
 
     def on_forward(self, phase: Phase) -> None:
@@ -356,43 +384,3 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     if not isinstance(hidden, torch.Tensor):
         raise NotComposable("layers take something else than hidden states")
     return hidden
-
-
-@contextmanager
-def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Undo what becomes of the modules' attributes and buffers."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    try:
-        yield
-    finally:
-        for module, attributes, buffers in before:
-            for now, then in ((vars(module), attributes), (module._buffers, buffers)):
-                now.clear()
-                now.update(then)
-
-
-def give_storage(
-    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
-) -> None:
-    """Replace the modules' own meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied.
-
-    `made` remembers, under the id of the tensor that was replaced, that tensor (so that its id is given to no other)
-    and what took its place.
-    """
-
-    def replacement(tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type != "meta":
-            return tensor
-        if id(tensor) not in made:
-            with fake:
-                empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            given = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)] = (tensor, given)
-        return made[id(tensor)][1]
-
-    for module in modules:
-        for named in (module._parameters, module._buffers):
-            for name, tensor in named.items():
-                if tensor is not None:
-                    named[name] = replacement(tensor)  # type: ignore[assignment]

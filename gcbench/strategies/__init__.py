@@ -10,9 +10,10 @@ from functools import reduce
 from gcbench.plugins import modules
 from gcbench.strategies._base import Change, Kind, Plan, Policy, Strategy
 
-__all__ = ["OFF", "Change", "Kind", "Plan", "Policy", "Strategy", "kinds", "parse"]
+__all__ = ["OFF", "OWN", "Change", "Kind", "Plan", "Policy", "Strategy", "kinds", "parse"]
 
 OFF = "off"
+OWN = "own"
 _FILE = "plan:"
 _OFFLOAD = "offload:"
 _ORDER = ("selective", "offload", "reentrant", "compile")
@@ -79,6 +80,11 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
     if base.spec == OFF and default != OFF:
         raise ValueError(
             f"{spec!r} makes no sense: off recomputes nothing; join {changes[0].spec} to a choice of layers"
+        )
+    if base.is_own:
+        raise ValueError(
+            f"{spec!r} makes no sense: own is the model's own way, as it is; join {changes[0].spec} to another choice "
+            "of layers"
         )
     if base.content is not None:
         raise ValueError(f"{spec!r} makes no sense: {base.spec} says all of how layers are treated; write it there")

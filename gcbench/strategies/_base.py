@@ -45,6 +45,7 @@ class Plan:
         policies: one for each group; none at all stands for the plain one everywhere.
         compiled: each layer goes through `torch.compile`.
         memory_budget: torch's `activation_memory_budget` while compiling, from 0 (recompute all that can be) to 1.
+        own: the model's own code checkpoints, by the flag on its body; the groups tell what it recomputes.
 
     Raises ValueError when groups overlap, run backwards, skip layers inside a group or leave the model, when policies
     do not match them, and for what torch cannot do together.
@@ -55,8 +56,11 @@ class Plan:
     policies: tuple[Policy, ...] = ()
     compiled: bool = False
     memory_budget: float | None = None
+    own: bool = False
 
     def __post_init__(self) -> None:
+        if self.own and (self.compiled or any(policy != Policy() for policy in self.policies)):
+            raise ValueError("the model's own way to checkpoint is taken as it is; leave the rest out")
         following = 0
         for group in self.groups:
             if not group or group != tuple(range(group[0], group[0] + len(group))):
@@ -143,6 +147,8 @@ class Strategy:
     content: str | None = None
     operators: tuple[str, ...] = ()
     """Those whose outputs it keeps."""
+    is_own: bool = False
+    """The model's own way to checkpoint: what it recomputes is seen at the model alone."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from gcbench.units import counted
 
 _EXAMPLE = '{"groups": [{"layers": [0, 1]}, {"layers": [2], "keep": ["mm"]}]}'
 _GROUP = {"layers", "keep", "skip", "offload", "reentrant"}
-_TOP = {"num_layers", "groups", "compiled", "memory_budget"}
+_TOP = {"num_layers", "groups", "compiled", "memory_budget", "own"}
 
 
 def read(path: Path) -> tuple[str, Plan]:
@@ -68,6 +68,7 @@ def of_json(value: object) -> Plan:
         policies=tuple(policies) if any(policy != Policy() for policy in policies) else (),
         compiled=_flag(value, "compiled"),
         memory_budget=budget,
+        own=_flag(value, "own"),
     )
 
 
@@ -79,8 +80,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         group |= {name: list(ops) for name in ("keep", "skip") if (ops := getattr(policy, name))}
         groups.append(group | {name: True for name in ("offload", "reentrant") if getattr(policy, name)})
     document: dict[str, Any] = {"num_layers": plan.num_layers, "groups": groups}
-    if plan.compiled:
-        document["compiled"] = True
+    document |= {name: True for name in ("compiled", "own") if getattr(plan, name)}
     return document if plan.memory_budget is None else document | {"memory_budget": plan.memory_budget}
 
 
@@ -123,6 +123,7 @@ def _parse(argument: str | None) -> Strategy:
             policies=stored.policies,
             compiled=stored.compiled,
             memory_budget=stored.memory_budget,
+            own=stored.own,
         )
 
     return Strategy(spec=f"plan:{argument}", plan_for=plan_for, counts_run=True, content=text, operators=kept)

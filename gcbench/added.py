@@ -1,0 +1,74 @@
+"""Says what a real run may add to a predicted step, with its bytes and what no longer fits then. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gcbench.decision import FOUND, Decision
+from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
+from gcbench.units import format_bytes
+from gcbench.words import listed
+
+_WHAT = {
+    ACCUMULATION: "gradient accumulation (all gradients are held from the second micro-batch on)",
+    KEPT_OUTPUTS: "a loop that keeps `outputs` in a variable (and so the logits)",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One setting with what may be added to it.
+
+    Attributes:
+        fits: whether it fits without.
+    """
+
+    name: str
+    fits: bool
+    additions: tuple[Addition, ...]
+
+
+def sentence(chosen: Setting, others: Sequence[Setting], *, usable_bytes: int | None) -> str | None:
+    """`Not in these figures: gradient accumulation, … adds 14.96 GiB to off, …`; None where nothing of weight is added.
+
+    `usable_bytes` is what of the device's memory may be used; None without a bound.
+    """
+    parts = []
+    for addition in chosen.additions:
+        text = f"{_WHAT[addition.name]} adds {format_bytes(addition.nbytes)} to {chosen.name}"
+        if chosen.fits and _is_lost(chosen, addition.name, usable_bytes):
+            text += f", which then needs {format_bytes(addition.peak_bytes)} and does not fit"
+        lost = [other.name for other in others if other.fits and _is_lost(other, addition.name, usable_bytes)]
+        if lost:
+            text += f" ({listed(lost)} would not fit)"
+        parts.append(text)
+    return f"Not in these figures: {'; '.join(parts)}." if parts else None
+
+
+def kernels_sentence(fallback: Fallback, name: str, peak_bytes: int) -> str:
+    """What the peak of a setting would lose with the packages that bring fused kernels."""
+    packages = listed(list(fallback.packages))
+    return (
+        "Its recurrent layers were traced with transformers' PyTorch code, which makes "
+        f"{format_bytes(fallback.nbytes)} of the {format_bytes(peak_bytes)} of {name}; with {packages} installed, "
+        "a card runs fused kernels that need little of it."
+    )
+
+
+def _is_lost(setting: Setting, name: str, usable_bytes: int | None) -> bool:
+    return usable_bytes is not None and any(
+        addition.name == name and addition.peak_bytes > usable_bytes for addition in setting.additions
+    )
+
+
+def of_decision(decision: Decision) -> tuple[str, ...]:
+    """What a real run may have that the choice's peak has not, and the other way round; a sentence each."""
+    choice = decision.choice
+    if choice is None:
+        return ()
+    name = "the plan" if choice.strategy == FOUND else choice.strategy
+    chosen = Setting(name=name, fits=True, additions=decision.additions)
+    added = sentence(chosen, (), usable_bytes=decision.usable_bytes)
+    kernels = kernels_sentence(decision.fallback, name, choice.allocated_bytes) if decision.fallback else None
+    return tuple(text for text in (kernels, added) if text)

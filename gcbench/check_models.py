@@ -1,0 +1,94 @@
+"""The models of a check: built once for each setting, and made anew for each combination. Imports torch."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedConfig
+
+from gcbench import checkpointing, models
+from gcbench.adapters import default_targets
+from gcbench.checks import FROZEN_BASE, LORA, OWN, Setting
+from gcbench.errors import UsageError
+from gcbench.records import ALL_LINEAR, Lora
+from gcbench.sources import ModelSource
+from gcbench.training import input_embeddings, parameter_dtype
+
+_LORA_R = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMaker:
+    """Builds a model from its config with weights drawn from `seed`."""
+
+    source: ModelSource
+    config: PreTrainedConfig
+    device: str
+    seed: int
+    notices: list[str] = field(default_factory=list)
+    """What was decided for the user, in sentences."""
+
+    def build(self, setting: Setting) -> torch.nn.Module:
+        """The model in a setting; raises NotImplementedError where peft finds no place for adapters."""
+        model = self._with_adapters(setting) if setting.tuned == LORA else self._built(setting, None)
+        if setting.tuned == FROZEN_BASE:
+            _freeze_base(model)
+        return model
+
+    def fresh(self, pristine: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+        """The model as it was before any step: a copy, or built anew where it holds what cannot be copied."""
+        try:
+            return _copied(pristine)
+        except Exception:  # locks, handles and generators that draw from the system raise what they like
+            return self.build(setting)
+
+    def _with_adapters(self, setting: Setting) -> torch.nn.Module:
+        """With LoRA where peft puts it; where it knows no modules of this type of model, on all that it can adapt."""
+        meta = models.build_meta(self.config, trust_remote_code=self.source.trust_remote_code)
+        targets = default_targets(meta)
+        try:
+            built = self._built(setting, Lora(r=_LORA_R, target_modules=targets))
+        except UsageError:
+            raise NotImplementedError(
+                "peft finds no place for adapters in it by itself; leave lora out of --train"
+            ) from None
+        if targets is not None:
+            where = "all linear layers" if targets == (ALL_LINEAR,) else ", ".join(targets)
+            notice = (
+                f"peft knows no LoRA target modules for a {self.config.model_type} model: with lora, adapters are on "
+                f"{where}."
+            )
+            if notice not in self.notices:
+                self.notices.append(notice)
+        return built
+
+    def _built(self, setting: Setting, lora: Lora | None) -> torch.nn.Module:
+        own = setting.attn_implementation == OWN
+        return models.build(
+            self.source,
+            self.config,
+            device=self.device,
+            dtype=parameter_dtype(setting.precision),
+            attn_implementation=None if own else setting.attn_implementation,
+            seed=self.seed,
+            lora=lora,
+        )
+
+
+def _copied(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy with parameters of its own; configs, which nothing changes, are shared."""
+    configs = (value for module in model.modules() for value in vars(module).values())
+    return copy.deepcopy(model, {id(value): value for value in configs if isinstance(value, PreTrainedConfig)})
+
+
+def _freeze_base(model: torch.nn.Module) -> None:
+    """Freeze the embeddings and the first half of the layers."""
+    layers = checkpointing.layers_of(model)
+    embeddings = input_embeddings(model)
+    tables = (
+        [embeddings] if embeddings is not None else [m for m in model.modules() if isinstance(m, torch.nn.Embedding)]
+    )
+    for module in (*layers[: len(layers) // 2], *tables):
+        module.requires_grad_(False)

@@ -1,0 +1,77 @@
+"""A check's problems: what has one cause or says the same is one paragraph, whatever the strategy and the setting."""
+
+from __future__ import annotations
+
+import pytest
+
+from gcbench import check_view
+from gcbench.checks import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, Checked, Combination, Setting
+
+SETTINGS = [Setting(), Setting(tuned="lora"), Setting(precision="bf16-mixed", tuned="lora")]
+
+
+def check_of(**results):
+    """(verdict, message) by strategy, one for each setting."""
+    asked, done = [], []
+    for strategy, pairs in results.items():
+        for setting, (verdict, message) in zip(SETTINGS, pairs, strict=True):
+            done.append(Checked(number=len(asked), verdict=verdict, message=message))
+            asked.append(Combination(setting=setting, strategy=strategy))
+    return Check(
+        model="m",
+        command="",
+        device="cpu",
+        versions={},
+        scaled=None,
+        num_params=1,
+        num_layers=4,
+        combinations=tuple(asked),
+        results=tuple(done),
+    )
+
+
+def told(check):
+    return [(check_view.where(problem, check), problem.message) for problem in check_view.problems(check)]
+
+
+GOOD, NEVER = (IDENTICAL, None), (UNSUPPORTED, "it cannot checkpoint")
+LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (no targets)") for each in SETTINGS]
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ({"a": [NEVER] * 3, "b": [NEVER] * 3}, [("everything that was tried", "it cannot checkpoint")]),
+        ({"a": [NEVER] * 3, "b": [GOOD] * 3}, [("a with every setting", "it cannot checkpoint")]),
+        (
+            {"a": [GOOD, *LORA[1:]], "b": [GOOD, *LORA[1:]]},
+            [
+                (
+                    "all strategies with lora and with bf16-mixed, lora",
+                    "does not run without checkpointing either (no targets)",
+                )
+            ],
+        ),
+        (
+            {"a": [NEVER, GOOD, GOOD], "b": [GOOD, NEVER, GOOD]},
+            [("a with plain; b with lora", "it cannot checkpoint")],
+        ),
+        (
+            {"a": [(WRONG, "differ by 0.1"), NEVER, GOOD], "b": [(WRONG, "differ by 0.2"), (FAILED, "broke"), NEVER]},
+            [
+                ("a with plain", "differ by 0.1"),
+                ("b with plain", "differ by 0.2"),
+                ("b with lora", "broke"),
+                ("a with lora; b with bf16-mixed, lora", "it cannot checkpoint"),
+            ],
+        ),
+    ],
+)
+def test_the_same_things_are_told_together(results, expected):
+    assert told(check_of(**results)) == expected
+
+
+def test_a_refusal_of_everything_is_one_paragraph_in_text_and_markdown():
+    check = check_of(**{name: [NEVER] * 3 for name in "abcdefg"})
+    assert check_view.plain(check, width=100).count("cannot checkpoint") == 1
+    assert check_view.markdown(check).count("cannot checkpoint") == 1

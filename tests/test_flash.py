@@ -1,0 +1,77 @@
+"""`flash_attention_2` in predictions: torch's kernel in the package's place, and a sentence where that cannot be."""
+
+from __future__ import annotations
+
+import pytest
+
+from gcbench import flash
+from gcbench.errors import UsageError
+from gcbench.simulate.target import Target
+from gcbench.targets import Wish, target_of
+
+QUICK = ("--batch", 2, "--seq-len", 64, "--strategies", "off,per-layer", "--precision", "bf16", "--device", "a40")
+
+
+def peaks(cli, *asked):
+    result = cli("predict", *asked, "--json")
+    assert result.code == 0, result.err
+    return result, [row["peak_allocated_bytes"] for row in result.document["rows"]]
+
+
+def test_where_sdpa_takes_the_flash_kernel_it_is_the_same_memory(cli, model):
+    """No package here: the prediction says what stands in for it, and tables name what was asked for."""
+    folder = model("llama", num_key_value_heads=4)  # as many as query heads, of which sdpa repeats none
+    asked = ("-m", folder, *QUICK)
+    result, by_package = peaks(cli, *asked, "--attn-implementation", "fa2")
+    assert flash.NOTICE in result.err
+    assert {row["attn_implementation"] for row in result.document["rows"]} == {"flash_attention_2"}
+    assert by_package == peaks(cli, *asked, "--attn-implementation", "sdpa")[1]
+
+
+def test_a_sliding_window_needs_no_mask(cli, model):
+    """The trap: sdpa, which takes another kernel and a mask of (batch, 1, length, length) for it."""
+    asked = ("-m", model("llama", model_type="mistral", sliding_window=16), *QUICK[2:], "--batch", 1, "--seq-len", 128)
+    with_mask = peaks(cli, *asked, "--attn-implementation", "sdpa")[1]
+    without = peaks(cli, *asked, "--attn-implementation", "flash_attention_2")[1]
+    assert all(fewer < more for fewer, more in zip(without, with_mask, strict=True))
+
+
+def test_weights_in_fp32_are_cast_for_the_kernel(cli, model):
+    asked = ("-m", model("llama"), *QUICK[:-4], "--precision", "bf16-mixed", "--device", "h100")
+    assert peaks(cli, *asked, "--attn-implementation", "flash")[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (("--precision", "fp32"), "computes in 16 bits only; add --precision bf16"),
+        (("--device", "t4"), "older than Ampere; leave the flag out"),
+        (("--strategies", "selective:attention"), "of which selective:attention keeps none; leave that strategy out"),
+        (("--attn-implementation", "fa3"), "is not predicted; take flash_attention_2"),
+        (("--attn-implementation", "flex"), "cannot be predicted: torch traces its backward pass on a GPU only"),
+    ],
+)
+def test_what_it_cannot_do_is_one_sentence(cli, model, flags, said):
+    cli("predict", "-m", model(), *QUICK, "--attn-implementation", "fa2", *flags).refused(2, said)
+
+
+def test_a_model_without_it_says_so_by_its_own_name(cli, model):
+    """The trap: the stand-in's name, which nobody typed."""
+    result = cli("predict", "-m", model("mamba"), *QUICK, "--attn-implementation", "fa2")
+    result.refused(2, "refuses --attn-implementation flash_attention_2", "leave the flag out")
+    assert flash.STAND_IN not in result.err
+
+
+def test_a_plan_is_refused_with_what_to_take():
+    card = target_of(Wish(device="a40"), None)
+    with pytest.raises(UsageError, match="plan with sdpa"):
+        flash.check_plan("flash_attention_2", card)
+    flash.check_plan("sdpa", card)
+    flash.check_plan("flash_attention_2", None)
+
+
+def test_on_a_cpu_nothing_stands_in():
+    cpu = Target(kind="cpu", name="cpu")
+    assert flash.traced_as("flash_attention_2", cpu) == "flash_attention_2"
+    assert flash.traced_as("flash_attention_2", None) == "flash_attention_2"
+    flash.check("flash_attention_2", cpu, precision="fp32", specs=("off",))

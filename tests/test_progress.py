@@ -1,0 +1,115 @@
+"""What is said while something takes long: shares of cells, in plain lines through a pipe, and signs of life."""
+
+from __future__ import annotations
+
+import io
+import re
+import threading
+
+import pytest
+from fixtures_report import outcome, peaks
+from rich.console import Console
+
+from gcbench import counting, progress
+from gcbench.tasks import Event
+
+
+@pytest.fixture
+def said():
+    """A console and the lines that were printed on it."""
+    text = io.StringIO()
+    return Console(file=text, width=40), lambda: text.getvalue().splitlines()
+
+
+def test_cells_are_counted_in_plain_lines(said, monkeypatch):
+    """The first and the last always, those between now and then, and none of them broken at 40 characters."""
+    console, lines = said
+    now = iter(range(0, 1000, 2))
+    monkeypatch.setattr(counting.time, "monotonic", lambda: float(next(now)))
+    with counting.PlainCounter(console, verb="predicting", noun="cells") as counter:
+        for done in range(13):
+            counter.count(done, 12)
+    found = [line.partition(" [")[0] for line in lines()]
+    assert found[0] == "predicting: 0 of 12 cells (0 %)"
+    assert found[-1] == "predicting: 12 of 12 cells (100 %)"
+    assert 4 < len(found) < 10
+    assert all(re.fullmatch(r"predicting: \d+ of 12 cells \(\d+ %\) \[.* elapsed\]", line) for line in lines())
+
+
+def test_what_is_done_now_is_said_where_it_is_known():
+    assert counting.said("planning", "steps", 1, 4, "searching plans") == (
+        "planning: 1 of 4 steps (25 %), searching plans"
+    )
+
+
+def test_a_long_silence_is_broken_and_a_word_begins_it_anew():
+    beats = threading.Semaphore(0)
+    heart = progress.Heartbeat(beats.release, silences_s=(0.005, 0.01))
+    heart.start()
+    assert all(beats.acquire(timeout=30) for _ in range(3))
+    heart.spoken()
+    assert beats.acquire(timeout=30)
+    heart.stop()
+    assert not heart._thread.is_alive()
+
+
+def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
+    """The trap: the thread of the display told in forty lines what the main thread tells in one."""
+    tried = threading.Semaphore(0)
+
+    def fails():
+        tried.release()
+        raise OSError(28, "No space left on device")
+
+    heart = progress.Heartbeat(fails, silences_s=(0.001,))
+    heart.start()
+    assert all(tried.acquire(timeout=30) for _ in range(2))
+    heart.stop()
+    assert capfd.readouterr().err == ""
+
+
+def test_a_run_tells_the_share_that_is_done_and_what_it_is_at(said):
+    console, lines = said
+    cell = outcome("per-layer", peaks(1, 2, 3), [[0.5]])
+    display = progress.PlainProgress(console)
+    with display:
+        display._still_there()
+        display.begin(num_steps=8, num_rounds=2)
+        display.enter(cell.cell, round=0, num_steps=2)
+        display._still_there()
+        display.step(Event(kind="timed", step=2, seconds=0.5))
+        display._still_there()
+        display.leave(cell)
+    said_lines = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
+    assert said_lines == [
+        "importing torch, reading the model … [now]",
+        "measuring: 8 training steps or more, in 2 rounds",
+        "round 1/2 per-layer, batch 16 × 64: building the model … [now]",
+        "round 1/2 per-layer, batch 16 × 64: timed step 2 … [now]",
+        "round 1/2 per-layer, batch 16 × 64: peak 3.00 MiB (optimizer), step 500 ms [25 % done, now]",
+    ]
+
+
+def test_quiet_says_nothing(said):
+    console, lines = said
+    with counting.choose(console, verb="checking", noun="combinations", quiet=True) as counter:
+        counter.count(1, 2)
+    assert lines() == []
+    assert type(counting.choose(console, verb="a", noun="b", quiet=False)) is counting.PlainCounter
+
+
+def test_a_terminal_has_a_display_that_goes_again():
+    text = io.StringIO()
+    console = Console(file=text, width=60, force_terminal=True)
+    with counting.choose(console, verb="checking", noun="combinations", quiet=False) as counter:
+        counter.count(3, 12)
+    assert "checking: 3 of 12 combinations (25 %)" in text.getvalue()
+
+
+def test_predict_and_check_count_through_a_pipe(cli, model):
+    """`check` said nothing at all, and predict's cells of a recurrent model take minutes."""
+    folder = model()
+    predicted = cli("predict", "-m", folder, "-b", "1,2", "--seq-len", 8, "--strategies", "off", "--device", "a10")
+    assert "predicting: 0 of 2 cells (0 %)" in predicted.err and "2 of 2 cells (100 %)" in predicted.err
+    checked = cli("check", "-m", folder, "--strategies", "per-layer", "--no-compile", "--precision", "fp32")
+    assert "checking: 0 of 1 combinations (0 %)" in checked.err and "(100 %)" in checked.err

@@ -1,0 +1,120 @@
+"""Settings whose speeds are not told apart: the simplest is taken, and it is said of which that holds."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+from fixtures_report import outcome, peaks, report, workload
+
+from gcbench import plan_measure, told_apart
+from gcbench.decision import Candidate
+from gcbench.plan_from import decide
+from gcbench.plan_session import Asked
+from gcbench.records import RoundResult
+from gcbench.strategies import parse
+from gcbench.targets import Wish
+from gcbench.units import GIB
+
+
+def candidate(strategy, rate, *, batch=4, fits=True):
+    return Candidate(
+        strategy=strategy, plan=parse(strategy).plan_for(4), batch_size=batch, peak_bytes=1, allocated_bytes=1,
+        peak_phase=None, fits=fits, step_time_s=batch / rate, tokens_per_s=rate, source="measured",
+    )  # fmt: skip
+
+
+def rounds(each, rates):
+    """A round for each rate, of three steps."""
+    return [
+        RoundResult(
+            round=number, memory=None, step_times_s=(each.batch_size / rate,) * 3, layers_run=4, layers_planned=0,
+            layers_recomputed=0, params_without_grad=0, grad_checksum="", grad_rel_diff=0.0, grad_worst_param=None,
+            num_alloc_retries=None, num_steps=3, steps_s=1.0, wall_s=1.0,
+        )
+        for number, rate in enumerate(rates)
+    ]  # fmt: skip
+
+
+def measured(**rates):
+    """`measured(off=[…], every_2=[…])`: candidates, and their rounds."""
+    named = {name.replace("_", ":"): values for name, values in rates.items()}
+    found = {candidate(name, sorted(values)[len(values) // 2]): values for name, values in named.items()}
+    return list(found), {each: rounds(each, values) for each, values in found.items()}
+
+
+def test_what_is_shown_to_be_faster_is_taken():
+    candidates, ran = measured(off=[50.0, 51.0, 50.5, 50.2], every_2=[100.0, 101.0, 100.5, 100.4])
+    choice, others, shown = told_apart.decided(candidates, ran)
+    assert choice.strategy == "every:2" and others == []
+    off = shown[0]
+    assert 0.49 < off.frac_low < 0.51 < 1 and off.frac_high < 0.52
+
+
+def test_noise_is_not_taken_for_speed():
+    """The trap: every:2 does all that off does and more, and two rounds had it 42 % faster."""
+    candidates, ran = measured(off=[300.0, 100.0, 250.0], every_2=[200.0, 310.0, 150.0])
+    choice, others, _ = told_apart.decided(candidates, ran)
+    assert choice.strategy == "off"
+    said = told_apart.sentence(choice, others)
+    assert said.startswith("off at batch 4 is not told apart from every:2 at batch 4 (")
+    assert said.endswith(" %), and is the simpler one.")
+
+
+@pytest.mark.parametrize("num_rounds", [1, 2])
+def test_too_few_rounds_show_nothing(num_rounds):
+    """The trap: an interval from two rounds, which no one can use."""
+    candidates, ran = measured(off=[100.0] * num_rounds, every_2=[150.0] * num_rounds)
+    ran = {each: [replace(one, step_times_s=one.step_times_s[:1]) for one in own] for each, own in ran.items()}
+    choice, others, _ = told_apart.decided(candidates, ran)
+    assert choice.strategy == "off"
+    assert "(+50 %, no interval)" in told_apart.sentence(choice, others)
+
+
+def test_of_equals_off_comes_first_then_what_every_trainer_has_then_fewer_layers():
+    order = ["off", "per-layer", "every:4", "every:2", "first:2", "segment:2", "selective:matmul"]
+    equals = [candidate(name, 100.0 + place) for place, name in enumerate(order)]
+    assert sorted(equals, key=lambda each: (*each.rank[:2], -each.tokens_per_s)) == equals
+    large = candidate("off", 101.0, batch=16)
+    assert told_apart.simplest([candidate("off", 100.0, batch=1), large]) == large, "a smaller batch is not simpler"
+
+
+def test_one_that_does_not_fit_is_not_taken_and_nothing_is_no_choice():
+    candidates, ran = measured(off=[100.0] * 3, every_2=[100.0] * 3)
+    out = replace(candidates[0], fits=False)
+    ran[out] = ran[candidates[0]]
+    assert told_apart.decided([out, candidates[1]], ran)[0].strategy == "every:2"
+    assert told_apart.decided([out], ran)[0] is None
+
+
+def test_a_stored_run_decides_so():
+    """A run as it is stored, end to end: the interval stands beside each, and the sentence in the answer."""
+    cells = [
+        outcome(
+            name,
+            peaks(1, 2, 1),
+            work=workload(),
+            times=((1.0, 1.0), (2.0, 2.0), (1.5, 1.4)) if name == "off" else faster,
+        )
+        for name, faster in (("off", ()), ("every:2", ((1.6, 1.5), (1.2, 1.3), (1.4, 1.4))))
+    ]
+    asked = Asked(batch_sizes=None, reserve_frac=None, emit=None, measure=False)
+    wanted = SimpleNamespace(seq_len=None, strategies=None)
+    planned = decide(report(*cells), "run", wanted, Wish(device_memory=100 * GIB), asked, command="")
+    assert planned.decision.choice.strategy == "off"
+    assert "off at batch" in planned.decision.binding and "not told apart from every:2" in planned.decision.binding
+
+
+# On a card without nvidia-smi
+
+
+def test_a_card_that_does_not_tell_what_a_process_holds_is_taken_by_its_allocator():
+    """The trap: peak_process_bytes is None, and every setting that was measured is thrown away."""
+    decision = SimpleNamespace(outside_bytes=700)
+    row = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=5000)
+    assert plan_measure._held_of_card(row, decision) == 5700
+    told = SimpleNamespace(peak_process_bytes=6000, peak_reserved_bytes=5000)
+    assert plan_measure._held_of_card(told, decision) == 6000
+    nothing = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=None)
+    assert plan_measure._held_of_card(nothing, decision) is None
