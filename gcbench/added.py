@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from gcbench import predicted
 from gcbench.decision import FOUND, Decision
+from gcbench.predicted import PredictedCell
 from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
 from gcbench.units import format_bytes
 from gcbench.words import listed
@@ -72,3 +74,28 @@ def of_decision(decision: Decision) -> tuple[str, ...]:
     added = sentence(chosen, (), usable_bytes=decision.usable_bytes)
     kernels = kernels_sentence(decision.fallback, name, choice.allocated_bytes) if decision.fallback else None
     return tuple(text for text in (kernels, added) if text)
+
+
+def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
+    """What is said beneath the table of one workload's predictions."""
+    return tuple(text for text in (predicted.summary(cells), *of_cells(cells)) if text)
+
+
+def of_cells(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
+    """What a real run may have that the predictions of one workload have not, and the other way round."""
+    best = predicted.choice(cells)
+    if best is None or best.prediction is None:
+        return ()
+
+    def setting(cell: PredictedCell) -> Setting:
+        found = cell.prediction.additions if cell.prediction else ()
+        return Setting(name=cell.row.strategy, fits=predicted.may_run(cell), additions=found)
+
+    fallback = best.prediction.fallback
+    peak = best.prediction.memory.allocated_bytes
+    others = [setting(cell) for cell in cells if cell is not best]
+    told = (
+        kernels_sentence(fallback, best.row.strategy, peak) if fallback else None,
+        sentence(setting(best), others, usable_bytes=best.row.usable_bytes),
+    )
+    return tuple(text for text in told if text)

@@ -26,9 +26,14 @@ class ChangedConfig:
     keeps_weights: bool
 
 
+_OF_THE_CHECKPOINT = "quantization_config"
+"""How its weights are stored: no part of the model's sizes. That it is taken off is said in a notice of its own."""
+
+
 def made(layers: int | None, overrides: Mapping[str, Json] | None) -> dict[str, Json]:
     """The fields of the config that `--layers` and `--set` change, with their values."""
-    return ({} if layers is None else {LAYERS_FIELD: layers}) | dict(overrides or {})
+    sizes = {name: value for name, value in (overrides or {}).items() if not name.endswith(_OF_THE_CHECKPOINT)}
+    return ({} if layers is None else {LAYERS_FIELD: layers}) | sizes
 
 
 def told(layers: object, overrides: object) -> str | None:

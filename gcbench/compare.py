@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -13,7 +12,9 @@ from gcbench.errors import UsageError
 from gcbench.formats.terminal import UNKNOWN, Column, Table
 from gcbench.records import Cell, Outcome, Report, Row
 from gcbench.tables import failed_proof, rows
-from gcbench.units import format_bytes, format_percent, format_seconds, parse_fraction
+from gcbench.thresholds import THRESHOLDS as THRESHOLDS
+from gcbench.thresholds import parse_threshold as parse_threshold
+from gcbench.units import format_bytes, format_percent, format_seconds
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -36,7 +37,6 @@ Verdict = Literal[
 """`same` is for memory that is equal to the byte; `above` and `below` are for a prediction beside a measurement; `too
 few rounds` for times without an interval; `not measured` where both runs passed without that figure."""
 
-THRESHOLDS = ("memory", "time")
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
 _TOO_FEW_ROUNDS = (
@@ -151,19 +151,6 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
     despite = (f"compared despite {clash}" for clash in clashes.values())
     return Comparison(changes=changes, notices=(*despite, *too_few, *_differences(a, b), *_about_models(a, b)))
-
-
-def parse_threshold(text: str) -> tuple[str, float]:
-    """`"memory:1%"` as `("memory", 0.01)`; raises ValueError with the legal form on anything else."""
-    name, colon, share = (part.strip() for part in text.partition(":"))
-    example = "write it like memory:1% or time:5%"
-    if name not in THRESHOLDS:
-        near = difflib.get_close_matches(name, THRESHOLDS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ValueError(f"there is no threshold {name!r}; {hint}legal are {' and '.join(THRESHOLDS)}; {example}")
-    if not colon or not share:
-        raise ValueError(f"{text!r} has no limit; {example}")
-    return name, parse_fraction(share)
 
 
 def broken(comparison: Comparison, thresholds: Mapping[str, float]) -> list[str]:

@@ -279,8 +279,8 @@ def _device(raw: object) -> str:
     card = cards.known(name)
     if card is not None:
         raise ValueError(
-            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}, and "
-            f"gcbench predict --device {card.name} predicts for the card"
+            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}, and gcbench predict "
+            f"--device {card.name} and gcbench plan --device {card.name} tell what that card would do"
         )
     raise ValueError(f"{raw!r} is unknown; {legal}")
 

@@ -264,6 +264,7 @@ def renderables(planned: Planned) -> list[RenderableType]:
     gains = gains_table(planned.decision)
     if gains is not None:
         parts.append(gains)
+    parts += [Text(notice, style="bold") for notice in planned.model_notices]
     for purpose, command in next_steps(planned):
         parts += [Text(f"{purpose}:"), unbroken(f"  {command}")]
     return parts
@@ -313,7 +314,8 @@ def show(
         show_all(renderables(planned), screen)
     if quiet:
         return
-    notices = [*planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
+    told = planned.model_notices if as_json else ()
+    notices = [*told, *planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
     for notice in [*notices, *([f"Everything is in {folder}"] if folder is not None else [])]:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 

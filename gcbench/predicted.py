@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from gcbench import cards, headroom, tables, words
-from gcbench.added import Setting, kernels_sentence, sentence
 from gcbench.headroom import CLOSE
 from gcbench.prediction import Lever, Prediction
 from gcbench.records import Report, Row, Workload
@@ -108,7 +107,7 @@ def choice(cells: Sequence[PredictedCell]) -> PredictedCell | None:
     if not there:
         return None
     if bounded:
-        fitting = [cell for cell in bounded if _may_run(cell)]
+        fitting = [cell for cell in bounded if may_run(cell)]
         sure = [cell for cell in fitting if cell.row.fits != CLOSE]
         if fitting:
             return min(sure or fitting, key=lambda cell: (cell.row.layers_checkpointed, -_spare(cell)))
@@ -137,34 +136,6 @@ def summary(cells: Sequence[PredictedCell]) -> str:
     return " ".join(sentences)
 
 
-def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
-    """What is said beneath the table of one workload."""
-    return tuple(text for text in (summary(cells), with_kernels(cells), added(cells)) if text)
-
-
-def added(cells: Sequence[PredictedCell]) -> str | None:
-    """What a real run may add to the figures of one workload; None where that is nothing of weight."""
-    best = choice(cells)
-    if best is None:
-        return None
-
-    def setting(cell: PredictedCell) -> Setting:
-        found = cell.prediction.additions if cell.prediction else ()
-        return Setting(name=cell.row.strategy, fits=_may_run(cell), additions=found)
-
-    others = [setting(cell) for cell in cells if cell is not best]
-    return sentence(setting(best), others, usable_bytes=best.row.usable_bytes)
-
-
-def with_kernels(cells: Sequence[PredictedCell]) -> str | None:
-    """What the peak would lose with kernels that could not be traced; None where the model has none."""
-    best = choice(cells)
-    said = best.prediction.fallback if best is not None and best.prediction is not None else None
-    if best is None or said is None:
-        return None
-    return kernels_sentence(said, best.row.strategy, _peak(best))
-
-
 def where(cell: PredictedCell) -> str:
     """`in the loss and logits (backward pass)`: where in the step its peak is."""
     said = cell.prediction.explanation if cell.prediction else None
@@ -187,10 +158,10 @@ def checkpointing_lever(prediction: Prediction | None) -> Lever | None:
 def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
     """Which strategies fit, and with how much to spare."""
     limit = best.row.device_memory_bytes or 0
-    failing = [cell for cell in cells if not _may_run(cell)]
+    failing = [cell for cell in cells if not may_run(cell)]
     if len(failing) == len(cells):
         return _nothing_fits(cells, best, limit)
-    close = [cell for cell in cells if _may_run(cell) and cell.row.fits == CLOSE]
+    close = [cell for cell in cells if may_run(cell) and cell.row.fits == CLOSE]
     fitting = [cell for cell in cells if cell not in failing and cell not in close]
     name, spare = best.row.strategy, format_bytes(_spare(best))
     flushes = best.prediction is not None and bool(best.prediction.num_alloc_retries)
@@ -294,7 +265,7 @@ def nothing_fits(report: Report) -> str | None:
     """The sentence that ends a prediction of which no cell fits, with a remedy; None where one does."""
     cells = [cell for group in by_workload(report).values() for cell in group]
     bounded = [cell for cell in cells if cell.row.spare_bytes is not None]
-    if not bounded or len(bounded) < len(cells) or any(map(_may_run, bounded)):
+    if not bounded or len(bounded) < len(cells) or any(map(may_run, bounded)):
         return None
     best = max(bounded, key=_spare)
     needs = format_bytes((best.row.device_memory_bytes or 0) - _spare(best))
@@ -370,7 +341,7 @@ def _room_left(cell: PredictedCell) -> int:
     return _spare(cell) - (cell.row.device_memory_bytes or 0) + (cell.row.usable_bytes or 0)
 
 
-def _may_run(cell: PredictedCell) -> bool:
+def may_run(cell: PredictedCell) -> bool:
     """Whether it stays within the memory that may be used; it may still be too close to tell."""
     return _room_left(cell) >= 0
 

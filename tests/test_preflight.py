@@ -193,7 +193,7 @@ def test_depth_positions_and_modules_are_those_of_the_model(family):
     assert depth in (None, len(checkpointing.checkpointable_layers(model)))
     assert depth is None or checkpointing.refusal(model) is None
     limit = preflight._size(config, "max_position_embeddings")
-    assert limit in (None, models._max_seq_len(built))
+    assert limit in (None, models.max_seq_len(built))
     words = library_text.names_in_model(str(config["model_type"]))
     parts = {part for name, _ in model.named_modules() for part in name.split(".") if part and not part.isdecimal()}
     assert words is None or not parts - words

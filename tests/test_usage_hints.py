@@ -28,7 +28,11 @@ SHOWN_BY = {
     "checkpointing.py": FOUR,
     "children.py": FOUR,
     "commands.py": None,
-    "compare.py": None,  # names options of the command that both came from
+    "compare.py": None,
+    "thresholds.py": ("compare",),
+    "quantized.py": None,
+    "preflight.py": FOUR,
+    "model_words.py": ("run", "predict", "plan"),  # names options of the command that both came from
     "compare_plans.py": None,
     "config.py": None,
     "devices/__init__.py": FOUR,

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from gcbench import explained, gaps, plots, predicted, step_plot, words
+from gcbench import added, explained, gaps, plots, predicted, step_plot, words
 from gcbench.explained import Block
 from gcbench.formats.terminal import table_columns
 from gcbench.overview import overview
@@ -86,7 +86,7 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
         for block in (
             _table(predicted.table_columns(group)),
             _bullets(predicted.notes(group)),
-            *map(_escaped, predicted.paragraphs(cells)),
+            *map(_escaped, added.paragraphs(cells)),
         )
         if block
     )

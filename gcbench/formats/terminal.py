@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from gcbench import explained, predicted, words
+from gcbench import added, explained, predicted, words
 from gcbench.overview import overview
 from gcbench.predicted import PredictedCell
 from gcbench.records import Report, Row
@@ -155,7 +155,7 @@ def _predicted_table(cells: Sequence[PredictedCell], where: str) -> Table:
         subtitle=where,
         columns=predicted.table_columns(group),
         notes=predicted.notes(group),
-        summary="\n".join(predicted.paragraphs(cells)),
+        summary="\n".join(added.paragraphs(cells)),
         bold=frozenset({(cells.index(best), "strategy")} if best and len(cells) > 1 else ()),
     )
 
