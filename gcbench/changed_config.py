@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from transformers import PreTrainedConfig
 
-from gcbench import models
+from gcbench import models, quantized
 from gcbench.changes import ChangedConfig, made
 from gcbench.records import Json
 from gcbench.sources import ModelSource
@@ -22,7 +22,7 @@ def of(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]
     Raises what `models.build_config` does for changes that cannot be made.
     """
     new = models.build_config(source, layers=layers, overrides=overrides)
-    old = models.build_config(source, layers=None, overrides={})
+    old = models.build_config(source, layers=None, overrides=quantized.taken_out(overrides))
     fields = dict(_differences(old, new)) or made(layers, overrides)
     keeps = False
     with suppress(Exception):  # a model's own code; what cannot be built cannot be loaded either

@@ -175,9 +175,9 @@ def facts(
     )
 
 
-def check_layers(source: ModelSource, changed: ModelFacts, layers: int) -> None:
+def check_layers(source: ModelSource, changed: ModelFacts, layers: int, overrides: Mapping[str, Json]) -> None:
     """Raise UsageError when `--layers` did not change the depth, as in a model that derives it from other fields."""
-    original = facts(source, build_config(source, layers=None, overrides={}), None)
+    original = facts(source, build_config(source, layers=None, overrides=quantized.taken_out(overrides)), None)
     if original.num_layers and changed.num_layers == original.num_layers != layers:
         raise UsageError(
             f"--layers {layers} has no effect on {source.name!r}, which has {counted(original.num_layers, 'layer')} "

@@ -121,6 +121,11 @@ def other_changes(overrides: Mapping[str, Json]) -> dict[str, Json]:
     return {name: value for name, value in overrides.items() if not _takes_out(name, value)}
 
 
+def taken_out(overrides: Mapping[str, Json]) -> dict[str, Json]:
+    """The changes that take quantisation out of a config, without which a quantised one is refused."""
+    return {name: value for name, value in overrides.items() if _takes_out(name, value)}
+
+
 def check(
     name: str, config: Mapping[str, Any], overrides: Mapping[str, Json], beside: tuple[Quantisation, ...] = ()
 ) -> tuple[Quantisation, ...]:

@@ -91,7 +91,7 @@ def describe(task: DescribeTask) -> Answer:
         traced = _as_traced(task)
         facts = models.facts(task.source, config, traced.attn_implementation, changed=changed, lora=task.lora)
         if task.layers is not None:
-            models.check_layers(task.source, facts, task.layers)
+            models.check_layers(task.source, facts, task.layers, task.overrides)
         if task.needs_order and facts.checkpointing_refusal is None:
             from gcbench.simulate.order import layers_in_order  # what most runs do not need
 
