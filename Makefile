@@ -17,8 +17,13 @@ install: $(READY) ## Create .venv and install gcbench into it
 run: $(READY) ## Install and measure gpt2 at batch 16
 	$(BIN)/gcbench run --model gpt2 --batch 16
 
-test: $(READY) ## Install and run the tests
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+TESTS := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+
+test: $(READY) ## Install and run the tests, those apart that take their time
+	$(TESTS) -m "not slow"
+
+test-slow: $(READY) ## Run the tests that take their time
+	$(TESTS) -m slow
 
 lint: $(READY) ## Check style and types
 	$(BIN)/ruff check .
@@ -70,4 +75,4 @@ bench-plan: $(READY) ## Measure how good plans are: regret on this machine, fron
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test lint bench reference truth accuracy bench-predict bench-plan frontier families clean
+.PHONY: help install run test test-slow lint bench reference truth accuracy bench-predict bench-plan frontier families clean

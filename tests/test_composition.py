@@ -60,7 +60,7 @@ LOOPING = ("mamba", "granitemoehybrid")
 LEAST_LAYERS = {"off": 5, "per-layer": 5, "every:2": 8, "every:3": 12}
 """So many that some are left out, if all layers are alike."""
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def predictor(config, layers, *, lora=None, precision="fp32", **kwargs):

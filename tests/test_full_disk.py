@@ -40,7 +40,7 @@ def test_a_check(cli, full, model):
     flags = ("--strategies", "per-layer", "--no-compile", "--precision", "fp32", "--out", "out")
     result = cli("check", "-m", model(), *flags)
     assert result.code == 1
-    assert "1 of 1 combinations train with the gradients of off" in result.out
+    assert "1 of 1 combination trains with the gradients of off" in result.out
     assert SHOWN_THEN_TOLD in result.err and "Traceback" not in result.err
 
 

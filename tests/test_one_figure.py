@@ -20,6 +20,8 @@ from gcbench.strategies import OFF, Plan, parse
 from gcbench.tasks import CellToPredict, PlanTask
 from gcbench.units import GIB, MIB
 
+pytestmark = pytest.mark.slow
+
 SPECS = (OFF, "per-layer", "every:2")
 WIDE = {"hidden_size": 256, "intermediate_size": 512, "vocab_size": 4096}
 

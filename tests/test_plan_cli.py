@@ -15,6 +15,8 @@ from gcbench.decision import Candidate
 from gcbench.strategies import Plan
 from gcbench.strategies.plan_file import of_json
 
+pytestmark = pytest.mark.slow
+
 MIB = 2**20
 
 

@@ -25,7 +25,7 @@ from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, Plan, Policy, parse
 from gcbench.tasks import PlanTask
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 SEQ_LEN = 16
 FIGURES = planned.Traffic()

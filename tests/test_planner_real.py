@@ -23,7 +23,7 @@ from gcbench.strategies import OFF, parse
 from gcbench.tasks import CellToPredict, PlanTask
 from gcbench.units import MIB
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 LAYERS = 2
 FIGURES = CardFigures(None)

@@ -207,7 +207,7 @@ def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code
     ("family", "flags", "code", "said"),
     [
         ("ctrl", (), 1, "nothing was tested, so nothing is shown: CTRLLMHeadModel does not support"),
-        ("llama", ("--strategies", "every:9"), 1, "nothing was tested, so nothing is shown: every:9 needs"),
+        ("llama", ("--strategies", "every:9"), 2, "every:9 needs at least 9 layers"),
         ("llama", ("--attn-implementation", "flash_attention_2"), 1, "nothing was tested"),
         ("gpt2", ("--seq-len", 2000), 2, "--seq-len 2000 is beyond the 128 positions of"),
         ("ctrl", ("--seq-len", 2000), 2, "--seq-len 2000 is beyond the 128 positions of"),
@@ -222,6 +222,15 @@ def test_nothing_tested_is_not_success(cli, model, family, flags, code, said):
     assert result.code == code, result
     assert said in result.err.replace("\n", " ")
     assert (result.out == "") == (code == 2), "what cannot be is refused before anything is trained"
+
+
+def test_a_strategy_that_only_the_whole_model_has_room_for_is_not_shown(cli, model):
+    """The trap: of the smaller model's four layers none is the ninth, and nothing was tried."""
+    folder = model("llama", num_hidden_layers=12)
+    result = cli("check", "-m", folder, "--device", "cpu", "--no-compile", "--strategies", "every:9")
+    assert result.code == 1, result
+    assert "nothing was tested, so nothing is shown: every:9 needs" in result.err
+    assert "--full-size" in result.err
 
 
 def test_a_check_and_a_run_refuse_a_length_in_the_same_words(cli, model):

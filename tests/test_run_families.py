@@ -10,6 +10,8 @@ from conftest import table
 
 from gcbench import report as reports
 
+pytestmark = pytest.mark.slow
+
 COLUMNS = (
     "model,strategy,status,device,batch_size,seq_len,precision,optim,attn_implementation,num_params,num_layers,"
     "layers_checkpointed,peak_allocated_bytes,peak_reserved_bytes,peak_process_bytes,peak_phase,step_time_s,"

@@ -24,6 +24,7 @@ from gcbench.errors import ResultsError, UsageError
 from gcbench.plan_session import Planned
 from gcbench.records import Machine, ModelFacts
 from gcbench.simulate.target import Target
+from gcbench.store import Store
 from gcbench.strategies import Plan, parse
 from gcbench.units import GIB
 
@@ -69,7 +70,7 @@ def planned(*candidates, **changes):
 
 @pytest.fixture
 def folder(tmp_path):
-    plan_session.publish(planned(), tmp_path / "p")
+    plan_session.publish(planned(), Store.create(tmp_path / "p"))
     return tmp_path / "p"
 
 
@@ -122,7 +123,7 @@ def test_a_stored_plan_is_handed_over_to_any_tool_without_torch(folder, tmp_path
 
 
 def test_a_stored_plan_of_which_nothing_fits_ends_with_1(cli, tmp_path):
-    plan_session.publish(planned(candidate(peak=23.5)), tmp_path / "p")
+    plan_session.publish(planned(candidate(peak=23.5)), Store.create(tmp_path / "p"))
     done = cli("plan", "--from", "p", "--emit", "trl")
     assert (done.code, done.out) == (1, "")
     assert "error: nothing fits into 22.80 GiB (5.0 % of 24.00 GiB held back)" in done.err
@@ -153,7 +154,7 @@ def check_of(verdict="identical"):
 def test_a_stored_check_is_shown(cli, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "check.json").write_text(json.dumps(encode(check_of())))
-    assert "1 of 1 combinations train with the gradients of off, bit by bit." in cli("report", "c").out
+    assert "1 of 1 combination trains with the gradients of off, bit by bit." in cli("report", "c").out
     assert cli("report", "c", "-f", "markdown").out.startswith("# gcbench check: gpt2\n")
     (row,) = cli("report", "c/check.json", "--json").document["rows"]
     assert (row["strategy"], row["verdict"]) == ("per-layer", "identical")
@@ -190,7 +191,7 @@ def test_a_check_whose_results_name_no_combination_is_damaged(tmp_path):
 
 def test_two_plans_are_compared_setting_by_setting(cli, folder, tmp_path):
     other = planned(candidate(peak=12.0), candidate("per-layer", peak=5.0), candidate("off", 8, peak=15.0))
-    plan_session.publish(other, tmp_path / "q")
+    plan_session.publish(other, Store.create(tmp_path / "q"))
     done = cli("compare", "p", "q", "--json")
     rows = {(row["strategy"], row["batch_size"]): row for row in done.document["rows"]}
     assert rows["off", 4]["memory_change_frac"] == pytest.approx(0.2)

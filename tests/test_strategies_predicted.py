@@ -22,7 +22,7 @@ from gcbench.simulate.target import Target
 from gcbench.sources import ModelSource
 from gcbench.strategies import Plan, Policy
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 BATCH_SIZE = 2
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
