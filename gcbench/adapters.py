@@ -37,7 +37,7 @@ def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
         targets = ALL_LINEAR if names == (ALL_LINEAR,) else list(names)
     config = LoraConfig(r=lora.r, target_modules=targets, task_type=TaskType.CAUSAL_LM)
     modules = [path for path, _ in model.named_modules()]  # as they are before peft replaces some of them
-    linear = _linear_names(model)
+    linear = linear_names(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they tell of defaults that peft mends by itself
@@ -90,7 +90,7 @@ def default_targets(model: torch.nn.Module) -> tuple[str, ...] | None:
         return None  # `with_adapters` says what is missing
     kind = str(getattr(model.config, "model_type", ""))
     known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    return None if kind in known else model_words.possible_targets(kind, _linear_names(model))
+    return None if kind in known else model_words.possible_targets(kind, linear_names(model))
 
 
 def _fits(name: str, modules: Iterable[str]) -> bool:
@@ -98,7 +98,7 @@ def _fits(name: str, modules: Iterable[str]) -> bool:
     return any(path == name or path.endswith(f".{name}") for path in modules)
 
 
-def _linear_names(model: torch.nn.Module) -> list[str]:
+def linear_names(model: torch.nn.Module) -> list[str]:
     """The last parts of the names of the linear layers, each once, in the model's order; without the output layer."""
     head = output_embeddings(model)
     names = (

@@ -9,9 +9,9 @@ import torch
 from transformers import PreTrainedConfig
 
 from gcbench import checkpointing, models
-from gcbench.adapters import default_targets
+from gcbench.adapters import default_targets, linear_names
 from gcbench.checks import FROZEN_BASE, LORA, OWN, Setting
-from gcbench.errors import UsageError
+from gcbench.errors import UsageError, first_sentence
 from gcbench.records import ALL_LINEAR, Lora
 from gcbench.sources import ModelSource
 from gcbench.training import input_embeddings, parameter_dtype
@@ -47,13 +47,15 @@ class ModelMaker:
     def _with_adapters(self, setting: Setting) -> torch.nn.Module:
         """With LoRA where peft puts it; where it knows no modules of this type of model, on all that it can adapt."""
         meta = models.build_meta(self.config, trust_remote_code=self.source.trust_remote_code)
-        targets = default_targets(meta)
-        try:
-            built = self._built(setting, Lora(r=_LORA_R, target_modules=targets))
-        except UsageError:
-            raise NotImplementedError(
-                "peft finds no place for adapters in it by itself; leave lora out of --train"
-            ) from None
+        built, targets, why = None, None, ""
+        for targets in (default_targets(meta), *((name,) for name in linear_names(meta))):
+            try:
+                built = self._built(setting, Lora(r=_LORA_R, target_modules=targets))
+                break
+            except UsageError as err:
+                why = why or first_sentence(err.__context__ or err)
+        if built is None:
+            raise NotImplementedError(f"peft cannot put adapters into it ({why}); leave lora out of --train")
         if targets is not None:
             where = "all linear layers" if targets == (ALL_LINEAR,) else ", ".join(targets)
             notice = (

@@ -57,8 +57,8 @@ class Addition:
     """Something that a real run may have and the predicted step has not, from the same step replayed with it.
 
     Attributes:
-        nbytes: what it adds to the bytes that count against the device's memory.
-        peak_bytes: those bytes with it.
+        nbytes: what it adds to what tensors take at the peak.
+        peak_bytes: the bytes that count against the device's memory with it.
     """
 
     name: str

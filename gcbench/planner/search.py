@@ -337,8 +337,8 @@ class Planner:
 
     def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
         step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
-        held, _ = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
-        return additions(step, lambda line: self.weighing.counted(line, self.weighing.session), held)
+        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return additions(step, self.weighing.session.weighed, peak)
 
     def _fallback(self, candidate: Candidate) -> Fallback | None:
         step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)

@@ -14,26 +14,30 @@ import numpy as np
 from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
 from gcbench.simulate.assembly import Assembly, Kind
 from gcbench.simulate.predictor import Step
-from gcbench.simulate.timeline import Timeline
+from gcbench.simulate.timeline import Peak, Timeline
 
 _WORTH_NAMING = 0.005
 """Of the peak; what adds less is not named."""
 
 
-def additions(step: Step, counted: Callable[[Timeline], int], now: int) -> tuple[Addition, ...]:
-    """What would add at least 0.5 % to a step.
+def additions(step: Step, weighed: Callable[[Timeline], tuple[int, Peak]], now: Peak) -> tuple[Addition, ...]:
+    """What would add at least 0.5 % to what tensors take at a step's peak.
 
     Args:
-        counted: bytes of a step that count against the device's memory.
-        now: those of the step as it is.
+        weighed: (bytes that count against the device's memory, the peak) of a step.
+        now: the peak of the step as it is.
     """
     lines = {ACCUMULATION: accumulating(step), KEPT_OUTPUTS: with_outputs(step.assembly)}
-    peaks = {name: counted(line) for name, line in lines.items() if line is not None}
-    return tuple(
-        Addition(name=name, nbytes=peak - now, peak_bytes=peak)
-        for name, peak in peaks.items()
-        if peak - now > _WORTH_NAMING * now
-    )
+    allocated = now.memory.allocated_bytes
+    found = []
+    for name, line in lines.items():
+        if line is None:
+            continue
+        held, peak = weighed(line)
+        more = peak.memory.allocated_bytes - allocated
+        if more > _WORTH_NAMING * allocated:
+            found.append(Addition(name=name, nbytes=more, peak_bytes=held))
+    return tuple(found)
 
 
 def accumulating(step: Step) -> Timeline:

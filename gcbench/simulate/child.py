@@ -111,7 +111,7 @@ class Session:
             why_in_full=step.why_in_full,
             explanation=explain(step.assembly, peak, levers),
             curve=curve(step.assembly),
-            additions=additions(step, self.counted, self.counts(peak)),
+            additions=additions(step, self.weighed, peak),
             fallback=self.fallback(step, peak),
         )
 
@@ -130,9 +130,10 @@ class Session:
         """Bytes that count against the device's memory: on CUDA what the process holds, on a CPU what tensors do."""
         return (peak.memory.process_bytes or 0) if self.target.kind == "cuda" else peak.memory.allocated_bytes
 
-    def counted(self, line: Timeline) -> int:
-        """The same of a step."""
-        return self.counts(self.peak(line))
+    def weighed(self, line: Timeline) -> tuple[int, Peak]:
+        """(bytes that count against the device's memory, the peak) of a step."""
+        peak = self.peak(line)
+        return self.counts(peak), peak
 
     def peak(self, line: Timeline) -> Peak:
         """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
