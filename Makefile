@@ -60,6 +60,9 @@ families: $(READY) ## Check every type of causal LM, scaled down (goes on where 
 truth: $(READY) ## Measure the grid that predictions are held to, on this machine's device (goes on where it stopped)
 	$(BIN)/python benchmarks/truth.py
 
+gpu-hour: $(READY) ## Use the minutes one has a card for: GPU tests, plain loops, two runs, the grid
+	$(BIN)/python benchmarks/gpu_hour.py results/gpu-hour
+
 accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
 	$(BIN)/python benchmarks/accuracy.py
 
@@ -75,4 +78,4 @@ bench-plan: $(READY) ## Measure how good plans are: regret on this machine, fron
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test test-slow lint bench reference truth accuracy bench-predict bench-plan frontier families clean
+.PHONY: help install run test test-slow lint bench reference truth gpu-hour accuracy bench-predict bench-plan frontier families clean
