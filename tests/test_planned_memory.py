@@ -21,7 +21,7 @@ from gcbench.simulate.layer_policies import uniform_plans
 from gcbench.simulate.scaling import TRACED, Scaling
 from gcbench.strategies import Plan
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 OFF = Plan(num_layers=planned.LAYERS)
 BATCH_SIZE = 4

@@ -147,7 +147,7 @@ def test_a_device_of_this_machine(typed, name):
 
 
 def test_a_card_is_no_device_of_this_machine():
-    assert "gcbench predict --device h100 predicts for the card" in refused("device", "H100-SXM")
+    assert "gcbench predict --device h100 and gcbench plan --device h100 tell" in refused("device", "H100-SXM")
     assert "is an Apple GPU" in refused("device", "mps")
 
 
