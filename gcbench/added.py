@@ -12,6 +12,8 @@ from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
 from gcbench.units import format_bytes
 from gcbench.words import listed
 
+_WORTH_NAMING = 0.005
+"""Of the peak."""
 _WHAT = {
     ACCUMULATION: "gradient accumulation (all gradients are held from the second micro-batch on)",
     KEPT_OUTPUTS: "a loop that keeps `outputs` in a variable (and so the logits)",
@@ -48,8 +50,10 @@ def sentence(chosen: Setting, others: Sequence[Setting], *, usable_bytes: int | 
     return f"Not in these figures: {'; '.join(parts)}." if parts else None
 
 
-def kernels_sentence(fallback: Fallback, name: str, peak_bytes: int) -> str:
-    """What the peak of a setting would lose with the packages that bring fused kernels."""
+def kernels_sentence(fallback: Fallback | None, name: str, peak_bytes: int) -> str | None:
+    """What the peak of a setting would lose with the packages that bring fused kernels; None where that is little."""
+    if fallback is None or fallback.nbytes < _WORTH_NAMING * peak_bytes:
+        return None
     packages = listed(list(fallback.packages))
     return (
         "Its recurrent layers were traced with transformers' PyTorch code, which makes "
@@ -72,7 +76,7 @@ def of_decision(decision: Decision) -> tuple[str, ...]:
     name = "the plan" if choice.strategy == FOUND else choice.strategy
     chosen = Setting(name=name, fits=True, additions=decision.additions)
     added = sentence(chosen, (), usable_bytes=decision.usable_bytes)
-    kernels = kernels_sentence(decision.fallback, name, choice.allocated_bytes) if decision.fallback else None
+    kernels = kernels_sentence(decision.fallback, name, choice.allocated_bytes)
     return tuple(text for text in (kernels, added) if text)
 
 
@@ -95,7 +99,7 @@ def of_cells(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
     peak = best.prediction.memory.allocated_bytes
     others = [setting(cell) for cell in cells if cell is not best]
     told = (
-        kernels_sentence(fallback, best.row.strategy, peak) if fallback else None,
+        kernels_sentence(fallback, best.row.strategy, peak),
         sentence(setting(best), others, usable_bytes=best.row.usable_bytes),
     )
     return tuple(text for text in told if text)

@@ -10,9 +10,9 @@ import torch
 from test_cpu_memory import build, run_until_state
 
 from gcbench import models, sources, strategies, training
-from gcbench.added import Setting, sentence
+from gcbench.added import Setting, kernels_sentence, sentence
 from gcbench.devices import open_device
-from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
+from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
 from gcbench.simulate import timeline
 from gcbench.simulate.additions import accumulating, with_outputs
 from gcbench.simulate.predictor import Predictor
@@ -111,6 +111,15 @@ def test_the_sentence_names_bytes_and_what_would_not_fit():
     )
     assert sentence(other, [], usable_bytes=None) is not None
     assert sentence(Setting(name="off", fits=True, additions=()), [tight], usable_bytes=None) is None
+
+
+def test_kernels_that_would_change_little_are_not_named():
+    """The trap: "makes 0 B of the peak", where the peak is the optimizer's."""
+    little, much = (Fallback(packages=("mamba-ssm",), nbytes=round(share * GIB)) for share in (0.004, 0.9))
+    assert kernels_sentence(None, "off", GIB) is kernels_sentence(little, "off", GIB) is None
+    assert "makes 922 MiB of the 1.00 GiB of off; with mamba-ssm installed" in (
+        kernels_sentence(much, "off", GIB) or ""
+    )
 
 
 def test_a_prediction_says_what_a_run_adds(cli, model):
