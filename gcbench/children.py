@@ -147,12 +147,13 @@ class ForkedChildren:
                 return False
 
     def _kill(self) -> None:
-        if self._process is None:
+        process = self._process  # another thread may be at it as well, after an interruption
+        if process is None:
             return
-        if self._process.pid is not None:
-            self._process.kill()
-            self._process.join()
-            self._exitcode = self._process.exitcode
+        if process.pid is not None:
+            process.kill()
+            process.join()
+            self._exitcode = process.exitcode
         self._process = None
 
 

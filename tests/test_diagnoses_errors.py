@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers.utils import logging as transformers_logging
 from trials import IDS, Block, Step, Trial, build, checkpointed, layers_of, linear, told, train, train_toy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +38,7 @@ def test_a_model_in_eval_mode_recomputes_nothing():
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer"])
 def test_a_cache_that_training_builds(strategy):
+    transformers_logging.warning_once.cache_clear()  # it says a thing once in a process, to whichever test was first
     model = build("llama")
     if strategy != "off":
         with warnings.catch_warnings():
