@@ -28,6 +28,7 @@ from gcbench.checks import (
 )
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, MissingLibrary, UnavailableError, UsageError, first_sentence
+from gcbench.preflight import beyond_positions
 from gcbench.records import ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.seeding import state_outside_torch
@@ -87,7 +88,7 @@ class _Checker:
         if task.seq_len is None:
             return min(_SEQ_LEN, limit or _SEQ_LEN, *models.possible_limits(config))
         if limit is not None and task.seq_len > limit:
-            raise UsageError(resolve.too_long(task.seq_len, limit, task.source.name))
+            raise UsageError(beyond_positions(task.source.name, task.seq_len, limit))
         return task.seq_len
 
     def check(self, asked: Combination, tell: Tell) -> Checked:

@@ -67,7 +67,9 @@ def resolve(
         notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
     else:
         seq_len = wanted.seq_len
-        mistakes += [too_long(length, limit, facts.model) for length in seq_len if limit is not None and length > limit]
+        mistakes += [
+            beyond_positions(facts.model, length, limit) for length in seq_len if limit is not None and length > limit
+        ]
 
     specs = wanted.strategies or default_strategies(facts)
     if wanted.strategies is None and facts.only_own is not None:
@@ -120,11 +122,6 @@ def resolve(
 def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
     """What is compared where nothing is named."""
     return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
-
-
-def too_long(seq_len: int, limit: int, model: str) -> str:
-    """What is wrong with a sequence that is longer than the model's positions."""
-    return beyond_positions(model, seq_len, limit)
 
 
 def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:

@@ -33,6 +33,8 @@ from gcbench.simulate.child import failure
 from gcbench.simulate.explain import explain
 from gcbench.simulate.layer_policies import uniform_plans
 from gcbench.simulate.parallel import on_two_cores
+from gcbench.simulate.predictor import Step
+from gcbench.simulate.timeline import Peak
 from gcbench.strategies import OFF, Plan
 from gcbench.tasks import Answer, Decided, Planning, PlanTask, Refusal
 from gcbench.units import format_bytes
@@ -328,21 +330,23 @@ class Planner:
                 return self._gains(candidate, own)
         return gains(self.task, weighing.session, candidate, step, trial, held=weighing.counted, usable=weighing.usable)
 
-    def _peak_words(self, candidate: Candidate) -> str:
-        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
+    def _traced(self, candidate: Candidate) -> tuple[Step, Peak]:
+        """Its step from a trace of this very batch size, and what the target sees of it."""
         _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return self.weighing.scaling(candidate.plan).traced(candidate.batch_size), peak
+
+    def _peak_words(self, candidate: Candidate) -> str:
+        step, peak = self._traced(candidate)
         told = explain(step.assembly, peak, ())
         shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
         return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
 
     def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
-        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
-        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        step, peak = self._traced(candidate)
         return additions(step, self.weighing.session.weighed, peak)
 
     def _fallback(self, candidate: Candidate) -> Fallback | None:
-        step = self.weighing.scaling(candidate.plan).traced(candidate.batch_size)
-        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        step, peak = self._traced(candidate)
         return self.weighing.session.fallback(step, peak)
 
     def _told(self, candidate: Candidate) -> Told:
