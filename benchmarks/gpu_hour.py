@@ -50,8 +50,8 @@ def main() -> None:
 
         if "tests" in stages:
             tests = [str(path) for path in sorted((ROOT / "tests").glob("**/test_gpu*.py"))]
-            quiet = ("-m", "gpu", "-q", "--tb=short", "-n", "8")  # memory alone is asserted, so they may share the card
-            stage("tests", *python, "-m", "pytest", "-p", "no:benchmark", *quiet, *tests, at_most_s=180)
+            quiet = ("-m", "gpu", "-q", "--tb=short", "-n", "4")  # most of their time is imports, which share no card
+            stage("tests", *python, "-m", "pytest", "-p", "no:benchmark", *quiet, *tests, at_most_s=250)
         if "loops" in stages:
             stage("loops", *python, "benchmarks/plain_loop.py", str(out / "plain-loop.json"), at_most_s=120)
         for name, flags in RUNS.items() if "runs" in stages else ():
@@ -80,6 +80,9 @@ def _run(command: tuple[str, ...], log: object, timeout_s: float) -> int | str:
     try:
         return child.wait(timeout=timeout_s)
     except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGINT)  # pytest then says why tests failed
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(timeout=10)
         with suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGTERM)
         with suppress(subprocess.TimeoutExpired):
