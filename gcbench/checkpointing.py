@@ -22,6 +22,7 @@ from gcbench import keeping, own_way
 from gcbench.errors import UsageError
 from gcbench.keeping import KeptThenChanged
 from gcbench.operators import operator_name, targets
+from gcbench.random_draws import has_dropout, in_step
 from gcbench.segments import Contexts, NotASegment, Segment
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.selective import NAMED
@@ -166,8 +167,9 @@ def apply_groups(
 ) -> None:
     """Checkpoint groups of the `model`'s `layers`, each with its policy."""
     segments: list[Segment] = []
+    draws = has_dropout(model)
     for group, policy in groups:
-        contexts = _contexts(policy)
+        contexts = _contexts(policy, draws=draws)
         segment = None
         if len(group) > 1:
             segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
@@ -238,12 +240,21 @@ def save_on_host() -> AbstractContextManager[Any]:
     return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type="cuda")
 
 
-def _contexts(policy: Policy) -> Contexts:
-    """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept."""
-    if policy.skip:
-        return partial(keeping.contexts, policy)
-    if not policy.keep:
+def _contexts(policy: Policy, *, draws: bool = False) -> Contexts:
+    """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept.
+
+    Args:
+        policy: what to keep and to skip.
+        draws: whether layers may draw random numbers, which then are watched over, at some microseconds a call.
+    """
+    if not policy.keep and not policy.skip:
         return noop_context_fn
+    make = partial(keeping.contexts, policy) if policy.skip else _keeping(policy)
+    return (lambda: make() if torch.compiler.is_compiling() else in_step(make())) if draws else make
+
+
+def _keeping(policy: Policy) -> Contexts:
+    """torch's own contexts of selective checkpointing, which refuse what was kept and changed since."""
     names = [name.removeprefix("aten::") for name in policy.keep]
     everywhere = frozenset(name for name in names if "#" not in name)
     places = frozenset(name for name in names if "#" in name)

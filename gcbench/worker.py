@@ -14,14 +14,13 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-import torch
-
 from gcbench import checkpointing, devices, flash, models, sketch
 from gcbench.devices import Device
 from gcbench.diagnoses import Observation, diagnose
 from gcbench.errors import GcbenchError, first_sentence
 from gcbench.fingerprint import Fingerprint
 from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.random_draws import has_dropout
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.seeding import state_outside_torch
 from gcbench.segments import NotASegment
@@ -196,7 +195,7 @@ class _Measurement:
                 steps_s=self.steps_s,
                 wall_s=0.0,
                 draws_outside_torch=self.draws_outside_torch,
-                draws_other_dropout=task.plan.compiled and _has_dropout(self.model),
+                draws_other_dropout=task.plan.compiled and has_dropout(self.model),
             ),
             fingerprint=self.fingerprint,
         )
@@ -312,15 +311,6 @@ def _crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Fai
         kind="crash",
         message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}{advice}",
         detail="".join(traceback.format_exception(err)),
-    )
-
-
-def _has_dropout(model: torch.nn.Module) -> bool:
-    """Whether a module drops anything; attention keeps its share as a number."""
-    return any(
-        (isinstance(module, torch.nn.Dropout) and module.p > 0)
-        or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
-        for module in model.modules()
     )
 
 

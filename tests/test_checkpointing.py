@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from gcbench import checkpointing, models, sketch, sources, strategies, training
+from gcbench import checkpointing, models, random_draws, sketch, sources, strategies, training
 from gcbench.devices import open_device
 from gcbench.strategies import Plan, Policy
 
@@ -190,3 +190,45 @@ def test_torch_still_misses_it():
     contexts = partial(create_selective_checkpoint_contexts, keep_products)
     output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     assert not torch.allclose(torch.autograd.grad(output, x)[0], expected)
+
+
+class DropsTwice(torch.nn.Module):
+    """A layer whose first dropout is one operator, as on a card, where attention that drops is one too."""
+
+    def forward(self, x):
+        dropped, _ = torch.native_dropout(x.sin(), 0.5, True)
+        other, _ = torch.native_dropout(dropped.cos(), 0.5, True)
+        return torch.nn.functional.dropout(other.sin() * dropped, 0.5)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Policy(keep=("native_dropout",)),
+        Policy(keep=("native_dropout#0",)),
+        Policy(keep=("native_dropout#0",), skip=("sin#0",)),
+    ],
+)
+def test_a_kept_draw_leaves_the_draws_after_it_as_they_were(policy):
+    """The trap, which a card alone shows: what is kept is not drawn again, and what follows draws its numbers."""
+    layer, x = DropsTwice(), torch.randn(64, 64, requires_grad=True)
+
+    def gradient(run):
+        torch.manual_seed(0)
+        (found,) = torch.autograd.grad(run().sum(), x)
+        return found, torch.rand(1)
+
+    expected, behind = gradient(lambda: layer(x))
+
+    def recomputed(draws):
+        contexts = checkpointing._contexts(policy, draws=draws)
+        return gradient(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts))
+
+    found, after = recomputed(draws=True)
+    assert torch.equal(found, expected) and torch.equal(after, behind)
+    assert not torch.equal(recomputed(draws=False)[0], expected)  # what this mends
+
+
+def test_a_model_that_drops_is_watched(tmp_path):
+    assert random_draws.has_dropout(build(tmp_path, "gpt2"))
+    assert not random_draws.has_dropout(build(tmp_path, "llama"))
