@@ -36,14 +36,28 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     entered = racing.contenders(decision.candidates)
     if not entered:
         return planned
-    named = {each: _spec(each, planned, store) for each in entered}
-    job = _job(planned, named)
-    report = runner.begin(job, planned.machine, planned.facts, planned.command)
-    store.save(report)
-    report, num_rounds, still_in = _race(report, job, planned, children=children, store=store, progress=progress)
-    measured = _measured(report, named, planned)
+    named: dict[Candidate, str] = {}
+    report: Report | None = None
+    num_rounds = 0
+    still_in: Sequence[Cell] = ()
+    while entered:
+        named |= {each: _spec(each, planned, store) for each in entered}
+        job = _job(planned, named)
+        report = _with_cells_of(report, runner.begin(job, planned.machine, planned.facts, planned.command))
+        store.save(report)
+        cells = job.cells[-len(entered) :]
+        report, rounds_now, still_in = _race(
+            report, job, cells, planned, children=children, store=store, progress=progress
+        )
+        num_rounds = max(num_rounds, rounds_now)
+        measured = _measured(report, named, planned)
+        if any(each.fits for each in measured):
+            break
+        # What should have fitted did not, so those come next that are expected to be slower.
+        entered = racing.contenders([each for each in decision.candidates if each not in named])
+    assert report is not None
     if not any(each.source == "measured" for each in measured):
-        raise GcbenchError(f"none of {counted(len(entered), 'setting')} that ran can be used; {store.folder} says why")
+        raise GcbenchError(f"none of {counted(len(named), 'setting')} that ran can be used; {store.folder} says why")
     before = _before(planned)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
     rounds = {now: _outcome_of(report, named[was], was).rounds for was, now in zip(named, measured, strict=True)}
@@ -54,15 +68,23 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     ]
     decided = replace(
         settled(decision, dict(zip(named, measured, strict=True)), alike=alike, rounds=rounds),
-        times_from=f"measurements of {counted(len(entered), 'setting')} in up to {counted(num_rounds, 'round')}",
+        times_from=f"measurements of {counted(len(named), 'setting')} in up to {counted(num_rounds, 'round')}",
         notices=(
             *(notice for notice in decision.notices if notice not in before),
-            f"Measured: {counted(len(entered), 'setting')} that could be the best, {counted(steps, 'training step')}; "
+            f"Measured: {counted(len(named), 'setting')} that could be the best, {counted(steps, 'training step')}; "
             "what was not run is an estimate, in the scale of what was.",
             *unproven(rows(report)),
         ),
     )
     return replace(planned, decision=decided)
+
+
+def _with_cells_of(report: Report | None, begun: Report) -> Report:
+    """A report of more cells, with what was measured so far."""
+    if report is None:
+        return begun
+    done = {outcome.cell: outcome for outcome in report.outcomes}
+    return replace(begun, outcomes=tuple(done.get(each.cell, each) for each in begun.outcomes))
 
 
 def _outcome_of(report: Report, spec: str, candidate: Candidate) -> Outcome:
@@ -89,12 +111,17 @@ def settled(
     ran = list(measured.values())
     fitting = [each for each in ran if each.fits]
     if not fitting:
+        others = [each for each in decision.candidates if each not in measured]
+        smallest = min((each for each in ran if each.source == "measured"), key=lambda each: each.peak_bytes)
+        rest = choose([each for each in others if each.peak_bytes < smallest.peak_bytes])
+        if rest is not None:
+            decision = _of(decision, rest)
         return replace(
             decision,
-            choice=None,
-            smallest=min((each for each in ran if each.source == "measured"), key=lambda each: each.peak_bytes),
-            candidates=ranked(ran) + tuple(each for each in decision.candidates if each not in measured),
-            binding=None,
+            choice=rest,
+            smallest=None if rest else smallest,
+            candidates=ranked(ran) + tuple(others),
+            binding=None if rest is None else "the fastest by estimate of those that fit: no setting that ran did",
         )
     leader = choose(ran)
     assert leader is not None
@@ -108,16 +135,21 @@ def settled(
         if each not in measured
     ]
     candidates = ranked(ran) + ranked(estimates)
-    told = next((told for told in decision.told if told.of == entered), None)
     return replace(
-        decision,
+        _of(decision, entered),
         choice=choice,
         candidates=candidates,
         binding=" ".join(filter(None, (told_apart.sentence(choice, others), why_not_faster(candidates, choice)))),
-        peak_words=decision.peak_words if told is None else told.peak_words,
-        gains=decision.gains if told is None else told.gains,
-        additions=decision.additions if told is None else told.additions,
-        fallback=decision.fallback if told is None else told.fallback,
+    )
+
+
+def _of(decision: Decision, candidate: Candidate) -> Decision:
+    """What is said of the choice, said of another candidate as far as that is known."""
+    told = next((told for told in decision.told if told.of == candidate), None)
+    if told is None:
+        return decision if candidate == decision.choice else replace(decision, peak_words="", gains=(), additions=())
+    return replace(
+        decision, peak_words=told.peak_words, gains=told.gains, additions=told.additions, fallback=told.fallback
     )
 
 
@@ -166,7 +198,7 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
         warmup=1,
         steps=_STEPS,
         rounds=racing.MOST_ROUNDS,
-        memory_limit=None,
+        memory_limit=_room(planned),
     )
     return Job(
         settings=wanted,
@@ -179,11 +211,27 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
     )
 
 
+def _room(planned: Planned) -> int | None:
+    """What the allocator of a card may take, so that it gives back what it keeps where a smaller device would run out.
+
+    Without a limit, a card with room to spare holds more than the device that was asked about would ever be asked for.
+    """
+    usable = planned.decision.usable_bytes
+    return None if usable is None or planned.machine.device == "cpu" else usable - planned.decision.outside_bytes
+
+
 def _race(
-    report: Report, job: Job, planned: Planned, *, children: Children, store: Store, progress: Progress
+    report: Report,
+    job: Job,
+    cells: Sequence[Cell],
+    planned: Planned,
+    *,
+    children: Children,
+    store: Store,
+    progress: Progress,
 ) -> tuple[Report, int, Sequence[Cell]]:
     """Rounds of those that are still in, how many there were, and who was in at the end."""
-    running: Sequence[Cell] = job.cells
+    running = cells
     progress.begin(num_steps=len(running) * racing.MOST_ROUNDS * (_STEPS + 2), num_rounds=racing.MOST_ROUNDS)
     for number in range(racing.MOST_ROUNDS):
         for cell in running:

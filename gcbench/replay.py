@@ -97,30 +97,37 @@ class Replayer:
         """
         call = _Call.read(text)
         taken: list[tuple[torch.Tensor, bool]] = []
-        """(memory, is cold) of each tensor so far."""
-
-        def built(value: Any, is_written: bool) -> Any:
-            spec = tensor_spec(value)
-            if spec is not None:
-                is_cold = bool(cold >> len(taken) & 1)
-                used = {id(memory) for memory, _ in taken}
-                memory = self._take(spec, used, bound=call.bound, is_cold=is_cold, is_written=is_written)
-                taken.append((memory, is_cold))
-                return memory.as_strided(spec.sizes, spec.strides)
-            if isinstance(value, dict):
-                return getattr(torch, value["torch"])
-            if isinstance(value, list):
-                return [built(part, is_written) for part in value]
-            return value
-
-        args = [built(value, place in call.written) for place, value in enumerate(call.args)]
-        kwargs = {name: built(value, name in call.written) for name, value in call.kwargs.items()}
+        args = [self._built(value, call, cold, taken, place in call.written) for place, value in enumerate(call.args)]
+        kwargs = {
+            name: self._built(value, call, cold, taken, name in call.written) for name, value in call.kwargs.items()
+        }
         if call.offsets is not None:
             args[call.offsets] = _offsets(args[call.offsets], args[0])
         if call.takes_device:
             kwargs["device"] = self.device
         hot = tuple(memory for memory, is_cold in taken if not is_cold)
         return Made(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
+
+    def _built(
+        self, value: Any, call: _Call, cold: int, taken: list[tuple[torch.Tensor, bool]], is_written: bool
+    ) -> Any:
+        """An argument; tensors are added to `taken`, as (memory, is cold).
+
+        A method, as a function that calls itself would be a circle, which holds its memory until Python looks for
+        circles: a plan for a card ran out of 80 GiB.
+        """
+        spec = tensor_spec(value)
+        if spec is not None:
+            is_cold = bool(cold >> len(taken) & 1)
+            used = {id(memory) for memory, _ in taken}
+            memory = self._take(spec, used, bound=call.bound, is_cold=is_cold, is_written=is_written)
+            taken.append((memory, is_cold))
+            return memory.as_strided(spec.sizes, spec.strides)
+        if isinstance(value, dict):
+            return getattr(torch, value["torch"])
+        if isinstance(value, list):
+            return [self._built(part, call, cold, taken, is_written) for part in value]
+        return value
 
     def _take(self, spec: TensorSpec, used: set[int], *, bound: int, is_cold: bool, is_written: bool) -> torch.Tensor:
         """Memory for the tensor, which is none of `used`; whole numbers in it are below `bound`."""

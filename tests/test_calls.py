@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from timed_calls import pointwise, step_of, tensor
@@ -118,6 +121,22 @@ def test_memory_for_calls_is_bounded():
     for count in range(100, 4000, 100):
         replayer.make(calls.write("aten::silu", [tensor(count)], {}), 1)
         assert replayer._held_bytes <= 2**16
+
+
+def test_memory_for_a_call_goes_with_it():
+    """The trap: held until Python looks for circles, which ran a card out of 80 GiB."""
+    gc.collect()
+    gc.disable()
+    try:
+        replayer = Replayer(torch.device("cpu"), cold_bytes=0, most_bytes=0)
+        made = replayer.make(calls.write("aten::cat", [[tensor(100), tensor(200)]], {}), 0)
+        memory = weakref.ref(made.hot[0])
+        replayer.make(calls.write("aten::silu", [tensor(300)], {}), 0)
+        assert memory() is not None
+        del made
+        assert memory() is None
+    finally:
+        gc.enable()
 
 
 def test_an_operator_that_this_torch_lacks_is_said_not_to_be_replayable():

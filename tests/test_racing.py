@@ -219,3 +219,15 @@ def test_one_that_failed_changes_no_estimate():
     found = settled(decided(first, second, third), ran)
     assert found.choice == ran[second]
     assert found.candidates[-1].tokens_per_s == pytest.approx(400.0)
+
+
+def test_where_nothing_that_ran_fits_an_estimate_that_does_is_the_choice():
+    """The trap: `nothing fits`, above a table of settings that fit."""
+    first, second, small = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "per-layer")
+    small = replace(small, peak_bytes=first.peak_bytes - 1)
+    ran = {each: replace(each, source="measured", fits=False) for each in (first, second)}
+    found = settled(decided(first, second, small), ran)
+    assert (found.choice, found.smallest, found.gains) == (small, None, ())
+    assert "no setting that ran did" in found.binding
+    found = settled(decided(first, second, replace(small, fits=False)), ran)
+    assert found.choice is None and found.smallest in ran.values()

@@ -10,6 +10,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -22,7 +24,7 @@ class Ahead(Generic[T, R]):
 
     def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
         self._pid: int | None = None
-        if not items or not _has_two_cores():
+        if not items or not _can_be_shared():
             return
         reading, writing = os.pipe()
         sys.stdout.flush()
@@ -114,7 +116,11 @@ def _end_with(parent: int) -> None:
         os._exit(1)
 
 
-def _has_two_cores() -> bool:
-    if sys.platform != "linux":
+def _can_be_shared() -> bool:
+    """Whether a copy of this process can trace, and has a core for it.
+
+    autograd keeps a thread for each accelerator that torch sees. After a backward pass, no copy can run one.
+    """
+    if sys.platform != "linux" or torch.cuda.device_count() > 0:
         return False
     return len(os.sched_getaffinity(0)) > 1
