@@ -28,8 +28,8 @@ from truth import REFERENCE
 from gcbench import __version__, config, forecast, sources, targets
 from gcbench.children import ForkedChildren
 from gcbench.codec import decode
+from gcbench.files import write_text
 from gcbench.records import Machine, MemoryPeaks
-from gcbench.report import write_text
 from gcbench.targets import Wish
 from gcbench.units import format_bytes
 

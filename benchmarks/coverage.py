@@ -20,7 +20,7 @@ from typing import Any
 from gcbench import config, forecast
 from gcbench.children import ForkedChildren
 from gcbench.errors import GcbenchError
-from gcbench.report import write_text
+from gcbench.files import write_text
 from gcbench.sources import ModelSource
 from gcbench.targets import Wish, target_of
 

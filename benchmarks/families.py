@@ -22,7 +22,7 @@ from gcbench import check_session
 from gcbench.checks import FAILED, IDENTICAL, NOT_REPEATABLE, UNSUPPORTED, WITHIN_NOISE, WRONG, rows
 from gcbench.children import ForkedChildren
 from gcbench.errors import GcbenchError
-from gcbench.report import write_text
+from gcbench.files import write_text
 from gcbench.sources import ModelSource
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"

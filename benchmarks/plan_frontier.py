@@ -38,11 +38,11 @@ from plan_ground import FULL, OFF, CannotRun, Ground, Point
 
 from gcbench import __version__, cards, sources, strategies
 from gcbench.costs import CardFigures
+from gcbench.files import write_text
 from gcbench.planner.search import Planner
-from gcbench.report import write_text
 from gcbench.simulate.pools import MIN_BLOCK_BYTES
 from gcbench.simulate.target import Target
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 
 STORED = Path(__file__).parent.parent / "results" / "reference" / "plan-frontier.json"
 WAYS = tuple(round(0.05 * step, 2) for step in range(21))

@@ -18,7 +18,7 @@ import torch
 from plan_ground import FULL, OFF, Ground
 
 from gcbench import checkpointing, models, strategies
-from gcbench.calibration import calibrate_for
+from gcbench.calibrate import calibrate_for
 from gcbench.costs import CardFigures, Figures
 from gcbench.devices import cpu
 from gcbench.planner.search import Planner
@@ -26,7 +26,7 @@ from gcbench.simulate.target import Target
 from gcbench.sources import ModelSource
 from gcbench.stats import Estimate, estimate
 from gcbench.strategies import Plan
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 from gcbench.training import TrainingStep, random_batch
 
 CONFIG = {

@@ -29,13 +29,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import checkpointing, config, forecast, models, sources, strategies, targets
 from gcbench.children import ForkedChildren
-from gcbench.report import write_text
+from gcbench.files import write_text
 from gcbench.simulate.child import Session
 from gcbench.simulate.recorder import Recorder, as_in_a_real_run
 from gcbench.simulate.stage import give_storage
 from gcbench.simulate.target import Target
 from gcbench.targets import Wish
-from gcbench.tasks import CellToPredict, PredictTask
+from gcbench.task_predict import CellToPredict, PredictTask
 from gcbench.training import TrainingStep
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"

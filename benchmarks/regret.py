@@ -26,7 +26,7 @@ from typing import Any
 
 from gcbench import racing
 from gcbench.decision import Candidate
-from gcbench.report import write_text
+from gcbench.files import write_text
 from gcbench.strategies.plan_file import as_json, of_json
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
@@ -87,7 +87,7 @@ def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[di
     from gcbench.planner.search import Planner, figures_for
     from gcbench.simulate.target import Target
     from gcbench.strategies import parse
-    from gcbench.tasks import PlanTask
+    from gcbench.task_plan import PlanTask
 
     num_layers = shape.get("num_hidden_layers") or shape["n_layer"]
     with tempfile.TemporaryDirectory() as folder:

@@ -21,11 +21,12 @@ from grid import Case, cases
 from gcbench import config, runner, sources
 from gcbench.children import ForkedChildren
 from gcbench.codec import encode
+from gcbench.describe import DescribeTask
+from gcbench.files import write_text
 from gcbench.progress import QuietProgress
 from gcbench.records import Machine, Report
-from gcbench.report import write_text
 from gcbench.store import Store
-from gcbench.tasks import DescribeTask
+from gcbench.tasks import raise_refusal
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 
@@ -53,7 +54,7 @@ def main() -> None:
     begin = time.perf_counter()
     with ForkedChildren() as children:
         answer = children.run(DescribeTask(device=wanted), on_event=lambda event: None, timeout_s=600.0)
-        runner.raise_refusal(answer)
+        raise_refusal(answer)
         machine = answer.machine
         assert machine is not None
         path = REFERENCE / f"truth-{slug(machine)}.json"

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gcbench import predicted
-from gcbench.decision import FOUND, Decision
 from gcbench.predicted import PredictedCell
 from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
 from gcbench.units import format_bytes
@@ -66,18 +65,6 @@ def _is_lost(setting: Setting, name: str, usable_bytes: int | None) -> bool:
     return usable_bytes is not None and any(
         addition.name == name and addition.peak_bytes > usable_bytes for addition in setting.additions
     )
-
-
-def of_decision(decision: Decision) -> tuple[str, ...]:
-    """What a real run may have that the choice's peak has not, and the other way round; a sentence each."""
-    choice = decision.choice
-    if choice is None:
-        return ()
-    name = "the plan" if choice.strategy == FOUND else choice.strategy
-    chosen = Setting(name=name, fits=True, additions=decision.additions)
-    added = sentence(chosen, (), usable_bytes=decision.usable_bytes)
-    kernels = kernels_sentence(decision.fallback, name, choice.allocated_bytes)
-    return tuple(text for text in (kernels, added) if text)
 
 
 def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:

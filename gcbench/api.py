@@ -20,10 +20,10 @@ from gcbench.checkpointing import RecomputeCounter
 from gcbench.errors import UsageError
 from gcbench.gathering import check_gathering
 from gcbench.replaced import Watch
-from gcbench.resolve import unsupported
 from gcbench.segments import NotASegment
 from gcbench.simulate.stage import Stage
 from gcbench.strategies import Plan
+from gcbench.strategies._for_model import unsupported
 from gcbench.twins import own_plan, twin_of
 from gcbench.units import counted
 

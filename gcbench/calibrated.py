@@ -21,8 +21,8 @@ from statistics import median
 from gcbench.calls import form
 from gcbench.codec import decode, encode
 from gcbench.costs import Caller, Work, WorkKind
+from gcbench.files import write_text
 from gcbench.records import Machine
-from gcbench.report import write_text
 
 SCHEMA = 2
 """Of the file. A file of another is measured again."""

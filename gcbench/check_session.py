@@ -11,20 +11,22 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import changes, check_view, checks, counting, preflight, runner, sources, streams
+from gcbench import changes, check_view, checks, counting, preflight, sources, streams
 from gcbench.checks import FAILED, UNSUPPORTED, Check, Checked, Combination
 from gcbench.children import Children, ForkedChildren
 from gcbench.codec import encode
+from gcbench.describe import DescribeTask, operators
 from gcbench.errors import Interrupted, ThresholdBroken
+from gcbench.files import write_text
 from gcbench.formats.json_rows import document
 from gcbench.interruption import ignore_more
 from gcbench.records import Json, Machine, ModelFacts
-from gcbench.report import write_text
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OWN
 from gcbench.tables import NOTHING_SHOWN
-from gcbench.tasks import Answer, CheckTask, DescribeTask, ReferenceRun
+from gcbench.task_check import CheckTask, ReferenceRun
+from gcbench.tasks import Answer, raise_refusal
 
 _VERSIONS = ("gcbench", "torch", "transformers", "peft")
 _DESCRIBE_TIMEOUT_S = 600.0
@@ -169,7 +171,7 @@ def run(
     try:
         while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
             answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
-            runner.raise_refusal(Answer(refusal=answer.refusal))
+            raise_refusal(Answer(refusal=answer.refusal))
             facts = answer.facts or facts
             notices |= dict.fromkeys(answer.notices)
             if facts is not None and facts.only_own is not None and wanted.strategies is None and not is_own:
@@ -214,13 +216,12 @@ def _with_own(
 
 
 def _machine(wanted: Wanted, children: Children) -> Machine:
-    operators = runner.operators(wanted.strategies or ())
     answer = children.run(
-        DescribeTask(device=wanted.device, operators=operators),
+        DescribeTask(device=wanted.device, operators=operators(wanted.strategies or ())),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
     )
-    runner.raise_refusal(answer)
+    raise_refusal(answer)
     assert answer.machine is not None
     return answer.machine
 
@@ -230,7 +231,7 @@ def _facts(wanted: Wanted, source: ModelSource, children: Children) -> ModelFact
     answer = children.run(
         replace(_task(wanted, source, []), combinations=()), on_event=lambda event: None, timeout_s=wanted.timeout_s
     )
-    runner.raise_refusal(answer)
+    raise_refusal(answer)
     assert answer.facts is not None
     return answer.facts
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch._inductor import config as inductor_config
 
-from gcbench import checkpointing, devices, models, resolve, strategies
+from gcbench import checkpointing, devices, models, strategies
 from gcbench.check_evidence import NUM_STEPS, Gradients, Reference, Seen, noted_warnings
 from gcbench.check_models import ModelMaker
 from gcbench.checks import (
@@ -32,8 +32,10 @@ from gcbench.preflight import beyond_positions
 from gcbench.records import ModelFacts, Phase
 from gcbench.scaledown import scaled_down
 from gcbench.seeding import state_outside_torch
+from gcbench.strategies._for_model import not_for, plan_of, unsupported
 from gcbench.tables import NOT_ITSELF, NOTHING_SHOWN, SEEDED, is_repeatable, tolerance
-from gcbench.tasks import Answer, CheckTask, ReferenceRun, Refusal
+from gcbench.task_check import CheckTask, ReferenceRun
+from gcbench.tasks import Answer, Refusal
 from gcbench.training import TrainingStep, random_batch
 from gcbench.units import counted
 
@@ -108,7 +110,7 @@ class _Checker:
         except ValueError as err:
             smaller = "" if self.task.full_size else " (it is scaled down; add --full-size to check all of its layers)"
             return Checked(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
-        why = resolve.not_for(plan, self.facts) or resolve.unsupported(plan, self.name.partition(":")[0])
+        why = not_for(plan, self.facts) or unsupported(plan, self.name.partition(":")[0])
         if why is not None:
             return Checked(number=0, verdict=UNSUPPORTED, message=why)
         seen = Seen()
@@ -172,7 +174,7 @@ class _Checker:
         order = tuple(reference.seen.ran.order)
         natural = order == tuple(range(self.facts.num_layers))
         facts = replace(self.facts, layers_in_order=None if natural else order)
-        return resolve.plan_of(strategies.parse(spec), facts)
+        return plan_of(strategies.parse(spec), facts)
 
     def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
         if setting not in self._references:

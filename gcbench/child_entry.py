@@ -2,29 +2,45 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
+import signal
 import sys
+import threading
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 from gcbench.codec import encode
-from gcbench.report import write_text
-from gcbench.tasks import Answer, Refusal, Task
+from gcbench.files import write_text
+from gcbench.tasks import Answer, Refusal, Task, handler_of
 
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
-    """Write the answer of `worker.main`, whose imports the server process has done already."""
+    """Write the answer of the task's handler, whose heavy imports the server process has done already."""
     _redirect_output(log_path)
-    write_text(Path(answer_path), json.dumps(encode(_answer(task, connection))))
+    write_text(Path(answer_path), json.dumps(encode(run_task(task, connection))))
 
 
-def _answer(task: Task, connection: Connection) -> Answer:
+def run_task(task: Task, connection: Connection) -> Answer:
+    """What a child process does with its task: what the handler answers, which tells events meanwhile."""
     try:
-        from gcbench import worker
+        handle = handler_of(task)
     except ImportError as err:
         return Answer(refusal=Refusal.of_broken_library(err))
-    return worker.main(task, connection)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # what the server imported is never garbage: looking through it would take longer than a small step
+    gc.enable()
+    _offer_to_the_kernel()
+    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+
+    def tell(event: object) -> None:
+        with suppress(OSError):
+            connection.send(event)
+
+    return handle(task, tell)
 
 
 def _redirect_output(log_path: str) -> None:
@@ -35,3 +51,18 @@ def _redirect_output(log_path: str) -> None:
     for stream in (1, 2):
         os.dup2(log, stream)
     os.close(log)
+
+
+def _offer_to_the_kernel() -> None:
+    """When memory runs out, this process goes first: not the parent, which holds the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _die_with_parent(connection: Connection) -> None:
+    """End this process when the other end of the pipe closes: nobody is left to want the answer."""
+    with suppress(OSError):
+        try:
+            connection.recv()
+        except EOFError:
+            os._exit(1)

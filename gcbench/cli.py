@@ -83,9 +83,9 @@ def run(
     Gradient checkpointing is also called activation checkpointing; the two mean the same here.
     """
     given = flags.given(locals())
-    from gcbench import commands
+    from gcbench import run_command
 
-    commands.run(given, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+    run_command.run(given, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
 
 
 @app.command()
@@ -122,9 +122,9 @@ def predict(
     Nothing is computed. What the step allocates is replayed through the card's allocator.
     """
     given = flags.given(locals())
-    from gcbench import commands
+    from gcbench import predict_command
 
-    commands.predict(
+    predict_command.run(
         given,
         device_memory=device_memory,
         device_file=device_file,
@@ -177,7 +177,7 @@ def plan(
     given = flags.given(locals())
     from gcbench import plan_command
 
-    plan_command.plan(
+    plan_command.run(
         given,
         batch=batch_size,
         reserve=reserve,
@@ -228,9 +228,9 @@ def check(
     """
     tried = {"precision": precision, "optim": optim, "attn_implementation": attn_implementation}
     given = {name: value for name, value in flags.given(locals()).items() if name not in tried}
-    from gcbench import commands
+    from gcbench import check_command
 
-    commands.check(
+    check_command.run(
         given,
         **tried,
         tuned=train,

@@ -3,176 +3,19 @@
 from __future__ import annotations
 
 import json
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from gcbench import config as configs
-from gcbench import formats, screen, settings_file, spellings, streams
+from gcbench import formats, screen, streams
 from gcbench import report as reports
 from gcbench.errors import ThresholdBroken, UsageError
-from gcbench.records import SCHEMA, Report
-from gcbench.report import write_text
+from gcbench.files import write_text
+from gcbench.records import SCHEMA
 from gcbench.screen import Column, Table
-from gcbench.settings_file import FileSettings
+from gcbench.tasks import raise_refusal
 from gcbench.units import format_bytes, format_count
-
-
-def run(
-    flags: dict[str, object],
-    *,
-    config: Path | None,
-    out: Path | None,
-    resume: bool,
-    as_json: bool,
-    quiet: bool,
-    argv: Sequence[str],
-) -> None:
-    """Settings, cells, outcomes, report: measure what `flags` and the files say, and show it."""
-    previous: Report | None = None
-    if resume:
-        if out is None:
-            raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
-        previous = reports.reopen(out)
-    file = settings_file.read(config, "run")
-    raw = {**(previous.settings if previous else {}), **file.settings, **flags}
-    wanted = configs.settings(raw)
-    tell(file, raw, quiet=quiet)
-    from gcbench import session  # only now: a wrong value is told before anything else is imported
-
-    session.measure(
-        wanted, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
-    )
-
-
-def predict(
-    flags: dict[str, object],
-    *,
-    device_memory: str | None,
-    device_file: Path | None,
-    reserve: str | None,
-    expandable_segments: bool,
-    explain: bool,
-    exact: bool,
-    config: Path | None,
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
-    argv: Sequence[str],
-) -> None:
-    """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
-    from gcbench.headroom import parse_reserve
-    from gcbench.targets import Wish
-
-    file = settings_file.read(config, "predict")
-    raw = {**file.settings, **flags}
-    # A card's name is no device of this machine; memory and segments are settings of a prediction alone.
-    device = raw.pop("device", None)
-    memory = memory_of_device(device_memory, file, raw.pop("memory_limit", None))
-    if device is not None and not isinstance(device, str):
-        raise UsageError(f"--device: {device!r} is not a name; write it as text")
-    wanted = configs.settings(raw)
-    wish = Wish(
-        device=None if device is None else spellings.device(device),
-        device_memory=memory,
-        device_file=file.file("device_file", device_file),
-        expandable_segments=file.is_set("expandable_segments", expandable_segments),
-        explain=file.is_set("explain", explain),
-        exact=file.is_set("exact", exact),
-        reserve_frac=parse_reserve(file.text("reserve", reserve)),
-    )
-    tell(file, raw, quiet=quiet)
-    from gcbench import forecast  # only now: a wrong value is told before anything else is imported
-
-    forecast.predict(wanted, wish, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet)
-
-
-def memory_of_device(given: str | None, file: FileSettings, limit: object) -> int | None:
-    """Bytes that a device has by --device-memory, or else by the file, where `memory_limit` means it as well."""
-    if given is not None:
-        return configs.parse_memory("--device-memory", given)
-    if "device_memory" in file.values:
-        return configs.parse_memory("--device-memory", file.values["device_memory"])
-    return configs.parse_memory("--memory-limit", limit)
-
-
-def tell(file: FileSettings, raw: Mapping[str, object], *, quiet: bool) -> None:
-    """Say on standard error what of a file was left out, and what of `raw` was taken in another sense."""
-    file.tell(quiet=quiet)
-    for sentence in () if quiet else configs.notices(raw):
-        print(sentence, file=sys.stderr)
-
-
-def check(
-    flags: dict[str, object],
-    *,
-    precision: str | None,
-    optim: str | None,
-    attn_implementation: str | None,
-    tuned: str | None,
-    compiled: bool,
-    full_size: bool,
-    config: Path | None,
-    out: Path | None,
-    as_json: bool,
-    quiet: bool,
-    argv: Sequence[str],
-) -> None:
-    """Combinations, small real steps, verdicts: does checkpointing work for this model?"""
-    from gcbench import checks
-
-    file = settings_file.read(config, "check")
-    tried = {
-        "precision": precision if precision is not None else file.values.get("precision"),
-        "optim": optim if optim is not None else file.values.get("optim"),
-        "attn_implementation": (
-            attn_implementation if attn_implementation is not None else file.values.get("attn_implementation")
-        ),
-        "train": tuned if tuned is not None else file.values.get("train"),
-    }
-    others = {key: value for key, value in file.settings.items() if key not in tried}
-    wanted = configs.settings({"batch_size": "2", **others, **flags})
-    for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
-        if len(values) > 1:
-            raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
-    if wanted.strategies == ("off",):
-        raise UsageError(
-            "--strategies off: it is what all others are compared with; name another, or leave the flag out"
-        )
-    choice = {
-        "precisions": configs.several("--precision", tried["precision"], configs.precision),
-        "optims": configs.several("--optim", tried["optim"], configs.optimizer),
-        "attentions": configs.several("--attn-implementation", tried["attn_implementation"], configs.attention),
-        "tuned": configs.several("--train", tried["train"], configs.one_of(checks.TUNED)),
-    }
-    compiled = compiled and not file.is_set("no_compile", False)
-    full_size = file.is_set("full_size", full_size)
-    tell(file, {**others, **flags, **tried}, quiet=quiet)
-    from gcbench import check_session  # only now: a wrong value is told before anything else is imported
-
-    check_session.check(
-        check_session.Wanted(
-            model=wanted.model,
-            strategies=tuple(s for s in wanted.strategies if s != "off") if wanted.strategies else None,
-            compiled=compiled,
-            device=wanted.device,
-            batch_size=wanted.batch_size[0],
-            seq_len=wanted.seq_len[0] if wanted.seq_len else None,
-            layers=wanted.layers,
-            overrides=wanted.set,
-            full_size=full_size,
-            trust_remote_code=wanted.trust_remote_code,
-            seed=wanted.seed,
-            timeout_s=wanted.timeout,
-            **choice,
-        ),
-        out=out,
-        command=shlex.join(["gcbench", *argv]),
-        as_json=as_json,
-        quiet=quiet,
-    )
 
 
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
@@ -322,14 +165,13 @@ def strategies(*, as_json: bool) -> None:
 
 def env(*, device: str, as_json: bool) -> None:
     """Describe the machine, asked of a child process."""
-    from gcbench import runner
     from gcbench.children import ForkedChildren
-    from gcbench.tasks import DescribeTask
+    from gcbench.describe import DescribeTask
 
     wanted = configs.parse_device(device)
     with ForkedChildren() as children:
         answer = children.run(DescribeTask(device=wanted), on_event=lambda event: None, timeout_s=120)
-    runner.raise_refusal(answer)
+    raise_refusal(answer)
     machine = answer.machine
     assert machine is not None
     row: dict[str, object] = {

@@ -14,7 +14,7 @@ from gcbench.units import format_bytes, format_percent
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from gcbench.plan_session import Planned
+    from gcbench.planned import Planned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
 
-from gcbench.progress import Heartbeat, TwoLines
+from gcbench.errors import GcbenchError
 from gcbench.units import format_seconds
 
 _PAUSE_S = 5.0
@@ -99,3 +103,49 @@ def choose(console: Console, *, verb: str, noun: str, quiet: bool) -> Counter:
         return Counter()
     kind = LiveCounter if console.is_terminal else PlainCounter
     return kind(console, verb=verb, noun=noun)
+
+
+_SILENCES_S = (10.0, 20.0, 30.0, 60.0)
+"""After how long without a word one is said in plain lines; the last again and again."""
+
+
+class Heartbeat:
+    """Calls `say` where nothing was said for a while, on a thread of its own, so that a long wait is seen to be one."""
+
+    def __init__(self, say: Callable[[], None], *, silences_s: tuple[float, ...] = _SILENCES_S) -> None:
+        self._say = say
+        self._silences_s = silences_s
+        self._spoken, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def spoken(self) -> None:
+        """Something else was said: the next silence begins now."""
+        self._spoken.set()
+
+    def stop(self) -> None:
+        self._ended.set()
+        self._spoken.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        turn = 0
+        while not self._ended.is_set():
+            if self._spoken.wait(self._silences_s[min(turn, len(self._silences_s) - 1)]):
+                self._spoken.clear()
+                turn = 0
+                continue
+            turn += 1
+            with suppress(OSError, GcbenchError):  # nobody listens any more, which the main thread will find out
+                self._say()
+
+
+class TwoLines(Progress):
+    """The description on a line of its own: beside the bar it would push the figures off a narrow screen."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield Text(task.description, no_wrap=True, overflow="ellipsis")
+        yield self.make_tasks_table(self.tasks)

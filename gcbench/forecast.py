@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -15,18 +15,20 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import counting, flash, formats, headroom, predicted, preflight, runner, sources, streams
+from gcbench import counting, flash, formats, headroom, predicted, preflight, sources, streams
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import DEFAULT_STRATEGIES, Settings
+from gcbench.describe import describe
 from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.files import write_text
 from gcbench.interruption import ignore_more
-from gcbench.records import Failure, Machine, Outcome, Report
-from gcbench.report import write_text
-from gcbench.resolve import Job, resolve
+from gcbench.records import Failure, Outcome, Report
+from gcbench.resolve import Job, begin, described, resolve
 from gcbench.simulate.target import Target
 from gcbench.store import Store
 from gcbench.targets import CPU, Wish, target_of
-from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask
+from gcbench.task_predict import CellToPredict, Predicted, PredictTask
+from gcbench.tasks import Answer, raise_refusal
 from gcbench.units import counted, format_bytes
 
 OnCell = Callable[[Report, int, int], object]
@@ -108,7 +110,7 @@ def forecast(
     """
     here = wish.device if target is None and wish.device else "auto" if target is None else CPU
     _check_attention(wanted, target)
-    machine, facts = runner.describe(replace(wanted, device=here), source, children[0], target=target)
+    machine, facts = describe(replace(wanted, device=here), source, children[0], target=target)
     if target is None:
         target = target_of(wish, machine)
         _check_attention(wanted, target)
@@ -116,7 +118,7 @@ def forecast(
     job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
     if flash.is_stood_in(wanted.attn_implementation, target):
         job = replace(job, notices=(*job.notices, flash.NOTICE))
-    report = runner.begin(job, described(machine, target), facts, command)
+    report = begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
     report = replace(report, source="predicted", settings=settings | wish.as_json())
@@ -129,25 +131,6 @@ def _check_attention(wanted: Settings, target: Target | None) -> None:
         target,
         precision=wanted.precision,
         specs=wanted.strategies or DEFAULT_STRATEGIES,
-    )
-
-
-def described(machine: Machine, target: Target) -> Machine:
-    """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
-    if target.kind == CPU or target.name == machine.device:
-        return machine
-    card = target.card
-    name = card.title if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
-    known: Mapping[str, str | None] = {
-        "compute_capability": card.compute_capability if card else None,
-        "predicted_on": machine.device_name,
-    }
-    return replace(
-        machine,
-        device=target.name,
-        device_name=name,
-        device_memory_bytes=target.memory_bytes,
-        settings={key: value for key, value in known.items() if value is not None},
     )
 
 
@@ -226,7 +209,7 @@ def _answer(
 
     while waiting and not halted.is_set():
         answer = children.run(task(tuple(waiting.values())), on_event=on_event, timeout_s=timeout_s)
-        runner.raise_refusal(Answer(refusal=answer.refusal))
+        raise_refusal(Answer(refusal=answer.refusal))
         if waiting and not halted.is_set():  # the child ended at the first of those that are left
             number = next(iter(waiting))
             del waiting[number]

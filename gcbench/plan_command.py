@@ -10,8 +10,9 @@ from typing import TypeVar
 
 from gcbench import config as configs
 from gcbench import headroom, settings_file, spellings
-from gcbench.commands import memory_of_device, tell
 from gcbench.errors import UsageError
+from gcbench.planned import Asked
+from gcbench.settings_file import memory_of_device, tell
 
 T = TypeVar("T")
 
@@ -19,7 +20,7 @@ _OF_THE_WORKLOAD = ("precision", "optim", "attn_implementation", "layers", "set"
 """What a stored run or plan was made for, and cannot be changed afterwards."""
 
 
-def plan(
+def run(
     flags: dict[str, object],
     *,
     batch: str | None,
@@ -80,7 +81,7 @@ def plan(
     from gcbench import plan_session  # only now: a wrong value is told before anything else is imported
     from gcbench.targets import Wish
 
-    asked = plan_session.Asked(
+    asked = Asked(
         batch_sizes=tuple(sorted(wanted.batch_size)) if given_batch else None,
         reserve_frac=held_back,
         emit=tool,

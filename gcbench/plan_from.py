@@ -16,14 +16,15 @@ from gcbench import report as reports
 from gcbench.config import Settings
 from gcbench.decision import Candidate, Decision, Largest, ranked
 from gcbench.errors import ResultsError, UsageError
-from gcbench.plan_session import Asked, Planned
+from gcbench.plan_stored import load_plan
+from gcbench.planned import Asked, Planned
 from gcbench.records import ModelFacts, Report, Row
-from gcbench.resolve import plan_of
 from gcbench.simulate.target import Target
 from gcbench.sources import slug
 from gcbench.stats import MIN_ROUNDS
 from gcbench.store import Store
 from gcbench.strategies import OFF, Plan, parse
+from gcbench.strategies._for_model import plan_of
 from gcbench.strategies.plan_file import of_json
 from gcbench.tables import failed_proof, rows, unproven
 from gcbench.targets import CPU, Wish
@@ -77,7 +78,7 @@ def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
 
 def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool, quiet: bool) -> None:
     """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
-    planned = stored.load_plan(folder)
+    planned = load_plan(folder)
     plan_session.check_emit(asked.emit, planned.settings)
     err = Console(stderr=True)
     if out is None:

@@ -13,13 +13,12 @@ from gcbench.children import Children
 from gcbench.config import Settings
 from gcbench.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.errors import GcbenchError
-from gcbench.forecast import described
+from gcbench.files import write_text
 from gcbench.plan_from import plan_of_row
 from gcbench.plan_named import in_run_order, unconfirmed
-from gcbench.plan_session import Planned
+from gcbench.planned import Planned
 from gcbench.records import Cell, Outcome, Report, Row, Workload
-from gcbench.report import write_text
-from gcbench.resolve import Job, target_notice
+from gcbench.resolve import Job, begin, described, target_notice
 from gcbench.runner import Progress
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
@@ -43,7 +42,7 @@ def confirm(planned: Planned, *, children: Children, store: Store, progress: Pro
     while entered:
         named |= {each: _spec(each, planned, store) for each in entered}
         job = _job(planned, named)
-        report = _with_cells_of(report, runner.begin(job, planned.machine, planned.facts, planned.command))
+        report = _with_cells_of(report, begin(job, planned.machine, planned.facts, planned.command))
         store.save(report)
         cells = job.cells[-len(entered) :]
         report, rounds_now, still_in = _race(

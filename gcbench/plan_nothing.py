@@ -10,7 +10,7 @@ from gcbench.decision import FOUND, Decision, choose, described
 from gcbench.units import format_bytes
 
 if TYPE_CHECKING:
-    from gcbench.plan_session import Planned
+    from gcbench.planned import Planned
 
 
 def _usable(decision: Decision) -> str:

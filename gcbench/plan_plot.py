@@ -12,7 +12,7 @@ from gcbench.units import GIB, MIB, format_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gcbench.plan_session import Planned
+    from gcbench.planned import Planned
 
 FRONTIER = "frontier.png"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")

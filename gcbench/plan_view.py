@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcbench import headroom, plan_nothing, streams, told_apart
-from gcbench.added import of_decision
 from gcbench.decision import FOUND, Candidate, Decision, best_of_each, described
+from gcbench.plan_added import of_decision
 from gcbench.records import SCHEMA, Json
 from gcbench.screen import Column, Table, plain, unbroken
 from gcbench.screen import show as show_all
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from gcbench.export import Emitted
-    from gcbench.plan_session import Planned
+    from gcbench.planned import Planned
 
 
 def rows(planned: Planned) -> list[dict[str, Json]]:

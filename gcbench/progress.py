@@ -2,62 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import time
-from collections.abc import Callable, Iterable
-from contextlib import suppress
 from statistics import median
 from types import TracebackType
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.text import Text
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from gcbench.errors import GcbenchError
+from gcbench.counting import Heartbeat, TwoLines
 from gcbench.records import Cell, Outcome
 from gcbench.tasks import Event
 from gcbench.units import counted, format_bytes, format_seconds
-
-_SILENCES_S = (10.0, 20.0, 30.0, 60.0)
-"""After how long without a word one is said in plain lines; the last again and again."""
 
 
 def label(cell: Cell) -> str:
     """A cell as it is named while it runs."""
     return f"{cell.strategy}, batch {cell.workload.batch_size} × {cell.workload.seq_len}"
-
-
-class Heartbeat:
-    """Calls `say` where nothing was said for a while, on a thread of its own, so that a long wait is seen to be one."""
-
-    def __init__(self, say: Callable[[], None], *, silences_s: tuple[float, ...] = _SILENCES_S) -> None:
-        self._say = say
-        self._silences_s = silences_s
-        self._spoken, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def start(self) -> None:
-        self._thread.start()
-
-    def spoken(self) -> None:
-        """Something else was said: the next silence begins now."""
-        self._spoken.set()
-
-    def stop(self) -> None:
-        self._ended.set()
-        self._spoken.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        turn = 0
-        while not self._ended.is_set():
-            if self._spoken.wait(self._silences_s[min(turn, len(self._silences_s) - 1)]):
-                self._spoken.clear()
-                turn = 0
-                continue
-            turn += 1
-            with suppress(OSError, GcbenchError):  # nobody listens any more, which the main thread will find out
-                self._say()
 
 
 def figures(outcome: Outcome) -> str:
@@ -146,15 +106,6 @@ class PlainProgress(QuietProgress):
 
     def _elapsed(self) -> str:
         return format_seconds(time.monotonic() - self._start)
-
-
-class TwoLines(Progress):
-    """The description on a line of its own: beside the bar it would push the figures off a narrow screen."""
-
-    def get_renderables(self) -> Iterable[RenderableType]:
-        for task in self.tasks:
-            yield Text(task.description, no_wrap=True, overflow="ellipsis")
-        yield self.make_tasks_table(self.tasks)
 
 
 class LiveProgress(QuietProgress):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 
 from gcbench import changes
 from gcbench.codec import decode, encode
 from gcbench.errors import ResultsError, UsageError
+from gcbench.files import write_text
 from gcbench.records import SCHEMA, Report
 
 REPORT_NAME = "report.json"
@@ -23,22 +23,6 @@ def report_path(place: Path) -> Path:
 def save(report: Report, folder: Path) -> None:
     """Write `report.json` in one step, so that a reader or a crash never sees half of it; raises OSError."""
     write_text(folder / REPORT_NAME, json.dumps(encode(report), indent=1) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure.
-
-    Bytes of a path that are no text are written as they were, in JSON as escapes.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
-        temporary.write_text(text, encoding="utf-8", errors=errors)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def load(place: Path) -> Report:

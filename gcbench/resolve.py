@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
-from gcbench import changes, strategies
-from gcbench.config import DEFAULT_STRATEGIES, Settings
+from gcbench import __version__, changes, strategies
+from gcbench.config import DEFAULT_STRATEGIES, Settings, as_json
 from gcbench.errors import UsageError
 from gcbench.preflight import beyond_positions
-from gcbench.records import Cell, Machine, ModelFacts, Workload
+from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, Workload
 from gcbench.simulate.target import Target
-from gcbench.strategies import OFF, OWN, Plan, Strategy
+from gcbench.strategies import OFF, OWN, Plan
+from gcbench.strategies._for_model import not_for, plan_of, unsupported
+from gcbench.targets import CPU
 from gcbench.units import format_bytes
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
@@ -124,34 +128,6 @@ def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
     return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
 
 
-def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:
-    """What a strategy becomes for a model; raises ValueError when it cannot be had for it."""
-    if strategy.is_own and facts.own_groups is not None:
-        return replace(strategy.plan_for(facts.num_layers), groups=facts.own_groups)
-    order = facts.layers_in_order
-    if not strategy.counts_run or order is None:
-        return strategy.plan_for(facts.num_layers)
-    return strategy.plan_for(len(order)).renumbered(order, facts.num_layers)
-
-
-def not_for(plan: Plan, facts: ModelFacts) -> str | None:
-    """Why a model cannot have a plan, with what to do; None when it can, or can have none at all."""
-    if plan.groups and not plan.own:
-        return facts.only_own
-    if plan.own and not plan.groups and facts.num_layers:
-        return "the model's own flag for checkpointing changes nothing: no layer runs again; take off"
-    return None
-
-
-def unsupported(plan: Plan, kind: str, *, is_predicted: bool = False) -> str | None:
-    """Why a plan cannot be had on a kind of device, with what to do; None when it can."""
-    if plan.any_policy("offload") and kind == "cpu":
-        return "offload moves what layers keep to the host's memory, and on a CPU it is there already; leave it out"
-    if is_predicted and plan.compiled:
-        return "what a compiler keeps is known once it has compiled; measure it with gcbench run"
-    return None
-
-
 def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
     if kind != "cpu":
         return [f"Measured on {machine.device_name} ({machine.device})."]
@@ -186,4 +162,55 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
         for batch_size in settings.batch_size
         for seq_len in settings.seq_len or ()
         for strategy in settings.strategies or ()
+    )
+
+
+def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+    """The report before anything is known of its cells."""
+    return Report(
+        schema=SCHEMA,
+        gcbench_version=__version__,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=as_json(job.settings),
+        machine=machine,
+        model=facts,
+        outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
+        notices=job.notices,
+        plan_files=job.plan_files,
+        model_notices=job.model_notices,
+    )
+
+
+def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
+    if facts.checkpointing_refusal is not None and cell.strategy != OFF:
+        return Outcome(
+            cell=cell,
+            layers_checkpointed=0,
+            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
+        )
+    why = job.refusals.get(cell.strategy)
+    return Outcome(
+        cell=cell,
+        layers_checkpointed=job.plans[cell.strategy].layers_checkpointed,
+        failure=None if why is None else Failure(kind="unsupported", message=why),
+    )
+
+
+def described(machine: Machine, target: Target) -> Machine:
+    """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
+    if target.kind == CPU or target.name == machine.device:
+        return machine
+    card = target.card
+    name = card.title if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
+    known: Mapping[str, str | None] = {
+        "compute_capability": card.compute_capability if card else None,
+        "predicted_on": machine.device_name,
+    }
+    return replace(
+        machine,
+        device=target.name,
+        device_name=name,
+        device_memory_bytes=target.memory_bytes,
+        settings={key: value for key, value in known.items() if value is not None},
     )

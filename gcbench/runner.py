@@ -6,26 +6,22 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import Protocol
 
-from gcbench import __version__, errors, strategies
-from gcbench.changes import ChangedConfig
 from gcbench.children import Children
 from gcbench.codec import decode, encode
 from gcbench.config import Settings, as_json
-from gcbench.errors import UnavailableError, UsageError
+from gcbench.describe import describe
+from gcbench.errors import UsageError
 from gcbench.fingerprint import Fingerprint, difference
-from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
-from gcbench.resolve import LEAST_TIMED_S, Job, resolve
-from gcbench.simulate.target import Target
+from gcbench.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.resolve import LEAST_TIMED_S, Job, begin, resolve
 from gcbench.sources import ModelSource
 from gcbench.store import Store
 from gcbench.strategies import OFF
 from gcbench.tables import needs_repeat
-from gcbench.tasks import Answer, DescribeTask, Event, MeasureTask
-
-_DESCRIBE_TIMEOUT_S = 600.0
+from gcbench.task_measure import MeasureTask
+from gcbench.tasks import Event
 
 
 class Progress(Protocol):
@@ -72,99 +68,6 @@ def run(
         report = measure_round(report, task, job, children, store, progress)
         progress.leave(_outcome(report, task.cell))
     return _repeat_off(report, job, source, children, store)
-
-
-def describe(
-    wanted: Settings,
-    source: ModelSource,
-    children: Children,
-    *,
-    needs_order: bool = False,
-    target: Target | None = None,
-) -> tuple[Machine, ModelFacts]:
-    """The machine and the model, asked of a child; raises what the child would have raised.
-
-    With `target`, the model as it is traced for it. With `needs_order` the order in which layers run is looked for even
-    where no strategy counts them so.
-    """
-    answer = children.run(
-        DescribeTask(
-            device=wanted.device,
-            source=source,
-            layers=wanted.layers,
-            overrides=wanted.set or {},
-            attn_implementation=wanted.attn_implementation,
-            lora=wanted.lora,
-            operators=operators(wanted.strategies or ()),
-            needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
-            target=target,
-        ),
-        on_event=lambda event: None,
-        timeout_s=_DESCRIBE_TIMEOUT_S,
-    )
-    raise_refusal(answer)
-    assert answer.machine is not None and answer.facts is not None
-    return answer.machine, answer.facts
-
-
-def changed_config(wanted: Settings, source: ModelSource, children: Children) -> ChangedConfig | None:
-    """What `--layers` and `--set` come to in the model's config, asked of a child; None without them."""
-    if wanted.layers is None and not wanted.set:
-        return None
-    answer = children.run(
-        DescribeTask(device="cpu", source=source, layers=wanted.layers, overrides=wanted.set or {}, needs_changes=True),
-        on_event=lambda event: None,
-        timeout_s=_DESCRIBE_TIMEOUT_S,
-    )
-    raise_refusal(answer)
-    return answer.changed
-
-
-def operators(specs: Iterable[str]) -> tuple[str, ...]:
-    """The operators that strategies name."""
-    parsed = [strategies.parse(spec) for spec in specs]
-    return tuple(dict.fromkeys(name for strategy in parsed for name in strategy.operators))
-
-
-def raise_refusal(answer: Answer) -> None:
-    """Raise the error that stands in an answer, if one does."""
-    if answer.refusal is not None:
-        raise getattr(errors, answer.refusal.error)(answer.refusal.message)
-    if answer.failure is not None:
-        reason, _, _ = answer.failure.message.partition("; ")  # what follows speaks of a report, and there is none
-        raise UnavailableError(f"the model cannot be built here ({reason}); try another model or transformers version")
-
-
-def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
-    """The report before anything is known of its cells."""
-    return Report(
-        schema=SCHEMA,
-        gcbench_version=__version__,
-        command=command,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
-        settings=as_json(job.settings),
-        machine=machine,
-        model=facts,
-        outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
-        notices=job.notices,
-        plan_files=job.plan_files,
-        model_notices=job.model_notices,
-    )
-
-
-def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
-    if facts.checkpointing_refusal is not None and cell.strategy != OFF:
-        return Outcome(
-            cell=cell,
-            layers_checkpointed=0,
-            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
-        )
-    why = job.refusals.get(cell.strategy)
-    return Outcome(
-        cell=cell,
-        layers_checkpointed=job.plans[cell.strategy].layers_checkpointed,
-        failure=None if why is None else Failure(kind="unsupported", message=why),
-    )
 
 
 def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -> Report:

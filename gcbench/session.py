@@ -15,9 +15,9 @@ from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
 from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.files import write_text
 from gcbench.interruption import ignore_more
 from gcbench.records import Report
-from gcbench.report import write_text
 from gcbench.store import Store
 from gcbench.units import counted, format_bytes
 

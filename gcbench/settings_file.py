@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from gcbench import cards
+from gcbench import config as configs
 from gcbench.config import Settings, canonical
 from gcbench.errors import UsageError
 
@@ -140,3 +141,19 @@ def _toml(path: Path) -> dict[str, object]:
         raise UsageError(f"--config: {path} cannot be read ({err}); check the path and its permissions") from None
     except tomllib.TOMLDecodeError as err:
         raise UsageError(f"--config: {path} is not valid TOML ({err}); mend that line") from None
+
+
+def memory_of_device(given: str | None, file: FileSettings, limit: object) -> int | None:
+    """Bytes that a device has by --device-memory, or else by the file, where `memory_limit` means it as well."""
+    if given is not None:
+        return configs.parse_memory("--device-memory", given)
+    if "device_memory" in file.values:
+        return configs.parse_memory("--device-memory", file.values["device_memory"])
+    return configs.parse_memory("--memory-limit", limit)
+
+
+def tell(file: FileSettings, raw: Mapping[str, object], *, quiet: bool) -> None:
+    """Say on standard error what of a file was left out, and what of `raw` was taken in another sense."""
+    file.tell(quiet=quiet)
+    for sentence in () if quiet else configs.notices(raw):
+        print(sentence, file=sys.stderr)

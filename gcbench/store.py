@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from gcbench import report as reports
 from gcbench.errors import GcbenchError, UsageError
+from gcbench.files import write_text
 from gcbench.records import Cell, Report
-from gcbench.report import REPORT_NAME, write_text
+from gcbench.report import REPORT_NAME
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock

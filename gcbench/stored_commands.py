@@ -10,16 +10,18 @@ from pathlib import Path
 from gcbench import check_view, plan_view, screen, stored, streams
 from gcbench import compare_plans as comparing
 from gcbench import report as reports
+from gcbench.check_stored import load_check
 from gcbench.errors import ThresholdBroken, UsageError
+from gcbench.files import write_text
+from gcbench.plan_stored import load_plan
 from gcbench.records import SCHEMA
-from gcbench.report import write_text
 
 
 def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
     """Render a stored plan or check."""
     place = folder.parent if folder.suffix == ".json" else folder
     if kind == "plan":
-        planned = stored.load_plan(folder)
+        planned = load_plan(folder)
         if format == "png":
             from gcbench import plan_plot
 
@@ -31,7 +33,7 @@ def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
             return
         text = plan_view.rendered(planned, format)
     else:
-        check = stored.load_check(folder)
+        check = load_check(folder)
         if format == "png":
             raise UsageError("--format png: a check has no plots; take terminal, markdown, csv or json")
         if format == "terminal" and out is None:
@@ -64,7 +66,7 @@ def are_plans(a: Path, b: Path) -> bool:
 
 def compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: bool, as_json: bool) -> None:
     """Set two plans side by side; raises ThresholdBroken when one of `thresholds` is."""
-    plans = stored.load_plan(a), stored.load_plan(b)
+    plans = load_plan(a), load_plan(b)
     changes = comparing.compare(*plans, force=force)
     broken = comparing.broken(changes, thresholds)
     if as_json:

@@ -2,40 +2,23 @@
 
 from __future__ import annotations
 
-import gc
-import os
-import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
-from dataclasses import replace
-from multiprocessing.connection import Connection
-from pathlib import Path
+from contextlib import nullcontext
 
-from gcbench import checkpointing, devices, flash, models, sketch
+from gcbench import checkpointing, devices, models, sketch
 from gcbench.devices import Device
-from gcbench.diagnoses import Observation, diagnose
-from gcbench.errors import GcbenchError, first_sentence
+from gcbench.errors import first_sentence
+from gcbench.failures import crash
 from gcbench.fingerprint import Fingerprint
 from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
 from gcbench.random_draws import has_dropout
 from gcbench.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.seeding import state_outside_torch
 from gcbench.segments import NotASegment
-from gcbench.tasks import (
-    MAX_TIMED_STEPS,
-    Answer,
-    CheckTask,
-    DescribeTask,
-    Event,
-    MeasureTask,
-    PlanTask,
-    PredictTask,
-    Refusal,
-    Task,
-)
+from gcbench.task_measure import MAX_TIMED_STEPS, MeasureTask
+from gcbench.tasks import Answer, Event
 from gcbench.training import TrainingStep, parameter_dtype, random_batch
 from gcbench.units import format_bytes
 
@@ -46,81 +29,6 @@ _UNSUPPORTED = ("not implemented for", "not supported", "does not support", "uns
 
 class LimitExceeded(Exception):
     """The exact peak is above the emulated device's memory."""
-
-
-def main(task: Task, connection: Connection) -> Answer:
-    """What a child process does with its task; never raises."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()  # what the server imported is never garbage: looking through it would take longer than a small step
-    gc.enable()
-    _offer_to_the_kernel()
-    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
-
-    def tell(event: object) -> None:
-        with suppress(OSError):
-            connection.send(event)
-
-    if isinstance(task, DescribeTask):
-        return describe(task)
-    if isinstance(task, PredictTask):
-        from gcbench.simulate import child  # what a measurement does not need
-
-        return child.predict(task, tell)
-    if isinstance(task, PlanTask):
-        from gcbench.planner import search
-
-        return search.plan(task, tell)
-    if isinstance(task, CheckTask):
-        from gcbench import checker
-
-        return checker.check(task, tell)
-    return measure(task, tell)
-
-
-def describe(task: DescribeTask) -> Answer:
-    """The device and the model of a run, or why there is none."""
-    try:
-        device = devices.open_device(devices.choose(task.device))
-        checkpointing.check_operators(task.operators)
-        if task.source is None:
-            return Answer(machine=device.describe())
-        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
-        changed = task.layers is not None or bool(task.overrides)
-        traced = _as_traced(task)
-        facts = models.facts(task.source, config, traced.attn_implementation, changed=changed, lora=task.lora)
-        if task.layers is not None:
-            models.check_layers(task.source, facts, task.layers, task.overrides)
-        if task.needs_order and facts.checkpointing_refusal is None:
-            from gcbench.simulate.order import layers_in_order  # what most runs do not need
-
-            facts = replace(facts, layers_in_order=layers_in_order(traced))
-        if facts.only_own is not None:
-            from gcbench.simulate.order import own_groups
-
-            facts = replace(facts, own_groups=own_groups(traced))
-        if traced is not task:
-            facts = replace(facts, attn_implementation=task.attn_implementation)
-        came_to = None
-        if task.needs_changes:
-            from gcbench import changed_config  # what most runs do not need
-
-            came_to = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
-        return Answer(machine=device.describe(), facts=facts, changed=came_to)
-    except GcbenchError as err:
-        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
-    except Exception as err:
-        return Answer(failure=_crash(err))
-
-
-def _as_traced(task: DescribeTask) -> DescribeTask:
-    """With the attention that a prediction for the task's target traces."""
-    if not flash.is_stood_in(task.attn_implementation, task.target):
-        return task
-    from gcbench.simulate import flash_stand_in
-
-    flash_stand_in.register()
-    return replace(task, attn_implementation=flash.STAND_IN)
 
 
 def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
@@ -293,37 +201,4 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             message=f"not possible here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
-    return _crash(err, task.cell.strategy, lora=task.lora is not None)
-
-
-def _crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Failure:
-    text = str(err).strip() or type(err).__name__
-    known = diagnose(
-        Observation.of_strategy(
-            strategy,
-            error_type=type(err).__name__,
-            error_text=text,
-            frozen_base=lora,
-        )
-    )
-    advice = f". {known.cause} {known.remedy} See {known.link}" if known else "; the whole trace is in report.json"
-    return Failure(
-        kind="crash",
-        message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}{advice}",
-        detail="".join(traceback.format_exception(err)),
-    )
-
-
-def _offer_to_the_kernel() -> None:
-    """When memory runs out, this process goes first: not the parent, which holds the results."""
-    with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _die_with_parent(connection: Connection) -> None:
-    """End this process when the other end of the pipe closes: nobody is left to want the answer."""
-    with suppress(OSError):
-        try:
-            connection.recv()
-        except EOFError:
-            os._exit(1)
+    return crash(err, task.cell.strategy, lora=task.lora is not None)

@@ -12,7 +12,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from gcbench import child_entry
-from gcbench.tasks import MeasureTask, Task
+from gcbench.task_measure import MeasureTask
+from gcbench.tasks import Task
 
 VICTIM = "per-layer"
 

@@ -10,9 +10,10 @@ import torch
 from timed_calls import US, calibration_of, generic, overheads, pointwise, product, step_of, tensor
 
 from gcbench import calibrated, calibration, calibration_host, calls, devices
+from gcbench.calibrate import calibrate_for, measure
 from gcbench.calibrated import CORE_BYTES, Calibration, machine_key
 from gcbench.costs import Work
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 
 # Measuring.
 
@@ -24,7 +25,7 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
     expected = torch.rand(4)
     torch.manual_seed(3)
     start = time.monotonic()
-    found = calibration.calibrate_for(works, device=device, budget_s=1.0, folder=tmp_path)
+    found = calibrate_for(works, device=device, budget_s=1.0, folder=tmp_path)
     took = time.monotonic() - start
     assert took < 4.0  # a budget, and what a busy machine takes beyond
     assert torch.equal(torch.rand(4), expected), "random numbers go on as if none had been drawn"
@@ -34,7 +35,7 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
     assert calibrated.load(found.machine, tmp_path) == found
     # What is there is not measured again; on a busy machine that may be less than all.
     there = [work for work in works if not found.missing([work])]
-    assert calibration.measure(there, device=device, budget_s=0.6, known=found).points == found.points
+    assert measure(there, device=device, budget_s=0.6, known=found).points == found.points
 
 
 @pytest.mark.parametrize(("times", "anew"), [(1, True), (0.001, False)])
@@ -48,7 +49,7 @@ def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, 
     monkeypatch.setattr(
         Calibration, "by_itself", lambda self, work: times * 1e-3 if work.op == "gelu" else by_itself(work)
     )
-    calibration.measure([there, lacking], device=devices.open_device("cpu"), budget_s=1.0, known=known)
+    measure([there, lacking], device=devices.open_device("cpu"), budget_s=1.0, known=known)
     assert {work.op for work in asked} == ({"silu", "gelu"} if anew else {"gelu"})
 
 
@@ -149,8 +150,8 @@ def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkey
         return known, 1e-3
 
     monkeypatch.setattr(calibration_host, "overheads", added)
-    found = calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    found = calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert (found.overheads, found.step_s) == (known, 1e-3)
     assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
-    calibration.calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert len(given) == 1, "once per machine"

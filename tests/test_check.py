@@ -12,7 +12,7 @@ import torch
 
 from gcbench import check_view, checker, checkpointing, checks, codec, sources
 from gcbench.checks import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, Combination, Setting
-from gcbench.tasks import CheckTask, ReferenceRun
+from gcbench.task_check import CheckTask, ReferenceRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

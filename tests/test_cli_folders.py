@@ -14,6 +14,7 @@ from fixtures_report import mixed_report
 from gcbench import report as reports
 from gcbench import session, store
 from gcbench.codec import encode
+from gcbench.files import write_text
 from gcbench.records import SCHEMA
 
 QUICK = ("--batch", 1, "--seq-len", 16, "--rounds", 1, "--steps", 1, "--device", "cpu", "--strategies", "off,per-layer")
@@ -54,7 +55,7 @@ class FullDisk:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, first: int) -> None:
         self.folder, self.first, self.saves, self.free = folder, first, 0, False
-        self.real = reports.write_text
+        self.real = write_text
         for module in (reports, store, session):
             monkeypatch.setattr(module, "write_text", self.write_text)
 

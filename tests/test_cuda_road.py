@@ -12,7 +12,8 @@ from transformers.integrations import moe
 
 from gcbench import cards
 from gcbench.simulate.cuda_road import as_on_cuda, cuda_operators, experts_of
-from gcbench.simulate.cuda_update import foreach_on_cpu, optimizer_steps_on_device, scaler_without_values
+from gcbench.simulate.cuda_update import foreach_on_cpu, optimizer_steps_on_device
+from gcbench.simulate.grad_scaler import scaler_without_values
 from gcbench.simulate.target import Target
 
 ROWS, WIDTH = 6, 64

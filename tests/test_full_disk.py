@@ -9,6 +9,7 @@ from fixtures_report import outcome, peaks, report, steady
 
 from gcbench import check_session, forecast, plan_session, store
 from gcbench import report as reports
+from gcbench.files import write_text
 
 SHOWN_THEN_TOLD = "could not be written (No space left on device), so what is above is all there is"
 
@@ -48,7 +49,7 @@ def test_a_prediction(cli, full, model, tmp_path, monkeypatch):
     refuge = tmp_path / "refuge"
     refuge.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(refuge))
-    real = reports.write_text
+    real = write_text
 
     def only_elsewhere(path, text):
         if "out" in path.parts:

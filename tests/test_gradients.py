@@ -14,9 +14,12 @@ import torch
 from torch.utils import checkpoint as torch_checkpoint
 
 from gcbench import checkpointing, models, sketch, sources, strategies, tables, training, worker
+from gcbench.describe import DescribeTask
+from gcbench.describe_worker import describe
 from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
 from gcbench.records import SCHEMA, Cell, Lora, Outcome, Report, Workload
-from gcbench.tasks import Answer, DescribeTask, MeasureTask
+from gcbench.task_measure import MeasureTask
+from gcbench.tasks import Answer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -238,7 +241,7 @@ def measured(tmp_path) -> Callable[..., dict[str, tables.Row]]:
         family: str, spoil: Callable[[], None] = lambda: None, lora: Lora | None = None
     ) -> dict[str, tables.Row]:
         source = sources.resolve(str(tiny.write_model(tmp_path / family, family)))
-        described = worker.describe(DescribeTask(device="cpu", source=source, lora=lora))
+        described = describe(DescribeTask(device="cpu", source=source, lora=lora))
         workload = Workload(
             model=source.name, device="cpu", batch_size=2, seq_len=32, precision="fp32", optim="adamw_torch"
         )

@@ -17,7 +17,8 @@ from gcbench.planner.search import Planner
 from gcbench.simulate.child import Session
 from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, Plan, parse
-from gcbench.tasks import CellToPredict, PlanTask
+from gcbench.task_plan import PlanTask
+from gcbench.task_predict import CellToPredict
 from gcbench.units import GIB, MIB
 
 pytestmark = pytest.mark.slow

@@ -23,7 +23,7 @@ from gcbench.simulate.combine import Combiner
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, Plan, Policy, parse
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

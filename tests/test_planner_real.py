@@ -20,7 +20,8 @@ from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.stage import NotComposable
 from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, parse
-from gcbench.tasks import CellToPredict, PlanTask
+from gcbench.task_plan import PlanTask
+from gcbench.task_predict import CellToPredict
 from gcbench.units import MIB
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]

@@ -11,6 +11,7 @@ from fixtures_report import outcome, peaks
 from rich.console import Console
 
 from gcbench import counting, progress
+from gcbench.counting import Heartbeat
 from gcbench.tasks import Event
 
 
@@ -44,7 +45,7 @@ def test_what_is_done_now_is_said_where_it_is_known():
 
 def test_a_long_silence_is_broken_and_a_word_begins_it_anew():
     beats = threading.Semaphore(0)
-    heart = progress.Heartbeat(beats.release, silences_s=(0.005, 0.01))
+    heart = Heartbeat(beats.release, silences_s=(0.005, 0.01))
     heart.start()
     assert all(beats.acquire(timeout=30) for _ in range(3))
     heart.spoken()
@@ -61,7 +62,7 @@ def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
         tried.release()
         raise OSError(28, "No space left on device")
 
-    heart = progress.Heartbeat(fails, silences_s=(0.001,))
+    heart = Heartbeat(fails, silences_s=(0.001,))
     heart.start()
     assert all(tried.acquire(timeout=30) for _ in range(2))
     heart.stop()

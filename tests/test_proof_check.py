@@ -9,7 +9,7 @@ import pytest
 
 from gcbench import checker, sources
 from gcbench.checks import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, Combination, Setting
-from gcbench.tasks import CheckTask, ReferenceRun
+from gcbench.task_check import CheckTask, ReferenceRun
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

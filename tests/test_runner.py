@@ -12,13 +12,15 @@ from fixtures_report import peaks, round_result
 from gcbench import report as reports
 from gcbench import runner
 from gcbench.config import Settings
+from gcbench.describe import DescribeTask
 from gcbench.errors import UnavailableError, UsageError
 from gcbench.fingerprint import Fingerprint, ParameterPrint, pack
 from gcbench.progress import QuietProgress
 from gcbench.records import Failure, Machine, ModelFacts, Report
 from gcbench.sources import ModelSource
 from gcbench.store import Store
-from gcbench.tasks import Answer, DescribeTask, Event, MeasureTask, Refusal, Task
+from gcbench.task_measure import MeasureTask
+from gcbench.tasks import Answer, Event, Refusal, Task
 
 SOURCE = ModelSource(name="m", origin="a test", config={"model_type": "llama"}, location="m")
 FACTS = ModelFacts(

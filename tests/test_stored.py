@@ -14,14 +14,16 @@ import pytest
 from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import compare_plans, plan_session, plan_view, stored
+from gcbench import compare_plans, plan_session, plan_view
 from gcbench.changes import ChangedConfig
+from gcbench.check_stored import load_check
 from gcbench.checks import Check, Checked, Combination, Setting
 from gcbench.codec import encode
 from gcbench.config import Settings
 from gcbench.decision import Candidate, Decision, Gain, Largest
 from gcbench.errors import ResultsError, UsageError
-from gcbench.plan_session import Planned
+from gcbench.plan_stored import load_plan, save_plan
+from gcbench.planned import Planned
 from gcbench.records import Machine, ModelFacts
 from gcbench.simulate.target import Target
 from gcbench.store import Store
@@ -76,17 +78,17 @@ def folder(tmp_path):
 
 def test_a_plan_is_read_as_it_was_stored(folder):
     """The traps: policies, tuples and None, which JSON does not tell apart; a folder that was moved."""
-    loaded = stored.load_plan(folder)
+    loaded = load_plan(folder)
     assert loaded == replace(planned(), plan_file=folder / "plan.json")
     moved = folder.rename(folder.with_name("moved"))
-    assert stored.load_plan(moved).plan_file == moved / "plan.json"
-    assert stored.load_plan(moved / "planned.json") == stored.load_plan(moved / "decision.json")
+    assert load_plan(moved).plan_file == moved / "plan.json"
+    assert load_plan(moved / "planned.json") == load_plan(moved / "decision.json")
     changed = planned(
         settings=Settings(model="m", batch_size=(1,), layers=2),
         changed=ChangedConfig(fields={"a": [1]}, keeps_weights=True),
     )
-    stored.save_plan(changed, folder.with_name("c"))
-    assert stored.load_plan(folder.with_name("c")) == changed
+    save_plan(changed, folder.with_name("c"))
+    assert load_plan(folder.with_name("c")) == changed
 
 
 def test_a_stored_plan_is_shown_in_every_format(cli, folder, tmp_path):
@@ -183,7 +185,7 @@ def test_a_check_whose_results_name_no_combination_is_damaged(tmp_path):
     damaged = replace(check_of(), combinations=())
     (tmp_path / "check.json").write_text(json.dumps(encode(damaged)))
     with pytest.raises(ResultsError, match="a result of no combination"):
-        stored.load_check(tmp_path)
+        load_check(tmp_path)
 
 
 # Two plans

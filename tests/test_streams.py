@@ -18,6 +18,7 @@ from gcbench import cli as command_line
 from gcbench import report as reports
 from gcbench import streams
 from gcbench.errors import OutputError, ReaderGone
+from gcbench.files import write_text
 
 ENCODINGS = ("ascii", "cp1252", "latin-1", "shift_jis")
 COMMANDS = (
@@ -88,8 +89,8 @@ def test_bytes_of_a_path_that_are_no_text_come_out_as_they_were(monkeypatch):
 
 
 def test_files_have_such_bytes_as_well(tmp_path):
-    reports.write_text(tmp_path / "a.md", "b\udcffd")
-    reports.write_text(tmp_path / "a.json", '"b\udcffd"')
+    write_text(tmp_path / "a.md", "b\udcffd")
+    write_text(tmp_path / "a.json", '"b\udcffd"')
     assert (tmp_path / "a.md").read_bytes() == b"b\xffd"
     assert json.loads((tmp_path / "a.json").read_text()) == "b\udcffd"
 

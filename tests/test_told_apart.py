@@ -11,7 +11,7 @@ from fixtures_report import outcome, peaks, report, workload
 from gcbench import plan_measure, told_apart
 from gcbench.decision import Candidate
 from gcbench.plan_from import decide
-from gcbench.plan_session import Asked
+from gcbench.planned import Asked
 from gcbench.records import RoundResult
 from gcbench.strategies import parse
 from gcbench.targets import Wish

@@ -15,7 +15,7 @@ from gcbench.simulate.explain import without_logits
 from gcbench.simulate.parallel import Ahead
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 
 _WORTH_NAMING = 0.005
 """Of the peak; smaller gains are no lever."""

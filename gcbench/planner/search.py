@@ -36,7 +36,8 @@ from gcbench.simulate.parallel import on_two_cores
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Peak
 from gcbench.strategies import OFF, Plan
-from gcbench.tasks import Answer, Decided, Planning, PlanTask, Refusal
+from gcbench.task_plan import Decided, Planning, PlanTask
+from gcbench.tasks import Answer, Refusal
 from gcbench.units import format_bytes
 
 MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
@@ -72,7 +73,7 @@ def figures_for(task: PlanTask) -> Figures:
     if task.device_here is None:
         return CardFigures(task.target.card)
     from gcbench import devices
-    from gcbench.calibration import calibrate_for  # imports what a card out of the catalogue does not need
+    from gcbench.calibrate import calibrate_for
 
     return calibrate_for((), device=devices.open_device(task.device_here), budget_s=task.calibration_s)
 
@@ -193,7 +194,7 @@ class Planner:
         if self.task.device_here is None or set(batches) <= self._calibrated:
             return
         from gcbench import devices
-        from gcbench.calibration import calibrate_for
+        from gcbench.calibrate import calibrate_for
 
         self._calibrated.update(batches)
         device = devices.open_device(self.task.device_here)

@@ -19,7 +19,7 @@ from gcbench.simulate.profile import StepProfile, profile
 from gcbench.simulate.scaling import Scaling, traced_at
 from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.strategies import Plan
-from gcbench.tasks import PlanTask
+from gcbench.task_plan import PlanTask
 
 _MOST_BATCH = 2**20
 

@@ -23,7 +23,8 @@ from gcbench.simulate.roads import Way, way_to
 from gcbench.simulate.target import Target
 from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.strategies import Plan
-from gcbench.tasks import Answer, CellToPredict, Predicted, PredictTask, Refusal
+from gcbench.task_predict import CellToPredict, Predicted, PredictTask
+from gcbench.tasks import Answer, Refusal
 from gcbench.training import parameter_dtype
 
 CHUNKS = 8

@@ -34,8 +34,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations import moe
 
 from gcbench.simulate.cuda_autocast import cuda_autocast
-from gcbench.simulate.cuda_update import foreach_on_cpu, scaler_without_values
+from gcbench.simulate.cuda_update import foreach_on_cpu
 from gcbench.simulate.dispatcher import Kernel, kernels_replaced
+from gcbench.simulate.grad_scaler import scaler_without_values
 from gcbench.simulate.target import Target
 
 _GROUPED_MM_SINCE = (8, 0)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 from unittest import mock
 
 import torch
@@ -43,19 +42,3 @@ def optimizer_steps_on_device(optimizer: torch.optim.Optimizer) -> bool:
     without counters answers False.
     """
     return any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-
-
-@contextmanager
-def scaler_without_values() -> Iterator[None]:
-    """Let a gradient scaler step its optimizer without asking whether a gradient overflowed: as if none did.
-
-    `GradScaler._maybe_opt_step` in torch/amp/grad_scaler.py reads one number, which fake tensors do not have. All
-    that the scaler allocates stays: scale and growth tracker, their copies for the device, `found_inf`, and the check
-    itself, which works in place. For devices other than CUDA, too.
-    """
-
-    def step(scaler: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return optimizer.step(*args, **kwargs)
-
-    with mock.patch.object(torch.amp.GradScaler, "_maybe_opt_step", step):
-        yield

@@ -7,10 +7,10 @@ from contextlib import suppress
 import torch
 
 from gcbench import checkpointing, models, own_way
+from gcbench.describe import DescribeTask
 from gcbench.errors import GcbenchError
 from gcbench.records import Phase
 from gcbench.simulate.stage import Stage
-from gcbench.tasks import DescribeTask
 from gcbench.training import TrainingStep
 
 _SEQ_LEN = 8

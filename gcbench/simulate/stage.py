@@ -18,9 +18,9 @@ from gcbench.costs import Work
 from gcbench.records import Phase
 from gcbench.simulate.anatomy import blocks, kind
 from gcbench.simulate.cpu_internals import internal_buffers
-from gcbench.simulate.cuda_update import scaler_without_values
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.fallbacks import marked
+from gcbench.simulate.grad_scaler import scaler_without_values
 from gcbench.simulate.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
 from gcbench.simulate.storage import give_storage, on_accumulation, unchanged
 from gcbench.strategies import Plan

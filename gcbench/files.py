@@ -1,0 +1,22 @@
+"""Writes a file as one step. No torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure.
+
+    Bytes of a path that are no text are written as they were, in JSON as escapes.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
