@@ -25,12 +25,13 @@ from typing import Any
 
 from truth import REFERENCE
 
-from gcbench import __version__, config, forecast, sources, targets
+from gcbench import __version__, config, forecast, sources
 from gcbench.children import ForkedChildren
 from gcbench.codec import decode
 from gcbench.files import write_text
 from gcbench.records import Machine, MemoryPeaks
-from gcbench.targets import Wish
+from gcbench.simulate import target as targets
+from gcbench.simulate.target import Wish
 from gcbench.units import format_bytes
 
 STORED = REFERENCE / "accuracy.json"

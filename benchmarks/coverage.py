@@ -21,8 +21,8 @@ from gcbench import config, forecast
 from gcbench.children import ForkedChildren
 from gcbench.errors import GcbenchError
 from gcbench.files import write_text
+from gcbench.simulate.target import Wish, target_of
 from gcbench.sources import ModelSource
-from gcbench.targets import Wish, target_of
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 STRATEGIES = ("off", "per-layer", "every:2")

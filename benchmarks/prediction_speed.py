@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gcbench import checkpointing, config, forecast, models, sources, strategies, targets
+from gcbench import checkpointing, config, forecast, models, sources, strategies
 from gcbench.children import ForkedChildren
 from gcbench.files import write_text
+from gcbench.simulate import target as targets
 from gcbench.simulate.child import Session
 from gcbench.simulate.recorder import Recorder, as_in_a_real_run
 from gcbench.simulate.stage import give_storage
-from gcbench.simulate.target import Target
-from gcbench.targets import Wish
+from gcbench.simulate.target import Target, Wish
 from gcbench.task_predict import CellToPredict, PredictTask
 from gcbench.training import TrainingStep
 

@@ -3,13 +3,13 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from gcbench.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gcbench.api import apply, remove
     from gcbench.strategies import Plan, Policy
 
 __all__ = ["Plan", "Policy", "apply", "remove"]
-
-__version__ = "0.1.0"
 
 _HOMES = {"apply": "gcbench.api", "remove": "gcbench.api", "Plan": "gcbench.strategies", "Policy": "gcbench.strategies"}
 

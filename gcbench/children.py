@@ -31,6 +31,10 @@ _UNTIL_IT_IS_GONE_S = 0.2
 _SERVER_LOG = "server.txt"
 
 
+HEAVY = ("gcbench.training", "gcbench.models", "gcbench.checkpointing", "gcbench.devices")
+"""Modules that every task needs, with torch and transformers. Named, not imported: the parent has no torch."""
+
+
 class Children(Protocol):
     """The one seam that a test of the scheduling replaces."""
 
@@ -48,11 +52,14 @@ class ForkedChildren:
     """Children forked from a server process that has imported torch and the model's module once.
 
     A context manager: no child outlives it, whatever ends it.
+
+    Args:
+        preload: modules that the server imports besides `HEAVY`, for the handlers of the tasks to come.
     """
 
     def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
         self._context = multiprocessing.get_context("forkserver")
-        self._preload = ["gcbench.preloading", "gcbench.worker", *preload]
+        self._preload = ["gcbench.preloading", *HEAVY, *preload]
         self._process: ForkServerProcess | None = None
         self._exitcode: int | None = None
         self._is_halted = False

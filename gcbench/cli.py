@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench import __version__, flags, streams, usage
+from gcbench import flags, streams, usage
 from gcbench.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.interruption import ignore_more, interruptible
+from gcbench.version import __version__
 
 app = typer.Typer(
     name="gcbench",
@@ -260,9 +261,9 @@ def compare(
     json: Json = False,
 ) -> None:
     """Compare two runs, predictions or plans cell by cell: better, worse, or no difference shown."""
-    from gcbench import commands
+    from gcbench import stored_commands
 
-    commands.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
+    stored_commands.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
 
 
 @app.command()
@@ -277,9 +278,9 @@ def report(
     json: Json = False,
 ) -> None:
     """Show a stored run, prediction, plan or check again, in any format."""
-    from gcbench import commands
+    from gcbench import stored_commands
 
-    commands.report(folder, format="json" if json else format, out=out)
+    stored_commands.report(folder, format="json" if json else format, out=out)
 
 
 @app.command()

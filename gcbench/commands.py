@@ -1,87 +1,17 @@
-"""What each command does, from settings to what is printed."""
+"""What the commands that list something print: models, devices, strategies, env."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 
 from gcbench import config as configs
-from gcbench import formats, screen, streams
-from gcbench import report as reports
-from gcbench.errors import ThresholdBroken, UsageError
-from gcbench.files import write_text
-from gcbench.records import SCHEMA
+from gcbench import screen
+from gcbench.formats.json_rows import print_rows
 from gcbench.screen import Column, Table
 from gcbench.tasks import raise_refusal
 from gcbench.units import format_bytes, format_count
-
-
-def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
-    """Match two runs, predictions or plans and say what changed; raises ThresholdBroken when a --fail-on is."""
-    from gcbench import compare as comparing
-    from gcbench import stored_commands
-
-    mistakes: list[str] = []
-    thresholds: dict[str, float] = {}
-    for text in (part for item in fail_on for part in item.split(",")):
-        try:
-            name, share = comparing.parse_threshold(text)
-            thresholds[name] = share
-        except ValueError as err:
-            mistakes.append(f"--fail-on: {err}")
-    if mistakes:
-        raise UsageError.of(mistakes)
-    if stored_commands.are_plans(a, b):
-        stored_commands.compare_plans(a, b, thresholds, force=force, as_json=as_json)
-        return
-    comparison = comparing.compare(reports.load(a), reports.load(b), force=force)
-    if as_json:
-        _print_rows(comparing.to_rows(comparison))
-    else:
-        screen.show(comparing.render(comparison))
-    broken = comparing.broken(comparison, thresholds)
-    if broken:
-        raise ThresholdBroken("; ".join(broken))
-
-
-def report(folder: Path, *, format: str, out: Path | None) -> None:
-    """Render a stored run, prediction, plan or check."""
-    legal = (*formats.names(), "png")
-    if format not in legal:
-        raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
-    from gcbench import stored as kept
-    from gcbench import stored_commands
-    from gcbench.stored_commands import writable
-
-    kind = kept.kind_of(folder)
-    if kind != "run":
-        stored_commands.report(folder, kind, format=format, out=out)
-        return
-    stored = reports.load(folder)
-    if format == "png":
-        from gcbench.plots import draw
-
-        target = out or reports.report_path(folder).parent / "plots"
-        with writable(target):
-            for path in draw(stored, target):
-                print(path)
-        return
-    if out is not None:
-        with writable(out):
-            write_text(out, formats.get(format).render(stored))
-        return
-    if format == "terminal":
-        from gcbench.formats import terminal
-
-        terminal.show(stored)
-        return
-    text = formats.get(format).render(stored)
-    if format == "json":
-        streams.print_json(text)
-    else:
-        print(text, end="")
 
 
 def models(*, as_json: bool) -> None:
@@ -90,7 +20,7 @@ def models(*, as_json: bool) -> None:
 
     known = catalogue.architectures()
     if as_json:
-        _print_rows([{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in known])
+        print_rows([{f.name: getattr(entry, f.name) for f in fields(entry)} for entry in known])
         return
     columns = (
         Column(header="model", cells=tuple(entry.name for entry in known), right=False),
@@ -115,7 +45,7 @@ def devices(device_file: Path | None, *, as_json: bool) -> None:
 
     known = (*cards.cards(), *(cards.read(device_file) if device_file else ()))
     if as_json:
-        _print_rows([{f.name: _as_json(getattr(card, f.name)) for f in fields(card)} for card in known])
+        print_rows([{f.name: _as_json(getattr(card, f.name)) for f in fields(card)} for card in known])
         return
     rates = [card.matmul_flops.get("bf16") for card in known]
     speeds = [card.bandwidth_bytes_per_s for card in known]
@@ -147,7 +77,7 @@ def strategies(*, as_json: bool) -> None:
         {"strategy": k.syntax, "kept": k.kept, "recomputed": k.recomputed, "elsewhere": k.elsewhere} for k in kinds()
     ]
     if as_json:
-        _print_rows(listed)
+        print_rows(listed)
         return
     from rich.console import Console
     from rich.table import Table as Grid
@@ -183,12 +113,8 @@ def env(*, device: str, as_json: bool) -> None:
         **machine.settings,
     }
     if as_json:
-        _print_rows([row])
+        print_rows([row])
         return
     width = max(map(len, row))
     for name, value in row.items():
         print(f"{name:<{width}}  {value}")
-
-
-def _print_rows(rows: Sequence[object]) -> None:
-    streams.print_json(json.dumps({"schema": SCHEMA, "rows": rows}, indent=1, ensure_ascii=False) + "\n")

@@ -8,25 +8,24 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import counting, flash, formats, headroom, predicted, preflight, sources, streams
+from gcbench import counting, flash, headroom, predicted, preflight, sources
 from gcbench.children import Children, ForkedChildren
 from gcbench.config import DEFAULT_STRATEGIES, Settings
 from gcbench.describe import describe
 from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
-from gcbench.files import write_text
 from gcbench.interruption import ignore_more
+from gcbench.publish import publish, show
 from gcbench.records import Failure, Outcome, Report
 from gcbench.resolve import Job, begin, described, resolve
-from gcbench.simulate.target import Target
+from gcbench.simulate.target import CPU, Target, Wish, target_of
 from gcbench.store import Store
-from gcbench.targets import CPU, Wish, target_of
 from gcbench.task_predict import CellToPredict, Predicted, PredictTask
 from gcbench.tasks import Answer, raise_refusal
 from gcbench.units import counted, format_bytes
@@ -61,8 +60,14 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
 
                 report = forecast(wanted, wish, early, source=source, children=children, command=command, on_cell=keep)
             if store is not None:
-                _publish(report, store)
-            _show(report, store, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+                store.save(report)
+                publish(report, store)
+            folder = None if store is None else store.folder
+            try:
+                show(report, folder, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+            finally:
+                if store is not None:
+                    store.close()
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_kept(store, done)) from None
@@ -255,32 +260,3 @@ def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome
         there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
         failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
     return replace(outcome, prediction=said, failure=failure)
-
-
-def _publish(report: Report, store: Store) -> None:
-    from gcbench.plots import draw
-
-    store.save(report)
-    with store.forgiving(report):
-        draw(report, store.folder / "plots")
-        for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
-            write_text(store.folder / file, formats.get(name).render(report))
-
-
-def _show(report: Report, store: Store | None, *, explain: bool, as_json: bool, quiet: bool, err: Console) -> None:
-    try:
-        with streams.kept_in(store.folder) if store is not None else nullcontext():
-            if as_json:
-                streams.print_json(formats.get("json").render(report))
-            else:
-                from gcbench.formats import terminal
-
-                terminal.show(report, explain=explain)
-        if not quiet:
-            for notice in (*(report.model_notices if as_json else ()), *report.notices):
-                err.print(notice, markup=False, highlight=False, soft_wrap=True)
-            if store is not None:
-                err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
-    finally:
-        if store is not None:
-            store.close()

@@ -79,7 +79,7 @@ def run(
     tell(file, raw, quiet=quiet)
 
     from gcbench import plan_session  # only now: a wrong value is told before anything else is imported
-    from gcbench.targets import Wish
+    from gcbench.simulate.target import Wish
 
     asked = Asked(
         batch_sizes=tuple(sorted(wanted.batch_size)) if given_batch else None,

@@ -15,8 +15,7 @@ from gcbench.errors import GcbenchError
 from gcbench.plan_named import named, own_plan, unconfirmed
 from gcbench.planned import Asked, Planned
 from gcbench.resolve import described, resolve
-from gcbench.simulate.target import Target
-from gcbench.targets import CPU, Wish, target_of
+from gcbench.simulate.target import CPU, Target, Wish, target_of
 from gcbench.task_plan import Decided, Planning, PlanTask
 from gcbench.tasks import Answer, raise_refusal
 

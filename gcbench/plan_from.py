@@ -19,7 +19,7 @@ from gcbench.errors import ResultsError, UsageError
 from gcbench.plan_stored import load_plan
 from gcbench.planned import Asked, Planned
 from gcbench.records import ModelFacts, Report, Row
-from gcbench.simulate.target import Target
+from gcbench.simulate.target import CPU, Target, Wish
 from gcbench.sources import slug
 from gcbench.stats import MIN_ROUNDS
 from gcbench.store import Store
@@ -27,7 +27,6 @@ from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies._for_model import plan_of
 from gcbench.strategies.plan_file import of_json
 from gcbench.tables import failed_proof, rows, unproven
-from gcbench.targets import CPU, Wish
 from gcbench.units import format_bytes
 
 _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")

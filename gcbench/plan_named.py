@@ -8,10 +8,9 @@ from dataclasses import replace
 from gcbench.errors import UsageError
 from gcbench.records import ModelFacts
 from gcbench.resolve import default_strategies
-from gcbench.simulate.target import Target
+from gcbench.simulate.target import CPU, Target
 from gcbench.strategies import OWN, Plan, parse
 from gcbench.strategies._for_model import not_for, plan_of, unsupported
-from gcbench.targets import CPU
 
 
 def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:

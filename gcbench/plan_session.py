@@ -26,9 +26,9 @@ from gcbench.plan_decide import decide
 from gcbench.plan_named import in_run_order
 from gcbench.plan_stored import save_plan
 from gcbench.planned import Asked, Planned
+from gcbench.simulate.target import CPU, Wish, target_of
 from gcbench.store import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
-from gcbench.targets import CPU, Wish, target_of
 
 
 def check_emit(tool: str | None, settings: Settings) -> None:

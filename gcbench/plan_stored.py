@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from gcbench import __version__, config
+from gcbench import config
 from gcbench.changes import ChangedConfig
 from gcbench.codec import decode, encode
 from gcbench.decision import Decision
@@ -17,6 +17,7 @@ from gcbench.records import SCHEMA, Json, Machine, ModelFacts
 from gcbench.report import parsed
 from gcbench.simulate.target import Target
 from gcbench.stored import _DECISION_NAME, PLAN_NAME, PLANNED_NAME
+from gcbench.version import __version__
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,8 +12,7 @@ from gcbench.decision import FOUND, Candidate, Decision
 from gcbench.handover import Handover, Rival
 from gcbench.plan_added import of_decision
 from gcbench.records import Machine, ModelFacts
-from gcbench.simulate.target import Target
-from gcbench.targets import CPU
+from gcbench.simulate.target import CPU, Target
 
 
 @dataclass(frozen=True, kw_only=True)

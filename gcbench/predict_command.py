@@ -29,7 +29,7 @@ def run(
 ) -> None:
     """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
     from gcbench.headroom import parse_reserve
-    from gcbench.targets import Wish
+    from gcbench.simulate.target import Wish
 
     file = settings_file.read(config, "predict")
     raw = {**file.settings, **flags}

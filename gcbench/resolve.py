@@ -6,16 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from gcbench import __version__, changes, strategies
+from gcbench import changes, strategies
 from gcbench.config import DEFAULT_STRATEGIES, Settings, as_json
 from gcbench.errors import UsageError
 from gcbench.preflight import beyond_positions
 from gcbench.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, Workload
-from gcbench.simulate.target import Target
+from gcbench.simulate.target import CPU, Target
 from gcbench.strategies import OFF, OWN, Plan
 from gcbench.strategies._for_model import not_for, plan_of, unsupported
-from gcbench.targets import CPU
 from gcbench.units import format_bytes
+from gcbench.version import __version__
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
 _WARMUP = {"cpu": 1, "cuda": 2}

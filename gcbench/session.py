@@ -10,13 +10,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench import formats, preflight, progress, runner, sources, streams
+from gcbench import preflight, progress, runner, sources
 from gcbench import report as reports
 from gcbench.children import ForkedChildren
 from gcbench.config import Settings
 from gcbench.errors import GcbenchError, Interrupted, ThresholdBroken
-from gcbench.files import write_text
 from gcbench.interruption import ignore_more
+from gcbench.publish import publish, show
 from gcbench.records import Report
 from gcbench.store import Store
 from gcbench.units import counted, format_bytes
@@ -40,7 +40,10 @@ def measure(
     with store, _kept_when_interrupted(store):
         if previous is not None:
             previous = reports.reopen(store.folder)  # again, now that nobody else can write to it
-        with ForkedChildren(preload=sources.modules(source)) as children, progress.choose(err, quiet=quiet) as display:
+        with (
+            ForkedChildren(preload=("gcbench.worker", *sources.modules(source))) as children,
+            progress.choose(err, quiet=quiet) as display,
+        ):
             report = runner.run(
                 wanted,
                 source=source,
@@ -50,10 +53,9 @@ def measure(
                 command=command,
                 previous=previous,
             )
-        _publish(report, store)
+        publish(report, store)
         try:
-            with streams.kept_in(store.folder):
-                _show(report, store, as_json=as_json, quiet=quiet, err=err)
+            show(report, store.folder, as_json=as_json, quiet=quiet, err=err)
         finally:
             store.close()
     broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
@@ -87,34 +89,9 @@ def _kept(store: Store) -> str:
         report = reports.load(store.folder)
     except GcbenchError:
         return "interrupted before anything was measured"
-    _publish(report, store, plots=False)
+    publish(report, store, plots=False)
     done = sum(len(outcome.rounds) for outcome in report.outcomes)
     return (
         f"interrupted; {counted(done, 'measured round')} {'is' if done == 1 else 'are'} kept in {store.folder}; "
         f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
     )
-
-
-def _publish(report: Report, store: Store, *, plots: bool = True) -> None:
-    """Write the tables and plots beside the report; a full disk is told by the store."""
-    with store.forgiving(report):
-        if plots:
-            from gcbench.plots import draw
-
-            draw(report, store.folder / "plots")
-        for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
-            write_text(store.folder / file, formats.get(name).render(report))
-
-
-def _show(report: Report, store: Store, *, as_json: bool, quiet: bool, err: Console) -> None:
-    if as_json:
-        streams.print_json(formats.get("json").render(report))
-    else:
-        from gcbench.formats import terminal
-
-        terminal.show(report)
-    if quiet:
-        return
-    for notice in (*(report.model_notices if as_json else ()), *report.notices):
-        err.print(notice, markup=False, highlight=False, soft_wrap=True)
-    err.print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)

@@ -1,23 +1,83 @@
-"""What `report` and `compare` do with a stored plan or check."""
+"""What `gcbench report` and `gcbench compare` do with a stored run, prediction, plan or check."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from gcbench import check_view, plan_view, screen, stored, streams
-from gcbench import compare_plans as comparing
+from gcbench import check_view, formats, plan_view, screen, stored, streams
+from gcbench import compare_plans as comparing_plans
 from gcbench import report as reports
 from gcbench.check_stored import load_check
 from gcbench.errors import ThresholdBroken, UsageError
 from gcbench.files import write_text
+from gcbench.formats.json_rows import print_rows
 from gcbench.plan_stored import load_plan
-from gcbench.records import SCHEMA
 
 
-def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
+def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
+    """Match two runs, predictions or plans and say what changed; raises ThresholdBroken when a --fail-on is."""
+    from gcbench import compare as comparing
+
+    mistakes: list[str] = []
+    thresholds: dict[str, float] = {}
+    for text in (part for item in fail_on for part in item.split(",")):
+        try:
+            name, share = comparing.parse_threshold(text)
+            thresholds[name] = share
+        except ValueError as err:
+            mistakes.append(f"--fail-on: {err}")
+    if mistakes:
+        raise UsageError.of(mistakes)
+    if _are_plans(a, b):
+        _compare_plans(a, b, thresholds, force=force, as_json=as_json)
+        return
+    comparison = comparing.compare(reports.load(a), reports.load(b), force=force)
+    if as_json:
+        print_rows(comparing.to_rows(comparison))
+    else:
+        screen.show(comparing.render(comparison))
+    broken = comparing.broken(comparison, thresholds)
+    if broken:
+        raise ThresholdBroken("; ".join(broken))
+
+
+def report(folder: Path, *, format: str, out: Path | None) -> None:
+    """Render a stored run, prediction, plan or check."""
+    legal = (*formats.names(), "png")
+    if format not in legal:
+        raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
+    kind = stored.kind_of(folder)
+    if kind != "run":
+        _report_stored(folder, kind, format=format, out=out)
+        return
+    report = reports.load(folder)
+    if format == "png":
+        from gcbench.plots import draw
+
+        target = out or reports.report_path(folder).parent / "plots"
+        with _writable(target):
+            for path in draw(report, target):
+                print(path)
+        return
+    if out is not None:
+        with _writable(out):
+            write_text(out, formats.get(format).render(report))
+        return
+    if format == "terminal":
+        from gcbench.formats import terminal
+
+        terminal.show(report)
+        return
+    text = formats.get(format).render(report)
+    if format == "json":
+        streams.print_json(text)
+    else:
+        print(text, end="")
+
+
+def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
     """Render a stored plan or check."""
     place = folder.parent if folder.suffix == ".json" else folder
     if kind == "plan":
@@ -25,7 +85,7 @@ def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
         if format == "png":
             from gcbench import plan_plot
 
-            with writable(target := out or place / "plots"):
+            with _writable(target := out or place / "plots"):
                 print(plan_plot.draw(planned, target))
             return
         if format == "terminal" and out is None:
@@ -46,11 +106,11 @@ def report(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
         else:
             print(text, end="")
         return
-    with writable(out):
+    with _writable(out):
         write_text(out, text)
 
 
-def are_plans(a: Path, b: Path) -> bool:
+def _are_plans(a: Path, b: Path) -> bool:
     """Whether both are plans; raises UsageError for what cannot be set side by side."""
     kinds = [stored.kind_of(place) for place in (a, b)]
     if "check" in kinds:
@@ -64,22 +124,21 @@ def are_plans(a: Path, b: Path) -> bool:
     return kinds == ["plan", "plan"]
 
 
-def compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: bool, as_json: bool) -> None:
+def _compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: bool, as_json: bool) -> None:
     """Set two plans side by side; raises ThresholdBroken when one of `thresholds` is."""
     plans = load_plan(a), load_plan(b)
-    changes = comparing.compare(*plans, force=force)
-    broken = comparing.broken(changes, thresholds)
+    changes = comparing_plans.compare(*plans, force=force)
+    broken = comparing_plans.broken(changes, thresholds)
     if as_json:
-        document = {"schema": SCHEMA, "rows": comparing.to_rows(changes)}
-        streams.print_json(json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+        print_rows(comparing_plans.to_rows(changes))
     else:
-        screen.show(list(comparing.render(*plans, changes)))
+        screen.show(list(comparing_plans.render(*plans, changes)))
     if broken:
         raise ThresholdBroken("; ".join(broken))
 
 
 @contextmanager
-def writable(place: Path) -> Iterator[None]:
+def _writable(place: Path) -> Iterator[None]:
     """A block that writes to `--out`; raises UsageError where it cannot be written."""
     try:
         yield

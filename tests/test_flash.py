@@ -6,8 +6,7 @@ import pytest
 
 from gcbench import flash
 from gcbench.errors import UsageError
-from gcbench.simulate.target import Target
-from gcbench.targets import Wish, target_of
+from gcbench.simulate.target import Target, Wish, target_of
 
 QUICK = ("--batch", 2, "--seq-len", 64, "--strategies", "off,per-layer", "--precision", "bf16", "--device", "a40")
 

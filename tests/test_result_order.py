@@ -17,8 +17,8 @@ from gcbench import models, sources
 from gcbench.records import Lora
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.roads import way_to
+from gcbench.simulate.target import Wish, target_of
 from gcbench.strategies import Plan
-from gcbench.targets import Wish, target_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

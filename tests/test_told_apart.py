@@ -13,8 +13,8 @@ from gcbench.decision import Candidate
 from gcbench.plan_from import decide
 from gcbench.planned import Asked
 from gcbench.records import RoundResult
+from gcbench.simulate.target import Wish
 from gcbench.strategies import parse
-from gcbench.targets import Wish
 from gcbench.units import GIB
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
-from gcbench import __version__
 from gcbench.records import Machine
+from gcbench.version import __version__
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate")
 _VARIABLES = (

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 
+from gcbench import streams
 from gcbench.records import SCHEMA, Report
 from gcbench.tables import rows
 
@@ -23,6 +24,11 @@ def document(table: Iterable[Mapping[str, object]]) -> str:
     """Any rows in the form that every command prints with --json; JSON knows no NaN or infinity, so these are null."""
     finite = [{name: _finite(value) for name, value in row.items()} for row in table]
     return json.dumps({"schema": SCHEMA, "rows": finite}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def print_rows(table: Iterable[Mapping[str, object]]) -> None:
+    """Print any rows as a document."""
+    streams.print_json(document(table))
 
 
 def _finite(value: object) -> object:
