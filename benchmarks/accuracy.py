@@ -25,14 +25,17 @@ from typing import Any
 
 from truth import REFERENCE
 
-from gcbench import __version__, config, forecast, sources
-from gcbench.children import ForkedChildren
-from gcbench.codec import decode
-from gcbench.files import write_text
-from gcbench.records import Machine, MemoryPeaks
-from gcbench.simulate import target as targets
-from gcbench.simulate.target import Wish
-from gcbench.units import format_bytes
+from gcbench import __version__
+from gcbench.core.files import write_text
+from gcbench.core.json_codec import decode
+from gcbench.core.records import Machine, MemoryPeaks
+from gcbench.core.units import format_bytes
+from gcbench.devices import target as targets
+from gcbench.devices.target import Wish
+from gcbench.job import settings as config
+from gcbench.models import sources
+from gcbench.predict import session as forecast
+from gcbench.processes.children import ForkedChildren
 
 STORED = REFERENCE / "accuracy.json"
 BARS = {

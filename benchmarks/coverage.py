@@ -17,12 +17,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from gcbench import config, forecast
-from gcbench.children import ForkedChildren
-from gcbench.errors import GcbenchError
-from gcbench.files import write_text
-from gcbench.simulate.target import Wish, target_of
-from gcbench.sources import ModelSource
+from gcbench.core.errors import GcbenchError
+from gcbench.core.files import write_text
+from gcbench.devices.target import Wish, target_of
+from gcbench.job import settings as config
+from gcbench.models.sources import ModelSource
+from gcbench.predict import session as forecast
+from gcbench.processes.children import ForkedChildren
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 STRATEGIES = ("off", "per-layer", "every:2")

@@ -18,12 +18,12 @@ from typing import Any
 
 from coverage import types
 
-from gcbench import check_session
-from gcbench.checks import FAILED, IDENTICAL, NOT_REPEATABLE, UNSUPPORTED, WITHIN_NOISE, WRONG, rows
-from gcbench.children import ForkedChildren
-from gcbench.errors import GcbenchError
-from gcbench.files import write_text
-from gcbench.sources import ModelSource
+from gcbench.check import session as check_session
+from gcbench.check.cases import FAILED, IDENTICAL, NOT_REPEATABLE, UNSUPPORTED, WITHIN_NOISE, WRONG, rows
+from gcbench.core.errors import GcbenchError
+from gcbench.core.files import write_text
+from gcbench.models.sources import ModelSource
+from gcbench.processes.children import ForkedChildren
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 STRATEGIES = ("per-layer", "every:2", "segment:2", "first:1", "selective:attention", "selective:matmul", "reentrant")

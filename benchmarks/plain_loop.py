@@ -64,7 +64,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    from gcbench import models, sources
+    from gcbench.models import build as models
+    from gcbench.models import sources
 
     torch.manual_seed(0)
     config = models.build_config(

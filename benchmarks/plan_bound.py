@@ -9,10 +9,10 @@ from typing import Any
 
 from plan_ground import FULL, OFF, Ground
 
-from gcbench.costs import Figures
-from gcbench.policies import frontier
-from gcbench.simulate.inside import InnerCall
-from gcbench.simulate.layer_policies import weighed
+from gcbench.plan.policies.layer_calls import InnerCall
+from gcbench.plan.policies.layer_policies import weighed
+from gcbench.plan.policies.min_cut import frontier
+from gcbench.simulate.costs import Figures
 
 
 def lower_bound(ground: Ground) -> Callable[[int], float | None]:

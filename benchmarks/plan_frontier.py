@@ -36,13 +36,15 @@ import torch
 from plan_bound import lower_bound
 from plan_ground import FULL, OFF, CannotRun, Ground, Point
 
-from gcbench import __version__, cards, sources, strategies
-from gcbench.costs import CardFigures
-from gcbench.files import write_text
-from gcbench.planner.search import Planner
-from gcbench.simulate.pools import MIN_BLOCK_BYTES
-from gcbench.simulate.target import Target
-from gcbench.task_plan import PlanTask
+from gcbench import __version__, strategies
+from gcbench.core.files import write_text
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.models import sources
+from gcbench.plan.search.planner import Planner
+from gcbench.plan.task import PlanTask
+from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES
+from gcbench.simulate.costs import CardFigures
 
 STORED = Path(__file__).parent.parent / "results" / "reference" / "plan-frontier.json"
 WAYS = tuple(round(0.05 * step, 2) for step in range(21))

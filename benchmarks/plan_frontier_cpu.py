@@ -17,17 +17,19 @@ from typing import Any
 import torch
 from plan_ground import FULL, OFF, Ground
 
-from gcbench import checkpointing, models, strategies
-from gcbench.calibrate import calibrate_for
-from gcbench.costs import CardFigures, Figures
-from gcbench.devices import cpu
-from gcbench.planner.search import Planner
-from gcbench.simulate.target import Target
-from gcbench.sources import ModelSource
-from gcbench.stats import Estimate, estimate
+from gcbench import strategies
+from gcbench.calibration.calibrate import calibrate_for
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.devices.backends import cpu
+from gcbench.devices.target import Target
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
+from gcbench.plan.search.planner import Planner
+from gcbench.plan.task import PlanTask
+from gcbench.report.stats import Estimate, estimate
+from gcbench.simulate.costs import CardFigures, Figures
 from gcbench.strategies import Plan
-from gcbench.task_plan import PlanTask
-from gcbench.training import TrainingStep, random_batch
+from gcbench.training.step import TrainingStep, random_batch
 
 CONFIG = {
     "model_type": "llama",

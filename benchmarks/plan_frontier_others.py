@@ -29,12 +29,12 @@ from torch.distributed._tools.sac_estimator import OPS_TO_ALWAYS_SKIP, SACEstima
 from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from gcbench.costs import Figures
-from gcbench.operators import operator_name
-from gcbench.simulate.inside import InnerCall
-from gcbench.simulate.work import of_call
+from gcbench.operators.schema import operator_name
+from gcbench.plan.policies.layer_calls import InnerCall
+from gcbench.simulate.costs import Figures
+from gcbench.simulate.op_work import of_call
 from gcbench.strategies import Policy
-from gcbench.training import PRECISIONS
+from gcbench.training.step import PRECISIONS
 
 BUDGETS = tuple(round(0.05 * step, 2) for step in range(21))
 """Values of activation_memory_budget."""

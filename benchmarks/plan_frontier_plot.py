@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gcbench.canvas import quiet, write
+from gcbench.report.plots.figure import quiet, write
 
 _STYLES = {
     "layer_counts": ("best layer count", "#0072B2", "-", 1.2),

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from gcbench.costs import Figures
-from gcbench.planner.layered import Layered
-from gcbench.planner.mixes import plan_of
-from gcbench.planner.search import Planner
-from gcbench.simulate.inside import InnerCall, inner_calls
-from gcbench.simulate.pools import MIN_BLOCK_BYTES
-from gcbench.simulate.profile import StepProfile, profile
-from gcbench.simulate.stage import Stage
+from gcbench.plan.estimate.layer_profile import StepProfile, profile
+from gcbench.plan.layer_mix.layered import Layered
+from gcbench.plan.policies.layer_calls import InnerCall, inner_calls
+from gcbench.plan.search.mixes import plan_of
+from gcbench.plan.search.planner import Planner
+from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES
+from gcbench.simulate.costs import Figures
+from gcbench.simulate.trace.fake_model import Stage
 from gcbench.strategies import Plan, Policy
 
 OFF, FULL = 0, 1

@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from gcbench.files import write_text
+from gcbench.core.files import write_text
 
 PATH = Path(__file__).parent.parent / "results" / "reference" / "plan-speed.json"
 CASES = {

@@ -27,16 +27,21 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from gcbench import checkpointing, config, forecast, models, sources, strategies
-from gcbench.children import ForkedChildren
-from gcbench.files import write_text
-from gcbench.simulate import target as targets
-from gcbench.simulate.child import Session
-from gcbench.simulate.recorder import Recorder, as_in_a_real_run
-from gcbench.simulate.stage import give_storage
-from gcbench.simulate.target import Target, Wish
-from gcbench.task_predict import CellToPredict, PredictTask
-from gcbench.training import TrainingStep
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.files import write_text
+from gcbench.devices import target as targets
+from gcbench.devices.target import Target, Wish
+from gcbench.job import settings as config
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.predict import session as forecast
+from gcbench.predict.task import CellToPredict, PredictTask
+from gcbench.predict.worker import Session
+from gcbench.processes.children import ForkedChildren
+from gcbench.simulate.trace.fake_model import give_storage
+from gcbench.simulate.trace.recorder import Recorder, as_in_a_real_run
+from gcbench.training.step import TrainingStep
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 STRATEGIES = ("off", "per-layer", "every:2", "every:4")

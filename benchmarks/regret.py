@@ -24,9 +24,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from gcbench import racing
-from gcbench.decision import Candidate
-from gcbench.files import write_text
+from gcbench.core.files import write_text
+from gcbench.plan import racing
+from gcbench.plan.decision import Candidate
 from gcbench.strategies.plan_file import as_json, of_json
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
@@ -83,11 +83,11 @@ def setting(candidate: Candidate) -> Setting:
 
 def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[dict[str, Any]]]:
     """The grid of a workload, and what is chosen for each budget with the candidates it was chosen from."""
-    from gcbench import sources
-    from gcbench.planner.search import Planner, figures_for
-    from gcbench.simulate.target import Target
+    from gcbench.devices.target import Target
+    from gcbench.models import sources
+    from gcbench.plan.search.planner import Planner, figures_for
+    from gcbench.plan.task import PlanTask
     from gcbench.strategies import parse
-    from gcbench.task_plan import PlanTask
 
     num_layers = shape.get("num_hidden_layers") or shape["n_layer"]
     with tempfile.TemporaryDirectory() as folder:
@@ -151,15 +151,16 @@ def measured(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from gcbench import checkpointing, devices
-    from gcbench.training import TrainingStep, random_batch
+    from gcbench.checkpointing import apply as checkpointing
+    from gcbench.devices import backends
+    from gcbench.training.step import TrainingStep, random_batch
 
     torch.manual_seed(0)
     values = dict(shape)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     config.use_cache = False
     model = AutoModelForCausalLM.from_config(config).train()
-    device = devices.open_device("cpu")
+    device = backends.open_device("cpu")
     device.limit_memory(None)
     plans = {each.key: of_json(json.loads(each.plan)) for each in settings}
 
@@ -339,7 +340,7 @@ def report(path: Path) -> None:
 
 
 def main() -> None:
-    from gcbench.devices import open_device
+    from gcbench.devices.backends import open_device
 
     machine = open_device("cpu").describe()
     slug = "-".join(machine.device_name.lower().split()[:2])

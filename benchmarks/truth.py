@@ -18,15 +18,17 @@ from pathlib import Path
 
 from grid import Case, cases
 
-from gcbench import config, runner, sources
-from gcbench.children import ForkedChildren
-from gcbench.codec import encode
-from gcbench.describe import DescribeTask
-from gcbench.files import write_text
-from gcbench.progress import QuietProgress
-from gcbench.records import Machine, Report
-from gcbench.store import Store
-from gcbench.tasks import raise_refusal
+from gcbench.core.files import write_text
+from gcbench.core.json_codec import encode
+from gcbench.core.records import Machine, Report
+from gcbench.job import settings as config
+from gcbench.job.describe import DescribeTask
+from gcbench.measure import runner
+from gcbench.measure.progress import QuietProgress
+from gcbench.models import sources
+from gcbench.processes.children import ForkedChildren
+from gcbench.processes.messages import raise_refusal
+from gcbench.report.run_folder import Store
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 

@@ -3,15 +3,22 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gcbench.version import __version__ as __version__
+from gcbench.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gcbench.api import apply, remove
+    from gcbench.checkpointing.segments import NotASegment
     from gcbench.strategies import Plan, Policy
 
-__all__ = ["Plan", "Policy", "apply", "remove"]
+__all__ = ["NotASegment", "Plan", "Policy", "apply", "remove"]
 
-_HOMES = {"apply": "gcbench.api", "remove": "gcbench.api", "Plan": "gcbench.strategies", "Policy": "gcbench.strategies"}
+_HOMES = {
+    "apply": "gcbench.api",
+    "remove": "gcbench.api",
+    "NotASegment": "gcbench.checkpointing.segments",
+    "Plan": "gcbench.strategies",
+    "Policy": "gcbench.strategies",
+}
 
 
 def __getattr__(name: str) -> Any:

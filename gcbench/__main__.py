@@ -1,6 +1,6 @@
 """`python -m gcbench`."""
 
-from gcbench.entry import main
+from gcbench.cli.entry import main
 
 if __name__ == "__main__":
     main()

@@ -15,17 +15,20 @@ from torch._functorch import config as functorch_config
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from gcbench import checkpointing, own_way, strategies, training
-from gcbench.checkpointing import RecomputeCounter
-from gcbench.errors import UsageError
-from gcbench.gathering import check_gathering
-from gcbench.replaced import Watch
-from gcbench.segments import NotASegment
-from gcbench.simulate.stage import Stage
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import own_way
+from gcbench.checkpointing.apply import RecomputeCounter
+from gcbench.checkpointing.fsdp_groups import check_gathering
+from gcbench.checkpointing.replaced import Watch
+from gcbench.checkpointing.segments import NotASegment
+from gcbench.core.errors import UsageError
+from gcbench.core.units import counted
+from gcbench.job.twin import own_plan, twin_of
+from gcbench.simulate.trace.fake_model import Stage
 from gcbench.strategies import Plan
 from gcbench.strategies._for_model import unsupported
-from gcbench.twins import own_plan, twin_of
-from gcbench.units import counted
+from gcbench.training import step as training
 
 _BEFORE = "_gcbench_before"
 """The attribute of a model that holds what `remove` puts back."""
@@ -112,8 +115,8 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
         TypeError: for a model or strategy of another type.
         ValueError: for a strategy that does not exist, for a model that cannot checkpoint or is wrapped in other
             checkpointing, and for a plan that this model, its sharding, this torch or this machine cannot have.
-        gcbench.segments.NotASegment: later, in a forward pass, where a model does not simply run the layers of one
-            group one after the other.
+        gcbench.NotASegment: later, in a forward pass, where a model does not simply run the layers of one group one
+            after the other.
     """
     trained = _trained(model)
     layers = checkpointing.layers_of(trained)

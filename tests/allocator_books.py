@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from gcbench.simulate.allocator import CachingAllocator
+from gcbench.simulate.allocator.caching_allocator import CachingAllocator
 
 MIB = 1 << 20
 BOTH = pytest.mark.parametrize("expandable", [False, True], ids=["segments", "expandable"])

@@ -20,7 +20,7 @@ import pytest
 import tiny
 from processes import PROCESS_TIMEOUT_S, session_members
 
-from gcbench import cli as command_line
+from gcbench.cli import app as command_line
 
 # Started in the background of a shell, a process ignores Ctrl-C and hands that down to all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -66,7 +66,7 @@ def warm_server() -> None:
     models gain nothing from more, and threads that wait for each other crawl on a busy machine.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["gcbench.worker", *tiny.MODEL_MODULES])
+    context.set_forkserver_preload(["gcbench.measure.worker", *tiny.MODEL_MODULES])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # as a run does it, for the same reason
@@ -184,7 +184,8 @@ def offloading(monkeypatch) -> list[tuple[int, ...]]:
     """Offloading on a CPU, to memory that is not pinned: the shapes of what was moved."""
     import torch
 
-    from gcbench import api, checkpointing
+    from gcbench import api
+    from gcbench.checkpointing import apply as checkpointing
 
     moved = []
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from fixtures_report import CHECKPOINTED, peaks, report, workload
 
-from gcbench.peaks import MemoryPeaks
-from gcbench.prediction import Curve, Explanation, LayerShare, Lever, Prediction, Share, Term
-from gcbench.records import Cell, Failure, FailureKind, Machine, ModelFacts, Outcome, Report, Workload
-from gcbench.units import GIB, MIB
+from gcbench.core.memory_peaks import MemoryPeaks
+from gcbench.core.prediction import Curve, Explanation, LayerShare, Lever, Prediction, Share, Term
+from gcbench.core.records import Cell, Failure, FailureKind, Machine, ModelFacts, Outcome, Report, Workload
+from gcbench.core.units import GIB, MIB
 
 LAYERS = 12
 CARD = workload(model="some-llama", device="example-card", batch=2, seq=4096, precision="bf16")

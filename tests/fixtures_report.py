@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gcbench.records import (
+from gcbench.core.records import (
     SCHEMA,
     Cell,
     Failure,
@@ -17,7 +17,7 @@ from gcbench.records import (
     RoundResult,
     Workload,
 )
-from gcbench.units import MIB
+from gcbench.core.units import MIB
 
 CHECKPOINTED = {"off": 0, "per-layer": 12, "every:2": 6, "every:3": 4, "every:4": 3, "segment:4": 12}
 

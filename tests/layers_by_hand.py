@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import toys
 
-from gcbench.simulate.inside import inner_calls
+from gcbench.plan.policies.layer_calls import inner_calls
 
 BATCH_SIZE, SEQ_LEN = 2, 4
 ROWS = BATCH_SIZE * SEQ_LEN

@@ -10,7 +10,7 @@ import torch
 from toys import Toy
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from gcbench import checkpointing
+from gcbench.checkpointing import apply as checkpointing
 
 ALL = (0, 1, 2, 3)
 RECOMPUTED = {

@@ -11,9 +11,9 @@ import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from gcbench import child_entry
-from gcbench.task_measure import MeasureTask
-from gcbench.tasks import Task
+from gcbench.measure.task import MeasureTask
+from gcbench.processes import child
+from gcbench.processes.messages import Task
 
 VICTIM = "per-layer"
 
@@ -25,32 +25,32 @@ def _is_victim(task: Task) -> bool:
 def hangs(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     if _is_victim(task):
         threading.Event().wait()
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def kills_itself(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     if _is_victim(task):
         os.kill(os.getpid(), signal.SIGKILL)
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def is_killed_in_its_last_round(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     if _is_victim(task) and task.round > 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def faults(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     if _is_victim(task):
         os.kill(os.getpid(), signal.SIGSEGV)
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def exits(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     if _is_victim(task):
         Path(log_path).write_text("libfoo: 1\nlibfoo: giving up\n\n")
         os._exit(3)
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def describes_nothing(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
@@ -59,23 +59,23 @@ def describes_nothing(task: Task, connection: Connection, answer_path: str, log_
 
 def raises(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     _raise_in_the_step(task, ZeroDivisionError("the learning rate\nwas divided by nothing"))
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def refuses_the_precision(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     _raise_in_the_step(task, RuntimeError("\"addmm_impl_cpu_\" not implemented for 'Half'"))
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def runs_out_of_memory(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     _raise_in_the_step(task, MemoryError())
-    child_entry.main(task, connection, answer_path, log_path)
+    child.main(task, connection, answer_path, log_path)
 
 
 def _raise_in_the_step(task: Task, error: BaseException) -> None:
     if not _is_victim(task):
         return
-    from gcbench.training import TrainingStep
+    from gcbench.training.step import TrainingStep
 
     def step(self: object, on_phase: object = None) -> None:
         raise error

@@ -9,12 +9,14 @@ from functools import cache
 import tiny
 import torch
 
-from gcbench import checkpointing, models, training
-from gcbench.costs import CardFigures
-from gcbench.simulate.layer_policies import uniform_plans
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
+from gcbench.plan.policies.layer_policies import uniform_plans
+from gcbench.simulate.costs import CardFigures
 from gcbench.simulate.predictor import Predictor
-from gcbench.sources import ModelSource
 from gcbench.strategies import Plan
+from gcbench.training import step as training
 
 LAYERS = 3
 """The first, the last, and one between them."""

@@ -8,8 +8,11 @@ import tiny
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from gcbench import checkpointing, models, strategies, training
-from gcbench.sources import ModelSource
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
+from gcbench.training import step as training
 
 BATCH_SIZE, SEQ_LEN, WIDTH = 2, 8, 32
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}

@@ -9,14 +9,17 @@ import tiny
 import torch
 from test_cpu_memory import build, run_until_state
 
-from gcbench import models, sources, strategies, training
-from gcbench.added import Setting, kernels_sentence, sentence
-from gcbench.devices import open_device
-from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
+from gcbench import strategies
+from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition, Fallback
+from gcbench.core.units import GIB
+from gcbench.devices.backends import open_device
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.report.additions import Setting, kernels_sentence, sentence
 from gcbench.simulate import timeline
 from gcbench.simulate.additions import accumulating, with_outputs
 from gcbench.simulate.predictor import Predictor
-from gcbench.units import GIB
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

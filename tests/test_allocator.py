@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from allocator_books import BOTH, MIB, held
 
-from gcbench.simulate.allocator import NULL, CachingAllocator, OutOfMemory
+from gcbench.simulate.allocator.caching_allocator import NULL, CachingAllocator, OutOfMemory
 
 # Sizes and segments
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from allocator_books import BOTH, MIB, held, layout
 
-from gcbench.simulate.allocator import CachingAllocator, OutOfMemory
+from gcbench.simulate.allocator.caching_allocator import CachingAllocator, OutOfMemory
 
 # Expandable segments
 

@@ -13,8 +13,8 @@ from loops import ALL, RECOMPUTED, build, differing, enable, runs_again, state, 
 from transformers import AutoModelForCausalLM
 
 import gcbench
-from gcbench import training
-from gcbench.devices import open_device
+from gcbench.devices.backends import open_device
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -85,7 +85,7 @@ def wrapped(model, wrapping):
     import torch
     from torch.distributed import fsdp
 
-    from gcbench.checkpointing import checkpointable_layers
+    from gcbench.checkpointing.apply import checkpointable_layers
 
     layers = checkpointable_layers(model)
     kind, _, how = wrapping.partition("-")
@@ -109,7 +109,7 @@ def wrapped(model, wrapping):
 @contextmanager
 def counted(model):
     """How often a part of each layer runs, by (phase, number)."""
-    from gcbench.checkpointing import checkpointable_layers
+    from gcbench.checkpointing.apply import checkpointable_layers
 
     calls = SimpleNamespace(phase="forward", runs=Counter())
     hooks = []

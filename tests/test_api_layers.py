@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BartF
 
 import gcbench
 from gcbench import api
-from gcbench.segments import NotASegment
+from gcbench.checkpointing.segments import NotASegment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

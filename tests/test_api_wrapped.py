@@ -22,7 +22,7 @@ from loops import (
 from transformers import AutoModel, AutoModelForCausalLM
 
 import gcbench
-from gcbench import checkpointing
+from gcbench.checkpointing import apply as checkpointing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

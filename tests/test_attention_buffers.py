@@ -9,9 +9,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gcbench import cards
-from gcbench.simulate.attention_buffers import internal_buffers
-from gcbench.simulate.target import Target
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda.attention_buffers import internal_buffers
 
 FLASH = "_scaled_dot_product_flash_attention"
 EFFICIENT = "_scaled_dot_product_efficient_attention"

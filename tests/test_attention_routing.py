@@ -18,12 +18,12 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
-from gcbench import cards
-from gcbench.simulate import attention
-from gcbench.simulate.attention import CudaAttention, math_attention
-from gcbench.simulate.attention_buffers import internal_buffers
-from gcbench.simulate.attention_rules import Choice
-from gcbench.simulate.target import Target
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda import attention
+from gcbench.simulate.cuda.attention import CudaAttention, math_attention
+from gcbench.simulate.cuda.attention_buffers import internal_buffers
+from gcbench.simulate.cuda.attention_rules import Choice
 
 BATCH, HEADS, SEQ, DIM = 2, 8, 128, 64
 

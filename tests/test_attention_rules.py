@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gcbench import cards
-from gcbench.simulate.attention_rules import AttentionCall, Choice, Gpu, Mask, choose, gpu_of
-from gcbench.simulate.target import Target
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda.attention_rules import AttentionCall, Choice, Gpu, Mask, choose, gpu_of
 
 BATCH, HEADS, SEQ, DIM = 2, 8, 128, 64
 MASK = Mask(shape=(1, 1, SEQ, SEQ))

@@ -13,8 +13,8 @@ import misbehaving
 import pytest
 from processes import PROCESS_TIMEOUT_S, await_line, await_members, is_server, session_members
 
-from gcbench import children
-from gcbench import report as reports
+from gcbench.processes import children
+from gcbench.report import report_file as reports
 
 QUICK = ("--batch", 1, "--seq-len", 16, "--device", "cpu", "--steps", 1)
 THREE = ("--strategies", "off,per-layer,every:2")

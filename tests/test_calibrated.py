@@ -7,9 +7,11 @@ from dataclasses import replace
 import pytest
 from timed_calls import MACHINE, US, calibration_of, generic, overheads, pointwise, product, tensor
 
-from gcbench import calibrated, calls, devices
-from gcbench.calibrated import CORE_BYTES, Point, machine_key
-from gcbench.costs import Work
+from gcbench.calibration import op_times
+from gcbench.calibration.op_times import CORE_BYTES, Point, machine_key
+from gcbench.devices import backends
+from gcbench.operators import call_text
+from gcbench.simulate.costs import Work
 
 # What is not measured follows from what is.
 
@@ -57,10 +59,10 @@ def test_an_operator_takes_its_share_of_the_generic_one_elsewhere():
 
 def test_a_call_of_another_layout_is_taken_for_its_like_first():
     dense = pointwise(1000, 1e-6)
-    gaps = pointwise(1000, 9e-6, call=calls.write("aten::silu", [tensor(1000, strides=(2,))], {}))
+    gaps = pointwise(1000, 9e-6, call=call_text.write("aten::silu", [tensor(1000, strides=(2,))], {}))
     known = calibration_of(dense, gaps)
     assert known.seconds(pointwise(2000)) == 2e-6
-    asked = pointwise(2000, call=calls.write("aten::silu", [tensor(2000, strides=(2,))], {}))
+    asked = pointwise(2000, call=call_text.write("aten::silu", [tensor(2000, strides=(2,))], {}))
     assert known.seconds(asked) == 18e-6
 
 
@@ -106,17 +108,17 @@ def test_missing_are_those_without_their_like_and_what_costs_most_comes_first():
 def test_what_is_stored_comes_back(tmp_path):
     added = overheads(model=(1e-6, 2e-6))
     known = calibration_of(pointwise(1000, 7e-6), product(8, 9, 10, 1e-5, cold=3), overheads=added)
-    assert calibrated.save(known, tmp_path / "new") == calibrated.path_for(MACHINE, tmp_path / "new")
-    assert calibrated.load(MACHINE, tmp_path / "new") == known
-    assert [path.name for path in (tmp_path / "new").iterdir()] == [calibrated.path_for(MACHINE).name]
+    assert op_times.save(known, tmp_path / "new") == op_times.path_for(MACHINE, tmp_path / "new")
+    assert op_times.load(MACHINE, tmp_path / "new") == known
+    assert [path.name for path in (tmp_path / "new").iterdir()] == [op_times.path_for(MACHINE).name]
 
 
 def test_it_lies_in_the_cache_folder_that_the_user_chose(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert calibrated.path_for(MACHINE).parent == tmp_path / "gcbench"
+    assert op_times.path_for(MACHINE).parent == tmp_path / "gcbench"
     monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert calibrated.path_for(MACHINE).parent == tmp_path / "home" / ".cache" / "gcbench"
+    assert op_times.path_for(MACHINE).parent == tmp_path / "home" / ".cache" / "gcbench"
 
 
 def test_the_newer_of_two_points_for_a_call_stays():
@@ -153,23 +155,23 @@ def test_the_newer_of_two_points_for_a_call_stays():
 def test_a_file_that_cannot_be_used_is_no_calibration(tmp_path, spoil):
     """The trap: a cache that was damaged, or came with the home folder from another machine, must not end a plan."""
     known = calibration_of(pointwise(1000, 7e-6), overheads=overheads(model=1e-6))
-    path = calibrated.save(known, tmp_path)
+    path = op_times.save(known, tmp_path)
     text = path.read_text()
     assert spoil(text) != text
     path.write_text(spoil(text))
-    assert calibrated.load(MACHINE, tmp_path) is None
+    assert op_times.load(MACHINE, tmp_path) is None
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     (tmp_path / "file").write_text("")
-    assert calibrated.save(calibration_of(), tmp_path / "file") is None
-    assert calibrated.load(MACHINE, tmp_path / "file") is None
-    (tmp_path / calibrated.path_for(MACHINE).name).write_bytes(b"\xff\xfe")
-    assert calibrated.load(MACHINE, tmp_path) is None
+    assert op_times.save(calibration_of(), tmp_path / "file") is None
+    assert op_times.load(MACHINE, tmp_path / "file") is None
+    (tmp_path / op_times.path_for(MACHINE).name).write_bytes(b"\xff\xfe")
+    assert op_times.load(MACHINE, tmp_path) is None
 
 
 def test_a_machine_is_told_by_what_moves_its_figures():
-    machine = devices.open_device("cpu").describe()
+    machine = backends.open_device("cpu").describe()
     key = machine_key(machine)
     assert machine.device_name in key and f"torch {machine.versions['torch']}" in key
     others = [

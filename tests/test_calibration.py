@@ -9,17 +9,21 @@ import pytest
 import torch
 from timed_calls import US, calibration_of, generic, overheads, pointwise, product, step_of, tensor
 
-from gcbench import calibrated, calibration, calibration_host, calls, devices
-from gcbench.calibrate import calibrate_for, measure
-from gcbench.calibrated import CORE_BYTES, Calibration, machine_key
-from gcbench.costs import Work
-from gcbench.task_plan import PlanTask
+from gcbench.calibration import op_times
+from gcbench.calibration import overheads as calibration_host
+from gcbench.calibration import timer as calibration
+from gcbench.calibration.calibrate import calibrate_for, measure
+from gcbench.calibration.op_times import CORE_BYTES, Calibration, machine_key
+from gcbench.devices import backends
+from gcbench.operators import call_text as calls
+from gcbench.plan.task import PlanTask
+from gcbench.simulate.costs import Work
 
 # Measuring.
 
 
 def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_path):
-    device = devices.open_device("cpu")
+    device = backends.open_device("cpu")
     works = step_of(tmp_path, "llama")
     torch.manual_seed(3)
     expected = torch.rand(4)
@@ -32,7 +36,7 @@ def test_a_short_calibration_times_the_costliest_calls_within_its_budget(tmp_pat
     assert found.machine == machine_key(device.describe())
     assert found.points and all(point.seconds > 0 for point in found.points)
     assert all(found.seconds(work) > 0 for work in works)
-    assert calibrated.load(found.machine, tmp_path) == found
+    assert op_times.load(found.machine, tmp_path) == found
     # What is there is not measured again; on a busy machine that may be less than all.
     there = [work for work in works if not found.missing([work])]
     assert measure(there, device=device, budget_s=0.6, known=found).points == found.points
@@ -49,12 +53,12 @@ def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, 
     monkeypatch.setattr(
         Calibration, "by_itself", lambda self, work: times * 1e-3 if work.op == "gelu" else by_itself(work)
     )
-    measure([there, lacking], device=devices.open_device("cpu"), budget_s=1.0, known=known)
+    measure([there, lacking], device=backends.open_device("cpu"), budget_s=1.0, known=known)
     assert {work.op for work in asked} == ({"silu", "gelu"} if anew else {"gelu"})
 
 
 def test_a_call_that_fails_or_is_too_large_is_left_out():
-    device = devices.open_device("cpu")
+    device = backends.open_device("cpu")
     fails = product(8, 8, 8, call=calls.write("aten::mm", [tensor(8, 8), tensor(9, 8)], {}))
     too_large = pointwise(2**50)
     good = pointwise(64)
@@ -65,7 +69,7 @@ def test_a_call_that_fails_or_is_too_large_is_left_out():
 
 def test_no_call_is_begun_that_the_budget_does_not_bear():
     made = []
-    timer = calibration.Timer(devices.open_device("cpu"))
+    timer = calibration.Timer(backends.open_device("cpu"))
     timer._time = lambda call, before: made.append(call) or (US, call())
     works = [pointwise(1000), pointwise(10)]
     found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=time.monotonic() + 60)
@@ -128,7 +132,7 @@ def test_overheads_are_what_a_step_takes_beyond_its_calls():
 
 
 def test_the_reference_model_gives_an_overhead_for_every_caller():
-    timer = calibration.Timer(devices.open_device("cpu"))
+    timer = calibration.Timer(backends.open_device("cpu"))
     overheads, step_s = calibration_host.overheads(timer, until=0.0, least_s=0.3)
     found = {each.caller: each for each in overheads}
     assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
@@ -150,8 +154,8 @@ def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkey
         return known, 1e-3
 
     monkeypatch.setattr(calibration_host, "overheads", added)
-    found = calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    found = calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert (found.overheads, found.step_s) == (known, 1e-3)
     assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
-    calibrate_for((), device=devices.open_device("cpu"), budget_s=asked, folder=tmp_path)
+    calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert len(given) == 1, "once per machine"

@@ -10,10 +10,10 @@ import torch
 from timed_calls import pointwise, step_of, tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcbench import calls
-from gcbench.calls import form
-from gcbench.replay import NotReplayable, Replayer
-from gcbench.simulate.work import CACHED_BYTES, Ages, of_call
+from gcbench.operators import call_text
+from gcbench.operators.call_text import form
+from gcbench.operators.replay import NotReplayable, Replayer
+from gcbench.simulate.op_work import CACHED_BYTES, Ages, of_call
 
 # Calls as text.
 
@@ -21,11 +21,11 @@ from gcbench.simulate.work import CACHED_BYTES, Ages, of_call
 def test_calls_that_differ_in_size_alone_are_alike():
     def of(batch, heads, tokens):
         transposed = tensor(batch, heads, tokens, 64, strides=(tokens * heads * 64, 64, heads * 64, 1))
-        return form(calls.write("aten::mul.Tensor", [transposed, tensor(batch, 1, tokens, 64)], {}))
+        return form(call_text.write("aten::mul.Tensor", [transposed, tensor(batch, 1, tokens, 64)], {}))
 
     # One sequence, or one head, alone too, whose strides say nothing.
     assert of(2, 8, 128) == of(16, 12, 77) == of(1, 8, 128)
-    dense = calls.write("aten::mul.Tensor", [tensor(2, 8, 128, 64), tensor(2, 1, 128, 64)], {})
+    dense = call_text.write("aten::mul.Tensor", [tensor(2, 8, 128, 64), tensor(2, 1, 128, 64)], {})
     assert form(dense) != of(2, 8, 128)
 
 
@@ -42,19 +42,19 @@ def test_calls_that_differ_in_size_alone_are_alike():
     ids=["dimension", "broadcasting", "layout", "dtype", "exponent", "gaps"],
 )
 def test_calls_that_take_other_roads_are_not_alike(one, two):
-    assert form(calls.write(*one, {})) != form(calls.write(*two, {}))
+    assert form(call_text.write(*one, {})) != form(call_text.write(*two, {}))
 
 
 def test_a_call_is_affine_in_the_batch():
     def at(batch):
         wide = tensor(batch, 16, 4, strides=(64, 1, 16))
-        return calls.write("aten::cat", [[wide, tensor(batch * 16, 4)], -1], {"dim": 1})
+        return call_text.write("aten::cat", [[wide, tensor(batch * 16, 4)], -1], {"dim": 1})
 
-    assert calls.between(at(2), at(4), 5 - 2, 4 - 2) == at(5)
-    assert calls.between(at(2), at(2), 3, 2) == at(2)
-    low, high = (calls.write("aten::div", [tensor(tokens), 1 / tokens], {}) for tokens in (2, 4))
-    assert calls.between(low, high, 3, 2) == calls.write("aten::div", [tensor(5), 1 / 2], {})
-    assert calls.between(at(2), calls.write("aten::cat", [[tensor(2)], -1], {"dim": 1}), 3, 2) == ""
+    assert call_text.between(at(2), at(4), 5 - 2, 4 - 2) == at(5)
+    assert call_text.between(at(2), at(2), 3, 2) == at(2)
+    low, high = (call_text.write("aten::div", [tensor(tokens), 1 / tokens], {}) for tokens in (2, 4))
+    assert call_text.between(low, high, 3, 2) == call_text.write("aten::div", [tensor(5), 1 / 2], {})
+    assert call_text.between(at(2), call_text.write("aten::cat", [[tensor(2)], -1], {"dim": 1}), 3, 2) == ""
 
 
 # Calls made again.
@@ -106,20 +106,20 @@ def test_every_call_of_a_step_can_be_made_again_and_does_the_same_work(tmp_path,
 
 def test_arguments_of_a_call_do_not_share_memory_and_cold_ones_come_round_late():
     replayer = Replayer(torch.device("cpu"), cold_bytes=4 * 4096, most_bytes=2**20)
-    call = calls.write("aten::addcmul_", [tensor(1024), tensor(1024), tensor(1024)], {})
+    call = call_text.write("aten::addcmul_", [tensor(1024), tensor(1024), tensor(1024)], {})
     made = replayer.make(call, 0b110)
     assert len({value.data_ptr() for value in made.args}) == 3
     assert [memory.data_ptr() for memory in made.hot] == [made.args[0].data_ptr()]
     cold = [replayer.make(call, 0b010).args[1].data_ptr() for _ in range(3)]
     assert len(set(cold)) == 3
-    hot = [replayer.make(calls.write("aten::silu", [tensor(512)], {}), 0).args[0].data_ptr() for _ in range(3)]
+    hot = [replayer.make(call_text.write("aten::silu", [tensor(512)], {}), 0).args[0].data_ptr() for _ in range(3)]
     assert len(set(hot)) == 1
 
 
 def test_memory_for_calls_is_bounded():
     replayer = Replayer(torch.device("cpu"), cold_bytes=2**16, most_bytes=2**16)
     for count in range(100, 4000, 100):
-        replayer.make(calls.write("aten::silu", [tensor(count)], {}), 1)
+        replayer.make(call_text.write("aten::silu", [tensor(count)], {}), 1)
         assert replayer._held_bytes <= 2**16
 
 
@@ -129,9 +129,9 @@ def test_memory_for_a_call_goes_with_it():
     gc.disable()
     try:
         replayer = Replayer(torch.device("cpu"), cold_bytes=0, most_bytes=0)
-        made = replayer.make(calls.write("aten::cat", [[tensor(100), tensor(200)]], {}), 0)
+        made = replayer.make(call_text.write("aten::cat", [[tensor(100), tensor(200)]], {}), 0)
         memory = weakref.ref(made.hot[0])
-        replayer.make(calls.write("aten::silu", [tensor(300)], {}), 0)
+        replayer.make(call_text.write("aten::silu", [tensor(300)], {}), 0)
         assert memory() is not None
         del made
         assert memory() is None
@@ -142,9 +142,9 @@ def test_memory_for_a_call_goes_with_it():
 def test_an_operator_that_this_torch_lacks_is_said_not_to_be_replayable():
     replayer = Replayer(torch.device("cpu"), cold_bytes=0, most_bytes=2**20)
     with pytest.raises(NotReplayable):
-        replayer.make(calls.write("aten::no_such_operator.Tensor", [tensor(4)], {}), 0)
+        replayer.make(call_text.write("aten::no_such_operator.Tensor", [tensor(4)], {}), 0)
     with pytest.raises(NotReplayable):
-        replayer.make(calls.write("aten::silu", [tensor(4, dtype="float3")], {}), 0)
+        replayer.make(call_text.write("aten::silu", [tensor(4, dtype="float3")], {}), 0)
 
 
 def test_works_say_what_calls_them(tmp_path):

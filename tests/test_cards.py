@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from gcbench import cards
-from gcbench.cards import PRECISIONS, Card
-from gcbench.errors import UnavailableError, UsageError
-from gcbench.units import GIB, MIB
+from gcbench.core.errors import UnavailableError, UsageError
+from gcbench.core.units import GIB, MIB
+from gcbench.devices import cards
+from gcbench.devices.cards import PRECISIONS, Card
 
 # What the box says, in the binary units that it means.
 MARKETED_GIB = {
@@ -479,7 +479,7 @@ def test_a_card_travels_to_another_process() -> None:
 
 
 def test_importing_reads_no_file_and_no_torch() -> None:
-    code = "import sys, gcbench.cards as c; print(c._built_in.cache_info().currsize, 'torch' in sys.modules)"
+    code = "import sys, gcbench.devices.cards as c; print(c._built_in.cache_info().currsize, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0 False\n"
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from gcbench import catalogue
-from gcbench.catalogue import Architecture, architectures, config_of, find, nearest
+from gcbench.models import catalogue
+from gcbench.models.catalogue import Architecture, architectures, config_of, find, nearest
 
 REQUIRED_FAMILIES = {
     "DeepSeek",

@@ -9,20 +9,22 @@ import json
 import pytest
 from fixtures_report import mixed_report
 
-from gcbench import changes, compare, report, tables, words
+from gcbench.core import model_changes
+from gcbench.report import compare, report_file, sentences
+from gcbench.report import rows as tables
 
 TOLD = "num_hidden_layers=2, hidden_size=64"
 SMALL = ("--layers", 2, "--set", "hidden_size=64", "--seq-len", 16, "-b", 2)
 
 
 def test_changes_in_words():
-    assert changes.told(None, None) is None and changes.told(None, {}) is None
-    assert changes.told(6, None) == "num_hidden_layers=6"
-    assert changes.told(2, {"hidden_size": 64, "tie": True, "act": "gelu"}) == (
+    assert model_changes.told(None, None) is None and model_changes.told(None, {}) is None
+    assert model_changes.told(6, None) == "num_hidden_layers=6"
+    assert model_changes.told(2, {"hidden_size": 64, "tie": True, "act": "gelu"}) == (
         "num_hidden_layers=2, hidden_size=64, tie=true, act=gelu"
     )
-    assert changes.named("llama", None) == "llama"
-    assert changes.named("llama", "a=1") == "llama with a=1"
+    assert model_changes.named("llama", None) == "llama"
+    assert model_changes.named("llama", "a=1") == "llama with a=1"
 
 
 @pytest.mark.parametrize("command", ["predict", "plan", "check", "run"])
@@ -45,7 +47,7 @@ def test_every_command_names_what_was_changed(cli, model, tmp_path, command):
 
 def stored(changed):
     whole = mixed_report()
-    document = json.loads(json.dumps(report.encode(whole)))
+    document = json.loads(json.dumps(report_file.encode(whole)))
     document["settings"] |= {"layers": 4, "set": None} if changed else {}
     for outcome in document["outcomes"]:
         del outcome["cell"]["workload"]["model_changes"]
@@ -55,9 +57,9 @@ def stored(changed):
 def test_a_report_from_before_is_named_too(tmp_path):
     """Its cells do not tell what was changed; its settings do."""
     (tmp_path / "report.json").write_text(json.dumps(stored(changed=True)))
-    loaded = report.load(tmp_path)
+    loaded = report_file.load(tmp_path)
     assert {row.model_changes for row in tables.rows(loaded)} == {"num_hidden_layers=4"}
-    assert words.model_of(loaded) == "gpt2 with num_hidden_layers=4"
+    assert sentences.model_of(loaded) == "gpt2 with num_hidden_layers=4"
 
 
 def test_compare_names_what_was_changed_and_where(tmp_path):
@@ -65,7 +67,7 @@ def test_compare_names_what_was_changed_and_where(tmp_path):
     for name, changed in (("a", False), ("b", True)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "report.json").write_text(json.dumps(stored(changed)))
-        sides.append(report.load(tmp_path / name))
+        sides.append(report_file.load(tmp_path / name))
     one = compare.compare(*sides, force=False).changes[0]
     assert one.name == "gpt2 (A with no changes; B with num_hidden_layers=4)"
     same = compare.compare(sides[1], sides[1], force=False).changes[0]

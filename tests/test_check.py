@@ -10,9 +10,14 @@ import pytest
 import tiny
 import torch
 
-from gcbench import check_view, checker, checkpointing, checks, codec, sources
-from gcbench.checks import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, Combination, Setting
-from gcbench.task_check import CheckTask, ReferenceRun
+from gcbench.check import cases as checks
+from gcbench.check import view
+from gcbench.check import worker as checker
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.task import CheckTask, ReferenceRun
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core import json_codec
+from gcbench.models import sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -62,7 +67,7 @@ def test_sharing_a_process_changes_no_answer(model):
 
     def told(combinations):
         return {
-            combination: codec.encode(result) | {"number": None, "steps_s": None}
+            combination: json_codec.encode(result) | {"number": None, "steps_s": None}
             for combination, result in results(task(folder, combinations)).items()
         }
 
@@ -197,10 +202,10 @@ def test_a_check_from_the_command_line(cli, model, tmp_path):
     ]
     assert all(row["optim"] == "sgd" and row["layers_recomputed"] == 4 for row in rows)
     assert {path.name for path in folder.iterdir()} == {"check.json", "check.md"}
-    stored = codec.decode(checks.Check, json.loads((folder / "check.json").read_text()))
-    assert [codec.encode(row) for row in checks.rows(stored)] == rows
-    assert check_view.markdown(stored) == (folder / "check.md").read_text()
-    text = check_view.plain(stored, width=80)
+    stored = json_codec.decode(checks.Check, json.loads((folder / "check.json").read_text()))
+    assert [json_codec.encode(row) for row in checks.rows(stored)] == rows
+    assert view.markdown(stored) == (folder / "check.md").read_text()
+    text = view.plain(stored, width=80)
     assert max(map(len, text.splitlines())) <= 80
     assert "4 of 4 combinations train with the gradients of off, bit by bit." in text
 
@@ -230,8 +235,8 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
             return None
 
         def run(self, asked, *, on_event, timeout_s):
-            from gcbench.records import Machine, ModelFacts
-            from gcbench.tasks import Answer
+            from gcbench.core.records import Machine, ModelFacts
+            from gcbench.processes.messages import Answer
 
             if isinstance(asked, CheckTask):
                 on_event(wrong)
@@ -248,7 +253,7 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
                 machine=Machine(device="cpu", device_name="CPU", device_memory_bytes=None, platform="p"), facts=facts
             )
 
-    from gcbench import check_session
+    from gcbench.check import session as check_session
 
     monkeypatch.setattr(check_session, "ForkedChildren", Children)
     result = cli("check", "-m", model(), *QUICK, "--strategies", "per-layer", "--precision", "fp32")
@@ -277,9 +282,9 @@ def test_bad_input_is_one_sentence(cli, model, flags, code, said):
 
 def test_a_child_that_dies_costs_one_combination():
     """The next child goes on with the others."""
-    from gcbench import check_session
-    from gcbench.records import Failure, Machine, ModelFacts
-    from gcbench.tasks import Answer
+    from gcbench.check import session as check_session
+    from gcbench.core.records import Failure, Machine, ModelFacts
+    from gcbench.processes.messages import Answer
 
     facts = ModelFacts(
         model="m",

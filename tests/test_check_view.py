@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gcbench import check_view
-from gcbench.checks import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, Checked, Combination, Setting
+from gcbench.check import view
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, Checked, Combination, Setting
 
 SETTINGS = [Setting(), Setting(tuned="lora"), Setting(precision="bf16-mixed", tuned="lora")]
 
@@ -31,7 +31,7 @@ def check_of(**results):
 
 
 def told(check):
-    return [(check_view.where(problem, check), problem.message) for problem in check_view.problems(check)]
+    return [(view.where(problem, check), problem.message) for problem in view.problems(check)]
 
 
 GOOD, NEVER = (IDENTICAL, None), (UNSUPPORTED, "it cannot checkpoint")
@@ -73,5 +73,5 @@ def test_the_same_things_are_told_together(results, expected):
 
 def test_a_refusal_of_everything_is_one_paragraph_in_text_and_markdown():
     check = check_of(**{name: [NEVER] * 3 for name in "abcdefg"})
-    assert check_view.plain(check, width=100).count("cannot checkpoint") == 1
-    assert check_view.markdown(check).count("cannot checkpoint") == 1
+    assert view.plain(check, width=100).count("cannot checkpoint") == 1
+    assert view.markdown(check).count("cannot checkpoint") == 1

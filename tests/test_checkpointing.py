@@ -10,9 +10,15 @@ import tiny
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from gcbench import checkpointing, models, random_draws, sketch, sources, strategies, training
-from gcbench.devices import open_device
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import random_draws
+from gcbench.devices.backends import open_device
+from gcbench.measure import take_fingerprint
+from gcbench.models import build as models
+from gcbench.models import sources
 from gcbench.strategies import Plan, Policy
+from gcbench.training import step as training
 
 EVERY = tuple(range(1, tiny.NUM_LAYERS + 1))
 
@@ -75,7 +81,7 @@ def test_a_step_costs_and_computes_what_it_does_in_a_users_run(tmp_path, family,
 
         def take(phase, model=model, prints=prints):
             if phase == "optimizer":
-                prints.append(sketch.take(model, step=0, seed=0))
+                prints.append(take_fingerprint.take(model, step=0, seed=0))
 
         with open_device("cpu").probe_memory() as probe:
             step(take)

@@ -11,11 +11,12 @@ import pytest
 from conftest import table
 from fixtures_report import mixed_report
 
-from gcbench import report as reports
-from gcbench import session, store
-from gcbench.codec import encode
-from gcbench.files import write_text
-from gcbench.records import SCHEMA
+from gcbench.core.files import write_text
+from gcbench.core.json_codec import encode
+from gcbench.core.records import SCHEMA
+from gcbench.measure import session
+from gcbench.report import report_file as reports
+from gcbench.report import run_folder
 
 QUICK = ("--batch", 1, "--seq-len", 16, "--rounds", 1, "--steps", 1, "--device", "cpu", "--strategies", "off,per-layer")
 
@@ -56,7 +57,7 @@ class FullDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, *, first: int) -> None:
         self.folder, self.first, self.saves, self.free = folder, first, 0, False
         self.real = write_text
-        for module in (reports, store, session):
+        for module in (reports, run_folder, session):
             monkeypatch.setattr(module, "write_text", self.write_text)
 
     def write_text(self, path: Path, text: str) -> None:
@@ -106,7 +107,7 @@ def test_tables_that_could_not_be_written_are_told_at_the_end(cli, model, tmp_pa
     """The trap: the report fits on the disk, its tables and plots do not, and the run ends with 0."""
     folder = tmp_path / "run"
     disk = FullDisk(monkeypatch, folder, first=10_000)
-    publish, close = session._publish, store.Store.close
+    publish, close = session._publish, run_folder.Store.close
 
     def publish_without_room(*args, **kwargs):
         disk.first = 0
@@ -117,7 +118,7 @@ def test_tables_that_could_not_be_written_are_told_at_the_end(cli, model, tmp_pa
         close(self)
 
     monkeypatch.setattr(session, "_publish", publish_without_room)
-    monkeypatch.setattr(store.Store, "close", close_with_room)
+    monkeypatch.setattr(run_folder.Store, "close", close_with_room)
     result = cli("run", "-m", model(), *QUICK, "--out", folder)
     assert result.code == 1
     assert f"make them with gcbench report {folder}" in result.err

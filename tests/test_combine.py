@@ -11,12 +11,12 @@ import planned
 import pytest
 import toys
 
-from gcbench.planner.layered import Layered
+from gcbench.plan.estimate.layer_profile import profile
+from gcbench.plan.estimate.mixed_layers import Combiner
+from gcbench.plan.layer_mix.layered import Layered
+from gcbench.plan.policies.layer_policies import uniform_plans
 from gcbench.simulate import timeline
-from gcbench.simulate.combine import Combiner
-from gcbench.simulate.layer_policies import uniform_plans
-from gcbench.simulate.profile import profile
-from gcbench.simulate.stage import NotComposable
+from gcbench.simulate.trace.fake_model import NotComposable
 from gcbench.strategies import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

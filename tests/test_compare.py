@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 from fixtures_report import OUT_OF_MEMORY, outcome, peaks, report, steady, workload
 
-from gcbench import compare as comparing
-from gcbench.errors import UsageError
-from gcbench.formats.terminal import plain
-from gcbench.units import MIB
+from gcbench.core.errors import UsageError
+from gcbench.core.units import MIB
+from gcbench.report import compare as comparing
+from gcbench.report.formats.terminal import plain
 
 PEAKS = peaks(300, 400, 200)
 

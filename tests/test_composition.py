@@ -6,15 +6,16 @@ import numpy as np
 import pytest
 import tiny
 
-from gcbench import models, strategies
-from gcbench.records import PHASES, Lora
+from gcbench import strategies
+from gcbench.core.records import PHASES, Lora
+from gcbench.devices.target import Target
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
-from gcbench.simulate.assembly import Kind
+from gcbench.simulate.compose.whole_step import Kind
+from gcbench.simulate.device_model import way_to
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.roads import way_to
-from gcbench.simulate.target import Target
-from gcbench.sources import ModelSource
-from gcbench.training import parameter_dtype
+from gcbench.training.step import parameter_dtype
 
 BATCH_SIZE = 2
 

@@ -6,12 +6,14 @@ import inspect
 
 import pytest
 
-from gcbench import cli, flags, settings_file
-from gcbench import config as configs
-from gcbench import report as reports
-from gcbench.config import Settings, as_json, settings
-from gcbench.errors import UsageError
-from gcbench.records import Lora
+from gcbench.cli import app as cli
+from gcbench.cli import options as flags
+from gcbench.core.errors import UsageError
+from gcbench.core.records import Lora
+from gcbench.job import settings as configs
+from gcbench.job import settings_file
+from gcbench.job.settings import Settings, as_json, settings
+from gcbench.report import report_file as reports
 
 LEAST = {"model": "gpt2", "batch_size": 1}
 FULL = {

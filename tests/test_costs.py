@@ -8,12 +8,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcbench import costs, models, strategies
-from gcbench.cards import Card, cards, find
-from gcbench.costs import LAUNCH_S, CardFigures, Work, total
+from gcbench import strategies
+from gcbench.devices.cards import Card, cards, find
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
+from gcbench.simulate import costs
+from gcbench.simulate.costs import LAUNCH_S, CardFigures, Work, total
+from gcbench.simulate.op_work import of_call
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.work import of_call
-from gcbench.sources import ModelSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

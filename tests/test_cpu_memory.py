@@ -11,11 +11,16 @@ import torch
 from torch._subclasses import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from gcbench import checkpointing, models, optimizers, sources, strategies, training
-from gcbench import report as reports
-from gcbench.devices import open_device
-from gcbench.devices.cpu import tensor_bytes
-from gcbench.records import PHASES, Phase
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.records import PHASES, Phase
+from gcbench.devices.backends import open_device
+from gcbench.devices.backends.cpu import tensor_bytes
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.report import report_file as reports
+from gcbench.training import optimizers
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

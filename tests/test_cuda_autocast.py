@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcbench.simulate import cuda_autocast as policies
-from gcbench.simulate.cuda_autocast import cast_by, cuda_autocast
-from gcbench.simulate.cuda_road import cuda_operators
+from gcbench.simulate.cuda import autocast as policies
+from gcbench.simulate.cuda.autocast import cast_by, cuda_autocast
+from gcbench.simulate.cuda.kernels import cuda_operators
 
 ROWS, WIDTH = 6, 64
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gcbench.devices import cuda
-from gcbench.units import GIB, MIB
+from gcbench.core.units import GIB, MIB
+from gcbench.devices.backends import cuda
 
 
 class ScriptedAllocator:

@@ -10,11 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations import moe
 
-from gcbench import cards
-from gcbench.simulate.cuda_road import as_on_cuda, cuda_operators, experts_of
-from gcbench.simulate.cuda_update import foreach_on_cpu, optimizer_steps_on_device
-from gcbench.simulate.grad_scaler import scaler_without_values
-from gcbench.simulate.target import Target
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda.kernels import as_on_cuda, cuda_operators, experts_of
+from gcbench.simulate.cuda.optimizer import foreach_on_cpu, optimizer_steps_on_device
+from gcbench.simulate.trace.grad_scaler import scaler_without_values
 
 ROWS, WIDTH = 6, 64
 

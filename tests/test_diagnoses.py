@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from trials import Trial, build, checkpointed, told, train, with_lora
 
-from gcbench import diagnoses
-from gcbench.diagnoses import Observation
+from gcbench.diagnoses import known_causes
+from gcbench.diagnoses.known_causes import Observation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -19,10 +19,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_every_cause_is_provoked_and_named_by_a_test():
     tests = "".join(path.read_text(encoding="utf-8") for path in Path(__file__).parent.glob("test_diagnoses_*.py"))
     named = set(re.findall(r'assert told\(\w+\) == "([\w-]+)"', tests))
-    names = [diagnosis.name for diagnosis in diagnoses.known()]
+    names = [diagnosis.name for diagnosis in known_causes.known()]
     assert set(names) == named
     assert len(names) == len(set(names))
-    assert set(names) == set(diagnoses._FITS)
+    assert set(names) == set(known_causes._FITS)
 
 
 IMPERATIVES = (
@@ -31,7 +31,7 @@ IMPERATIVES = (
 )
 
 
-@pytest.mark.parametrize("diagnosis", diagnoses.known(), ids=lambda diagnosis: diagnosis.name)
+@pytest.mark.parametrize("diagnosis", known_causes.known(), ids=lambda diagnosis: diagnosis.name)
 def test_a_cause_reads_as_sentences_with_a_remedy_and_a_thread(diagnosis):
     for sentence in (diagnosis.symptom, diagnosis.cause, diagnosis.remedy):
         assert re.fullmatch(r"[A-Z][^\n]{20,250}\.", sentence), sentence
@@ -40,8 +40,8 @@ def test_a_cause_reads_as_sentences_with_a_remedy_and_a_thread(diagnosis):
 
 
 def test_every_entry_says_what_its_thread_tells():
-    text = Path(diagnoses.__file__).with_suffix(".toml").read_text(encoding="utf-8")
-    assert len(re.findall(r"\n\n# [^\n]+\n\[\[diagnosis\]\]\n", text)) == len(diagnoses.known())
+    text = Path(known_causes.__file__).with_suffix(".toml").read_text(encoding="utf-8")
+    assert len(re.findall(r"\n\n# [^\n]+\n\[\[diagnosis\]\]\n", text)) == len(known_causes.known())
 
 
 def test_the_table_needs_no_torch():

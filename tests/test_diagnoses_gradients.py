@@ -33,8 +33,8 @@ from trials import (
     with_lora,
 )
 
-from gcbench import own_way
-from gcbench.diagnoses import Observation
+from gcbench.checkpointing import own_way
+from gcbench.diagnoses.known_causes import Observation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

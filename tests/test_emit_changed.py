@@ -9,10 +9,13 @@ import pytest
 from test_export import TARGETS, handover
 from tiny import CHECKPOINTING, write_model
 
-from gcbench import changed_config, changes, export, models
-from gcbench.changes import ChangedConfig
-from gcbench.errors import UsageError
-from gcbench.sources import ModelSource
+from gcbench import export
+from gcbench.core import model_changes
+from gcbench.core.errors import UsageError
+from gcbench.core.model_changes import ChangedConfig
+from gcbench.models import build as models
+from gcbench.models import changed_config
+from gcbench.models.sources import ModelSource
 
 LOADS_BY_NAME = ("axolotl", "llama-factory", "torchtitan")
 CHANGES = [
@@ -36,7 +39,7 @@ def test_the_emitted_program_makes_the_model_that_was_planned(tmp_path, family, 
     of = source(folder, family)
     changed = changed_config.of(of, layers=layers, overrides=overrides)
     assert changed.keeps_weights == keeps
-    told = changes.told(layers, overrides)
+    told = model_changes.told(layers, overrides)
     given = handover("off", model=family, hub_id=str(folder), precision="fp32", model_changes=told, config=changed)
     wanted = models.build_config(of, layers=layers, overrides=overrides)
     expected = {name: p.shape for name, p in models.build_meta(wanted).named_parameters()}
@@ -92,7 +95,9 @@ REFUSED = [
 @pytest.mark.parametrize(("flags", "said"), REFUSED)
 def test_what_a_tool_cannot_run_is_refused_before_anything_is_planned(cli, monkeypatch, tmp_path, flags, said):
     """The trap: 24 seconds of planning, and then the sentence."""
-    monkeypatch.setattr("gcbench.sources.resolve", lambda *args, **kwargs: pytest.fail("the model was looked for"))
+    monkeypatch.setattr(
+        "gcbench.models.sources.resolve", lambda *args, **kwargs: pytest.fail("the model was looked for")
+    )
     cli("plan", "-m", "gpt2", "--device", "h100", *flags, "--out", "p").refused(2, said)
     assert not list(tmp_path.iterdir())
 

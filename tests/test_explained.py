@@ -9,9 +9,10 @@ from conftest import ROOT
 from fixtures_predicted import LAYERS, card_report, cell, cpu_report, predicted_report, prediction
 from fixtures_report import peaks
 
-from gcbench import explained, predicted
-from gcbench.formats import terminal
-from gcbench.prediction import LayerShare, Lever
+from gcbench.core.prediction import LayerShare, Lever
+from gcbench.report import explanation as explained
+from gcbench.report import predictions as predicted
+from gcbench.report.formats import terminal
 
 CHUNKS, EVERY, FUSED = "a loss computed in 8 chunks", "checkpointing every layer", "the fused optimizer"
 
@@ -68,12 +69,12 @@ def test_a_cell_without_levers_says_why():
 
 def test_levers_and_kinds_have_the_names_that_the_simulator_gives_them():
     """The trap: a lever renamed there falls silently out of the sentences here."""
-    child = (ROOT / "gcbench/simulate/child.py").read_text(encoding="utf-8")
+    child = (ROOT / "gcbench/predict/worker.py").read_text(encoding="utf-8")
     assert f'"{EVERY}"' in child and f'"{FUSED}"' in child and "a loss computed in {CHUNKS} chunks" in child
     assert predicted.checkpointing_lever(prediction(peaks(1, 1, 1), levers={EVERY: 1})) == Lever(
         name=EVERY, peak_bytes=2**20
     )
-    from gcbench.simulate.assembly import KIND_NAMES
+    from gcbench.simulate.compose.whole_step import KIND_NAMES
 
     assert set(explained._SUBJECTS) == set(KIND_NAMES.values())
     assert set(explained._MOVES.values()) | set(predicted._STANDING) <= set(KIND_NAMES.values())

@@ -20,10 +20,10 @@ from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
 from gcbench import export, strategies
-from gcbench.changes import ChangedConfig
-from gcbench.errors import UsageError
+from gcbench.core.errors import UsageError
+from gcbench.core.model_changes import ChangedConfig
 from gcbench.export._base import Reach, stride_of
-from gcbench.handover import FOUND, Handover, Rival
+from gcbench.export._handover import FOUND, Handover, Rival
 from gcbench.strategies import Plan, Policy
 
 DATA = Path(__file__).parent / "data" / "export"

@@ -24,11 +24,13 @@ from processes import PROCESS_TIMEOUT_S
 from test_export import SPECS, arguments, handover, rival, settings
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcbench import checkpointing, export, optimizers
-from gcbench.errors import UsageError
-from gcbench.handover import FOUND, Handover
+from gcbench import export
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.errors import UsageError
+from gcbench.export._handover import FOUND, Handover
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.plan_file import as_json
+from gcbench.training import optimizers
 
 if TYPE_CHECKING:
     from transformers import Trainer  # imports more than other tests want to wait for

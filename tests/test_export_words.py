@@ -9,11 +9,12 @@ import pytest
 from test_export import DATA, FOUND_PLAN, SAID, SPECS, TARGETS, arguments, flags, handover, rival, settings
 
 import gcbench
-from gcbench import export, optimizers
-from gcbench.config import PRECISION_NAMES
-from gcbench.errors import UsageError
-from gcbench.handover import FOUND
+from gcbench import export
+from gcbench.core.errors import UsageError
+from gcbench.export._handover import FOUND
+from gcbench.job.settings import PRECISION_NAMES
 from gcbench.strategies.selective import NAMED
+from gcbench.training import optimizers
 
 # The workload
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from gcbench import flash
-from gcbench.errors import UsageError
-from gcbench.simulate.target import Target, Wish, target_of
+from gcbench.core.errors import UsageError
+from gcbench.devices.target import Target, Wish, target_of
+from gcbench.models import flash_attention
 
 QUICK = ("--batch", 2, "--seq-len", 64, "--strategies", "off,per-layer", "--precision", "bf16", "--device", "a40")
 
@@ -22,7 +22,7 @@ def test_where_sdpa_takes_the_flash_kernel_it_is_the_same_memory(cli, model):
     folder = model("llama", num_key_value_heads=4)  # as many as query heads, of which sdpa repeats none
     asked = ("-m", folder, *QUICK)
     result, by_package = peaks(cli, *asked, "--attn-implementation", "fa2")
-    assert flash.NOTICE in result.err
+    assert flash_attention.NOTICE in result.err
     assert {row["attn_implementation"] for row in result.document["rows"]} == {"flash_attention_2"}
     assert by_package == peaks(cli, *asked, "--attn-implementation", "sdpa")[1]
 
@@ -58,19 +58,19 @@ def test_a_model_without_it_says_so_by_its_own_name(cli, model):
     """The trap: the stand-in's name, which nobody typed."""
     result = cli("predict", "-m", model("mamba"), *QUICK, "--attn-implementation", "fa2")
     result.refused(2, "refuses --attn-implementation flash_attention_2", "leave the flag out")
-    assert flash.STAND_IN not in result.err
+    assert flash_attention.STAND_IN not in result.err
 
 
 def test_a_plan_is_refused_with_what_to_take():
     card = target_of(Wish(device="a40"), None)
     with pytest.raises(UsageError, match="plan with sdpa"):
-        flash.check_plan("flash_attention_2", card)
-    flash.check_plan("sdpa", card)
-    flash.check_plan("flash_attention_2", None)
+        flash_attention.check_plan("flash_attention_2", card)
+    flash_attention.check_plan("sdpa", card)
+    flash_attention.check_plan("flash_attention_2", None)
 
 
 def test_on_a_cpu_nothing_stands_in():
     cpu = Target(kind="cpu", name="cpu")
-    assert flash.traced_as("flash_attention_2", cpu) == "flash_attention_2"
-    assert flash.traced_as("flash_attention_2", None) == "flash_attention_2"
-    flash.check("flash_attention_2", cpu, precision="fp32", specs=("off",))
+    assert flash_attention.traced_as("flash_attention_2", cpu) == "flash_attention_2"
+    assert flash_attention.traced_as("flash_attention_2", None) == "flash_attention_2"
+    flash_attention.check("flash_attention_2", cpu, precision="fp32", specs=("off",))

@@ -24,9 +24,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from gcbench import checkpointing, models, strategies, training
-from gcbench.sources import ModelSource
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
 from gcbench.strategies import Plan, Policy
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -17,8 +17,9 @@ import pytest
 from fixtures_report import OUT_OF_MEMORY, mixed_report, outcome, peaks, report, steady, workload
 from rich.console import Console
 
-from gcbench import formats, tables
-from gcbench.formats import json_rows, markdown, terminal
+from gcbench.report import formats
+from gcbench.report import rows as tables
+from gcbench.report.formats import json_rows, markdown, terminal
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 

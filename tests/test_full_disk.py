@@ -7,9 +7,12 @@ import errno
 import pytest
 from fixtures_report import outcome, peaks, report, steady
 
-from gcbench import check_session, forecast, plan_session, store
-from gcbench import report as reports
-from gcbench.files import write_text
+from gcbench.check import session as check_session
+from gcbench.core.files import write_text
+from gcbench.plan import session as plan_session
+from gcbench.predict import session as forecast
+from gcbench.report import report_file as reports
+from gcbench.report import run_folder
 
 SHOWN_THEN_TOLD = "could not be written (No space left on device), so what is above is all there is"
 
@@ -56,7 +59,7 @@ def test_a_prediction(cli, full, model, tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, "No space left on device")
         real(path, text)
 
-    for module in (reports, store, forecast):
+    for module in (reports, run_folder, forecast):
         monkeypatch.setattr(module, "write_text", only_elsewhere)
     flags = ("-b", 1, "--seq-len", 8, "--strategies", "off", "--device", "a10", "--out", "out")
     result = cli("predict", "-m", model(), *flags)
@@ -72,5 +75,5 @@ def test_no_temporary_folder(cli, model, monkeypatch):
     def fails(*args, **kwargs):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr("gcbench.children.tempfile.mkdtemp", fails)
+    monkeypatch.setattr("gcbench.processes.children.tempfile.mkdtemp", fails)
     cli("env").refused(3, "no temporary folder can be made", "set TMPDIR")

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import report as reports
+from gcbench.report import report_file as reports
 
 pytestmark = [
     pytest.mark.gpu,

@@ -13,19 +13,25 @@ import tiny
 import torch
 from torch.utils import checkpoint as torch_checkpoint
 
-from gcbench import checkpointing, models, sketch, sources, strategies, tables, training, worker
-from gcbench.describe import DescribeTask
-from gcbench.describe_worker import describe
-from gcbench.fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
-from gcbench.records import SCHEMA, Cell, Lora, Outcome, Report, Workload
-from gcbench.task_measure import MeasureTask
-from gcbench.tasks import Answer
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.gradient_fingerprint import SKETCH_SIZE, Fingerprint, difference, pack, unpack
+from gcbench.core.records import SCHEMA, Cell, Lora, Outcome, Report, Workload
+from gcbench.job.describe import DescribeTask
+from gcbench.job.describe_worker import describe
+from gcbench.measure import take_fingerprint, worker
+from gcbench.measure.task import MeasureTask
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.processes.messages import Answer
+from gcbench.report import rows as tables
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 SHAPES = {"embedding.weight": (300, 64), "layer.weight": (64, 256), "layer.bias": (256,), "norm.weight": (64,)}
-BEYOND_A_CHUNK = sketch._CHUNK + 3 * SKETCH_SIZE + 5
+BEYOND_A_CHUNK = take_fingerprint._CHUNK + 3 * SKETCH_SIZE + 5
 
 
 class Model(torch.nn.Module):
@@ -42,7 +48,7 @@ class Model(torch.nn.Module):
 
 
 def fingerprint(grads: dict[str, torch.Tensor | None], *, step: int = 0, seed: int = 0) -> Fingerprint:
-    return sketch.take(Model(grads), step=step, seed=seed)
+    return take_fingerprint.take(Model(grads), step=step, seed=seed)
 
 
 def random_grads(seed: int = 0) -> dict[str, torch.Tensor | None]:
@@ -65,7 +71,9 @@ def test_identical_gradients_have_equal_checksums_and_no_difference():
 
 
 @pytest.mark.parametrize("bit", [0, 15, 31])
-@pytest.mark.parametrize("place", [0, 1, SKETCH_SIZE, sketch._CHUNK - 1, sketch._CHUNK, BEYOND_A_CHUNK - 1])
+@pytest.mark.parametrize(
+    "place", [0, 1, SKETCH_SIZE, take_fingerprint._CHUNK - 1, take_fingerprint._CHUNK, BEYOND_A_CHUNK - 1]
+)
 def test_one_flipped_bit_changes_the_checksum(place, bit):
     """The trap: a sum of floats, which a last bit does not reach."""
     grad = torch.randn(BEYOND_A_CHUNK, generator=torch.Generator().manual_seed(0))
@@ -96,7 +104,7 @@ def test_other_types_are_read_bit_by_bit(dtype):
     ours = fingerprint({"w": grad})
     assert ours == fingerprint({"w": grad.clone()})
     changed = grad.clone()
-    changed.view(sketch._WORDS[dtype.itemsize])[299] ^= 1
+    changed.view(take_fingerprint._WORDS[dtype.itemsize])[299] ^= 1
     assert fingerprint({"w": changed}).checksum != ours.checksum
     squared = sum(x * x for x in unpack(ours.parameters[0].sketch))
     assert squared == pytest.approx(float(grad.double().square().sum()), rel=0.6)
@@ -131,7 +139,7 @@ def test_no_gradient_is_named():
 def test_a_frozen_parameter_is_not_missing():
     model = Model({"trained": torch.ones(3), "frozen": None})
     model.frozen.requires_grad_(False)
-    assert sketch.take(model, step=0, seed=0).missing == ()
+    assert take_fingerprint.take(model, step=0, seed=0).missing == ()
 
 
 def test_a_lost_gradient_is_an_infinite_difference():
@@ -220,7 +228,7 @@ def test_a_step_does_not_depend_on_what_was_drawn_before_it(tmp_path):
 
         def take(phase: str, model: torch.nn.Module = model, prints: list[Fingerprint] = prints) -> None:
             if phase == "optimizer":
-                prints.append(sketch.take(model, step=len(prints), seed=0))
+                prints.append(take_fingerprint.take(model, step=len(prints), seed=0))
 
         for _ in range(2):
             torch.rand(drawn)
@@ -341,13 +349,13 @@ def test_a_parameter_that_loses_its_gradient_is_caught(measured, monkeypatch):
     """The reentrant variant's trap: inputs without a gradient, and the layers behind them are not trained."""
 
     def spoil() -> None:
-        take = sketch.take
+        take = take_fingerprint.take
 
         def take_without_first(model, **kwargs):
             next(model.parameters()).grad = None
             return take(model, **kwargs)
 
-        monkeypatch.setattr(sketch, "take", take_without_first)
+        monkeypatch.setattr(take_fingerprint, "take", take_without_first)
 
     row = measured("llama", spoil)["per-layer"]
     assert row.proof.startswith("FAILED: 1 parameter got no gradient")

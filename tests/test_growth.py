@@ -9,11 +9,11 @@ import numpy as np
 import planned
 import pytest
 
-from gcbench.simulate import scaling
-from gcbench.simulate.growth import Growth
-from gcbench.simulate.hidden import MOST_UNSORTED
-from gcbench.simulate.scaling import TRACED, Scaling, traced_at
-from gcbench.simulate.target import Target
+from gcbench.devices.target import Target
+from gcbench.plan.estimate import batch_scaling
+from gcbench.plan.estimate.batch_scaling import TRACED, Scaling, traced_at
+from gcbench.plan.estimate.growth import Growth
+from gcbench.simulate.cuda.workspaces import MOST_UNSORTED
 from gcbench.strategies import Plan
 
 LOW, HIGH = TRACED
@@ -136,11 +136,11 @@ def test_no_block_is_smaller_than_nothing():
         replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
         for step, nbytes in ((low, sizes), (high, more))
     )
-    assert scaling._alike(early, late, (8, 10))
+    assert batch_scaling._alike(early, late, (8, 10))
     scaled = Scaling(planned.predictor_of("llama"), OFF, seq_len=16, pair=(8, 10), known={8: early, 10: late})
     assert scaled.line(1).nbytes[-1] == 64 and scaled.line(9).nbytes[-1] == 576
     more[-1] = 641
-    assert not scaling._alike(early, late, (8, 10))
+    assert not batch_scaling._alike(early, late, (8, 10))
 
 
 @pytest.mark.parametrize(("times", "is_affine"), [(1.25, True), (1.26, True), (1.5625, False)])
@@ -152,4 +152,4 @@ def test_a_kernel_that_rounds_is_no_square(times, is_affine):
         replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
         for step, nbytes in ((low, sizes), (high, more))
     )
-    assert scaling._alike(early, late, (8, 10)) == is_affine
+    assert batch_scaling._alike(early, late, (8, 10)) == is_affine

@@ -8,9 +8,11 @@ import pytest
 from fixtures_predicted import CARD, cell, peaks, predicted_report, prediction
 from fixtures_report import workload
 
-from gcbench import headroom, predicted, tables
-from gcbench.errors import UsageError
-from gcbench.units import GIB, MIB
+from gcbench.core import headroom
+from gcbench.core.errors import UsageError
+from gcbench.core.units import GIB, MIB
+from gcbench.report import predictions as predicted
+from gcbench.report import rows as tables
 
 LIMIT = 40 * 1024
 

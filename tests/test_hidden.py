@@ -9,10 +9,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gcbench import cards
-from gcbench.simulate.hidden import internal_buffers, standing_terms
-from gcbench.simulate.reductions import Reduction, workspace
-from gcbench.simulate.target import Target
+from gcbench.devices import cards
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda.reductions import Reduction, workspace
+from gcbench.simulate.cuda.workspaces import internal_buffers, standing_terms
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MIB = 2**20

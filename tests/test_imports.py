@@ -14,14 +14,14 @@ from conftest import ROOT
 from fixtures_report import mixed_report
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import report as reports
+from gcbench.report import report_file as reports
 
 HEAVY = ("torch", "transformers", "pandas", "matplotlib", "numpy")
 MODULES = sorted((ROOT / "gcbench").rglob("*.py"))
 PROBE = """
 import json, sys
 sys.argv = ["gcbench", *json.loads(sys.argv[1])]
-from gcbench.cli import main
+from gcbench.cli.app import main
 try:
     main()
 except SystemExit as ended:
@@ -88,7 +88,7 @@ def test_the_parent_of_a_run_never_imports_torch(model):
 
 
 def test_every_command_is_explained_in_the_help(cli):
-    from gcbench.cli import app
+    from gcbench.cli.app import app
 
     told = cli("--help")
     assert told.code == 0

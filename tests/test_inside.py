@@ -9,12 +9,12 @@ import toys
 from layers_by_hand import BATCH_SIZE, FP32, INNER, ROWS, SEQ_LEN, WIDTH, calls_of, mlp, named, needed, reads, toy_of
 from torch.nn import functional
 
-from gcbench.costs import CardFigures
-from gcbench.policies import Call, frontier
+from gcbench.plan.policies.layer_calls import inner_calls
+from gcbench.plan.policies.layer_policies import uniform_plans
+from gcbench.plan.policies.min_cut import Call, frontier
 from gcbench.simulate import timeline
-from gcbench.simulate.inside import inner_calls
-from gcbench.simulate.layer_policies import uniform_plans
-from gcbench.simulate.stage import NotComposable
+from gcbench.simulate.costs import CardFigures
+from gcbench.simulate.trace.fake_model import NotComposable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

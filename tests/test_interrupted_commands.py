@@ -10,9 +10,9 @@ import time
 import pytest
 from processes import PROCESS_TIMEOUT_S, await_import, await_line, await_nobody
 
-from gcbench import cli as command_line
-from gcbench import commands, entry
-from gcbench import report as reports
+from gcbench.cli import app as command_line
+from gcbench.cli import entry, listings
+from gcbench.report import report_file as reports
 
 PREDICT = ("--batch", "1,2,3,4", "--seq-len", "8,16,32", "--device", "a10")
 COMMANDS = (
@@ -37,7 +37,7 @@ def test_every_command_says_that_it_was_interrupted(cli, monkeypatch, command, n
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(commands, name, interrupted)
+    monkeypatch.setattr(listings, name, interrupted)
     result = cli(*command.split())
     assert (result.code, result.out, result.err) == (130, "", "error: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a second one must not cut off what is said"

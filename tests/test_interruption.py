@@ -9,9 +9,9 @@ import signal
 import pytest
 from processes import PROCESS_TIMEOUT_S, await_import, await_line, await_members, await_nobody
 
-from gcbench import report as reports
-from gcbench.records import Report
-from gcbench.units import counted
+from gcbench.core.records import Report
+from gcbench.core.units import counted
+from gcbench.report import report_file as reports
 
 QUICK = ("--batch", 1, "--seq-len", 16, "--device", "cpu", "--steps", 1)
 THREE = ("--strategies", "off,per-layer,every:2")

@@ -14,9 +14,10 @@ from torch.utils import checkpoint as torch_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
-from gcbench import checkpointing, training
-from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing.policy_contexts import KeptThenChanged, RunDifferently, SkippedButNeeded
 from gcbench.strategies import Plan, Policy
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

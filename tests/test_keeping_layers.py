@@ -12,9 +12,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench import checkpointing, keeping
-from gcbench.devices.cpu import tensor_bytes
-from gcbench.keeping import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import policy_contexts
+from gcbench.checkpointing.policy_contexts import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.devices.backends.cpu import tensor_bytes
 from gcbench.strategies import Plan, Policy
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,7 +30,7 @@ def hidden_states(size=4):
 
 def kept(layer, hidden, *, keep=(), skip=()):
     """The layer's output under a policy."""
-    contexts = partial(keeping.contexts, Policy(keep=keep, skip=skip))
+    contexts = partial(policy_contexts.contexts, Policy(keep=keep, skip=skip))
     return checkpoint(layer, hidden, use_reentrant=False, context_fn=contexts)
 
 

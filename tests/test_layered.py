@@ -10,12 +10,12 @@ import torch
 import toys
 from layers_by_hand import BATCH_SIZE, FP32, INNER, ROWS, SEQ_LEN, WIDTH, mlp, named, needed, toy_of
 
-from gcbench import mix
-from gcbench.planner.layered import Layered
+from gcbench.plan.estimate.layer_profile import profile
+from gcbench.plan.layer_mix import problem as mix
+from gcbench.plan.layer_mix.layered import Layered
+from gcbench.plan.policies.layer_calls import inner_calls
+from gcbench.plan.policies.layer_policies import uniform_plans
 from gcbench.simulate import timeline
-from gcbench.simulate.inside import inner_calls
-from gcbench.simulate.layer_policies import uniform_plans
-from gcbench.simulate.profile import profile
 from gcbench.strategies import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

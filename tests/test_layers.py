@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from gcbench.simulate.layers import Sample, sample
+from gcbench.simulate.trace.representative_layers import Sample, sample
 
 EDGE = "|"
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from fixtures_report import mixed_report
 
-from gcbench import canvas, lettering, plots
+from gcbench.report.plots import figure as canvas
+from gcbench.report.plots import lettering, run_plots
 
 NAME = "模 $a$_{ b\tc\nd\udcff 😀 x"
 
@@ -35,7 +36,7 @@ def test_plots_of_any_name_are_drawn_without_a_warning(tmp_path, monkeypatch, ha
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        drawn = plots.draw(replace(stored, model=replace(stored.model, model=NAME), outcomes=outcomes), tmp_path)
+        drawn = run_plots.draw(replace(stored, model=replace(stored.model, model=NAME), outcomes=outcomes), tmp_path)
     assert len(drawn) == 2
 
 

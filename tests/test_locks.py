@@ -13,14 +13,14 @@ from conftest import ROOT
 from fixtures_report import mixed_report
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import report as reports
-from gcbench.errors import UsageError
-from gcbench.store import LOCK_NAME, Store
+from gcbench.core.errors import UsageError
+from gcbench.report import report_file as reports
+from gcbench.report.run_folder import LOCK_NAME, Store
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from gcbench.store import Store
+from gcbench.report.run_folder import Store
 with Store.create(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)

@@ -12,11 +12,16 @@ import torch
 from conftest import ROOT
 from fixtures_report import outcome, peaks, report, steady, workload
 
-from gcbench import checkpointing, compare, models, sketch, strategies, training, words
-from gcbench import report as reports
-from gcbench.errors import UnavailableError, UsageError
-from gcbench.records import Lora
-from gcbench.sources import ModelSource
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.errors import UnavailableError, UsageError
+from gcbench.core.records import Lora
+from gcbench.measure import take_fingerprint
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
+from gcbench.report import compare, sentences
+from gcbench.report import report_file as reports
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -115,7 +120,7 @@ def test_adapters_alone_are_trained(precision, strategy):
 
     def take(phase):
         if phase == "optimizer":
-            prints.append(sketch.take(model, step=0, seed=0))
+            prints.append(take_fingerprint.take(model, step=0, seed=0))
 
     step(take)
     while not step.has_optimizer_state:  # fp16's scaler skips its first steps
@@ -194,10 +199,10 @@ def test_a_file_can_ask_for_adapters_and_a_run_with_them_is_continued(cli, model
 
 
 def test_the_title_tells_of_adapters():
-    assert words.title(replace(workload(), lora_r=8)) == (
+    assert sentences.title(replace(workload(), lora_r=8)) == (
         "gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · LoRA r=8 · sdpa · cpu"
     )
-    assert "LoRA" not in words.title(workload())
+    assert "LoRA" not in sentences.title(workload())
 
 
 def test_runs_of_different_ranks_have_no_cell_in_common():

@@ -10,8 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gcbench import mix, mix_search
-from gcbench.mix import Option, Problem, frontier, peak, smallest, solve
+from gcbench.plan.layer_mix import dynamic_program
+from gcbench.plan.layer_mix import problem as mix
+from gcbench.plan.layer_mix.problem import Option, Problem, frontier, peak, smallest, solve
 
 MS = 1e-3
 
@@ -132,10 +133,10 @@ def test_nothing_that_fits_is_faster(block):
             check(within, solve(within), *everything)
 
 
-@pytest.mark.parametrize("widths", [mix_search._WIDTHS, (1, 3, 10**6)], ids=["usual", "narrow first"])
+@pytest.mark.parametrize("widths", [dynamic_program._WIDTHS, (1, 3, 10**6)], ids=["usual", "narrow first"])
 def test_of_equal_times_the_lowest_peak_is_found(monkeypatch, widths):
     """Asked of the search itself: tidying afterwards may take a higher one."""
-    monkeypatch.setattr(mix_search, "_WIDTHS", widths)
+    monkeypatch.setattr(dynamic_program, "_WIDTHS", widths)
     for seed in range(60):
         p = random_problem(seed)
         p = replace(
@@ -279,10 +280,10 @@ def deep_problem(seed, layers=24):
     return problem(own, [r.randrange(40) for _ in own], standing=9, head=r.randrange(200), loss_left=r.randrange(9))
 
 
-@pytest.mark.parametrize("widths", [mix_search._WIDTHS, (1, 5, 10**6)], ids=["usual", "narrow first"])
+@pytest.mark.parametrize("widths", [dynamic_program._WIDTHS, (1, 5, 10**6)], ids=["usual", "narrow first"])
 def test_deep_models_agree_with_a_plain_table(monkeypatch, widths):
     """Two dozen layers, which the bounds and the passes cut short; the traps are a bound too high, a label lost."""
-    monkeypatch.setattr(mix_search, "_WIDTHS", widths)
+    monkeypatch.setattr(dynamic_program, "_WIDTHS", widths)
     for seed in range(8):
         p = deep_problem(seed)
         low, high = smallest(p).peak_bytes, peak(p, [len(layer) - 1 for layer in p.options])
@@ -296,7 +297,7 @@ def test_deep_models_agree_with_a_plain_table(monkeypatch, widths):
 
 def test_deep_models_reach_as_low_as_their_time_allows(monkeypatch):
     """Few different times, so that many choices are as fast; the trap is a first, narrow pass that settles for one."""
-    monkeypatch.setattr(mix_search, "_WIDTHS", (2, 10**6))
+    monkeypatch.setattr(dynamic_program, "_WIDTHS", (2, 10**6))
     for seed in range(3, 63, 6):
         p = deep_problem(seed, layers=12)
         lowest = smallest(p).peak_bytes
@@ -307,7 +308,7 @@ def test_deep_models_reach_as_low_as_their_time_allows(monkeypatch):
 
 
 def test_a_search_cut_short_says_what_it_may_have_missed(monkeypatch):
-    monkeypatch.setattr(mix_search, "_WIDTHS", (2,))
+    monkeypatch.setattr(dynamic_program, "_WIDTHS", (2,))
     missed = 0
     for seed in range(12):
         p = deep_problem(seed)

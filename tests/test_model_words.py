@@ -10,10 +10,11 @@ import sys
 import pytest
 import tiny
 
-from gcbench import catalogue, model_words, preflight, sources
-from gcbench.errors import MissingLibrary, UnavailableError
-from gcbench.sources import ModelSource
-from gcbench.units import counted
+from gcbench.core.errors import MissingLibrary, UnavailableError
+from gcbench.core.units import counted
+from gcbench.job import preflight
+from gcbench.models import catalogue, refusals, sources
+from gcbench.models.sources import ModelSource
 
 TEXT = {"model_type": "llama", **tiny.LLAMA_LIKE}
 BERT = {
@@ -158,7 +159,7 @@ def test_the_command_that_is_told_makes_a_model_that_can_be_taken(tmp_path, conf
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
     text = json.loads((tmp_path / "text.json").read_text())
     assert text["model_type"] == kind and text["hidden_size"] == TEXT["hidden_size"]
-    from gcbench import models
+    from gcbench.models import build as models
 
     source = preflight.examine(sources.resolve(str(tmp_path / "text.json")), preflight.Wanted(overrides={}))
     built = models.build_config(source, layers=None, overrides={})
@@ -183,14 +184,14 @@ def test_a_catalogue_model_of_the_same_sizes_is_named(tmp_path):
     ],
 )
 def test_a_package_that_is_missing_is_told_with_the_command_that_installs_it(err, package):
-    said = model_words.missing_library("m", err)
+    said = refusals.missing_library("m", err)
     assert isinstance(said, MissingLibrary)
     assert str(said).endswith(f"; install it with pip install {package}")
 
 
 def test_other_errors_are_no_missing_package():
-    assert model_words.missing_library("m", ValueError("requires the timm library")) is None
-    assert model_words.missing_library("m", ImportError("libfoo.so.1: cannot open shared object file")) is None
+    assert refusals.missing_library("m", ValueError("requires the timm library")) is None
+    assert refusals.missing_library("m", ImportError("libfoo.so.1: cannot open shared object file")) is None
 
 
 def test_a_folder_with_an_adapter_names_its_model(cli, tmp_path):
@@ -204,7 +205,7 @@ def test_a_file_of_weights_is_no_config(cli, tmp_path):
 
 
 def test_weights_that_cannot_be_fetched_are_told_without_near_names(cli, monkeypatch, tmp_path):
-    from gcbench import sources as module
+    from gcbench.models import sources as module
 
     monkeypatch.setattr(module, "_online", lambda: False)
     monkeypatch.setenv("HF_HOME", str(tmp_path))

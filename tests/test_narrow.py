@@ -9,11 +9,13 @@ from fixtures_predicted import card_report, cpu_report
 from fixtures_report import mixed_report, outcome, peaks, report, steady, workload
 from test_formats import long_report
 
-from gcbench import check_view, overview, screen
-from gcbench import compare as comparing
-from gcbench import report as reports
-from gcbench.checks import Check, Checked, Combination, Setting
-from gcbench.formats import markdown, terminal
+from gcbench.check import view
+from gcbench.check.cases import Check, Checked, Combination, Setting
+from gcbench.core import text_table as screen
+from gcbench.report import compare as comparing
+from gcbench.report import overview
+from gcbench.report import report_file as reports
+from gcbench.report.formats import markdown, terminal
 
 WIDTHS = (30, 40, 60, 80)
 REPORTS = {"mixed": mixed_report, "long": long_report, "card": card_report, "cpu": cpu_report}
@@ -132,7 +134,7 @@ def test_a_link_is_never_broken():
         steps_s=1.0,
         wall_s=2.0,
     )
-    assert any(line.endswith(f"see     {link}") for line in check_view.plain(found, width=40).splitlines())
+    assert any(line.endswith(f"see     {link}") for line in view.plain(found, width=40).splitlines())
 
 
 # The overview of a grid

@@ -10,10 +10,10 @@ import torch
 import toys
 from toys import LastLayerFirst, Layer, ScaledBetweenLayers, ScaledInPlaceBetweenLayers, Toy
 
-from gcbench import models
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
 from gcbench.simulate.predictor import Predictor
-from gcbench.sources import ModelSource
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

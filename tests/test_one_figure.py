@@ -9,17 +9,18 @@ import pytest
 from fixtures_predicted import CARD, cell, peaks, predicted_report, prediction
 from fixtures_report import outcome, report
 
-from gcbench import compare, plan_named, plan_view
-from gcbench.costs import CardFigures
-from gcbench.decision import Candidate, best_of_each, nearest_faster, why_not_faster
-from gcbench.planner import search
-from gcbench.planner.search import Planner
-from gcbench.simulate.child import Session
-from gcbench.simulate.target import Target
+from gcbench.core.units import GIB, MIB
+from gcbench.devices.target import Target
+from gcbench.plan import named, view
+from gcbench.plan.decision import Candidate, best_of_each, nearest_faster, why_not_faster
+from gcbench.plan.search import planner as search
+from gcbench.plan.search.planner import Planner
+from gcbench.plan.task import PlanTask
+from gcbench.predict.task import CellToPredict
+from gcbench.predict.worker import Session
+from gcbench.report import compare
+from gcbench.simulate.costs import CardFigures
 from gcbench.strategies import OFF, Plan, parse
-from gcbench.task_plan import PlanTask
-from gcbench.task_predict import CellToPredict
-from gcbench.units import GIB, MIB
 
 pytestmark = pytest.mark.slow
 
@@ -90,10 +91,10 @@ def test_a_measurement_elsewhere_names_the_flag_that_would_help(cli, model):
 
 
 def test_what_has_been_compared_with_a_card_is_said():
-    (said,) = plan_named.unconfirmed(Target(kind="cuda", name="h200"), is_here=False)
+    (said,) = named.unconfirmed(Target(kind="cuda", name="h200"), is_here=False)
     assert "H100" in said and "times are estimates" in said and "not been compared" not in said
-    assert plan_named.unconfirmed(Target(kind="cpu", name="cpu"), is_here=True) == ()
-    assert plan_view.best_of_each is best_of_each
+    assert named.unconfirmed(Target(kind="cpu", name="cpu"), is_here=True) == ()
+    assert view.best_of_each is best_of_each
 
 
 # A prediction beside a run

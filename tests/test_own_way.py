@@ -15,8 +15,11 @@ from own_ways import GROUPS, build
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 import gcbench
-from gcbench import checkpointing, own_way, strategies, training
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import own_way
 from gcbench.strategies import Plan
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WAYS = list(GROUPS)

@@ -12,10 +12,12 @@ import pytest
 import torch
 from own_ways import build
 
-from gcbench import checkpointing, strategies, training
-from gcbench.devices import open_device
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.devices.backends import open_device
 from gcbench.simulate import timeline
 from gcbench.simulate.predictor import Predictor
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

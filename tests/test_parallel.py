@@ -8,13 +8,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from gcbench.simulate import parallel
-from gcbench.simulate.parallel import on_two_cores
+from gcbench.plan.search import two_cores
+from gcbench.plan.search.two_cores import on_two_cores
 
 
 def test_whoever_is_free_takes_the_next_and_none_is_done_twice(monkeypatch, tmp_path):
     """The trap: every second one for each, and one waits where the other has the long ones."""
-    monkeypatch.setattr(parallel, "_can_be_shared", lambda: True)
+    monkeypatch.setattr(two_cores, "_can_be_shared", lambda: True)
 
     def work(number):
         with (tmp_path / "done").open("a", encoding="utf-8") as done:
@@ -33,7 +33,7 @@ def test_results_come_back_in_order():
 
 
 def test_what_the_other_half_cannot_do_or_send_is_done_here(monkeypatch):
-    monkeypatch.setattr(parallel, "_can_be_shared", lambda: True)
+    monkeypatch.setattr(two_cores, "_can_be_shared", lambda: True)
     here = os.getpid()
 
     def work(number):
@@ -47,7 +47,7 @@ def test_what_the_other_half_cannot_do_or_send_is_done_here(monkeypatch):
 
 
 def test_a_mistake_in_this_half_is_raised_and_leaves_no_process(monkeypatch):
-    monkeypatch.setattr(parallel, "_can_be_shared", lambda: True)
+    monkeypatch.setattr(two_cores, "_can_be_shared", lambda: True)
     here = os.getpid()
 
     def work(number):

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 from tiny import write_model
 
-from gcbench import plan_view
-from gcbench.decision import Candidate
+from gcbench.plan import view
+from gcbench.plan.decision import Candidate
 from gcbench.strategies import Plan
 from gcbench.strategies.plan_file import of_json
 
@@ -79,7 +79,7 @@ def test_slower_is_not_called_more(rate, words):
         for strategy, tokens_per_s in (("off", 100.0), ("plan", rate))
     )  # fmt: skip
     decision = SimpleNamespace(candidates=(off, found), times_from="somewhere")
-    assert plan_view._speed(found, decision).startswith(f"{words} than off at batch 2; ")
+    assert view._speed(found, decision).startswith(f"{words} than off at batch 2; ")
 
 
 def test_a_budget_below_everything_names_the_smallest_peak_and_ends_with_1(run, model):

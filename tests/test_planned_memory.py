@@ -13,13 +13,16 @@ import torch
 import toys
 from test_keeping import mixed
 
-from gcbench import checkpointing, models, training
-from gcbench.devices import open_device
-from gcbench.records import PHASES
-from gcbench.simulate import scaling, timeline
-from gcbench.simulate.layer_policies import uniform_plans
-from gcbench.simulate.scaling import TRACED, Scaling
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.records import PHASES
+from gcbench.devices.backends import open_device
+from gcbench.models import build as models
+from gcbench.plan.estimate import batch_scaling
+from gcbench.plan.estimate.batch_scaling import TRACED, Scaling
+from gcbench.plan.policies.layer_policies import uniform_plans
+from gcbench.simulate import timeline
 from gcbench.strategies import Plan
+from gcbench.training import step as training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -209,9 +212,9 @@ def test_what_does_not_grow_evenly_is_traced(layer):
 def test_memory_that_grows_by_halves_is_no_whole_number_of_bytes():
     """The trap: a difference between two batch sizes that their distance does not divide."""
     low, high = (predictor_of("llama", "fp32").step(OFF, batch_size=batch, seq_len=16) for batch in TRACED)
-    assert scaling._alike(low, high, TRACED)
+    assert batch_scaling._alike(low, high, TRACED)
     line = high.timeline
     grown = line.nbytes.copy()
     grown[-1] += 1
     odd = replace(high, assembly=replace(high.assembly, timeline=replace(line, nbytes=grown)))
-    assert not scaling._alike(low, odd, TRACED)
+    assert not batch_scaling._alike(low, odd, TRACED)

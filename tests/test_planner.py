@@ -11,19 +11,19 @@ import pytest
 import torch
 import toys
 
-from gcbench import calibration
-from gcbench.decision import AS_FAST_FRAC, FOUND
-from gcbench.planner import search
-from gcbench.planner.layered import Layered
-from gcbench.planner.search import Planner
-from gcbench.racing import contenders
+from gcbench.calibration import timer as calibration
+from gcbench.devices.target import Target
+from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.plan.estimate.mixed_layers import Combiner
+from gcbench.plan.layer_mix.layered import Layered
+from gcbench.plan.racing import contenders
+from gcbench.plan.search import planner as search
+from gcbench.plan.search.planner import Planner
+from gcbench.plan.task import PlanTask
+from gcbench.predict.worker import Session
 from gcbench.simulate import timeline
-from gcbench.simulate.child import Session
-from gcbench.simulate.combine import Combiner
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.target import Target
 from gcbench.strategies import OFF, Plan, Policy, parse
-from gcbench.task_plan import PlanTask
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

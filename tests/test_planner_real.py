@@ -8,21 +8,21 @@ from types import SimpleNamespace
 import planned
 import pytest
 
-from gcbench.cards import find
-from gcbench.costs import CardFigures
-from gcbench.decision import AS_FAST_FRAC, FOUND
-from gcbench.planner import search
-from gcbench.planner.gains import Trial, gains
-from gcbench.planner.search import Planner
-from gcbench.records import Lora
-from gcbench.simulate.child import Session
+from gcbench.core.records import Lora
+from gcbench.core.units import MIB
+from gcbench.devices.cards import find
+from gcbench.devices.target import Target
+from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.plan.search import planner as search
+from gcbench.plan.search.levers import Trial, gains
+from gcbench.plan.search.planner import Planner
+from gcbench.plan.task import PlanTask
+from gcbench.predict.task import CellToPredict
+from gcbench.predict.worker import Session
+from gcbench.simulate.costs import CardFigures
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.stage import NotComposable
-from gcbench.simulate.target import Target
+from gcbench.simulate.trace.fake_model import NotComposable
 from gcbench.strategies import OFF, parse
-from gcbench.task_plan import PlanTask
-from gcbench.task_predict import CellToPredict
-from gcbench.units import MIB
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from gcbench.policies import Call, Found, fewer, frontier
+from gcbench.plan.policies.min_cut import Call, Found, fewer, frontier
 
 
 def call(seconds=1.0, nbytes=1, reads=(), *, needed=False, can_keep=True, must_run=False):

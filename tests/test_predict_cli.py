@@ -9,9 +9,9 @@ import tiny
 import torch
 from conftest import table
 
-from gcbench import report as reports
-from gcbench.tables import columns
-from gcbench.units import GIB
+from gcbench.core.units import GIB
+from gcbench.report import report_file as reports
+from gcbench.report.rows import columns
 
 QUICK = ("--batch", 2, "--seq-len", 16, "--device", "cpu", "--strategies", "off,per-layer")
 SCALARS_BYTES = 256

@@ -20,9 +20,12 @@ from fixtures_predicted import (
 from fixtures_report import mixed_report, peaks, workload
 from test_formats import check
 
-from gcbench import explained, formats, gaps, predicted, tables, words
-from gcbench import report as reports
-from gcbench.formats import markdown, terminal
+from gcbench.report import explanation as explained
+from gcbench.report import formats, gaps, sentences
+from gcbench.report import predictions as predicted
+from gcbench.report import report_file as reports
+from gcbench.report import rows as tables
+from gcbench.report.formats import markdown, terminal
 
 LIMIT = 24 * 1024
 CPU = workload(model="gpt2")
@@ -303,7 +306,7 @@ def test_explanations_are_shown_when_asked_for(capsys):
 def test_what_a_prediction_does_not_cover():
     found = gaps.not_covered(card_report())
     assert found[0] == "time: how long a step takes is not predicted"
-    title = words.title(CARD, model=False, device=False)
+    title = sentences.title(CARD, model=False, device=False)
     assert f"every:2 at {title}: not supported" in found
     assert any("another driver" in gap for gap in found)
     assert not any("off at" in gap for gap in found), "a cell that does not fit is covered"

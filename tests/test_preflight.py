@@ -9,11 +9,12 @@ import pytest
 import tiny
 from test_imports import HEAVY, imported
 
-from gcbench import library_text, preflight, sources
-from gcbench.errors import GcbenchError, UsageError
-from gcbench.records import Lora
-from gcbench.scaledown import scaled_down
-from gcbench.sources import ModelSource
+from gcbench.core.errors import GcbenchError, UsageError
+from gcbench.core.records import Lora
+from gcbench.job import preflight
+from gcbench.models import library_text, sources
+from gcbench.models.scaledown import scaled_down
+from gcbench.models.sources import ModelSource
 
 LORA = ("--lora-r", 4)
 GPT2 = ("-m", "gpt2", "-b", 1)
@@ -46,7 +47,8 @@ def test_a_mistake_that_the_config_shows_needs_no_torch(args, code, said, monkey
     assert ended == code
     assert not names & set(HEAVY)
     monkeypatch.setattr("sys.argv", ["gcbench", *map(str, args)])
-    from gcbench import children, cli
+    from gcbench.cli import app as cli
+    from gcbench.processes import children
 
     monkeypatch.setattr(children.ForkedChildren, "run", lambda *args, **kwargs: pytest.fail("a child was asked"))
     with pytest.raises(SystemExit):
@@ -183,7 +185,8 @@ def test_every_field_of_every_config_is_among_its_names(causal_lms):
 
 @pytest.mark.parametrize("family", [*tiny.CONFIGS, "bert", "phi3", "gemma", "falcon", "qwen2", "olmo2"])
 def test_depth_positions_and_modules_are_those_of_the_model(family):
-    from gcbench import checkpointing, models
+    from gcbench.checkpointing import apply as checkpointing
+    from gcbench.models import build as models
 
     config = tiny.CONFIGS.get(family) or scaled_down({"model_type": family}, layers=3)
     source = ModelSource(name=family, origin="a test", config=config, location=".")

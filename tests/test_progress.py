@@ -10,9 +10,10 @@ import pytest
 from fixtures_report import outcome, peaks
 from rich.console import Console
 
-from gcbench import counting, progress
-from gcbench.counting import Heartbeat
-from gcbench.tasks import Event
+from gcbench.measure import progress
+from gcbench.processes import progress as counting
+from gcbench.processes.messages import Event
+from gcbench.processes.progress import Heartbeat
 
 
 @pytest.fixture

@@ -14,10 +14,13 @@ import pytest
 import torch
 from fixtures_report import outcome, peaks, report, steady
 
-from gcbench import check_view, checks, seeding, tables
-from gcbench import report as reports
-from gcbench.checks import NOT_REPEATABLE, UNSUPPORTED, WRONG, Checked, Combination, Setting
-from gcbench.scaledown import scaled_down
+from gcbench.check import cases as checks
+from gcbench.check import view
+from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, Checked, Combination, Setting
+from gcbench.models.scaledown import scaled_down
+from gcbench.report import report_file as reports
+from gcbench.report import rows as tables
+from gcbench.training import seeding
 
 ROOT = Path(__file__).parent.parent
 
@@ -278,8 +281,8 @@ def test_what_off_is_to_blame_for_is_said_once():
         combinations=asked,
         results=tuple(Checked(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
     )
-    (problem,) = check_view.problems(check)
-    assert check_view.where(problem, check) == "everything that was tried"
+    (problem,) = view.problems(check)
+    assert view.where(problem, check) == "everything that was tried"
     good = Combination(setting=Setting(tuned="lora"), strategy="per-layer")
     more = replace(check, combinations=(*asked, good, replace(good, strategy="every:2")))
-    assert check_view.where(problem, more) == "all strategies with plain and 5 others"
+    assert view.where(problem, more) == "all strategies with plain and 5 others"

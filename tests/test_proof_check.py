@@ -7,9 +7,10 @@ import math
 import drawing
 import pytest
 
-from gcbench import checker, sources
-from gcbench.checks import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, Combination, Setting
-from gcbench.task_check import CheckTask, ReferenceRun
+from gcbench.check import worker as checker
+from gcbench.check.cases import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.task import CheckTask, ReferenceRun
+from gcbench.models import sources
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

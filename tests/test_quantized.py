@@ -9,8 +9,8 @@ import tiny
 from conftest import table
 from test_imports import HEAVY, imported
 
-from gcbench import quantized, sources
-from gcbench.errors import UnavailableError
+from gcbench.core.errors import UnavailableError
+from gcbench.models import quantized, sources
 
 NULL = ("--set", "quantization_config=null")
 QUICK = ("-b", 1, "--seq-len", 16, "--device", "cpu", "--strategies", "off,per-layer")
@@ -126,7 +126,7 @@ def test_a_full_checkpoint_is_not_taken_for_a_quantised_one(config):
 
 
 def test_no_config_of_the_catalogue_is_refused():
-    from gcbench import catalogue
+    from gcbench.models import catalogue
 
     for entry in catalogue.architectures():
         assert quantized.found(catalogue.config_of(entry)) == (), entry.name

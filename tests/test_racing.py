@@ -9,10 +9,10 @@ from statistics import fmean
 
 import pytest
 
-from gcbench import racing
-from gcbench.decision import Candidate, Decision, Gain, Told
-from gcbench.plan_measure import settled
-from gcbench.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, standing
+from gcbench.plan import racing
+from gcbench.plan.confirm import settled
+from gcbench.plan.decision import Candidate, Decision, Gain, Told
+from gcbench.plan.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, standing
 from gcbench.strategies import Plan
 
 

@@ -8,13 +8,17 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from gcbench import catalogue, check_view, checks, cli, codec, errors
-from gcbench import report as reports
-from gcbench.formats.markdown import answer, prediction, strategies
-from gcbench.predicted import by_workload
-from gcbench.records import Report
+from gcbench.check import cases as checks
+from gcbench.check import view
+from gcbench.cli import app as cli
+from gcbench.core import errors, json_codec
+from gcbench.core.records import Report
+from gcbench.models import catalogue
+from gcbench.report import report_file as reports
+from gcbench.report.formats.markdown import answer, prediction, strategies
+from gcbench.report.predictions import by_workload
+from gcbench.report.rows import rows
 from gcbench.strategies import kinds
-from gcbench.tables import rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -58,7 +62,7 @@ def test_the_check_is_the_committed_one():
 
     def shown_check(folder: str) -> str:
         stored = json.loads((ROOT / folder / "check.json").read_text(encoding="utf-8"))
-        return check_view.plain(codec.decode(checks.Check, stored), width=100).strip()
+        return view.plain(json_codec.decode(checks.Check, stored), width=100).strip()
 
     holds(CHECK, lambda m: f"{m[1]}\n```text\n{shown_check(m[2])}\n```\n\n{m[3]}")
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 from fixtures_report import mixed_report, outcome, peaks, report, steady
 
-from gcbench import report as reports
-from gcbench import tables
-from gcbench.errors import ResultsError
-from gcbench.records import SCHEMA
+from gcbench.core.errors import ResultsError
+from gcbench.core.records import SCHEMA
+from gcbench.report import report_file as reports
+from gcbench.report import rows as tables
 
 DATA = Path(__file__).parent / "data"
 

@@ -13,11 +13,12 @@ import pytest
 import torch
 from conftest import ROOT
 
-from gcbench import models, sources
-from gcbench.records import Lora
+from gcbench.core.records import Lora
+from gcbench.devices.target import Wish, target_of
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.simulate.device_model import way_to
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.roads import way_to
-from gcbench.simulate.target import Wish, target_of
 from gcbench.strategies import Plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from conftest import table
 
-from gcbench import report as reports
+from gcbench.report import report_file as reports
 
 pytestmark = pytest.mark.slow
 

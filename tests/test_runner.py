@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 from fixtures_report import peaks, round_result
 
-from gcbench import report as reports
-from gcbench import runner
-from gcbench.config import Settings
-from gcbench.describe import DescribeTask
-from gcbench.errors import UnavailableError, UsageError
-from gcbench.fingerprint import Fingerprint, ParameterPrint, pack
-from gcbench.progress import QuietProgress
-from gcbench.records import Failure, Machine, ModelFacts, Report
-from gcbench.sources import ModelSource
-from gcbench.store import Store
-from gcbench.task_measure import MeasureTask
-from gcbench.tasks import Answer, Event, Refusal, Task
+from gcbench.core.errors import UnavailableError, UsageError
+from gcbench.core.gradient_fingerprint import Fingerprint, ParameterPrint, pack
+from gcbench.core.records import Failure, Machine, ModelFacts, Report
+from gcbench.job.describe import DescribeTask
+from gcbench.job.settings import Settings
+from gcbench.measure import runner
+from gcbench.measure.progress import QuietProgress
+from gcbench.measure.task import MeasureTask
+from gcbench.models.sources import ModelSource
+from gcbench.processes.messages import Answer, Event, Refusal, Task
+from gcbench.report import report_file as reports
+from gcbench.report.run_folder import Store
 
 SOURCE = ModelSource(name="m", origin="a test", config={"model_type": "llama"}, location="m")
 FACTS = ModelFacts(

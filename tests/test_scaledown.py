@@ -10,10 +10,10 @@ import tiny
 import torch
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from gcbench import models
-from gcbench.scaledown import HEADS, MAX_LAYERS, VOCAB, WIDTH, scaled_down
-from gcbench.sources import ModelSource
-from gcbench.training import TrainingStep, random_batch
+from gcbench.models import build as models
+from gcbench.models.scaledown import HEADS, MAX_LAYERS, VOCAB, WIDTH, scaled_down
+from gcbench.models.sources import ModelSource
+from gcbench.training.step import TrainingStep, random_batch
 
 FAMILIES = (
     "llama",

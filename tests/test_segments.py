@@ -20,8 +20,10 @@ from segmented import (
     inputs_of,
 )
 
-from gcbench import checkpointing, strategies, training
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
 from gcbench.strategies import Plan, Policy
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_test")
 

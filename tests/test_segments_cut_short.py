@@ -17,7 +17,7 @@ from segmented import (
     inputs_of,
 )
 
-from gcbench import checkpointing
+from gcbench.checkpointing import apply as checkpointing
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_test")
 

@@ -7,7 +7,7 @@ import torch
 from segmented import Boom, apply, assert_nothing_is_switched_on, differing, gradients
 from toys import VOCAB_SIZE, LastLayerFirst, Layer, ScaledBetweenLayers, ScaledInPlaceBetweenLayers, Toy
 
-from gcbench.segments import NotASegment
+from gcbench.checkpointing.segments import NotASegment
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_test")
 

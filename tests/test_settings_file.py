@@ -6,11 +6,11 @@ import inspect
 
 import pytest
 
-from gcbench import cli as command_line
-from gcbench import settings_file
-from gcbench.errors import UsageError
-from gcbench.settings_file import KEYS
-from gcbench.units import GIB
+from gcbench.cli import app as command_line
+from gcbench.core.errors import UsageError
+from gcbench.core.units import GIB
+from gcbench.job import settings_file
+from gcbench.job.settings_file import KEYS
 
 NO_SETTINGS = {"config", "out", "resume", "json", "quiet"}
 """Of a call, not of what is asked for."""
@@ -95,7 +95,10 @@ def test_an_option_with_a_value_is_read_as_from_a_flag(tmp_path):
 @pytest.fixture
 def asked(monkeypatch):
     """What each command would have done: the settings that reached its session."""
-    from gcbench import check_session, forecast, plan_session, session
+    from gcbench.check import session as check_session
+    from gcbench.measure import session
+    from gcbench.plan import session as plan_session
+    from gcbench.predict import session as forecast
 
     seen = {}
     monkeypatch.setattr(session, "measure", lambda wanted, **rest: seen.update(wanted=wanted))

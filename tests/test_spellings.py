@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from gcbench import config, spellings
-from gcbench.config import settings
-from gcbench.errors import UsageError
-from gcbench.units import GIB, MIB, parse_memory
+from gcbench.core import spellings
+from gcbench.core.errors import UsageError
+from gcbench.core.units import GIB, MIB, parse_memory
+from gcbench.job import settings as config
+from gcbench.job.settings import settings
 
 LEAST = {"model": "gpt2", "batch_size": 1}
 

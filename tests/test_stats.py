@@ -9,7 +9,7 @@ import statistics
 import pytest
 from fixtures_report import round_result
 
-from gcbench import stats
+from gcbench.report import stats
 
 # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2, column 0.975.
 NIST_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 100: 1.984}

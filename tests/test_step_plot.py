@@ -10,8 +10,9 @@ import pytest
 from fixtures_predicted import card_report, cell, cpu_report, predicted_report, prediction
 from fixtures_report import mixed_report, peaks, workload
 
-from gcbench import plots, predicted, step_plot
-from gcbench.units import format_bytes
+from gcbench.core.units import format_bytes
+from gcbench.report import predictions as predicted
+from gcbench.report.plots import memory_over_step, run_plots
 
 GPU = ("off", "per-layer", *(f"every:{k}" for k in range(2, 7)), "segment:4+offload:boundaries+pinned")
 
@@ -49,26 +50,26 @@ CASES = {
 def figure(case):
     """The picture of the last workload after layout; the tests only read it."""
     report = CASES[case]
-    drawn = step_plot.step_figure(report, list(step_plot.files(report).values())[-1])
+    drawn = memory_over_step.step_figure(report, list(memory_over_step.files(report).values())[-1])
     drawn.draw_without_rendering()
     return drawn
 
 
 def test_one_file_per_workload_named_by_batch_and_length(tmp_path):
-    assert [path.name for path in plots.draw(card_report(), tmp_path / "one")] == [plots.MEMORY, "step.png"]
-    written = plots.draw(cpu_report(), tmp_path / "two")
-    assert [path.name for path in written] == [plots.MEMORY, "step-b1-s64.png", "step-b8-s256.png"]
-    assert tuple(path.name for path in written) == plots.drawable(cpu_report())
+    assert [path.name for path in run_plots.draw(card_report(), tmp_path / "one")] == [run_plots.MEMORY, "step.png"]
+    written = run_plots.draw(cpu_report(), tmp_path / "two")
+    assert [path.name for path in written] == [run_plots.MEMORY, "step-b1-s64.png", "step-b8-s256.png"]
+    assert tuple(path.name for path in written) == run_plots.drawable(cpu_report())
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in written)
 
 
 def test_a_measurement_has_no_such_picture():
-    assert step_plot.files(mixed_report()) == {}
+    assert memory_over_step.files(mixed_report()) == {}
 
 
 def test_cells_without_a_curve_draw_nothing(tmp_path):
     nothing = predicted_report(cell("off", None, failure=("unsupported", "why")))
-    assert plots.draw(nothing, tmp_path) == ()
+    assert run_plots.draw(nothing, tmp_path) == ()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -94,7 +95,7 @@ def test_each_peak_says_its_size_where_it_is(case):
     report = CASES[case]
     cells = list(predicted.by_workload(report).values())[-1]
     sizes = [c.row.peak_allocated_bytes for c in cells if c.prediction]
-    labels = [text for axes in figure(case).axes for text in axes.texts if text.get_gid() == step_plot.PEAK]
+    labels = [text for axes in figure(case).axes for text in axes.texts if text.get_gid() == memory_over_step.PEAK]
     assert [label.get_text() for label in labels] == [format_bytes(size) for size in sizes]
     # The curve adds sizes up, without the rounding of an allocator: the highest point may lie a little lower.
     for label, size in zip(labels, sizes, strict=True):
@@ -115,7 +116,7 @@ def test_what_is_stacked_adds_up():
 
 def test_the_axis_says_that_it_is_no_time():
     for case in CASES:
-        assert step_plot.ORDER_NOT_TIME in " ".join(figure(case).get_supxlabel().split())
+        assert memory_over_step.ORDER_NOT_TIME in " ".join(figure(case).get_supxlabel().split())
         for axes in figure(case).axes:
             assert [label.get_text().strip() for label in axes.get_xticklabels()] == [
                 "forward",
@@ -172,15 +173,15 @@ def test_names_of_phases_do_not_lie_on_each_other_or_in_the_next_panel(case):
 
 
 def test_every_kind_has_a_colour_of_its_own_and_stacks_in_the_simulators_order():
-    from gcbench.simulate.assembly import KIND_NAMES
+    from gcbench.simulate.compose.whole_step import KIND_NAMES
 
-    assert list(step_plot.COLOURS) == list(KIND_NAMES.values())
-    assert len(set(step_plot.COLOURS.values())) == len(step_plot.COLOURS)
+    assert list(memory_over_step.COLOURS) == list(KIND_NAMES.values())
+    assert len(set(memory_over_step.COLOURS.values())) == len(memory_over_step.COLOURS)
 
 
 def test_the_bars_of_a_prediction_say_what_does_not_fit():
     """`memory.png`, whose words were those of a measurement."""
-    drawn = plots.memory_figure(card_report())
+    drawn = run_plots.memory_figure(card_report())
     texts = [text.get_text().strip() for text in drawn.axes[0].texts]
     assert "32.03 GiB (does not fit)" in texts and "not supported" in texts
     assert "predicted for Example Card 24 GB, 24.00 GiB" in drawn.get_suptitle()

@@ -14,21 +14,23 @@ import pytest
 from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import compare_plans, plan_session, plan_view
-from gcbench.changes import ChangedConfig
-from gcbench.check_stored import load_check
-from gcbench.checks import Check, Checked, Combination, Setting
-from gcbench.codec import encode
-from gcbench.config import Settings
-from gcbench.decision import Candidate, Decision, Gain, Largest
-from gcbench.errors import ResultsError, UsageError
-from gcbench.plan_stored import load_plan, save_plan
-from gcbench.planned import Planned
-from gcbench.records import Machine, ModelFacts
-from gcbench.simulate.target import Target
-from gcbench.store import Store
+from gcbench.check.cases import Check, Checked, Combination, Setting
+from gcbench.check.stored import load_check
+from gcbench.core.errors import ResultsError, UsageError
+from gcbench.core.json_codec import encode
+from gcbench.core.model_changes import ChangedConfig
+from gcbench.core.records import Machine, ModelFacts
+from gcbench.core.units import GIB
+from gcbench.devices.target import Target
+from gcbench.job.settings import Settings
+from gcbench.plan import compare as compare_plans
+from gcbench.plan import session as plan_session
+from gcbench.plan import view
+from gcbench.plan.decision import Candidate, Decision, Gain, Largest
+from gcbench.plan.planned import Planned
+from gcbench.plan.stored import load_plan, save_plan
+from gcbench.report.run_folder import Store
 from gcbench.strategies import Plan, parse
-from gcbench.units import GIB
 
 LAYERS = 4
 
@@ -92,7 +94,7 @@ def test_a_plan_is_read_as_it_was_stored(folder):
 
 
 def test_a_stored_plan_is_shown_in_every_format(cli, folder, tmp_path):
-    expected = plan_view.text(planned(plan_file=folder / "plan.json"), width=200)
+    expected = view.text(planned(plan_file=folder / "plan.json"), width=200)
     assert cli("report", folder).out.split() == expected.split()
     assert cli("report", folder, "-f", "markdown").out == (folder / "plan.md").read_text()
     rows = cli("report", folder, "--json").rows

@@ -12,15 +12,18 @@ import torch
 import toys
 from toys import Toy
 
-from gcbench import checkpointing, models, strategies, training
-from gcbench.devices import open_device
-from gcbench.records import PHASES
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.records import PHASES
+from gcbench.devices.backends import open_device
+from gcbench.devices.target import Target
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
+from gcbench.simulate.device_model import way_to
 from gcbench.simulate.predictor import Predictor
-from gcbench.simulate.roads import way_to
-from gcbench.simulate.target import Target
-from gcbench.sources import ModelSource
 from gcbench.strategies import Plan, Policy
+from gcbench.training import step as training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 

@@ -14,11 +14,11 @@ from conftest import ROOT
 from fixtures_report import mixed_report
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench import cli as command_line
-from gcbench import report as reports
-from gcbench import streams
-from gcbench.errors import OutputError, ReaderGone
-from gcbench.files import write_text
+from gcbench.cli import app as command_line
+from gcbench.core import streams
+from gcbench.core.errors import OutputError, ReaderGone
+from gcbench.core.files import write_text
+from gcbench.report import report_file as reports
 
 ENCODINGS = ("ascii", "cp1252", "latin-1", "shift_jis")
 COMMANDS = (

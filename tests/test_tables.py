@@ -8,9 +8,9 @@ from dataclasses import fields, replace
 import pytest
 from fixtures_report import OUT_OF_MEMORY, mixed_report, outcome, peaks, report, round_result, steady, workload
 
-from gcbench import tables
-from gcbench.records import Cell, Outcome, Row
-from gcbench.units import MIB
+from gcbench.core.records import Cell, Outcome, Row
+from gcbench.core.units import MIB
+from gcbench.report import rows as tables
 
 OFF_PEAKS = peaks(400, 500, 300)
 HALF_PEAKS = peaks(200, 250, 240)

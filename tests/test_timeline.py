@@ -7,14 +7,15 @@ from collections.abc import Mapping
 import numpy as np
 import pytest
 
-from gcbench.records import PHASES
-from gcbench.simulate import pieces, timeline
-from gcbench.simulate.allocator import OutOfMemory
+from gcbench.core.records import PHASES
+from gcbench.core.units import MIB
+from gcbench.simulate import timeline
+from gcbench.simulate.allocator.caching_allocator import OutOfMemory
+from gcbench.simulate.compose import layer_pieces as pieces
+from gcbench.simulate.compose.layer_pieces import Piece, Pieces, put_together
 from gcbench.simulate.events import Block, Trace
-from gcbench.simulate.pieces import Piece, Pieces, put_together
-from gcbench.simulate.stage import BEFORE, HEAD, LOSS, REST, LayeredTrace, NotComposable
 from gcbench.simulate.timeline import Timeline
-from gcbench.units import MIB
+from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, LayeredTrace, NotComposable
 
 HALF_KIB = 512
 

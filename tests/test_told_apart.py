@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 from fixtures_report import outcome, peaks, report, workload
 
-from gcbench import plan_measure, told_apart
-from gcbench.decision import Candidate
-from gcbench.plan_from import decide
-from gcbench.planned import Asked
-from gcbench.records import RoundResult
-from gcbench.simulate.target import Wish
+from gcbench.core.records import RoundResult
+from gcbench.core.units import GIB
+from gcbench.devices.target import Wish
+from gcbench.plan import confirm, told_apart
+from gcbench.plan.decision import Candidate
+from gcbench.plan.from_run import decide
+from gcbench.plan.planned import Asked
 from gcbench.strategies import parse
-from gcbench.units import GIB
 
 
 def candidate(strategy, rate, *, batch=4, fits=True):
@@ -113,8 +113,8 @@ def test_a_card_that_does_not_tell_what_a_process_holds_is_taken_by_its_allocato
     """The trap: peak_process_bytes is None, and every setting that was measured is thrown away."""
     decision = SimpleNamespace(outside_bytes=700)
     row = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=5000)
-    assert plan_measure._held_of_card(row, decision) == 5700
+    assert confirm._held_of_card(row, decision) == 5700
     told = SimpleNamespace(peak_process_bytes=6000, peak_reserved_bytes=5000)
-    assert plan_measure._held_of_card(told, decision) == 6000
+    assert confirm._held_of_card(told, decision) == 6000
     nothing = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=None)
-    assert plan_measure._held_of_card(nothing, decision) is None
+    assert confirm._held_of_card(nothing, decision) is None

@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import tiny
 
-from gcbench import checkpointing, models, strategies, training
-from gcbench.devices import open_device
-from gcbench.records import PHASES, Lora
+from gcbench import strategies
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.records import PHASES, Lora
+from gcbench.devices.backends import open_device
+from gcbench.models import build as models
+from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.timeline import Timeline
-from gcbench.sources import ModelSource
+from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gcbench.units import format_percent
+from gcbench.core.units import format_percent
 
 
 @pytest.mark.parametrize(

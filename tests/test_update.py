@@ -10,11 +10,12 @@ from itertools import accumulate
 import pytest
 import torch
 
-from gcbench.simulate import cuda_update, update
-from gcbench.simulate.stage import CPU_ROAD, Road
-from gcbench.simulate.update import trace_update
+from gcbench.simulate.cuda import optimizer
+from gcbench.simulate.trace import optimizer_step
+from gcbench.simulate.trace.fake_model import CPU_ROAD, Road
+from gcbench.simulate.trace.optimizer_step import trace_update
 
-FOREACH = Road(patches=cuda_update.foreach_on_cpu, notes_random_state=False)
+FOREACH = Road(patches=optimizer.foreach_on_cpu, notes_random_state=False)
 ROADS = {"cpu": CPU_ROAD, "foreach": FOREACH}
 CASES = [
     ("cpu", "adamw_torch"),
@@ -165,13 +166,13 @@ def test_foreach_takes_more_at_once_than_a_loop():
 def test_tracing_does_not_grow_with_the_number_of_layers(monkeypatch):
     """What the module is for: hundreds of parameters at milliseconds each."""
     traced = []
-    real = update.Update
+    real = optimizer_step.Update
 
     def counting(params, **kwargs):
         traced.append(len(params))
         return real(params, **kwargs)
 
-    monkeypatch.setattr(update, "Update", counting)
+    monkeypatch.setattr(optimizer_step, "Update", counting)
     for layers in (6, 60):
         trace_update(parameters(W, *[W, B, HALF_W] * layers, W), precision="fp32", optim="sgd")
     assert traced[0] == traced[1] < 10

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 import gcbench
-from gcbench import cli as command_line
-from gcbench.errors import UsageError
-from gcbench.store import Store
+from gcbench.cli import app as command_line
+from gcbench.core.errors import UsageError
+from gcbench.report.run_folder import Store
 
 OPTIONS = command_line._options()
 SOURCES = Path(gcbench.__file__).parent
@@ -141,7 +141,7 @@ def test_what_was_meant_is_named(cli, args, said):
 
 def test_what_is_meant_instead_is_an_option_of_the_command():
     """Every remedy of the table exists somewhere."""
-    from gcbench import usage
+    from gcbench.cli import usage
 
     for meant in usage._OF_OTHER_TOOLS.values():
         assert any(meant.split()[0] in names for names in OPTIONS.values()), meant

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from fixtures_report import OUT_OF_MEMORY, outcome, peaks, report, steady, workload
 
-from gcbench import tables, words
+from gcbench.report import rows as tables
+from gcbench.report import sentences
 
 GPU = workload(device="cuda:0")
 
 
 def said(*outcomes):
     """What is said of one workload, on a GPU so that the sentence about CPUs stays out."""
-    return words.summary(tables.rows(report(*outcomes)))
+    return sentences.summary(tables.rows(report(*outcomes)))
 
 
 def cell(strategy, memory=None, seconds=None, *, spread=0.0, rounds=3, **changes):
@@ -25,8 +26,8 @@ def off(memory=None, seconds=0.5, **changes):
 
 
 def test_the_title_names_the_workload():
-    assert words.title(workload()) == "gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu"
-    without = words.title(workload(model="rwkv", attn=None, precision="bf16"), model=False)
+    assert sentences.title(workload()) == "gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu"
+    without = sentences.title(workload(model="rwkv", attn=None, precision="bf16"), model=False)
     assert without == "batch 16 × 64 tokens · bf16 · adamw_torch · cpu"
 
 
@@ -222,16 +223,16 @@ def test_off_that_fails_its_own_proof_is_no_baseline():
 
 
 def test_cpu_figures_are_said_to_be_cpu_figures():
-    found = words.summary(tables.rows(report(outcome("off", peaks(900, 1000, 400), steady(0.5)))))
+    found = sentences.summary(tables.rows(report(outcome("off", peaks(900, 1000, 400), steady(0.5)))))
     assert found.endswith(
         "These are CPU figures: the memory that activations take carries over to a GPU only roughly, and times do not."
     )
-    nothing = words.summary(tables.rows(report(outcome("off", failure=OUT_OF_MEMORY))))
+    nothing = sentences.summary(tables.rows(report(outcome("off", failure=OUT_OF_MEMORY))))
     assert "CPU" not in nothing
 
 
 def test_intervals_read_well():
-    assert words.interval(0.22, 0.33) == "22 to 33 %"
-    assert words.interval(-0.03, 0.054) == "−3.0 to 5.4 %"
-    assert words.interval(0.271, 0.274) == "27.1 to 27.4 %"
-    assert words.interval(None, 0.1) is None
+    assert sentences.interval(0.22, 0.33) == "22 to 33 %"
+    assert sentences.interval(-0.03, 0.054) == "−3.0 to 5.4 %"
+    assert sentences.interval(0.271, 0.274) == "27.1 to 27.4 %"
+    assert sentences.interval(None, 0.1) is None

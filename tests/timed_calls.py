@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import tiny
 
-from gcbench import calls, models, sources, strategies
-from gcbench.calibrated import GENERIC, Calibration, Overhead, Point
-from gcbench.costs import Work
+from gcbench import strategies
+from gcbench.calibration.op_times import GENERIC, Calibration, Overhead, Point
+from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.operators import call_text
+from gcbench.simulate.costs import Work
 from gcbench.simulate.predictor import Predictor
 
 MACHINE = "cpu, a processor, torch 2.13.0"
@@ -24,7 +27,7 @@ def pointwise(count, seconds=None, *, op="silu", **changes):
         "kind": "pointwise",
         "dtype": "fp32",
         "nbytes": 8 * count,
-        "call": calls.write(f"aten::{op}", [tensor(count)], {}),
+        "call": call_text.write(f"aten::{op}", [tensor(count)], {}),
     } | changes
     return Work(**values) if seconds is None else point(values, seconds)
 
@@ -37,13 +40,13 @@ def product(rows, columns, inner, seconds=None, **changes):
         "nbytes": 4 * (rows * inner + inner * columns + rows * columns),
         "flops": 2 * rows * columns * inner,
         "dims": (1, rows, columns, inner),
-        "call": calls.write("aten::mm", [tensor(rows, inner), tensor(inner, columns)], {}),
+        "call": call_text.write("aten::mm", [tensor(rows, inner), tensor(inner, columns)], {}),
     } | changes
     return Work(**values) if seconds is None else point(values, seconds)
 
 
 def generic(count, seconds):
-    call = calls.write(GENERIC, [tensor(count), tensor(count)], {})
+    call = call_text.write(GENERIC, [tensor(count), tensor(count)], {})
     return pointwise(count, seconds, op="mul", nbytes=12 * count, call=call)
 
 

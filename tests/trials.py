@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
-from gcbench.diagnoses import Observation, diagnose
+from gcbench.diagnoses.known_causes import Observation, diagnose
 
 IDS = torch.arange(64).reshape(2, 32)
 Step = Callable[[], torch.Tensor]

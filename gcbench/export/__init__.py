@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from types import ModuleType
 
-from gcbench.errors import UsageError
-from gcbench.handover import Handover, Rival, Training
-from gcbench.plugins import modules
-from gcbench.units import format_percent
+from gcbench.core.errors import UsageError
+from gcbench.core.plugins import modules
+from gcbench.core.units import format_percent
+from gcbench.export._handover import Handover, Rival, Training
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,11 @@ import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gcbench import changes
-from gcbench.handover import Handover, Rival, Training
-from gcbench.records import ALL_LINEAR
+from gcbench.core import model_changes
+from gcbench.core.records import ALL_LINEAR
+from gcbench.core.units import format_bytes
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan, Policy
-from gcbench.units import format_bytes
 
 _WIDTH = 110
 LORA_ALPHA = 8
@@ -89,7 +89,7 @@ def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
 
 def cannot_change(tool: str, training: Training) -> str:
     """Why a tool that loads a model by its name alone has no settings for one that `--layers` or `--set` changed."""
-    model = changes.named(training.model, training.model_changes)
+    model = model_changes.named(training.model, training.model_changes)
     return (
         f"{tool} loads the model as it is, and this plan is for {model}; "
         "save that model into a folder and plan with --model FOLDER, or take --emit trainer, trl or python"
@@ -106,7 +106,9 @@ def described(rival: Rival, handover: Handover) -> str:
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
-    notes = [] if handover.model_changes is None else [f"for {changes.named(handover.model, handover.model_changes)}"]
+    notes = (
+        [] if handover.model_changes is None else [f"for {model_changes.named(handover.model, handover.model_changes)}"]
+    )
     notes += handover.notes if rival == handover.choice else [_ADDED] if handover.notes else ()
     notes += _of_the_plan(handover)
     return "\n".join([told, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])

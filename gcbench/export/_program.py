@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 
 from gcbench.export._base import described, policy_of, qualified, stride_of, targets_of
-from gcbench.handover import Handover, Rival
+from gcbench.export._handover import Handover, Rival
 from gcbench.strategies import Plan
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from gcbench.export import _program
 from gcbench.export._base import Reach, described, policy_of, targets_of, yaml
-from gcbench.handover import Handover, Rival, Training
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "accelerate-fsdp"

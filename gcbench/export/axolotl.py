@@ -8,6 +8,7 @@ by parts of their names, and for inputs in the host's memory. Weights are bf16 w
 
 from __future__ import annotations
 
+from gcbench.core.records import ALL_LINEAR
 from gcbench.export._base import (
     LORA_ALPHA,
     Reach,
@@ -19,8 +20,7 @@ from gcbench.export._base import (
     targets_of,
     yaml,
 )
-from gcbench.handover import Handover, Rival, Training
-from gcbench.records import ALL_LINEAR
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 from gcbench.strategies.selective import MATMUL, NAMED
 

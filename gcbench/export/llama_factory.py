@@ -8,9 +8,9 @@ Trained weights are fp32 unless `pure_bf16` is said; frozen ones have the checkp
 
 from __future__ import annotations
 
+from gcbench.core.records import ALL_LINEAR
 from gcbench.export._base import LORA_ALPHA, Reach, cannot_change, described, policy_of, targets_of, yaml
-from gcbench.handover import Handover, Rival, Training
-from gcbench.records import ALL_LINEAR
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "llama-factory"

@@ -6,8 +6,8 @@ from dataclasses import fields
 
 from gcbench.export import _program
 from gcbench.export._base import described
+from gcbench.export._handover import FOUND, Handover, Rival, Training
 from gcbench.export._program import Code, call, literal, program
-from gcbench.handover import FOUND, Handover, Rival, Training
 from gcbench.strategies import Plan, Policy
 
 NAME = "python"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shlex
 
 from gcbench.export._base import Reach, cannot_change, described
-from gcbench.handover import Handover, Rival, Training
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "torchtitan"

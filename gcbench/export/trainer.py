@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from gcbench.export import _program
 from gcbench.export._base import Reach
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.export._program import Code
-from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "trainer"

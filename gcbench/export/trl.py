@@ -8,9 +8,9 @@ used: with transformers 5.23 it is passed over for a model with LoRA (seen in a 
 from __future__ import annotations
 
 from gcbench.export import _program
+from gcbench.export._handover import Handover, Rival, Training
 from gcbench.export._program import Code
 from gcbench.export.trainer import REACH
-from gcbench.handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "trl"

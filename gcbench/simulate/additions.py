@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from gcbench.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
-from gcbench.simulate.assembly import Assembly, Kind
+from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
+from gcbench.simulate.compose.whole_step import Assembly, Kind
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Peak, Timeline
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from gcbench.records import MemoryPeaks, Phase
+from gcbench.core.records import MemoryPeaks, Phase
 
 
 @dataclass(frozen=True, slots=True)

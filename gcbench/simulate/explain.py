@@ -8,8 +8,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from gcbench.prediction import Curve, Explanation, LayerShare, Lever, Share
-from gcbench.simulate.assembly import KIND_NAMES, Assembly, Kind
+from gcbench.core.prediction import Curve, Explanation, LayerShare, Lever, Share
+from gcbench.simulate.compose.whole_step import KIND_NAMES, Assembly, Kind
 from gcbench.simulate.timeline import Peak
 
 Ints = npt.NDArray[np.int64]

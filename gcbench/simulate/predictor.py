@@ -8,17 +8,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gcbench import costs, own_way
-from gcbench.costs import Figures, Work
-from gcbench.simulate import assembly, pieces
-from gcbench.simulate.assembly import Assembly, Ints, Kind, Standing, Treatment
-from gcbench.simulate.layers import sample
-from gcbench.simulate.pieces import Passes
-from gcbench.simulate.stage import CPU_ROAD, NotComposable, Road, Segment, Stage
+from gcbench.checkpointing import own_way
+from gcbench.simulate import costs
+from gcbench.simulate.compose import layer_pieces
+from gcbench.simulate.compose import whole_step as assembly
+from gcbench.simulate.compose.layer_pieces import Passes
+from gcbench.simulate.compose.whole_step import Assembly, Ints, Kind, Standing, Treatment
+from gcbench.simulate.costs import Figures, Work
 from gcbench.simulate.timeline import Timeline
-from gcbench.simulate.update import UpdateTrace, trace_update
+from gcbench.simulate.trace.fake_model import CPU_ROAD, NotComposable, Road, Segment, Stage
+from gcbench.simulate.trace.optimizer_step import UpdateTrace, trace_update
+from gcbench.simulate.trace.representative_layers import sample
 from gcbench.strategies import Plan, Policy
-from gcbench.training import output_embeddings
+from gcbench.training.step import output_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +184,9 @@ class Predictor:
             self._layers = sorted(set(traced.called))
         else:
             raise NotComposable("layers run several times, or out of order")
-        cut = pieces.cut(traced)
+        cut = layer_pieces.cut(traced)
         stand_in = [self._layers[place] for place in chosen.stand_in]
-        passes = pieces.put_together(cut, self._layers, stand_in)
+        passes = layer_pieces.put_together(cut, self._layers, stand_in)
         params, gradients, accumulated = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
         standing = [
             *self._model_blocks,
@@ -217,7 +219,7 @@ class Predictor:
         )
 
     def _gradients(
-        self, cut: pieces.Pieces, passes: pieces.Passes, played: dict[int, int]
+        self, cut: layer_pieces.Pieces, passes: layer_pieces.Passes, played: dict[int, int]
     ) -> tuple[list[int], list[int], list[int]]:
         """The parameters that get a gradient, by their place among all.
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gcbench.records import PHASES, MemoryPeaks, Phase
-from gcbench.simulate.allocator import CachingAllocator
+from gcbench.core.records import PHASES, MemoryPeaks, Phase
+from gcbench.simulate.allocator.caching_allocator import CachingAllocator
+from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, Block
 from gcbench.simulate.events import Trace, of_phases
-from gcbench.simulate.pools import MIN_BLOCK_BYTES, Block
 
 Ints = npt.NDArray[np.int64]
 

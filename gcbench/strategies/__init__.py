@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from functools import reduce
 
-from gcbench.plugins import modules
+from gcbench.core.plugins import modules
 from gcbench.strategies._base import Change, Kind, Plan, Policy, Strategy
 
 __all__ = ["OFF", "OWN", "Change", "Kind", "Plan", "Policy", "Strategy", "kinds", "parse"]

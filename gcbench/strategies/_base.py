@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from gcbench.units import counted
+from gcbench.core.units import counted
 
 
 @dataclass(frozen=True, kw_only=True)

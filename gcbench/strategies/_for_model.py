@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from gcbench.records import ModelFacts
+from gcbench.core.records import ModelFacts
 from gcbench.strategies import Plan, Strategy
 
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gcbench.core.units import counted
 from gcbench.strategies._base import Kind, Plan, Policy, Strategy
-from gcbench.units import counted
 
 _EXAMPLE = '{"groups": [{"layers": [0, 1]}, {"layers": [2], "keep": ["mm"]}]}'
 _GROUP = {"layers", "keep", "skip", "offload", "reentrant"}

@@ -1,0 +1,1 @@
+"""What operators take on this machine: measured, stored, asked for any work."""

@@ -1,0 +1,333 @@
+"""What calls of operators take on this machine, as measured: a file per machine, asked for any work. No torch.
+
+A call that was measured takes what it took. For any other, calls of its like are interpolated: traffic by its bytes,
+products and attention by the rate of those with the nearest dimensions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from statistics import median
+
+from gcbench.core.files import write_text
+from gcbench.core.json_codec import decode, encode
+from gcbench.core.records import Machine
+from gcbench.operators.call_text import form
+from gcbench.simulate.costs import Caller, Work, WorkKind
+
+SCHEMA = 2
+"""Of the file. A file of another is measured again."""
+GENERIC = "aten::mul.Tensor"
+"""Stands for any operator that has not been measured: it reads two tensors and writes a third."""
+_GENERIC_FORM = re.compile(rf"{re.escape(GENERIC)}\((\w+):,\1:\)")
+"""Of two tensors of one size and dtype, without gaps."""
+_CLOSE = math.log(1.15)
+"""Traffic this near, as a ratio, is taken from what was measured; a cache's edge moves it by more only now and then."""
+_NEIGHBOURS = 4
+"""Measured products that the rate of another is taken from: one on either side of two dimensions."""
+_SETTINGS = ("cpu_capability", "cpu_cores", "torch_threads", "float32_matmul_precision", "tf32_matmul")
+_VERSIONS = ("torch", "transformers", "python", "cuda", "driver")
+"""What of a machine moves how long an operator takes."""
+_GUESSED_FLOPS, _GUESSED_BANDWIDTH, _GUESSED_CALL_S = 30e9, 8e9, 4e-6
+"""One core of a processor, to the order of magnitude: what decides where nothing at all was measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One call, as measured; fields as in `Work`."""
+
+    op: str
+    kind: WorkKind
+    dtype: str
+    nbytes: int
+    flops: int
+    dims: tuple[int, ...]
+    is_causal: bool
+    call: str
+    cold: int
+    seconds: float
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """Equal for calls that take equally long."""
+        return _key(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overhead:
+    """What a call takes beyond what it took by itself, by what calls it.
+
+    Attributes:
+        caller: as in `Work`: the model's Python, the graph being built, what checkpointing does.
+        call_s: seconds of each call. Negative where the caller has less to do than Python.
+        cold_s: seconds that come to it where the call touches `CORE_BYTES` or more, in proportion where it touches
+            less: so much of the code that comes next has left the core's own cache.
+    """
+
+    caller: Caller
+    call_s: float
+    cold_s: float = 0.0
+
+    def seconds(self, work: Work) -> float:
+        """What comes to this call."""
+        return self.call_s + self.cold_s * coldness(work)
+
+
+def coldness(work: Work) -> float:
+    """The part of a core's own cache that the call fills; 1 at most."""
+    return min(work.nbytes / CORE_BYTES, 1.0)
+
+
+CORE_BYTES = 2**20
+"""Of a core's own cache: 0.5 to 2 MiB in current processors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """What one machine needs for calls of operators.
+
+    Attributes:
+        machine: what tells it from others (`machine_key`).
+        created: when it was measured last; ISO 8601, UTC.
+        points: each call once.
+        overheads: what calls take beyond that, each caller once.
+        step_s: seconds that a step takes beyond its calls, whatever the number of layers.
+    """
+
+    schema: int = SCHEMA
+    machine: str
+    created: str
+    points: tuple[Point, ...] = ()
+    overheads: tuple[Overhead, ...] = ()
+    step_s: float = 0.0
+
+    @property
+    def source(self) -> str:
+        """Where the figures come from, in words."""
+        return f"a calibration of this machine, {self.created[:10]}"
+
+    def seconds(self, work: Work) -> float:
+        """One call; an estimate."""
+        known = self._known
+        if work not in known:
+            overhead = self._overhead.get(work.caller)
+            known[work] = max(self.by_itself(work) + (overhead.seconds(work) if overhead else 0.0), 0.0)
+        return known[work]
+
+    def by_itself(self, work: Work | Point) -> float:
+        """One call that nothing but a loop makes."""
+        index = self._index
+        exact = index.exact.get(_key(work))
+        if exact is not None:
+            return exact
+        if work.kind == "view":
+            return index.view(work)
+        return index.product(work) if work.flops else index.traffic(work)
+
+    def missing(self, works: Iterable[Work]) -> tuple[Work, ...]:
+        """Those that can be measured and have no like among the points, each once; what costs most comes first."""
+        return tuple(work for work in self.costliest(works) if not self._index.is_close(work))
+
+    def costliest(self, works: Iterable[Work]) -> tuple[Work, ...]:
+        """Those that can be measured, each once; what costs most comes first."""
+        alike: dict[tuple[object, ...], Work] = {}
+        costs: dict[tuple[object, ...], float] = defaultdict(float)
+        for work, count in Counter(works).items():
+            if work.call:
+                key = _key(work)
+                alike.setdefault(key, work)
+                costs[key] += count * self.by_itself(work)
+        return tuple(alike[key] for key in sorted(alike, key=lambda key: -costs[key]))
+
+    def merged(self, newer: Calibration) -> Calibration:
+        """Both; where both have a point, or overheads, the newer one's."""
+        points = {point.key: point for point in (*self.points, *newer.points)}
+        return replace(
+            newer,
+            points=tuple(points.values()),
+            overheads=newer.overheads or self.overheads,
+            step_s=newer.step_s if newer.overheads else self.step_s,
+        )
+
+    @cached_property
+    def _index(self) -> _Index:
+        return _Index(self.points)
+
+    @cached_property
+    def _overhead(self) -> dict[str, Overhead]:
+        return {each.caller: each for each in self.overheads}
+
+    @cached_property
+    def _known(self) -> dict[Work, float]:
+        return {}
+
+
+def _key(work: Work | Point) -> tuple[object, ...]:
+    return (form(work.call) or work.op, work.dtype, work.nbytes, work.dims, work.is_causal, work.cold)
+
+
+class _Index:
+    """Points by what they are like."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        self.exact = {point.key: point.seconds for point in points}
+        self._groups: dict[tuple[object, ...], list[Point]] = defaultdict(list)
+        for point in points:
+            for group in _groups(point):
+                self._groups[group].append(point)
+        self._curves: dict[tuple[object, ...], _Curve] = {}
+        generic: dict[str, list[Point]] = defaultdict(list)
+        for point in points:
+            if _GENERIC_FORM.fullmatch(form(point.call)) and not point.cold:
+                generic[point.dtype].append(point)
+        self._generic = {dtype: _Curve(found) for dtype, found in generic.items()}
+        self._least = min((point.seconds for point in points if point.kind != "view"), default=_GUESSED_CALL_S)
+
+    def is_close(self, work: Work) -> bool:
+        """Whether the points hold a call of its like and size."""
+        groups = _groups(work)
+        if work.kind == "view":
+            return groups[-2] in self._groups
+        if work.flops:
+            return any(point.dims == work.dims for point in self._groups.get(groups[1], ()))
+        alike = self._groups.get(groups[0], ())
+        return any(abs(_log(point.nbytes) - _log(work.nbytes)) <= _CLOSE for point in alike)
+
+    def view(self, work: Work | Point) -> float:
+        """A call that moves nothing takes as long whatever its size."""
+        for group in _groups(work):
+            if group in self._groups:
+                return median(point.seconds for point in self._groups[group])
+        return _GUESSED_CALL_S / 2
+
+    def product(self, work: Work | Point) -> float:
+        """By operations per second of the nearest dimensions, near ones weighing more."""
+        groups = ([p for p in self._groups.get(group, ()) if p.flops] for group in _groups(work))
+        near = next((group for group in groups if group), [])
+        if not near:
+            return work.flops / _GUESSED_FLOPS + _GUESSED_CALL_S
+        apart = sorted((_distance(point.dims, work.dims), place) for place, point in enumerate(near))
+        weights, logs = 0.0, 0.0
+        for distance, place in apart[:_NEIGHBOURS]:
+            weight = 1.0 / max(distance, 1e-3) ** 2
+            weights += weight
+            logs += weight * math.log(near[place].flops / near[place].seconds)
+        return max(work.flops / math.exp(logs / weights), self._least)
+
+    def traffic(self, work: Work | Point) -> float:
+        """By bytes, between those of its like; beyond them, in the proportions of the generic operator's."""
+        generic = self._generic.get(work.dtype) or next(iter(self._generic.values()), None)
+        for group in _groups(work)[:-1]:
+            if group in self._groups:
+                if group not in self._curves:
+                    self._curves[group] = _Curve(self._groups[group])
+                return self._curves[group].seconds(work.nbytes, generic)
+        if generic is not None:
+            return generic.seconds(work.nbytes, None)
+        return work.nbytes / _GUESSED_BANDWIDTH + _GUESSED_CALL_S
+
+
+def _groups(work: Work | Point) -> tuple[tuple[object, ...], ...]:
+    """What a call belongs to, from its nearest like to all of its kind."""
+    alike = form(work.call) or work.op
+    return (
+        (alike, work.dtype, work.is_causal, work.cold),
+        (alike, work.dtype, work.is_causal),
+        (work.op, work.dtype, work.is_causal),
+        (work.op, work.dtype),
+        (work.op,),
+        (work.kind,),
+    )
+
+
+class _Curve:
+    """Seconds against bytes."""
+
+    def __init__(self, points: Sequence[Point]) -> None:
+        by_size: dict[int, list[float]] = defaultdict(list)
+        for point in points:
+            by_size[point.nbytes].append(point.seconds)
+        self._sizes = sorted(by_size)
+        self._seconds: list[float] = []
+        for size in self._sizes:
+            least = self._seconds[-1] if self._seconds else 0.0
+            self._seconds.append(max(median(by_size[size]), least))  # more bytes never take less
+
+    def seconds(self, nbytes: int, generic: _Curve | None) -> float:
+        """Between two points on the line through them in logarithms; beyond, as `generic` grows, or in proportion."""
+        sizes = self._sizes
+        if nbytes <= sizes[0] or nbytes >= sizes[-1]:
+            end = 0 if nbytes <= sizes[0] else -1
+            if generic is not None and generic is not self:
+                return self._seconds[end] * generic.seconds(nbytes, None) / generic.seconds(sizes[end], None)
+            return self._seconds[end] * max(nbytes / max(sizes[end], 1), 1.0)
+        place = next(place for place, size in enumerate(sizes) if size >= nbytes)
+        low, high = _log(sizes[place - 1]), _log(sizes[place])
+        share = (_log(nbytes) - low) / (high - low)
+        return math.exp((1 - share) * math.log(self._seconds[place - 1]) + share * math.log(self._seconds[place]))
+
+
+def _log(nbytes: int) -> float:
+    return math.log(max(nbytes, 1))
+
+
+def _distance(one: Sequence[int], two: Sequence[int]) -> float:
+    return math.sqrt(sum((_log(a) - _log(b)) ** 2 for a, b in zip(one, two, strict=True)))
+
+
+def machine_key(machine: Machine) -> str:
+    """What tells machines apart whose operators take differently long."""
+    settings = [f"{name} {machine.settings[name]}" for name in _SETTINGS if name in machine.settings]
+    versions = [f"{name} {machine.versions[name]}" for name in _VERSIONS if name in machine.versions]
+    return ", ".join([machine.device.partition(":")[0], machine.device_name, *settings, *versions])
+
+
+def default_folder() -> Path:
+    """Where calibrations lie: in the user's cache folder, as the XDG base directory specification names it."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "gcbench"
+
+
+def path_for(machine: str, folder: Path | None = None) -> Path:
+    """The file of the machine with that key."""
+    digest = hashlib.sha256(machine.encode()).hexdigest()[:12]
+    return (folder or default_folder()) / f"calibration-{digest}.json"
+
+
+def load(machine: str, folder: Path | None = None) -> Calibration | None:
+    """What was measured on that machine; None when there is nothing, or nothing that can be read."""
+    try:
+        document = json.loads(path_for(machine, folder).read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            return None
+        found = decode(Calibration, document)
+    except (OSError, ValueError, TypeError, RecursionError):
+        return None
+    return found if found.machine == machine and _is_sound(found) else None
+
+
+def _is_sound(calibration: Calibration) -> bool:
+    seconds = [calibration.step_s, *(point.seconds for point in calibration.points)]
+    seconds += [value for each in calibration.overheads for value in (each.call_s, each.cold_s)]
+    return all(isinstance(value, float) and math.isfinite(value) for value in seconds) and all(
+        point.seconds > 0 for point in calibration.points
+    )
+
+
+def save(calibration: Calibration, folder: Path | None = None) -> Path | None:
+    """Replace the machine's file as one step; None, and no error, where it cannot be written."""
+    path = path_for(calibration.machine, folder)
+    try:
+        write_text(path, json.dumps(encode(calibration), separators=(",", ":")) + "\n")
+    except OSError:
+        return None
+    return path

@@ -1,0 +1,255 @@
+"""What `check` tries and what it found: combinations of settings, results and verdicts. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Final, Literal
+
+from gcbench.job.settings import PRECISION_NAMES
+from gcbench.training import optimizers
+
+IDENTICAL: Final = "identical"
+WITHIN_NOISE: Final = "within noise"
+WRONG: Final = "WRONG"
+FAILED: Final = "failed"
+NOT_REPEATABLE: Final = "not repeatable"
+UNSUPPORTED: Final = "unsupported"
+Verdict = Literal["identical", "within noise", "WRONG", "failed", "not repeatable", "unsupported"]
+
+FULL, LORA, FROZEN_BASE = "full", "lora", "frozen-base"
+TUNED = (FULL, LORA, FROZEN_BASE)
+"""What is trained: all parameters, LoRA adapters, or the second half of the layers and what comes after."""
+OWN = "default"
+"""The attention kernel that the model chooses."""
+
+DEFAULT_STRATEGIES = (
+    "per-layer",
+    "every:2",
+    "segment:2",
+    "first:1",
+    "selective:attention",
+    "selective:matmul",
+    "reentrant",
+)
+COMPILED = ("compile", "per-layer+compile", "selective:matmul+compile")
+"""What the plain workload is tried with as well; each takes a compiler some ten seconds."""
+SHOWN_ONLY = "reentrant"
+"""There to show what it does: that it fails is known and no reason to fail a check."""
+_CUDA_STRATEGIES = ("offload",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """All of a combination but the strategy: what has one reference, `off`."""
+
+    precision: str = "fp32"
+    optim: str = "adamw_torch"
+    attn_implementation: str = OWN
+    tuned: str = FULL
+
+    @property
+    def label(self) -> str:
+        """What differs from the plain one: `bf16, lora`."""
+        different = [getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default]
+        return ", ".join(different) or "plain"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Combination:
+    """One strategy in one setting."""
+
+    setting: Setting
+    strategy: str
+
+    @property
+    def counts(self) -> bool:
+        """Whether a check fails when this combination does."""
+        return SHOWN_ONLY not in self.strategy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What became of one combination.
+
+    Attributes:
+        number: its place among those that were asked for.
+        grad_rel_diff: L2 norm of the first step's gradients less those of `off`, relative to the norm of those.
+        worst_param: the parameter with the largest part in it.
+        noise: the same difference between two runs of `off`, the largest of those that were made.
+        layers_expected, layers_recomputed: layers planned that a gradient passes back through, and those that really
+            ran again in one step; None where they are compiled, and without a step.
+        params_without_grad: trained parameters without a gradient that have one in `off`.
+        message: what is wrong, or why there is no verdict, in a sentence.
+        cause, remedy, link: of the known cause; None where nothing is wrong or nothing is known.
+        steps_s: seconds spent in its training steps, those of its reference not included.
+    """
+
+    number: int
+    verdict: Verdict
+    grad_rel_diff: float | None = None
+    worst_param: str | None = None
+    noise: float | None = None
+    layers_expected: int | None = None
+    layers_recomputed: int | None = None
+    params_without_grad: tuple[str, ...] = ()
+    message: str | None = None
+    cause: str | None = None
+    remedy: str | None = None
+    link: str | None = None
+    steps_s: float = 0.0
+
+    @property
+    def is_bad(self) -> bool:
+        return self.verdict in (WRONG, FAILED)
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether the gradients are shown to be those of `off`."""
+        return self.verdict in (IDENTICAL, WITHIN_NOISE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckRow:
+    """One combination as it appears in tables and JSON; the field order is the column order."""
+
+    model: str
+    strategy: str
+    precision: str
+    optim: str
+    attn_implementation: str
+    tuned: str
+    verdict: str
+    grad_rel_diff: float | None
+    worst_param: str | None
+    grad_noise_floor: float | None
+    layers_expected: int | None
+    layers_recomputed: int | None
+    params_without_grad: str | None
+    message: str | None
+    cause: str | None
+    remedy: str | None
+    link: str | None
+    model_changes: str | None = None
+    model_notice: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Check:
+    """A check: what was tried on which model, and what was found.
+
+    Attributes:
+        scaled: what became smaller for it, in a sentence; None at full size.
+        num_params, num_layers: of the model that was trained; None where the check ended before it was known.
+        steps_s: seconds spent in training steps, those of references included.
+        wall_s: seconds from the first of them to the end.
+        notices: in what the model differs from what its config says, and what was decided for the user, in sentences.
+    """
+
+    model: str
+    command: str
+    device: str
+    versions: dict[str, str]
+    scaled: str | None
+    num_params: int | None
+    num_layers: int | None
+    combinations: tuple[Combination, ...]
+    results: tuple[Checked, ...] = ()
+    steps_s: float = 0.0
+    wall_s: float = 0.0
+    notices: tuple[str, ...] = ()
+    model_changes: str | None = None
+    """What `--layers` and `--set` changed about the model."""
+
+    @property
+    def failures(self) -> tuple[Combination, ...]:
+        """The combinations for which the check fails."""
+        return tuple(
+            self.combinations[r.number] for r in self.results if r.is_bad and self.combinations[r.number].counts
+        )
+
+    @property
+    def open_questions(self) -> tuple[Combination, ...]:
+        """The combinations of which nothing can be shown, because `off` does not repeat itself."""
+        return tuple(self.combinations[r.number] for r in self.results if r.verdict == NOT_REPEATABLE)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no combination was really tried."""
+        return all(result.verdict == UNSUPPORTED for result in self.results)
+
+
+def rows(check: Check) -> tuple[CheckRow, ...]:
+    """One row for each result."""
+    made = []
+    for result in check.results:
+        asked = check.combinations[result.number]
+        made.append(
+            CheckRow(
+                model=check.model,
+                strategy=asked.strategy,
+                precision=asked.setting.precision,
+                optim=asked.setting.optim,
+                attn_implementation=asked.setting.attn_implementation,
+                tuned=asked.setting.tuned,
+                verdict=result.verdict,
+                grad_rel_diff=result.grad_rel_diff,
+                worst_param=result.worst_param,
+                grad_noise_floor=result.noise,
+                layers_expected=result.layers_expected,
+                layers_recomputed=result.layers_recomputed,
+                params_without_grad=", ".join(result.params_without_grad) or None,
+                message=result.message,
+                cause=result.cause,
+                remedy=result.remedy,
+                link=result.link,
+                model_changes=check.model_changes,
+                model_notice=" ".join(check.notices) or None,
+            )
+        )
+    return tuple(made)
+
+
+def combinations(
+    *,
+    chosen_strategies: Sequence[str] | None = None,
+    precisions: Sequence[str] | None = None,
+    optims: Sequence[str] | None = None,
+    attentions: Sequence[str] | None = None,
+    tuned: Sequence[str] | None = None,
+    compiled: bool = True,
+    on_cuda: bool = False,
+) -> tuple[Combination, ...]:
+    """What to try.
+
+    Without a choice: the plain setting, and each with one thing other than in it. With one: everything chosen with
+    everything else chosen. `compiled` adds compiled layers to the plain setting.
+    """
+    given = (precisions, optims, attentions, tuned)
+    if any(choice is not None for choice in given):
+        settings = [
+            Setting(precision=precision, optim=optim, attn_implementation=attention, tuned=what)
+            for precision, optim, attention, what in itertools.product(
+                precisions or ("fp32",), optims or ("adamw_torch",), attentions or (OWN,), tuned or (FULL,)
+            )
+        ]
+    else:
+        settings = _one_thing_changed()
+    named = tuple(chosen_strategies or (*DEFAULT_STRATEGIES, *(_CUDA_STRATEGIES if on_cuda else ())))
+    found = [Combination(setting=setting, strategy=strategy) for setting in settings for strategy in named]
+    if compiled and chosen_strategies is None:
+        found += [Combination(setting=settings[0], strategy=strategy) for strategy in COMPILED]
+    return tuple(dict.fromkeys(found))
+
+
+def _one_thing_changed() -> list[Setting]:
+    return [
+        Setting(),
+        *(Setting(precision=precision) for precision in PRECISION_NAMES if precision != "fp32"),
+        *(Setting(optim=optim) for optim in optimizers.names() if optim != "adamw_torch"),
+        Setting(attn_implementation="eager"),
+        Setting(tuned=LORA),
+        Setting(tuned=FROZEN_BASE),
+        Setting(precision="bf16-mixed", tuned=LORA),
+    ]

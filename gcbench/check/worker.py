@@ -1,0 +1,378 @@
+"""What a child process does to check combinations: small real steps, each against those of `off`. Imports torch."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch._inductor import config as inductor_config
+
+from gcbench import strategies
+from gcbench.check.cases import (
+    FAILED,
+    FROZEN_BASE,
+    IDENTICAL,
+    LORA,
+    NOT_REPEATABLE,
+    UNSUPPORTED,
+    WITHIN_NOISE,
+    WRONG,
+    Checked,
+    Combination,
+    Setting,
+)
+from gcbench.check.evidence import NUM_STEPS, Gradients, Reference, Seen, noted_warnings
+from gcbench.check.models import ModelMaker
+from gcbench.check.task import CheckTask, ReferenceRun
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.core.errors import GcbenchError, MissingLibrary, UnavailableError, UsageError, first_sentence
+from gcbench.core.records import ModelFacts, Phase
+from gcbench.core.units import counted
+from gcbench.devices import backends
+from gcbench.diagnoses.known_causes import Observation, diagnose
+from gcbench.job.preflight import beyond_positions
+from gcbench.models import build as models
+from gcbench.models.scaledown import scaled_down
+from gcbench.processes.messages import Answer, Refusal
+from gcbench.report.rows import NOT_ITSELF, NOTHING_SHOWN, SEEDED, is_repeatable, tolerance
+from gcbench.strategies._for_model import not_for, plan_of, unsupported
+from gcbench.training.seeding import state_outside_torch
+from gcbench.training.step import TrainingStep, random_batch
+
+_LAYERS, _SEQ_LEN = 4, 32
+_MAX_SKIPPED_STEPS = 24
+"""An fp16 scaler starts at 2**16 and halves at each overflow."""
+_FINEST = "fp32"
+"""The precision with the least roundoff."""
+
+Tell = Callable[[ReferenceRun], None]
+
+
+def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> Answer:
+    """Try every combination of the task and tell each as it is done, and each reference."""
+    try:
+        checker = _Checker(task)
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    for number, combination in task.combinations:
+        tell(replace(checker.check(combination, tell), number=number))
+    return Answer(facts=checker.facts, notices=tuple(checker.models.notices))
+
+
+class _Checker:
+    """The combinations of one model; what several of them need is made once."""
+
+    def __init__(self, task: CheckTask) -> None:
+        self.task = task
+        self.name = backends.choose(task.device)
+        self.source = task.source
+        self.seq_len = self._seq_len()
+        if not task.full_size:
+            torch.set_num_threads(1)  # a small step gains nothing from more, and threads that wait for each other crawl
+            config = scaled_down(task.source.config, layers=_LAYERS, seq_len=self.seq_len)
+            self.source = replace(task.source, config=config)
+        self.config = models.build_config(self.source, layers=task.layers, overrides=task.overrides)
+        try:
+            self.facts: ModelFacts = models.facts(self.source, self.config, None, changed=bool(task.overrides))
+        except UnavailableError as err:
+            if task.full_size or isinstance(err, MissingLibrary):
+                raise
+            raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
+        self.models = ModelMaker(source=self.source, config=self.config, device=self.name, seed=task.seed)
+        self._references: dict[Setting, Reference | Exception] = {}
+        self._results: dict[Combination, Checked] = {}
+
+    def _seq_len(self) -> int:
+        """The length to train at; raises UsageError for one that the model does not have."""
+        task = self.task
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        limit = models.max_seq_len(config)
+        if task.seq_len is None:
+            return min(_SEQ_LEN, limit or _SEQ_LEN, *models.possible_limits(config))
+        if limit is not None and task.seq_len > limit:
+            raise UsageError(beyond_positions(task.source.name, task.seq_len, limit))
+        return task.seq_len
+
+    def check(self, asked: Combination, tell: Tell) -> Checked:
+        """One combination; what it raises is its result."""
+        if asked not in self._results:
+            self._results[asked] = self._checked(asked, tell)
+        return self._results[asked]
+
+    def _checked(self, asked: Combination, tell: Tell) -> Checked:
+        if self.facts.checkpointing_refusal is not None:
+            return Checked(number=0, verdict=UNSUPPORTED, message=self.facts.checkpointing_refusal)
+        reference = self._reference(asked.setting, tell)
+        if isinstance(reference, Exception):
+            return self._without_reference(asked, reference)
+        try:
+            plan = self._plan(asked.strategy, reference)
+        except ValueError as err:
+            smaller = "" if self.task.full_size else " (it is scaled down; add --full-size to check all of its layers)"
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
+        why = not_for(plan, self.facts) or unsupported(plan, self.name.partition(":")[0])
+        if why is not None:
+            return Checked(number=0, verdict=UNSUPPORTED, message=why)
+        seen = Seen()
+        try:
+            self._steps(reference.model, plan, asked.setting, seen)
+            result = self._judged(asked, plan, seen, reference)
+            if result.verdict == WRONG:
+                result = self._doubted(asked, plan, seen, reference, tell)
+        except Exception as err:  # anything that a model, torch or a compiler may raise
+            return self._failed(asked, seen, err)
+        if asked.setting.precision != _FINEST and result.verdict in (WITHIN_NOISE, NOT_REPEATABLE):
+            return self._with_less_roundoff(result, asked, plan, seen, reference, tell)
+        return result
+
+    def _doubted(
+        self, asked: Combination, plan: strategies.Plan, seen: Seen, reference: Reference, tell: Tell
+    ) -> Checked:
+        """The verdict on a difference after further runs: what draws seldom may agree with itself once, or differ."""
+        while reference.doubts:
+            reference.doubts -= 1
+            again = Seen()
+            self._steps(reference.model, None, asked.setting, again)
+            tell(ReferenceRun(steps_s=again.steps_s))
+            reference.compare(again)
+        again = Seen()
+        self._steps(reference.model, plan, asked.setting, again)
+        seen.steps_s += again.steps_s
+        own = Reference(model=reference.model, seen=seen)
+        own.compare(again)
+        result = self._judged(asked, plan, seen, reference)
+        if result.verdict == WRONG and not own.repeats(asked.setting.precision, self.name):
+            return _not_repeatable(result, f"{asked.strategy} {NOT_ITSELF}; {own.how_it_differs()}")
+        return result
+
+    def _with_less_roundoff(
+        self,
+        result: Checked,
+        asked: Combination,
+        plan: strategies.Plan,
+        seen: Seen,
+        reference: Reference,
+        tell: Tell,
+    ) -> Checked:
+        """The verdict on a difference that may be roundoff's, which is less in fp32: any other stays as it is there."""
+        fine = self.check(replace(asked, setting=replace(asked.setting, precision=_FINEST)), tell)
+        if fine.verdict in (WRONG, NOT_REPEATABLE) and fine.verdict != result.verdict:
+            return replace(
+                result,
+                verdict=fine.verdict,
+                message=f"the same in fp32, where there is less roundoff: {fine.message}",
+                cause=fine.cause,
+                remedy=fine.remedy,
+                link=fine.link,
+            )
+        if fine.is_shown and result.verdict == NOT_REPEATABLE:
+            judged = self._judged(asked, plan, seen, reference, is_roundoff=True)
+            return judged if judged.is_shown else result
+        return result
+
+    def _plan(self, spec: str, reference: Reference) -> strategies.Plan:
+        order = tuple(reference.seen.ran.order)
+        natural = order == tuple(range(self.facts.num_layers))
+        facts = replace(self.facts, layers_in_order=None if natural else order)
+        return plan_of(strategies.parse(spec), facts)
+
+    def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
+        if setting not in self._references:
+            try:
+                model = self.models.build(setting)
+                first, second = Seen(), Seen()
+                self._steps(model, None, setting, first)
+                self._steps(model, None, setting, second)
+                tell(ReferenceRun(steps_s=first.steps_s + second.steps_s))
+                reference = Reference(model=model, seen=first)
+                reference.compare(second)
+                self._references[setting] = reference
+            except Exception as err:
+                self._references[setting] = err
+        return self._references[setting]
+
+    def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: Seen) -> None:
+        """Train a copy of the model for two steps, and note what there is to see."""
+        model = self.models.fresh(pristine, setting)
+        task = self.task
+        try:
+            # Compiled layers draw dropout as others do, or nothing could be compared.
+            with (
+                inductor_config.patch(fallback_random=True),
+                noted_warnings(seen.warnings),
+                checkpointing.layers_run(model) as seen.ran,
+            ):
+                counter = checkpointing.apply(model, plan) if plan is not None else checkpointing.RecomputeCounter()
+                batch = random_batch(model, batch_size=task.batch_size, seq_len=self.seq_len, seed=task.seed)
+                step = TrainingStep(
+                    model, batch=batch, precision=setting.precision, optim=setting.optim, seed=task.seed
+                )
+
+                looking_s = 0.0
+                at_start: object = None
+
+                def on_phase(phase: Phase) -> None:
+                    nonlocal looking_s, at_start
+                    if phase == "forward":
+                        at_start = state_outside_torch()
+                    elif phase == "backward":
+                        seen.draws_outside_torch |= state_outside_torch() != at_start
+                    else:
+                        start = time.perf_counter()
+                        if step.num_steps == 0:
+                            seen.recomputed = None if counter.is_blind else len(counter.layers)
+                            seen.backward = frozenset(seen.ran.backward)
+                        gradients = Gradients.of(model)
+                        if gradients.is_finite:  # an fp16 scaler skips steps until it has settled
+                            seen.gradients.append(gradients)
+                        looking_s += time.perf_counter() - start
+
+                begin = time.perf_counter()
+                while len(seen.gradients) < NUM_STEPS:
+                    counter.reset()
+                    step(on_phase)
+                    seen.steps_s = time.perf_counter() - begin - looking_s
+                    if step.num_steps - len(seen.gradients) > _MAX_SKIPPED_STEPS:
+                        raise FloatingPointError("the gradients of every step held infinities or no numbers at all")
+        finally:
+            checkpointing.clear(model)
+            if plan is not None and plan.compiled:
+                torch._dynamo.reset()
+
+    def _without_reference(self, asked: Combination, err: Exception) -> Checked:
+        text = first_sentence(err)
+        advice = "; try a shorter --seq-len" if isinstance(err, IndexError) else ""
+        if isinstance(err, NotImplementedError):
+            return Checked(number=0, verdict=UNSUPPORTED, message=f"{asked.setting.label} cannot be tried: {text}")
+        label = asked.setting.label
+        return Checked(
+            number=0,
+            verdict=UNSUPPORTED,
+            message=f"{label} does not run without checkpointing either ({type(err).__name__}: {text}){advice}",
+            remedy=None if isinstance(err, GcbenchError) or advice else self._next_step(asked.setting),
+        )
+
+    def _next_step(self, setting: Setting) -> str:
+        """What to do about a setting that fails by itself."""
+        size = "" if self.task.full_size else " Or add --full-size, as it may be that of the smaller model alone."
+        if setting == Setting():
+            return f"Train a step of the model without gcbench; what stops it there is to be mended first.{size}"
+        return f"Train with something else than {setting.label} on this device.{size}"
+
+    def _failed(self, asked: Combination, seen: Seen, err: Exception) -> Checked:
+        known = diagnose(self._observation(asked, seen, error_type=type(err).__name__, error_text=str(err)))
+        unsupported = isinstance(err, NotImplementedError)
+        return Checked(
+            number=0,
+            verdict=UNSUPPORTED if unsupported else FAILED,
+            message=first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}",
+            cause=known.cause if known else None,
+            remedy=known.remedy if known else None,
+            link=known.link if known else None,
+            steps_s=seen.steps_s,
+        )
+
+    def _judged(
+        self,
+        asked: Combination,
+        plan: strategies.Plan,
+        seen: Seen,
+        reference: Reference,
+        *,
+        is_roundoff: bool = False,
+    ) -> Checked:
+        """The verdict on two steps; with `is_roundoff`, all that `off` differs from itself is known to be that."""
+        expected = len(reference.seen.backward & {layer for group in plan.groups for layer in group})
+        if plan.own:  # its own code decides which; that none is would be wrong
+            expected = seen.recomputed or expected
+        lost = tuple(name for name in seen.gradients[0].missing if name not in reference.seen.gradients[0].missing)
+        (first, worst), (second, _) = (
+            ours.difference(theirs) for ours, theirs in zip(seen.gradients, reference.seen.gradients, strict=True)
+        )
+        result = Checked(
+            number=0,
+            verdict=IDENTICAL if first == 0 == second else WITHIN_NOISE,
+            grad_rel_diff=first if math.isfinite(first) else None,
+            worst_param=worst,
+            noise=max(reference.noise) if math.isfinite(max(reference.noise)) else None,
+            layers_expected=expected,
+            layers_recomputed=seen.recomputed,
+            params_without_grad=lost,
+            steps_s=seen.steps_s,
+        )
+        precision = asked.setting.precision
+        if not is_roundoff and not reference.repeats(precision, self.name):
+            return _not_repeatable(result, f"{NOTHING_SHOWN}; {reference.how_it_differs()}")
+        reordered = plan.num_layers if plan.compiled or plan.any_policy("reentrant") else 0
+        allowed, allowed_later = (
+            tolerance(precision, reordered_layers=reordered, noise=noise) for noise in reference.noise
+        )
+        wrong = _what_is_wrong(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)
+        comparable_later = first == 0 and is_repeatable(reference.noise[1], precision, self.name)
+        if wrong is None and comparable_later and not second <= allowed_later:
+            wrong = f"the gradients of the first step are the same, and those of the second differ by {second:.2g}"
+        if wrong is None:
+            return result
+        known = diagnose(
+            self._observation(
+                asked,
+                seen,
+                grad_rel_diff=result.grad_rel_diff,
+                is_wrong=not first <= allowed,
+                layers_expected=expected,
+                layers_recomputed=seen.recomputed,
+                num_layers=plan.num_layers,
+                params_without_grad=lost,
+            )
+        )
+        return replace(
+            result,
+            verdict=WRONG,
+            message=wrong,
+            cause=known.cause if known else None,
+            remedy=known.remedy if known else None,
+            link=known.link if known else None,
+        )
+
+    def _observation(self, asked: Combination, seen: Seen, **more: object) -> Observation:
+        values = self.config.get_text_config().to_dict()
+        dropout = [v for name, v in values.items() if ("drop" in name) and isinstance(v, (int, float))]
+        experts = [v for name, v in values.items() if "experts" in name and isinstance(v, int)]
+        return Observation.of_strategy(
+            asked.strategy,
+            precision=asked.setting.precision,
+            optim=asked.setting.optim,
+            has_dropout=any(value > 0 for value in dropout),
+            draws_outside_torch=seen.draws_outside_torch,
+            is_moe=any(value > 1 for value in experts),
+            frozen_base=asked.setting.tuned in (LORA, FROZEN_BASE),
+            warnings=tuple(seen.warnings),
+            **more,
+        )
+
+
+def _not_repeatable(result: Checked, message: str) -> Checked:
+    return replace(
+        result,
+        verdict=NOT_REPEATABLE,
+        message=message,
+        remedy=f"{SEEDED[0].upper()}{SEEDED[1:]}.",
+        cause=None,
+        link=None,
+    )
+
+
+def _what_is_wrong(
+    lost: tuple[str, ...], recomputed: int | None, expected: int | None, relative: float, allowed: float
+) -> str | None:
+    if lost:
+        shown = ", ".join(lost[:2]) + (", …" if len(lost) > 2 else "")
+        return f"{len(lost)} {'parameter' if len(lost) == 1 else 'parameters'} got no gradient ({shown})"
+    if not relative <= allowed:
+        return f"the gradients differ from those of off by {relative:.2g}"
+    if expected is not None and recomputed != expected:
+        return f"recomputed {recomputed} of {counted(expected, 'layer')}"
+    return None

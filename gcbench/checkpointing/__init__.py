@@ -1,0 +1,1 @@
+"""Checkpoints the layers of a model."""

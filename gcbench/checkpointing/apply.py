@@ -1,0 +1,328 @@
+"""Applies a plan to a model: the only module that knows how a Hugging Face layer checkpoints."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch._functorch import config as functorch_config
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from gcbench.checkpointing import own_way, policy_contexts
+from gcbench.checkpointing.policy_contexts import KeptThenChanged
+from gcbench.checkpointing.random_draws import has_dropout, in_step
+from gcbench.checkpointing.segments import Contexts, NotASegment, Segment
+from gcbench.core.errors import UsageError
+from gcbench.core.units import counted
+from gcbench.operators.schema import operator_name, targets
+from gcbench.strategies import Plan, Policy
+from gcbench.strategies.selective import NAMED
+
+Groups = Sequence[tuple[Sequence[int], Policy]]
+
+
+_NAMED = frozenset(op for ops in NAMED.values() for op in ops)
+"""Named by gcbench itself; not every torch has every one of them."""
+
+
+class RecomputeCounter:
+    """Counts the layers that a backward pass really ran a second time.
+
+    Attributes:
+        layers: the numbers of the layers recomputed since the last `reset`.
+        is_blind: layers are compiled, so that what they run again cannot be seen.
+    """
+
+    def __init__(self, *, is_blind: bool = False) -> None:
+        self.layers: set[int] = set()
+        self.is_blind = is_blind
+
+    def reset(self) -> None:
+        self.layers.clear()
+
+    def counted(self, layer: int, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, with a note of each call after the first."""
+        first = True
+
+        def noted(*args: Any) -> Any:
+            nonlocal first
+            if not first:
+                self.layers.add(layer)
+            first = False
+            return function(*args)
+
+        return noted
+
+
+def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
+    """The layers that `every_n_layers` counts, in its order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The layers that plans count: those that can be checkpointed, or those of a model that checkpoints its own way."""
+    if own_way.is_all(model):
+        return list(own_way.layers_without_entry(model).values())
+    return [*checkpointable_layers(model)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayersRun:
+    """The numbers of the layers that a step runs.
+
+    Attributes:
+        forward: those that the forward pass runs.
+        order: the same, in the order of their first run.
+        backward: those of them that a gradient passes back through: all, unless parameters are frozen.
+    """
+
+    forward: set[int] = field(default_factory=set)
+    order: list[int] = field(default_factory=list)
+    backward: set[int] = field(default_factory=set)
+
+
+@contextmanager
+def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
+    """What a forward pass inside the context runs."""
+    ran = LayersRun()
+
+    def enter(layer: int, module: torch.nn.Module, inputs: object) -> None:
+        if layer not in ran.forward:
+            ran.forward.add(layer)
+            ran.order.append(layer)
+
+    def leave(layer: int, module: torch.nn.Module, inputs: object, outputs: object) -> None:
+        if any(isinstance(value, torch.Tensor) and value.requires_grad for value in tree_leaves(outputs)):
+            ran.backward.add(layer)
+
+    hooks = []
+    layers = layers_of(model)
+    for number, layer in enumerate(layers):
+        # Code of its own may call a layer's `forward`, which fires none of its hooks.
+        for module in own_way.parts(layer, layers) if own_way.is_all(model) else [layer]:
+            hooks.append(module.register_forward_pre_hook(partial(enter, number)))
+            hooks.append(module.register_forward_hook(partial(leave, number)))
+    try:
+        yield ran
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def refusal(model: torch.nn.Module) -> str | None:
+    """Why this model cannot checkpoint, as transformers would say it; None when it can."""
+    name = type(model).__name__
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return f"{name} does not support gradient checkpointing in this transformers version"
+    if not checkpointable_layers(model) and not own_way.exists(model):
+        return f"{name} has no layer that can be checkpointed on its own"
+    return None
+
+
+def refusal_of(model: torch.nn.Module, plan: Plan) -> str | None:
+    """Why this model cannot have a plan, as its own way to checkpoint is the only one; None where it can."""
+    return own_way.advice(model) if plan.groups and not plan.own and own_way.is_all(model) else None
+
+
+def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
+    """Checkpoint the layers of `plan` through each layer's own flag and function.
+
+    That is what `activation_checkpointing_enable(every_n_layers=k)` sets, so what is measured is what a user's run
+    does. The model's own way is switched on as a whole. A plan with a memory budget sets torch's, for the whole
+    process, until `clear`.
+
+    Raises ValueError for a plan of another number of layers, and for one that the model cannot have.
+    """
+    layers = layers_of(model)
+    if plan.num_layers != len(layers):
+        raise ValueError(f"the plan is for {counted(plan.num_layers, 'layer')} and the model has {len(layers)}")
+    why = refusal_of(model, plan)
+    if why is not None:
+        raise ValueError(why)
+    counter = RecomputeCounter(is_blind=plan.compiled)
+    if plan.own:
+        _HOOKS[model] = Hooks((*own_way.switch_on(model), *own_way.watch(layers, counter)))
+    else:
+        apply_groups(model, layers, plan.treated(), counter)
+    if plan.compiled:
+        if plan.memory_budget is not None:
+            functorch_config.activation_memory_budget = plan.memory_budget
+        for layer in layers:
+            layer.compile()
+    return counter
+
+
+def apply_groups(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], groups: Groups, counter: RecomputeCounter
+) -> None:
+    """Checkpoint groups of the `model`'s `layers`, each with its policy."""
+    segments: list[Segment] = []
+    draws = has_dropout(model)
+    for group, policy in groups:
+        contexts = _contexts(policy, draws=draws)
+        segment = None
+        if len(group) > 1:
+            segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
+            segments.append(segment)
+        for place, number in enumerate(group):
+            function: Callable[..., Any]
+            if segment is not None:
+                function = partial(segment.run, place, partial(counter.counted, number))
+            elif counter.is_blind:  # the compiler sees through torch's own function alone
+                function = partial(checkpoint, use_reentrant=False)
+                if policy.keep:
+                    function = partial(function, context_fn=contexts)
+            else:
+                function = partial(_checkpoint_one, counter, number, policy, contexts)
+            layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
+            layers[number].gradient_checkpointing = True  # type: ignore[assignment]
+
+    if segments:
+        end_segments(model)
+        _HOOKS[model] = model.register_forward_hook(partial(_end_open, segments), always_call=True)
+
+
+class Hooks(tuple[Any, ...]):
+    """Handles of hooks that go together."""
+
+    def remove(self) -> None:
+        """Take all of them away."""
+        for hook in self:
+            hook.remove()
+
+
+_HOOKS: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
+
+
+def _end_open(segments: Sequence[Segment], *call: object) -> None:
+    """After a forward pass, whichever way it ended: a segment whose last layer never ran would watch for ever."""
+    still_open = [segment for segment in segments if segment.is_open]
+    for segment in reversed(still_open):
+        segment.end()
+    if still_open and sys.exc_info()[0] is None:
+        raise NotASegment("the last layer of a group does not run")
+
+
+def end_segments(model: torch.nn.Module) -> None:
+    """Take away what watches over the segments of a model, or over its own checkpointing."""
+    if model in _HOOKS:
+        _HOOKS.pop(model).remove()
+
+
+def _checkpoint_one(
+    counter: RecomputeCounter, number: int, policy: Policy, contexts: Contexts, function: Callable[..., Any], *args: Any
+) -> Any:
+    """`torch.utils.checkpoint.checkpoint` of one layer, counted."""
+    counted = counter.counted(number, function)
+    if policy.reentrant:
+        return checkpoint(counted, *args, use_reentrant=True)
+    # Stated, not left to the default: any kwargs without it flip Hugging Face to the reentrant variant.
+    with _saving(policy)():
+        return checkpoint(counted, *args, use_reentrant=False, context_fn=contexts)
+
+
+def _saving(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
+    return save_on_host if policy.offload else nullcontext
+
+
+def save_on_host() -> AbstractContextManager[Any]:
+    """What is saved for the backward pass inside goes to pinned host memory, as with transformers' `offload=True`."""
+    return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type="cuda")
+
+
+def _contexts(policy: Policy, *, draws: bool = False) -> Contexts:
+    """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept.
+
+    Args:
+        policy: what to keep and to skip.
+        draws: whether layers may draw random numbers, which then are watched over, at some microseconds a call.
+    """
+    if not policy.keep and not policy.skip:
+        return noop_context_fn
+    make = partial(policy_contexts.contexts, policy) if policy.skip else _keeping(policy)
+    return (lambda: make() if torch.compiler.is_compiling() else in_step(make())) if draws else make
+
+
+def _keeping(policy: Policy) -> Contexts:
+    """torch's own contexts of selective checkpointing, which refuse what was kept and changed since."""
+    names = [name.removeprefix("aten::") for name in policy.keep]
+    everywhere = frozenset(name for name in names if "#" not in name)
+    places = frozenset(name for name in names if "#" in name)
+
+    def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
+        held: set[int] = set()
+        store: list[Callable[[], Any]] = []
+
+        def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+            name, again = operator_name(op), context.is_recompute
+            kept = name in everywhere or (bool(places) and f"{name}#{calls[again][name]}" in places)
+            calls[again][name] += 1
+            if not again:
+                for target in held.intersection(targets(op, args)):
+                    _spoil(store[0]().storage, target, name)
+                if kept:
+                    outputs = tree_leaves(getattr(context, "op_output", None))
+                    held.update(_storage(out) for out in outputs if isinstance(out, torch.Tensor))
+            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+        contexts = create_selective_checkpoint_contexts(choose)  # type: ignore[no-untyped-call]
+        store.append(ref(contexts[0]))  # weak: what is kept must go when its last user does
+        return contexts  # type: ignore[no-any-return]
+
+    return make
+
+
+class _Spoilt:
+    """Stands in for a kept output that has been changed; a recomputation that never asks for it is right."""
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+
+    def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
+        raise KeptThenChanged(self.op)
+
+
+def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:
+    """Replace what is kept of that memory. torch's own store: operator -> entries by number."""
+    for entries in storage.values():
+        for place, entry in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
+            values = (getattr(leaf, "val", None) for leaf in tree_leaves(entry))
+            if any(isinstance(value, torch.Tensor) and _storage(value) == target for value in values):
+                entries[place] = _Spoilt(op)
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def check_operators(names: Sequence[str]) -> None:
+    """Raises UsageError for those that no operator of this torch has."""
+    known = {name.partition(".")[0].removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
+    for name in names:
+        op = name.partition("#")[0].removeprefix("aten::")
+        if op not in known and op not in _NAMED:
+            near = ", ".join(difflib.get_close_matches(op, known, n=3))
+            raise UsageError(
+                f"--strategies: torch {torch.__version__} has no operator {op!r}"
+                + (f"; near names: {near}" if near else "; write them as torch does, like mm/addmm/_softmax")
+            )
+
+
+def clear(model: torch.nn.Module) -> None:
+    """Undo `apply`: no layer is checkpointed or compiled."""
+    end_segments(model)
+    own_way.switch_off(model)
+    for layer in layers_of(model):
+        layer._compiled_call_impl = None
+    functorch_config.activation_memory_budget = 1.0

@@ -1,0 +1,159 @@
+"""Notices when other checkpointing takes the place of what `gcbench.apply` did, and says so once."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch.nn import Module
+from torch.utils.checkpoint import checkpoint
+
+from gcbench.checkpointing import own_way
+from gcbench.checkpointing.apply import RecomputeCounter
+from gcbench.strategies import Plan
+
+_SETTINGS = ("activation_checkpointing", "gradient_checkpointing")
+
+
+class Watch:
+    """What `apply` has left on a model's layers, compared with what is there whenever the model begins to train.
+
+    From the first difference on, every layer that runs again is counted, whoever has it do so.
+    """
+
+    def __init__(
+        self, model: Module, layers: Sequence[Module], plan: Plan, name: str, counter: RecomputeCounter
+    ) -> None:
+        """`name` is what the user gave to `apply`; everything is switched on already."""
+        self.layers = list(layers)
+        self.plan = plan
+        self.name = name
+        self.counter = counter
+        # The flag of a model that checkpoints in its own way lies on its body.
+        self.holders = [
+            module
+            for module in (model.modules() if own_way.is_all(model) else layers)
+            if hasattr(module, "gradient_checkpointing")
+        ]
+        self.expected = [_now(module) for module in self.holders]
+        ids = {id(layer) for layer in layers}
+        self.homes = [
+            (parent, key, child)
+            for parent in model.modules()
+            for key, child in parent._modules.items()
+            if child is not None and id(child) in ids
+        ]
+        self.has_warned = False
+        self.counts_all = False
+        self.is_compiled = False
+        """The model has been compiled, and whatever takes the plan's place in it cannot be counted."""
+        self._hooks: list[Any] = []
+
+    def begin(self, modules: Sequence[Module]) -> None:
+        """Look whenever one of `modules` is called."""
+        self._hooks += [module.register_forward_pre_hook(partial(_look, self)) for module in modules]
+
+    def remove(self) -> None:
+        """Look no more."""
+        for hook in self._hooks:
+            hook.remove()
+
+    def look(self) -> None:
+        """Compare; at a difference warn once, and count from now on whatever runs again."""
+        now = [_now(module) for module in self.holders]
+        wrapped = any(_checkpoints(parent._modules.get(key), child) for parent, key, child in self.homes)
+        if not wrapped and all(map(_same, now, self.expected)):
+            return
+        self.expected = now
+        if not self.counts_all:
+            self.counts_all = True
+            self._hooks += own_way.watch(self.layers, self.counter)
+        if not self.has_warned:
+            self.has_warned = True
+            warnings.warn(self._sentence(now, wrapped=wrapped), UserWarning, stacklevel=3)
+
+    @property
+    def is_unseen(self) -> bool:
+        """Whether layers may have run again of which nobody could know."""
+        return self.is_compiled and not all(map(_same, map(_now, self.holders), self.expected))
+
+    def _sentence(self, now: Sequence[tuple[bool, Any]], *, wrapped: bool) -> str:
+        ours = f"gcbench.apply(model, {self.name})"
+        if wrapped:
+            return (
+                f"torch's CheckpointWrapper has been put around layers since {ours} and has them recomputed as well; "
+                "leave activation_checkpointing out of the FSDP settings, or call gcbench.remove(model)"
+            )
+        planned, num = self.plan.layers_checkpointed, sum(flag for flag, _ in now)
+        if not num:
+            return (
+                f"What {ours} did has been switched off since, as activation_checkpointing_disable() does it: no layer "
+                f"is recomputed (the plan has {planned}); call gcbench.apply again after it"
+            )
+        done = f"{num} of {self.plan.num_layers} layers are" if len(now) == self.plan.num_layers else "layers are"
+        trainer = _trainer()
+        if trainer is None:
+            functions = [function for flag, function in now if flag]
+            who = (
+                "activation_checkpointing_enable()"
+                if all(isinstance(each, partial) and each.func is checkpoint for each in functions)
+                else "Other code"
+            )
+            remedy = "leave that call out, or call gcbench.apply after it"
+        else:
+            who = type(trainer).__name__
+            remedy = _setting(trainer.args)
+        return (
+            f"{who} has put its own checkpointing in the place of {ours}: {done} recomputed (the plan has {planned}); "
+            f"{remedy}"
+        )
+
+
+def _look(watch: Watch, module: Module, inputs: object) -> None:
+    if torch.compiler.is_compiling():
+        watch.is_compiled = True
+    elif module.training and not own_way.in_backward():
+        watch.look()
+
+
+def _now(module: Module) -> tuple[bool, Any]:
+    """A module's flag, and its function where the flag is set."""
+    flag = bool(module.gradient_checkpointing)
+    return flag, getattr(module, "_gradient_checkpointing_func", None) if flag else None
+
+
+def _same(now: tuple[bool, Any], expected: tuple[bool, Any]) -> bool:
+    return now[0] == expected[0] and now[1] is expected[1]
+
+
+def _checkpoints(found: Module | None, layer: Module) -> bool:
+    """Whether what stands in a layer's place has it recomputed."""
+    if found is layer or found is None:
+        return False
+    wrappers = sys.modules.get("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    return wrappers is not None and any(isinstance(module, wrappers.CheckpointWrapper) for module in found.modules())
+
+
+def _trainer() -> Any:
+    """The trainer that is running, if its settings ask for checkpointing; None where there is none."""
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        found = frame.f_locals.get("self")
+        args = None if isinstance(found, Module) else getattr(found, "args", None)
+        if any(getattr(args, name, None) is True for name in _SETTINGS):
+            return found
+    return None
+
+
+def _setting(args: object) -> str:
+    """What to write in a trainer's settings, by the name that its users know."""
+    name = type(args).__name__
+    on = {field.name for field in fields(args) if field.default is True} if is_dataclass(args) else set()
+    if hasattr(args, _SETTINGS[0]) and _SETTINGS[1] not in on:
+        return f"set activation_checkpointing=False in {name} (gradient_checkpointing=False before transformers 5.23)"
+    return f"set gradient_checkpointing=False in {name}"

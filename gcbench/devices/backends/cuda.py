@@ -1,0 +1,176 @@
+"""CUDA devices: the caching allocator's own peaks, times from CUDA events."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from gcbench.core.errors import UnavailableError
+from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
+from gcbench.core.units import MIB
+from gcbench.devices.backends import _machine
+
+TYPE = "cuda"
+PREFERENCE = 1
+
+
+def available() -> bool:
+    """Whether torch can use a card."""
+    return torch.cuda.is_available()
+
+
+def why_missing() -> str | None:
+    """Why no CUDA device can be used; None when one can."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None if available() else "torch finds no CUDA device or driver"
+
+
+def choose(index: int | None) -> str:
+    """`cuda:index`, or the first device; raises UnavailableError beyond the last one."""
+    count = torch.cuda.device_count()
+    if index is not None and index >= count:
+        raise UnavailableError(
+            f"device 'cuda:{index}' is not there: this machine has {count}; use --device cuda:0"
+            + (f" to cuda:{count - 1}" if count > 1 else "")
+        )
+    return f"{TYPE}:{0 if index is None else index}"
+
+
+def open(name: str) -> CudaDevice:
+    """The card as a `Device`."""
+    return CudaDevice(name)
+
+
+class CudaDevice:
+    """One card, through torch's caching allocator."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.index = int(name.partition(":")[2])
+        self.used_by_others_bytes = self._used_bytes()
+        torch.cuda.set_device(self.index)
+
+    def limit_memory(self, limit_bytes: int | None) -> None:
+        """Let the caching allocator reserve no more than `limit_bytes`."""
+        if limit_bytes is not None:
+            total = torch.cuda.get_device_properties(self.index).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), self.index)
+
+    def settle(self) -> None:
+        gc.collect()
+        torch.cuda.synchronize(self.index)
+        torch.cuda.empty_cache()
+
+    @contextmanager
+    def probe_memory(self) -> Iterator[CudaMemoryProbe]:
+        probe = CudaMemoryProbe(self.index)
+        yield probe
+        probe.close()
+
+    def start_timing(self) -> None:
+        torch.cuda.synchronize(self.index)
+
+    def time(self, step: Callable[[], None]) -> float:
+        torch.cuda.synchronize(self.index)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def process_bytes(self) -> int | None:
+        """What the card's memory in use grew by since before this process touched it: context and reserved."""
+        torch.cuda.synchronize(self.index)
+        used = self._used_bytes()
+        if used is None or self.used_by_others_bytes is None:
+            return None
+        return used - self.used_by_others_bytes
+
+    def num_alloc_retries(self) -> int | None:
+        return int(torch.cuda.memory_stats(self.index).get("num_alloc_retries", 0))
+
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        # Libraries that allocate for themselves report it in their own words.
+        text = str(error)
+        return isinstance(error, RuntimeError) and (
+            "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDNN_STATUS_ALLOC_FAILED" in text
+        )
+
+    def describe(self) -> Machine:
+        properties = torch.cuda.get_device_properties(self.index)
+        driver = {"cuda": str(torch.version.cuda or torch.version.hip)}
+        if torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+            driver["cudnn"] = str(torch.backends.cudnn.version())  # type: ignore[no-untyped-call]
+        reported = _nvidia_smi(self.index, "driver_version")
+        if reported is not None:
+            driver["driver"] = reported
+        return _machine.machine(
+            device=self.name,
+            device_name=properties.name,
+            device_memory_bytes=properties.total_memory,
+            driver=driver,
+            settings={
+                "compute_capability": f"{properties.major}.{properties.minor}",
+                "num_sms": str(properties.multi_processor_count),
+                "allocator_backend": torch.cuda.get_allocator_backend(),
+                "tf32_matmul": str(torch.backends.cuda.matmul.allow_tf32),
+                "device_count": str(torch.cuda.device_count()),
+            },
+        )
+
+    def _used_bytes(self) -> int | None:
+        """Memory of the card in use by all processes, to the MiB; None where the driver's tool cannot say."""
+        reported = _nvidia_smi(self.index, "memory.used")
+        return int(reported) * MIB if reported is not None and reported.isdecimal() else None
+
+
+class CudaMemoryProbe:
+    """Resets the allocator's peaks as each phase begins and reads them as it ends."""
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+        self._phase: Phase | None = None
+        self._allocated: dict[Phase, int] = dict.fromkeys(PHASES, 0)
+        self._reserved = 0
+
+    def on_phase(self, phase: Phase) -> None:
+        self.close()
+        self._phase = phase
+        torch.cuda.reset_peak_memory_stats(self.index)
+
+    def close(self) -> None:
+        """Read the phase that ends here. The allocator counts on the host, so nothing needs to be awaited."""
+        if self._phase is not None:
+            self._allocated[self._phase] = torch.cuda.max_memory_allocated(self.index)
+            self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.index))
+
+    def peaks(self) -> MemoryPeaks:
+        return MemoryPeaks(
+            allocated_bytes=max(self._allocated.values()),
+            reserved_bytes=self._reserved,
+            process_bytes=None,
+            forward_bytes=self._allocated["forward"],
+            backward_bytes=self._allocated["backward"],
+            optimizer_bytes=self._allocated["optimizer"],
+        )
+
+
+def _nvidia_smi(index: int, field: str) -> str | None:
+    """One value from the driver's own tool, without touching the card; None where tool or value is missing."""
+    visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
+    identity = visible[index] if index < len(visible) else str(index)
+    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={identity}"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

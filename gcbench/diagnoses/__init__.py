@@ -1,0 +1,1 @@
+"""Names the cause of what went wrong, where it is known."""

@@ -1,0 +1,1 @@
+"""From settings to cells: the machine and the model described, defaults decided."""

@@ -1,0 +1,93 @@
+"""In which order a model runs its layers, found out on tensors without values."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+
+import torch
+
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import own_way
+from gcbench.core.errors import GcbenchError
+from gcbench.core.records import Phase
+from gcbench.job.describe import DescribeTask
+from gcbench.models import build as models
+from gcbench.simulate.trace.fake_model import Stage
+from gcbench.training.step import TrainingStep
+
+_SEQ_LEN = 8
+
+
+class _Enough(Exception):
+    """The forward pass is over."""
+
+
+def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
+    """The numbers of the layers that training runs, in the order in which it does.
+
+    None where that is all of them as they lie in the model: in one list, without a look; or where no look is possible,
+    because the model's code asks for values.
+    """
+    model = _built(task)
+    if _in_one_list(model):
+        return None
+    stage = Stage(model, precision="bf16")
+
+    def on_phase(phase: Phase) -> None:
+        if phase == "backward":
+            raise _Enough
+
+    with checkpointing.layers_run(model) as ran, stage.ready():
+        batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
+        try:
+            TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
+        except _Enough:
+            pass
+        except GcbenchError:
+            raise
+        except Exception:  # a model's own code
+            return None
+    order = tuple(ran.order)
+    return None if order == tuple(range(len(stage.layers))) else order
+
+
+def own_groups(task: DescribeTask) -> tuple[tuple[int, ...], ...] | None:
+    """The layers that the model's own checkpointing recomputes, in groups; None where no look is possible."""
+    return groups_of(_built(task))
+
+
+def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
+    """The same of a model in 16 bits on meta, which is taken over."""
+    try:
+        stage = Stage(model, precision="bf16")
+
+        def on_phase(phase: Phase) -> None:
+            if phase == "optimizer":
+                raise _Enough
+
+        with own_way.GroupsSeen(stage.layers) as seen, stage.ready(own=True), suppress(_Enough):
+            batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
+            TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
+    except Exception:  # a model's own code
+        return None
+    return seen.groups
+
+
+def _built(task: DescribeTask) -> torch.nn.Module:
+    assert task.source is not None
+    config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+    kwargs = {} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}
+    return models.build_meta(
+        config, lora=task.lora, dtype=torch.bfloat16, trust_remote_code=task.source.trust_remote_code, **kwargs
+    )
+
+
+def _in_one_list(model: torch.nn.Module) -> bool:
+    """Whether the layers lie in one list and are of one class: mllama's list has some that text never runs."""
+    found = checkpointing.layers_of(model)
+    layers = {id(layer) for layer in found}
+    return len({type(layer) for layer in found}) == 1 and any(
+        layers == {id(child) for child in module.children()}
+        for module in model.modules()
+        if isinstance(module, torch.nn.ModuleList)
+    )

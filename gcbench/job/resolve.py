@@ -1,0 +1,217 @@
+"""From what the user asked for to what will be measured: defaults that depend on model and device, and cells."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+
+from gcbench import strategies
+from gcbench.core import model_changes
+from gcbench.core.errors import UsageError
+from gcbench.core.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, Workload
+from gcbench.core.units import format_bytes
+from gcbench.core.version import __version__
+from gcbench.devices.target import CPU, Target
+from gcbench.job.preflight import beyond_positions
+from gcbench.job.settings import DEFAULT_STRATEGIES, Settings, as_json
+from gcbench.strategies import OFF, OWN, Plan
+from gcbench.strategies._for_model import not_for, plan_of, unsupported
+
+_SEQ_LEN = {"cpu": 64, "cuda": 1024}
+_WARMUP = {"cpu": 1, "cuda": 2}
+_LEAST_STEPS = {"cpu": 1, "cuda": 5}
+LEAST_TIMED_S = 1.0
+"""Timed steps go on until they have taken this long in a round, unless their number is given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A run, fully decided.
+
+    Attributes:
+        settings: with every default filled in.
+        cells: in the order of the tables.
+        plans: strategy -> plan.
+        refusals: strategy -> why it cannot be had on this device, for those that cannot.
+        plan_files: strategy -> the content of the file that it was read from.
+        least_steps: timed steps of a round, at least, where the settings do not give their number.
+        notices: what was decided for the user, in sentences.
+        model_notices: in what the model differs from what its config says, in sentences.
+    """
+
+    settings: Settings
+    cells: tuple[Cell, ...]
+    plans: dict[str, Plan]
+    refusals: dict[str, str]
+    plan_files: dict[str, str]
+    least_steps: int
+    notices: tuple[str, ...]
+    model_notices: tuple[str, ...] = ()
+
+
+def resolve(
+    wanted: Settings,
+    facts: ModelFacts,
+    machine: Machine,
+    target: Target | None = None,
+    *,
+    model_notices: tuple[str, ...] = (),
+) -> Job:
+    """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows.
+
+    With `target`, for a prediction of what it would do there; `machine` then describes it.
+    """
+    mistakes: list[str] = []
+    kind = target.kind if target else machine.device.partition(":")[0]
+    notices = [target_notice(target, machine)] if target else _device_notices(wanted, kind, machine)
+
+    limit = facts.max_seq_len
+    if wanted.seq_len is None:
+        seq_len: tuple[int, ...] = (min(_SEQ_LEN[kind], limit or _SEQ_LEN[kind]),)
+        notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
+    else:
+        seq_len = wanted.seq_len
+        mistakes += [
+            beyond_positions(facts.model, length, limit) for length in seq_len if limit is not None and length > limit
+        ]
+
+    specs = wanted.strategies or default_strategies(facts)
+    if wanted.strategies is None and facts.only_own is not None:
+        notices.append(f"The default strategies are {' and '.join(specs)}: {facts.only_own}.")
+    plans: dict[str, Plan] = {}
+    plan_files: dict[str, str] = {}
+    for spec in specs:
+        try:
+            strategy = strategies.parse(spec)
+            plans[spec] = plan_of(strategy, facts)
+            if strategy.content is not None:
+                plan_files[spec] = strategy.content
+        except ValueError as err:
+            if facts.checkpointing_refusal is not None:
+                plans[spec] = Plan(num_layers=facts.num_layers)
+            elif wanted.strategies is None:
+                notices.append(f"Left out of the default strategies: {err}.")
+            else:
+                mistakes.append(f"--strategies: {err}")
+    if mistakes:
+        raise UsageError.of(mistakes)
+
+    settings = replace(
+        wanted,
+        device=machine.device,
+        seq_len=seq_len,
+        strategies=tuple(plans),
+        warmup=wanted.warmup or _WARMUP[kind],
+    )
+    if wanted.memory_limit is not None:
+        notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
+    if not wanted.pretrained and not target:
+        notices.append("Weights are random: memory and time do not depend on their values.")
+    return Job(
+        settings=settings,
+        cells=_cells(settings, facts),
+        plans=plans,
+        refusals={
+            spec: why
+            for spec, plan in plans.items()
+            if (why := not_for(plan, facts) or unsupported(plan, kind, is_predicted=target is not None))
+        },
+        plan_files=plan_files,
+        least_steps=_LEAST_STEPS[kind],
+        notices=tuple(notices),
+        model_notices=model_notices,
+    )
+
+
+def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
+    """What is compared where nothing is named."""
+    return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
+
+
+def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
+    if kind != "cpu":
+        return [f"Measured on {machine.device_name} ({machine.device})."]
+    found = "No GPU was found, so these" if wanted.device == "auto" else "These"
+    return [f"{found} are CPU figures ({machine.device_name}): they do not stand for a GPU's times."]
+
+
+def target_notice(target: Target, machine: Machine) -> str:
+    """What a prediction is for; `machine` describes the target."""
+    name = "the CPU" if target.kind == "cpu" else machine.device_name
+    memory = "" if target.memory_bytes is None else format_bytes(target.memory_bytes)
+    memory = f", {memory}" if memory and memory not in name else ""  # a card without a name is told by its memory
+    return f"Predicted for {name}{memory}; nothing was run there."
+
+
+def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
+    return tuple(
+        Cell(
+            workload=Workload(
+                model=settings.model,
+                device=settings.device,
+                batch_size=batch_size,
+                seq_len=seq_len,
+                precision=settings.precision,
+                optim=settings.optim,
+                attn_implementation=facts.attn_implementation,
+                lora_r=settings.lora_r,
+                model_changes=model_changes.told(settings.layers, settings.set),
+            ),
+            strategy=strategy,
+        )
+        for batch_size in settings.batch_size
+        for seq_len in settings.seq_len or ()
+        for strategy in settings.strategies or ()
+    )
+
+
+def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+    """The report before anything is known of its cells."""
+    return Report(
+        schema=SCHEMA,
+        gcbench_version=__version__,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        settings=as_json(job.settings),
+        machine=machine,
+        model=facts,
+        outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
+        notices=job.notices,
+        plan_files=job.plan_files,
+        model_notices=job.model_notices,
+    )
+
+
+def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
+    if facts.checkpointing_refusal is not None and cell.strategy != OFF:
+        return Outcome(
+            cell=cell,
+            layers_checkpointed=0,
+            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
+        )
+    why = job.refusals.get(cell.strategy)
+    return Outcome(
+        cell=cell,
+        layers_checkpointed=job.plans[cell.strategy].layers_checkpointed,
+        failure=None if why is None else Failure(kind="unsupported", message=why),
+    )
+
+
+def described(machine: Machine, target: Target) -> Machine:
+    """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
+    if target.kind == CPU or target.name == machine.device:
+        return machine
+    card = target.card
+    name = card.title if card else f"a CUDA device of {format_bytes(target.memory_bytes)}"
+    known: Mapping[str, str | None] = {
+        "compute_capability": card.compute_capability if card else None,
+        "predicted_on": machine.device_name,
+    }
+    return replace(
+        machine,
+        device=target.name,
+        device_name=name,
+        device_memory_bytes=target.memory_bytes,
+        settings={key: value for key, value in known.items() if value is not None},
+    )

@@ -1,0 +1,1 @@
+"""`gcbench run`: real training steps, their peak memory and their times."""

@@ -1,0 +1,41 @@
+"""What `gcbench run` does with its flags."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from gcbench.core.errors import UsageError
+from gcbench.core.records import Report
+from gcbench.job import settings as configs
+from gcbench.job import settings_file
+from gcbench.job.settings_file import tell
+from gcbench.report import report_file as reports
+
+
+def run(
+    flags: dict[str, object],
+    *,
+    config: Path | None,
+    out: Path | None,
+    resume: bool,
+    as_json: bool,
+    quiet: bool,
+    argv: Sequence[str],
+) -> None:
+    """Settings, cells, outcomes, report: measure what `flags` and the files say, and show it."""
+    previous: Report | None = None
+    if resume:
+        if out is None:
+            raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
+        previous = reports.reopen(out)
+    file = settings_file.read(config, "run")
+    raw = {**(previous.settings if previous else {}), **file.settings, **flags}
+    wanted = configs.settings(raw)
+    tell(file, raw, quiet=quiet)
+    from gcbench.measure import session  # only now: a wrong value is told before anything else is imported
+
+    session.measure(
+        wanted, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+    )

@@ -1,0 +1,188 @@
+"""The parent: schedules the rounds of all cells, survives whatever a child does, saves after each."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from gcbench.core.errors import UsageError
+from gcbench.core.gradient_fingerprint import Fingerprint, difference
+from gcbench.core.json_codec import decode, encode
+from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.job.describe import describe
+from gcbench.job.resolve import LEAST_TIMED_S, Job, begin, resolve
+from gcbench.job.settings import Settings, as_json
+from gcbench.measure.task import MeasureTask
+from gcbench.models.sources import ModelSource
+from gcbench.processes.children import Children
+from gcbench.processes.messages import Event
+from gcbench.report.rows import needs_repeat
+from gcbench.report.run_folder import Store
+from gcbench.strategies import OFF
+
+
+class Progress(Protocol):
+    """What the user sees while cells are measured."""
+
+    def begin(self, *, num_steps: int, num_rounds: int) -> None: ...
+
+    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None: ...
+
+    def step(self, event: Event) -> None: ...
+
+    def leave(self, outcome: Outcome) -> None: ...
+
+    def skip(self, *, num_steps: int) -> None: ...
+
+
+def run(
+    wanted: Settings,
+    *,
+    source: ModelSource,
+    children: Children,
+    store: Store,
+    progress: Progress,
+    command: str,
+    previous: Report | None = None,
+) -> Report:
+    """Measure every round of every cell that `previous` lacks; the report is in `store` after each of them.
+
+    Raises UsageError or UnavailableError before anything is measured; afterwards a failure is a row.
+    """
+    machine, facts = describe(wanted, source, children)
+    job = resolve(wanted, facts, machine, model_notices=source.notices)
+    report = _continue(previous, job, machine, facts) if previous else begin(job, machine, facts, command)
+    store.save(report)
+    schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
+    todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
+    tasks = [task_for(job, source, cell, number) for cell, number in todo]
+    progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=job.settings.rounds)
+    for task in tasks:
+        if _is_done(report, task.cell, task.round):  # it failed in an earlier round
+            progress.skip(num_steps=task.num_steps)
+            continue
+        progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
+        report = measure_round(report, task, job, children, store, progress)
+        progress.leave(_outcome(report, task.cell))
+    return _repeat_off(report, job, source, children, store)
+
+
+def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -> Report:
+    """The stored report, if what it holds can stand beside what will be measured now."""
+    now = as_json(job.settings)
+    # Neither decides what one round measures: more rounds add to what is there.
+    free = {"timeout", "rounds"}
+    changed = sorted(k for k in now | previous.settings if k not in free and now.get(k) != previous.settings.get(k))
+    if changed:
+        told = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
+        raise UsageError(f"--resume continues the stored run, and its settings differ: {told}; take a new --out")
+    libraries = ("torch", "transformers", *(["peft"] if job.settings.lora else []))
+    for what, before, after in (
+        ("device", previous.machine.device_name, machine.device_name),
+        *((name, previous.machine.versions.get(name), machine.versions.get(name)) for name in libraries),
+    ):
+        if before != after:
+            raise UsageError(
+                f"--resume needs the {what} of the stored run: that was {before} and this is {after}; take a new --out"
+            )
+    if previous.model.num_trainable_params is None:  # stored before it was counted
+        facts = replace(facts, num_trainable_params=None)
+    if job.plan_files != previous.plan_files:
+        raise UsageError("--resume needs the plan files of the stored run, and one has changed since; take a new --out")
+    if facts != previous.model:
+        raise UsageError(
+            f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "
+            "transformers' code for it has changed; take a new --out"
+        )
+    return replace(previous, settings=now, model_notices=job.model_notices)
+
+
+def _off_first(cells: Iterable[Cell]) -> list[Cell]:
+    """`off` before the others, so that their gradients have their reference at once; else the tables' order."""
+    return sorted(cells, key=lambda cell: cell.strategy != OFF)
+
+
+def _outcome(report: Report, cell: Cell) -> Outcome:
+    return next(outcome for outcome in report.outcomes if outcome.cell == cell)
+
+
+def _is_done(report: Report, cell: Cell, number: int) -> bool:
+    outcome = _outcome(report, cell)
+    return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
+
+
+def task_for(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+    """One round of one cell."""
+    settings = job.settings
+    assert settings.warmup is not None
+    return MeasureTask(
+        cell=cell,
+        round=number,
+        source=source,
+        layers=settings.layers,
+        overrides=settings.set or {},
+        attn_implementation=settings.attn_implementation,
+        plan=job.plans[cell.strategy],
+        seed=settings.seed,
+        warmup=settings.warmup,
+        steps=settings.steps or job.least_steps,
+        least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
+        with_memory=number == 0,
+        memory_limit_bytes=settings.memory_limit,
+        lora=settings.lora,
+    )
+
+
+def measure_round(
+    report: Report, task: MeasureTask, job: Job, children: Children, store: Store, progress: Progress
+) -> Report:
+    """The report with one more round, or one more failure, in it; saved."""
+    start = time.monotonic()
+    answer = children.run(task, on_event=progress.step, timeout_s=job.settings.timeout)
+    outcome = _outcome(report, task.cell)
+    if answer.result is None or answer.fingerprint is None:
+        why = answer.refusal.message if answer.refusal else "the child gave no result"
+        outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message=why))
+    else:
+        result = replace(answer.result, wall_s=time.monotonic() - start)
+        store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
+        result = _judged(result, answer.fingerprint, task.cell, store)
+        outcome = replace(outcome, rounds=(*outcome.rounds, result))
+    outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
+    report = replace(report, outcomes=outcomes)
+    store.save(report)
+    return report
+
+
+def _repeat_off(report: Report, job: Job, source: ModelSource, children: Children, store: Store) -> Report:
+    """The report with the noise of `off`, where a verdict depends on it and one round of `off` does not tell it."""
+    for outcome in report.outcomes:
+        off = next((o for o in report.outcomes if o.cell == _reference_cell(outcome.cell.workload)), None)
+        if off is None or not off.rounds or not needs_repeat(outcome, off):
+            continue
+        task = replace(task_for(job, source, off.cell, 1), warmup=1, steps=0, least_timed_s=0.0, with_memory=False)
+        answer = children.run(task, on_event=lambda event: None, timeout_s=job.settings.timeout)
+        if answer.result is None or answer.fingerprint is None:
+            continue  # what it came to without the noise stands
+        again = _judged(answer.result, answer.fingerprint, off.cell, store)
+        if again.grad_rel_diff is not None:
+            with_noise = replace(off, repeat_rel_diffs=(again.grad_rel_diff,))
+            report = replace(report, outcomes=tuple(with_noise if o.cell == off.cell else o for o in report.outcomes))
+            store.save(report)
+    return report
+
+
+def _judged(result: RoundResult, prints: Fingerprint, cell: Cell, store: Store) -> RoundResult:
+    """The result with its gradients' difference from those of `off` in round 0."""
+    stored = store.load_gradients(_reference_cell(cell.workload), 0)
+    if stored is None or result.draws_other_dropout:
+        return result
+    compared = difference(prints, decode(Fingerprint, json.loads(stored)))
+    return replace(result, grad_rel_diff=compared.relative, grad_worst_param=compared.worst)
+
+
+def _reference_cell(workload: Workload) -> Cell:
+    return Cell(workload=workload, strategy=OFF)

@@ -1,0 +1,99 @@
+"""One run from settings to what is printed: the model found, the cells measured, the results published."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.core.interruption import ignore_more
+from gcbench.core.records import Report
+from gcbench.core.units import counted, format_bytes
+from gcbench.job import preflight
+from gcbench.job.settings import Settings
+from gcbench.measure import progress, runner
+from gcbench.models import sources
+from gcbench.processes.children import ForkedChildren
+from gcbench.report import report_file as reports
+from gcbench.report.publish import publish, show
+from gcbench.report.run_folder import Store
+
+FAILED_STATUSES = ("crash", "timeout", "killed")
+"""Those that make `run` exit with 1: out of memory and unsupported are results."""
+
+
+def measure(
+    wanted: Settings, *, out: Path | None, previous: Report | None, command: str, as_json: bool, quiet: bool
+) -> None:
+    """Measure what `previous` lacks, keep it in the run folder and show it; raises GcbenchError at the end when a
+    cell crashed, timed out or was killed, or when the results could not be written."""
+    source = preflight.model_of(wanted, pretrained=wanted.pretrained)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    if previous is not None and out is not None:
+        store = Store.reopen(out)
+    else:
+        store = Store.create(out, can_resume=True) if out else Store.new(sources.slug(wanted.model), now)
+    err = Console(stderr=True)
+    with store, _kept_when_interrupted(store):
+        if previous is not None:
+            previous = reports.reopen(store.folder)  # again, now that nobody else can write to it
+        with (
+            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source))) as children,
+            progress.choose(err, quiet=quiet) as display,
+        ):
+            report = runner.run(
+                wanted,
+                source=source,
+                children=children,
+                store=store,
+                progress=display,
+                command=command,
+                previous=previous,
+            )
+        publish(report, store)
+        try:
+            show(report, store.folder, as_json=as_json, quiet=quiet, err=err)
+        finally:
+            store.close()
+    broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
+    if broken:
+        raise GcbenchError(
+            f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed, timed out or were killed; "
+            f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
+        )
+    if report.outcomes and all(outcome.failure and outcome.failure.kind == "oom" for outcome in report.outcomes):
+        limit = wanted.memory_limit or report.machine.device_memory_bytes
+        memory = f" into {format_bytes(limit)}" if limit is not None else ""
+        raise ThresholdBroken(
+            f"nothing fits{memory}: every cell ran out of memory; take a smaller batch, a shorter sequence, a leaner "
+            "optimizer or a larger device (gcbench plan looks for what fits)"
+        )
+
+
+@contextmanager
+def _kept_when_interrupted(store: Store) -> Iterator[None]:
+    """Make an interruption end the run with what was measured kept."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        ignore_more()  # a second one must not cut the last save short
+        raise Interrupted(_kept(store)) from None
+
+
+def _kept(store: Store) -> str:
+    """After an interruption: what there is, and how to go on."""
+    try:
+        report = reports.load(store.folder)
+    except GcbenchError:
+        return "interrupted before anything was measured"
+    publish(report, store, plots=False)
+    done = sum(len(outcome.rounds) for outcome in report.outcomes)
+    return (
+        f"interrupted; {counted(done, 'measured round')} {'is' if done == 1 else 'are'} kept in {store.folder}; "
+        f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
+    )

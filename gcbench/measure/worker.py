@@ -1,0 +1,207 @@
+"""The child process: builds the model, applies the plan, runs the steps, writes the answer. Imports torch."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing.policy_contexts import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.checkpointing.random_draws import has_dropout
+from gcbench.checkpointing.segments import NotASegment
+from gcbench.core.errors import first_sentence
+from gcbench.core.gradient_fingerprint import Fingerprint
+from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
+from gcbench.core.units import format_bytes
+from gcbench.devices import backends
+from gcbench.devices.backends import Device
+from gcbench.diagnoses.failures import crash
+from gcbench.measure import take_fingerprint
+from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
+from gcbench.models import build as models
+from gcbench.processes.messages import Answer, Event
+from gcbench.training.seeding import state_outside_torch
+from gcbench.training.step import TrainingStep, parameter_dtype, random_batch
+
+_MAX_SKIPPED_STEPS = 24
+"""An fp16 scaler starts at 2**16 and halves at each overflow, so it has settled long before."""
+_UNSUPPORTED = ("not implemented for", "not supported", "does not support", "unsupported", "Could not run")
+
+
+class LimitExceeded(Exception):
+    """The exact peak is above the emulated device's memory."""
+
+
+def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
+    """One round of one cell, or the failure that it ended in."""
+    measurement: _Measurement | None = None
+    device: Device | None = None
+    try:
+        device = backends.open_device(task.cell.workload.device)
+        measurement = _Measurement(task, device, tell)
+        return measurement.run()
+    except BaseException as err:
+        where = measurement.where if measurement is not None else "while the model was being built"
+        return Answer(failure=_failure(err, task=task, device=device, where=where))
+
+
+class _Measurement:
+    """The steps of one round, in order."""
+
+    def __init__(self, task: MeasureTask, device: Device, tell: Callable[[Event], None]) -> None:
+        self.task = task
+        self.device = device
+        self.tell = tell
+        self.where = "while the model was being built"
+        self.fingerprint: Fingerprint | None = None
+        self.layers_run = checkpointing.LayersRun()
+        self.num_recomputed: int | None = None
+        self.draws_outside_torch = False
+        self.steps_s = 0.0
+
+    def run(self) -> Answer:
+        task, workload = self.task, self.task.cell.workload
+        self.device.limit_memory(task.memory_limit_bytes)
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        self.model = models.build(
+            task.source,
+            config,
+            device=workload.device,
+            dtype=parameter_dtype(workload.precision),
+            attn_implementation=task.attn_implementation,
+            seed=task.seed,
+            lora=task.lora,
+        )
+        self.device.settle()  # what building left in the cache would shape every later step's reserved memory
+        self.counter = checkpointing.apply(self.model, task.plan)
+        batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
+        self.step = TrainingStep(
+            self.model, batch=batch, precision=workload.precision, optim=workload.optim, seed=task.seed
+        )
+        memory = None
+        if task.with_memory:
+            memory = self._warm_up_and_probe()
+        else:
+            self._warm_up()
+        times, process_bytes = self._timed()
+        if memory is not None:
+            memory = MemoryPeaks(**(vars(memory) | {"process_bytes": process_bytes}))
+        assert self.fingerprint is not None
+        return Answer(
+            result=RoundResult(
+                round=task.round,
+                memory=memory,
+                step_times_s=tuple(times),
+                layers_run=len(self.layers_run.forward),
+                layers_planned=self._layers_planned(),
+                layers_recomputed=self.num_recomputed,
+                params_without_grad=len(self.fingerprint.missing),
+                grad_checksum=self.fingerprint.checksum,
+                grad_rel_diff=None,
+                grad_worst_param=None,
+                num_alloc_retries=self.device.num_alloc_retries(),
+                num_steps=self.step.num_steps,
+                steps_s=self.steps_s,
+                wall_s=0.0,
+                draws_outside_torch=self.draws_outside_torch,
+                draws_other_dropout=task.plan.compiled and has_dropout(self.model),
+            ),
+            fingerprint=self.fingerprint,
+        )
+
+    def _layers_planned(self) -> int:
+        """Layers that are to be recomputed; the model's own code decides itself which, if any."""
+        plan = self.task.plan
+        if plan.own and self.num_recomputed:
+            return self.num_recomputed
+        return len(self.layers_run.backward & {layer for group in plan.groups for layer in group})
+
+    def _warm_up(self) -> None:
+        """Steps until the optimizer has its state; gradients are fingerprinted in the first finite one."""
+        while self.step.num_steps < self.task.warmup or not self.step.has_optimizer_state:
+            self._one("warm-up", self._fingerprint)
+            if self.step.num_steps > self.task.warmup + _MAX_SKIPPED_STEPS:
+                raise FloatingPointError("every step overflowed and was skipped by the gradient scaler")
+
+    def _fingerprint(self, phase: Phase) -> None:
+        self._note(phase)
+        if self.step.num_steps == 0 and phase == "forward":
+            self._state_at_start = state_outside_torch()
+        if self.step.num_steps == 0 and phase == "backward":
+            self.draws_outside_torch = state_outside_torch() != self._state_at_start
+        if phase == "optimizer" and (self.fingerprint is None or not self.fingerprint.is_finite):
+            self.fingerprint = take_fingerprint.take(self.model, step=self.step.num_steps, seed=self.task.seed)
+
+    def _warm_up_and_probe(self) -> MemoryPeaks:
+        """The warm-up, with the probe watching from its last step on, and the step whose peaks are read."""
+        while self.step.num_steps < self.task.warmup - 1:
+            self._one("warm-up", self._fingerprint)
+        self.device.settle()
+        with self.device.probe_memory() as probe:
+
+            def on_phase(phase: Phase) -> None:
+                self._note(phase)
+                probe.on_phase(phase)
+
+            self._warm_up()
+            self.device.settle()
+            self._one("memory", on_phase)
+        peaks = probe.peaks()
+        limit = self.task.memory_limit_bytes
+        if limit is not None and peaks.allocated_bytes > limit:
+            self.where = f"in the {peaks.peak_phase} phase"
+            raise LimitExceeded(
+                f"the step needs {format_bytes(peaks.allocated_bytes)} and the limit is {format_bytes(limit)}"
+            )
+        return peaks
+
+    def _timed(self) -> tuple[list[float], int | None]:
+        self.device.start_timing()  # and no settling: a step would pay for taking its memory from the device anew
+        times: list[float] = []
+        while len(times) < self.task.steps or (sum(times) < self.task.least_timed_s and len(times) < MAX_TIMED_STEPS):
+            times.append(self._one("timed", self._note))
+        return times, self.device.process_bytes()
+
+    def _note(self, phase: Phase) -> None:
+        self.where = f"in the {phase} phase"
+
+    def _one(self, kind: str, on_phase: Callable[[Phase], None]) -> float:
+        self.counter.reset()
+        is_first = self.step.num_steps == 0
+        start = time.perf_counter()
+        with checkpointing.layers_run(self.model) if is_first else nullcontext(self.layers_run) as self.layers_run:
+            seconds = self.device.time(lambda: self.step(on_phase))
+        if is_first and not self.counter.is_blind:  # other steps may drop other layers
+            self.num_recomputed = len(self.counter.layers)
+        self.steps_s += time.perf_counter() - start
+        self.tell(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
+        return seconds
+
+
+def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, where: str) -> Failure:
+    """What an exception in a measurement means."""
+    text = str(err).strip() or type(err).__name__
+    first_line = text.splitlines()[0][:300].rstrip(".")
+    if isinstance(err, LimitExceeded) or (device is not None and device.is_out_of_memory(err)):
+        why = f" ({text})" if isinstance(err, LimitExceeded) else ""
+        moves = "a smaller --batch or --seq-len" + ("" if task.plan.groups else ", a checkpointing strategy")
+        return Failure(
+            kind="oom", message=f"memory ran out {where}{why}; try {moves} or a smaller precision", detail=text
+        )
+    if isinstance(err, NotASegment):
+        return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
+    if isinstance(err, (RunDifferently, SkippedButNeeded)):
+        return Failure(kind="unsupported", message=first_sentence(err))
+    if isinstance(err, KeptThenChanged):
+        return Failure(kind="unsupported", message=f"{first_sentence(err)}; name the other operators after selective:")
+    if isinstance(err, NotImplementedError) or (
+        isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)
+    ):
+        return Failure(
+            kind="unsupported",
+            message=f"not possible here: {first_line}; try another --precision, --attn-implementation or --device",
+            detail=traceback.format_exc(),
+        )
+    return crash(err, task.cell.strategy, lora=task.lora is not None)

@@ -1,0 +1,262 @@
+"""From a model's config to the model: on the meta device, with random weights, or with pretrained ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+from unittest import mock
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import own_way
+from gcbench.core.errors import GcbenchError, UnavailableError, UsageError, first_sentence
+from gcbench.core.records import Json, Lora, ModelFacts
+from gcbench.core.units import counted
+from gcbench.models import flash_attention, quantized, refusals
+from gcbench.models.lora import with_adapters
+from gcbench.models.sources import ModelSource
+from gcbench.training.seeding import seed_generators
+
+
+def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> PreTrainedConfig:
+    """The model's config with the user's changes applied.
+
+    Raises UnavailableError for a type that transformers cannot build as a causal LM, for a quantised checkpoint whose
+    weights are not to be taken as full ones, and for values that transformers refuses; UsageError for a change of a
+    field that the config does not have or to a value that is refused.
+    """
+    values = copy.deepcopy(source.config)
+    if source.trust_remote_code and "auto_map" in values:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.location, trust_remote_code=True)
+        values = config.to_dict()
+        config_class: Any = type(config)
+    else:
+        config_class = _config_class(source, values)
+    values = quantized.without(values, overrides)
+    if layers is not None:
+        _set_layers(values, config_class, layers)
+    for name, value in quantized.other_changes(overrides).items():
+        _set(values, config_class, name, value)
+    left = quantized.found(values)
+    if left:
+        raise UnavailableError(quantized.refusal(source.name, left[0]))
+    try:
+        return config_class.from_dict(values)
+    except Exception as err:  # a config class may raise anything at values it cannot use
+        missing = refusals.missing_library(source.name, err)
+        if missing is not None:
+            raise missing from None
+        if overrides or layers is not None:
+            raise UsageError(
+                f"transformers refuses the config of {source.name!r} with --layers and --set as given: "
+                f"{first_sentence(err)}; change them"
+            ) from None
+        raise UnavailableError(
+            f"transformers refuses the config of {source.name!r}: {first_sentence(err)}; mend it, or change it with "
+            "--set"
+        ) from None
+
+
+def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
+    """The model without storage: shapes, names and flags only. With `lora`, raises what `with_adapters` does."""
+    with torch.device("meta"), _uninitialised():
+        model = _from_config(config, **kwargs)
+        return model if lora is None else with_adapters(model, lora)
+
+
+def build(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    *,
+    device: str,
+    dtype: torch.dtype,
+    attn_implementation: str | None,
+    seed: int,
+    lora: Lora | None = None,
+) -> torch.nn.Module:
+    """The model on its device in training mode, with random weights drawn from `seed`, or pretrained ones.
+
+    With `lora`, frozen and with adapters in it; raises what `with_adapters` does.
+    """
+    seed_generators(seed)
+    kwargs: dict[str, Any] = {"dtype": dtype}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    if source.weights is not None:
+        model = AutoModelForCausalLM.from_pretrained(
+            source.weights, config=config, trust_remote_code=source.trust_remote_code, **kwargs
+        ).to(device)
+        own_way.switch_off(model)
+    else:
+        with torch.device(device) if device != "cpu" else nullcontext():
+            model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
+    if lora is not None:
+        model = with_adapters(model, lora)
+    model.train()
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def _uninitialised() -> Iterator[None]:
+    """No layer of torch's fills its parameters: on meta there is nothing to fill, and going about it takes a while."""
+
+    def untouched(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return tensor
+
+    with ExitStack() as stack:
+        for name in ("kaiming_uniform_", "uniform_", "normal_", "zeros_", "ones_"):
+            stack.enter_context(mock.patch.object(torch.nn.init, name, untouched))
+        yield
+
+
+def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
+    # A copy: building writes the choices it makes into the config.
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
+    own_way.switch_off(model)  # old configs have a field that switches checkpointing on
+    return model  # type: ignore[no-any-return]
+
+
+def facts(
+    source: ModelSource,
+    config: PreTrainedConfig,
+    attn_implementation: str | None,
+    *,
+    changed: bool = False,
+    lora: Lora | None = None,
+) -> ModelFacts:
+    """What the model is, read off the model built without storage.
+
+    Raises UsageError when the model refuses the attention implementation, or when it cannot be built and its config
+    was `changed` by the user; UnavailableError when transformers cannot build it as it is; and what `with_adapters`
+    raises.
+    """
+    kwargs: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
+    if attn_implementation is not None:
+        kwargs["attn_implementation"] = attn_implementation
+    try:
+        model = build_meta(config, lora=lora, **kwargs)
+        if attn_implementation == flash_attention.STAND_IN and not getattr(model, "_supports_flash_attn", False):
+            raise ValueError("the model does not support it")
+    except GcbenchError:
+        raise
+    except Exception as err:  # modelling code may raise anything
+        missing = refusals.missing_library(source.name, err) if attn_implementation is None else None
+        if missing is not None:
+            raise missing from None
+        if attn_implementation is not None:
+            named = flash_attention.FLASH if attn_implementation == flash_attention.STAND_IN else attn_implementation
+            raise UsageError(
+                f"{source.name!r} refuses --attn-implementation {named}: {first_sentence(err)}; "
+                "leave the flag out to take the model's own choice"
+            ) from None
+        if changed:
+            raise UsageError(
+                f"transformers cannot build {source.name!r} with --layers and --set as given: {first_sentence(err)}; "
+                "change them"
+            ) from None
+        raise UnavailableError(
+            f"transformers cannot build {source.name!r}: {first_sentence(err)}; check its config"
+        ) from None
+    return ModelFacts(
+        model=source.name,
+        model_type=config.model_type,
+        num_params=sum(p.numel() for p in model.parameters()),
+        num_layers=len(checkpointing.layers_of(model)),
+        max_seq_len=max_seq_len(config),
+        attn_implementation=_attention_in_use(model),
+        checkpointing_refusal=checkpointing.refusal(model),
+        num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        only_own=own_way.advice(model) if own_way.is_all(model) else None,
+    )
+
+
+def check_layers(source: ModelSource, changed: ModelFacts, layers: int, overrides: Mapping[str, Json]) -> None:
+    """Raise UsageError when `--layers` did not change the depth, as in a model that derives it from other fields."""
+    original = facts(source, build_config(source, layers=None, overrides=quantized.taken_out(overrides)), None)
+    if original.num_layers and changed.num_layers == original.num_layers != layers:
+        raise UsageError(
+            f"--layers {layers} has no effect on {source.name!r}, which has {counted(original.num_layers, 'layer')} "
+            "from other fields of its config; change those with --set"
+        )
+
+
+def _attention_in_use(model: torch.nn.Module) -> str | None:
+    if not any("attention" in type(module).__name__.lower() for module in model.modules()):
+        return None
+    text_config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    return getattr(text_config, "_attn_implementation", None)
+
+
+def possible_limits(config: PreTrainedConfig) -> tuple[int, ...]:
+    """What may be the most positions of a model with code of its own, by the names that such code uses for it."""
+    if config.model_type in CONFIG_MAPPING:
+        return ()
+    values = vars(config.get_text_config())
+    return tuple(v for name in _LIMITS if type(v := values.get(name)) is int and v > 0)
+
+
+_LIMITS = (
+    *("n_positions", "n_ctx", "num_positions", "max_positions", "context_length", "block_size"),
+    *("seq_length", "seq_len", "max_seq_len", "max_seq_length", "max_seqlen", "max_sequence_length"),
+)
+
+
+def max_seq_len(config: PreTrainedConfig) -> int | None:
+    """The model's own maximum length; None where its config does not tell it as transformers' configs do."""
+    length = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING and "auto_map" in values:
+        raise refusals.own_code(source)
+    if model_type not in CONFIG_MAPPING:
+        raise refusals.unknown_type(source, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise refusals.not_causal(source)
+    return CONFIG_MAPPING[model_type]
+
+
+def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
+    """Change the depth, and with it every list that holds one entry per layer (`layer_types` and the like)."""
+    defaults = config_class()
+    text_defaults = defaults.get_text_config()
+    part = next((name for name, value in vars(defaults).items() if value is text_defaults), None)
+    text = values if part is None else values.setdefault(part, {})
+    native = text_defaults.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    name = "num_hidden_layers" if "num_hidden_layers" in text else native
+    depth = text.get(name, getattr(text_defaults, "num_hidden_layers", None))
+    if depth is None:
+        raise UsageError(f"--layers: {config_class.__name__} has no number of layers; change its fields with --set")
+    text[name] = layers
+    if hasattr(text_defaults, "decoder_layers"):  # the half of an encoder-decoder that is a causal LM
+        text["decoder_layers"] = layers
+    for field, value in text.items():
+        if isinstance(value, list) and len(value) == depth and depth > 1:
+            text[field] = [value[i % depth] for i in range(layers)]
+
+
+def _set(values: dict[str, Any], config_class: Any, name: str, value: Json) -> None:
+    """Set the field `name` (dots lead into nested configs) of a config's raw values."""
+    known = config_class().to_dict() | values
+    target, scope = values, known
+    *outer, last = name.split(".")
+    for part in outer:
+        if not isinstance(scope.get(part), dict):
+            raise refusals.no_such_field(name, scope)
+        scope = scope[part]
+        if not isinstance(target.get(part), dict):
+            target[part] = {}
+        target = target[part]
+    if last not in scope and last not in config_class.attribute_map:
+        raise refusals.no_such_field(name, scope)
+    # The value goes under the native name (n_embd), or one spelling would silently win over the other.
+    target[config_class.attribute_map.get(last, last) if not outer else last] = value

@@ -1,0 +1,69 @@
+"""`flash_attention_2` in a prediction for a card: torch's own flash kernel stands in for the package. No torch.
+
+The package's kernel is the one that torch has built in: the same tensors saved and the same buffers (flash_api.cpp in
+both), so that it need not be installed where a card is only predicted for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from gcbench import strategies
+from gcbench.core.errors import UsageError
+from gcbench.devices.target import Target
+
+FLASH, FLEX = "flash_attention_2", "flex_attention"
+STAND_IN = "gcbench_fa2"
+"""Its name among transformers' attention implementations; without "flash", at which transformers asks for a package."""
+NOTICE = f"{FLASH} is predicted with torch's own flash kernel, which has the same memory; the package is not needed."
+_OTHER_PACKAGES = ("flash_attention_3", "flash_attention_4")
+_OLDEST = (8, 0)
+
+
+def is_stood_in(attn_implementation: str | None, target: Target | None) -> bool:
+    """Whether the stand-in is traced in a prediction for `target`."""
+    return attn_implementation == FLASH and _is_card(target)
+
+
+def traced_as(attn_implementation: str | None, target: Target | None) -> str | None:
+    """What to build the model with in a prediction for `target`."""
+    return STAND_IN if is_stood_in(attn_implementation, target) else attn_implementation
+
+
+def check_plan(attn_implementation: str | None, target: Target | None) -> None:
+    """Raise UsageError for an attention with which no plan can be searched for `target`."""
+    if attn_implementation == FLEX or (attn_implementation in (FLASH, *_OTHER_PACKAGES) and _is_card(target)):
+        raise UsageError(
+            f"--attn-implementation {attn_implementation}: a plan names operators inside the layers, and this one's "
+            "are not torch's; plan with sdpa, which has the same memory where it takes the flash kernel"
+        )
+
+
+def _is_card(target: Target | None) -> bool:
+    return target is not None and target.kind == "cuda"
+
+
+def check(attn_implementation: str | None, target: Target | None, *, precision: str, specs: Sequence[str]) -> None:
+    """Raise UsageError for an attention that cannot be predicted for `target`, or not with these strategies."""
+    flag = f"--attn-implementation {attn_implementation}"
+    if attn_implementation == FLEX:
+        raise UsageError(
+            f"{flag} cannot be predicted: torch traces its backward pass on a GPU only; take sdpa, or measure it with "
+            "gcbench run"
+        )
+    if target is None or not _is_card(target):
+        return
+    if attn_implementation in _OTHER_PACKAGES:
+        raise UsageError(f"{flag} is not predicted; take {FLASH}, or leave the flag out")
+    if attn_implementation != FLASH:
+        return
+    if target.capability is not None and target.capability < _OLDEST:
+        raise UsageError(f"{flag} does not run on {target.name}, which is older than Ampere; leave the flag out")
+    if precision == "fp32":
+        raise UsageError(f"{flag} computes in 16 bits only; add --precision bf16 or bf16-mixed")
+    keeping = [spec for spec in specs if strategies.parse(spec).operators]
+    if keeping:
+        raise UsageError(
+            f"{flag} runs operators of its package, of which {keeping[0]} keeps none; leave that strategy out, or take "
+            "sdpa"
+        )

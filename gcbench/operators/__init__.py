@@ -1,0 +1,1 @@
+"""Operators of torch: what a call is, as text, and made again."""

@@ -1,0 +1,271 @@
+"""Calls of operators written as text, and made again from it on tensors of a device."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from gcbench.operators import call_text
+from gcbench.operators.call_text import TensorSpec, tensor_spec
+
+
+class NotReplayable(Exception):
+    """A call that cannot be written down, or not made again from what is written."""
+
+
+def text_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The call as text; empty where an argument cannot be written down.
+
+    A device is left out, since the call is made again on another; so are generators of random numbers.
+    """
+    if func.namespace != "aten":
+        return ""
+    try:
+        given = [_written(value) for value in args]
+        named = {name: _written(value) for name, value in kwargs.items() if not _is_left_out(value)}
+    except NotReplayable:
+        return ""
+    return call_text.write(str(func._name), given, named)
+
+
+def _is_left_out(value: object) -> bool:
+    return isinstance(value, (torch.device, torch.layout, torch.Generator))
+
+
+def _written(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise NotReplayable
+        return call_text.as_json(
+            TensorSpec(dtype=_name(value.dtype), sizes=tuple(value.shape), strides=tuple(value.stride()))
+        )
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        return [_written(part) for part in value]
+    if isinstance(value, (torch.dtype, torch.memory_format)):
+        return {"torch": _name(value)}
+    if _is_left_out(value):
+        return None
+    raise NotReplayable
+
+
+def _name(constant: object) -> str:
+    return str(constant).removeprefix("torch.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """A call ready to be made.
+
+    Attributes:
+        hot: the memory of what a cache holds when the real call is made.
+    """
+
+    func: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    hot: tuple[torch.Tensor, ...]
+
+    def __call__(self) -> Any:
+        return self.func(*self.args, **self.kwargs)
+
+
+class Replayer:
+    """Makes calls from their texts, on tensors filled with numbers that no operator stumbles over.
+
+    Memory is used again. What a call finds cold comes round only after `cold_bytes` of that size have been given out.
+    No more than `most_bytes` are held, if one call can do with that.
+    """
+
+    def __init__(self, device: torch.device, *, cold_bytes: int, most_bytes: int) -> None:
+        self.device = device
+        self._cold_bytes = cold_bytes
+        self._most_bytes = most_bytes
+        self._held: OrderedDict[tuple[object, ...], list[torch.Tensor]] = OrderedDict()
+        self._held_bytes = 0
+
+    def make(self, text: str, cold: int) -> Made:
+        """The call of that text, of which the n-th tensor is cold where bit n of `cold` is set.
+
+        Raises NotReplayable where this torch has no such operator; a call itself may raise anything.
+        """
+        call = _Call.read(text)
+        taken: list[tuple[torch.Tensor, bool]] = []
+        args = [self._built(value, call, cold, taken, place in call.written) for place, value in enumerate(call.args)]
+        kwargs = {
+            name: self._built(value, call, cold, taken, name in call.written) for name, value in call.kwargs.items()
+        }
+        if call.offsets is not None:
+            args[call.offsets] = _offsets(args[call.offsets], args[0])
+        if call.takes_device:
+            kwargs["device"] = self.device
+        hot = tuple(memory for memory, is_cold in taken if not is_cold)
+        return Made(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
+
+    def _built(
+        self, value: Any, call: _Call, cold: int, taken: list[tuple[torch.Tensor, bool]], is_written: bool
+    ) -> Any:
+        """An argument; tensors are added to `taken`, as (memory, is cold).
+
+        A method, as a function that calls itself would be a circle, which holds its memory until Python looks for
+        circles: a plan for a card ran out of 80 GiB.
+        """
+        spec = tensor_spec(value)
+        if spec is not None:
+            is_cold = bool(cold >> len(taken) & 1)
+            used = {id(memory) for memory, _ in taken}
+            memory = self._take(spec, used, bound=call.bound, is_cold=is_cold, is_written=is_written)
+            taken.append((memory, is_cold))
+            return memory.as_strided(spec.sizes, spec.strides)
+        if isinstance(value, dict):
+            return getattr(torch, value["torch"])
+        if isinstance(value, list):
+            return [self._built(part, call, cold, taken, is_written) for part in value]
+        return value
+
+    def _take(self, spec: TensorSpec, used: set[int], *, bound: int, is_cold: bool, is_written: bool) -> torch.Tensor:
+        """Memory for the tensor, which is none of `used`; whole numbers in it are below `bound`."""
+        dtype = _dtype(spec.dtype)
+        key = (dtype, spec.extent, bound, is_written)
+        held = self._held.setdefault(key, [])
+        self._held.move_to_end(key)
+        nbytes = max(spec.extent * dtype.itemsize, 1)
+        free = [place for place, memory in enumerate(held) if id(memory) not in used]
+        if free and (not is_cold or len(held) > min(self._cold_bytes // nbytes, _MOST_COPIES)):
+            # What was given out last lies in a cache the most surely, what was given out first the least.
+            memory = held.pop(free[0] if is_cold else free[-1])
+        else:
+            self._make_room(nbytes, key)
+            memory = _filled(dtype, spec.extent, bound, self.device)
+            self._held_bytes += nbytes
+        held.append(memory)
+        return memory
+
+    def _make_room(self, nbytes: int, key: tuple[object, ...]) -> None:
+        while self._held_bytes + nbytes > self._most_bytes:
+            oldest = next(iter(self._held))
+            if oldest == key:
+                return
+            self._held_bytes -= sum(max(memory.nbytes, 1) for memory in self._held.pop(oldest))
+
+
+_MOST_COPIES = 64
+"""Of one size: small tensors are cold only in so far as this many of them, and all else, come between."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Call:
+    """A text that was read.
+
+    Attributes:
+        written: places and names of the arguments that the operator writes into.
+        bound: whole numbers among the arguments must be below it.
+        offsets: the place of the argument that says where groups of rows end.
+        takes_device: a new tensor is made, and nothing given says where.
+    """
+
+    func: Any
+    args: Sequence[Any]
+    kwargs: Mapping[str, Any]
+    written: frozenset[int | str]
+    bound: int
+    offsets: int | None
+    takes_device: bool
+
+    @staticmethod
+    def read(text: str) -> _Call:
+        """Raises NotReplayable where this torch has no such operator."""
+        op, args, kwargs = call_text.read(text)
+        func = _operator(op)
+        arguments = func._schema.arguments
+        written: set[int | str] = set()
+        for place, argument in enumerate(arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                written |= {place, argument.name}
+        given = list(call_text.specs([*args, *kwargs.values()]))
+        name = op.partition("::")[2].partition(".")[0]
+        return _Call(
+            func=func,
+            args=args,
+            kwargs=kwargs,
+            written=frozenset(written),
+            bound=_bound(name, args),
+            offsets=_OFFSETS.get(name),
+            takes_device=not given and any(argument.name == "device" for argument in arguments),
+        )
+
+
+@cache
+def _operator(name: str) -> Any:
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    try:
+        return getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    except AttributeError as err:
+        raise NotReplayable(name) from err
+
+
+_OFFSETS = {"_grouped_mm": 2}
+_ROWS_ALONG = {"index_select", "gather", "scatter", "scatter_add", "scatter_", "index_add", "index_add_", "index_copy_"}
+_INDEXED = {"index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"}
+_CLASSES_OF = {"nll_loss_forward": 0, "nll_loss_backward": 1, "nll_loss2d_forward": 0, "nll_loss2d_backward": 1}
+
+
+def _bound(op: str, args: Sequence[Any]) -> int:
+    """What indices among the arguments must be below. 1, which leaves them 0, where none are known."""
+    if op == "embedding":
+        return _sizes(args[0])[0]
+    if op == "embedding_dense_backward":
+        return int(args[2])
+    if op in _CLASSES_OF:
+        sizes = _sizes(args[_CLASSES_OF[op]])
+        return sizes[1] if len(sizes) > 1 else sizes[0]
+    if op in _ROWS_ALONG:
+        sizes = _sizes(args[0])
+        return sizes[args[1]] if sizes else 1
+    if op in _INDEXED:
+        return min(
+            (size for size, index in zip(_sizes(args[0]), args[1], strict=False) if index is not None), default=1
+        )
+    return 1
+
+
+def _sizes(value: object) -> tuple[int, ...]:
+    spec = tensor_spec(value)
+    return spec.sizes if spec is not None else (1,)
+
+
+def _offsets(offsets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """Where groups of rows end, all groups alike."""
+    count = rows.shape[-2] if rows.dim() > 1 else len(rows)
+    groups = len(offsets)
+    ends = [count * (group + 1) // groups for group in range(groups)]
+    return torch.tensor(ends, dtype=offsets.dtype, device=offsets.device)
+
+
+def _dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise NotReplayable(name)
+    return dtype
+
+
+def _filled(dtype: torch.dtype, count: int, bound: int, device: torch.device) -> torch.Tensor:
+    """A flat tensor: fractions around 1, whole numbers from 0 below `bound`, all true."""
+    if dtype.is_floating_point:
+        # Away from zero, near which arithmetic on a CPU is slow.
+        return torch.rand(count, device=device).add_(0.5).to(dtype)
+    if dtype is torch.bool:
+        return torch.ones(count, dtype=dtype, device=device)
+    if dtype in _INDEX_DTYPES and bound > 1:
+        return torch.randint(0, bound, (count,), dtype=dtype, device=device)
+    return torch.zeros(count, dtype=dtype, device=device)
+
+
+_INDEX_DTYPES = (torch.int64, torch.int32)

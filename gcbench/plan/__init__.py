@@ -1,0 +1,1 @@
+"""`gcbench plan`: the fastest setting that fits."""

@@ -1,0 +1,98 @@
+"""One decision: target and model found, a child asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from gcbench.core import headroom
+from gcbench.core.errors import GcbenchError
+from gcbench.devices.target import CPU, Target, Wish, target_of
+from gcbench.job.describe import describe
+from gcbench.job.resolve import described, resolve
+from gcbench.job.settings import Settings
+from gcbench.models import sources
+from gcbench.plan.decision import Decision
+from gcbench.plan.named import named, own_plan, unconfirmed
+from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.task import Decided, Planning, PlanTask
+from gcbench.processes.children import Children
+from gcbench.processes.messages import Answer, raise_refusal
+
+NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
+"""What is weighed against what is found, unless strategies are named."""
+
+
+def decide(
+    wanted: Settings,
+    wish: Wish,
+    asked: Asked,
+    target: Target | None,
+    *,
+    source: sources.ModelSource,
+    children: Children,
+    command: str,
+    on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
+) -> Planned:
+    """The decision; `target` None is what this machine has.
+
+    `on_step` gets what is done of how much, and what is next.
+    """
+    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    machine, facts = describe(replace(wanted, device=here), source, children, needs_order=True)
+    is_here = target is None or (target.kind == CPU and machine.device == CPU)
+    target = target or target_of(wish, machine)
+    assert target is not None
+    if target.kind == CPU and target.memory_bytes is None:
+        target = replace(target, memory_bytes=machine.device_memory_bytes)
+    specs = wanted.strategies or NAMED
+    checked = replace(wanted, strategies=specs if wanted.strategies else ("off",))
+    job = resolve(checked, facts, described(machine, target), target, model_notices=source.notices)
+    assert job.settings.seq_len is not None
+    seq_len = job.settings.seq_len[0]
+    answered: list[Decision] = []
+
+    def on_event(event: object) -> None:
+        if isinstance(event, Decided):
+            answered.append(event.decision)
+        elif isinstance(event, Planning):
+            on_step(event.done, event.total, event.doing)
+
+    task = PlanTask(
+        source=source,
+        layers=wanted.layers,
+        overrides=wanted.set or {},
+        attn_implementation=wanted.attn_implementation,
+        lora=wanted.lora,
+        precision=wanted.precision,
+        optim=wanted.optim,
+        target=target,
+        seq_len=seq_len,
+        named=named(specs, facts, target, is_default=wanted.strategies is None),
+        batch_sizes=asked.batch_sizes,
+        reserve_frac=headroom.RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
+        layers_in_order=facts.layers_in_order,
+        can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
+        own=own_plan(facts),
+        is_confirmed=asked.measure,
+        device_here=machine.device if is_here else None,
+    )
+    answer = children.run(task, on_event=on_event, timeout_s=wanted.timeout)
+    raise_refusal(Answer(refusal=answer.refusal))
+    if not answered:
+        why = answer.failure.message if answer.failure else "the process ended without a word"
+        raise GcbenchError(f"no decision could be made: {why}")
+    return Planned(
+        settings=wanted,
+        seq_len=seq_len,
+        target=target,
+        machine=machine,
+        facts=facts,
+        decision=replace(answered[0], notices=(*job.notices, *answered[0].notices, *unconfirmed(target, is_here))),
+        command=command,
+        created="",
+        hub_id=None if Path(source.location).exists() else source.location,
+        source=source,
+        model_notices=job.model_notices,
+    )

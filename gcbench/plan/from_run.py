@@ -1,0 +1,210 @@
+"""A decision from a stored run: what was measured in place of what is predicted."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench.core import headroom
+from gcbench.core.errors import ResultsError, UsageError
+from gcbench.core.records import ModelFacts, Report, Row
+from gcbench.core.units import format_bytes
+from gcbench.devices.target import CPU, Target, Wish
+from gcbench.job import settings as configs
+from gcbench.job.settings import Settings
+from gcbench.models.sources import slug
+from gcbench.plan import session as plan_session
+from gcbench.plan import told_apart
+from gcbench.plan.decision import Candidate, Decision, Largest, ranked
+from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.stored import load_plan
+from gcbench.report import report_file as reports
+from gcbench.report import stored_kind
+from gcbench.report.rows import failed_proof, rows, unproven
+from gcbench.report.run_folder import Store
+from gcbench.report.stats import MIN_ROUNDS
+from gcbench.strategies import OFF, Plan, parse
+from gcbench.strategies._for_model import plan_of
+from gcbench.strategies.plan_file import of_json
+
+_OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")
+
+
+def plan(
+    folder: Path,
+    wanted: Settings,
+    wish: Wish,
+    asked: Asked,
+    *,
+    out: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
+    if stored_kind.kind_of(folder) == "plan" and _again(folder, wanted, wish, asked):
+        _shown_again(folder, asked, out=out, as_json=as_json, quiet=quiet)
+        return
+    report = reports.load(folder)
+    planned = decide(report, folder, wanted, wish, asked, command=command)
+    with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
+        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+
+
+def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
+    """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
+
+    Raises UsageError where a plan without a run is to be decided anew.
+    """
+    anew = {
+        "--batch": asked.batch_sizes,
+        "--seq-len": wanted.seq_len,
+        "--strategies": wanted.strategies,
+        "--reserve": asked.reserve_frac,
+        "--device": wish.device,
+        "--device-memory": wish.device_memory,
+    }
+    given = [flag for flag, value in anew.items() if value is not None]
+    if given and not (folder / reports.REPORT_NAME).exists():
+        raise UsageError(
+            f"{', '.join(given)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan anew "
+            "without --from"
+        )
+    return not given
+
+
+def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
+    planned = load_plan(folder)
+    plan_session.check_emit(asked.emit, planned.settings)
+    err = Console(stderr=True)
+    if out is None:
+        plan_session.finish(planned, asked, None, as_json=as_json, quiet=quiet, err=err)
+        return
+    with Store.create(out) as store:
+        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+
+
+def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: Asked, *, command: str) -> Planned:
+    """The fastest measured setting that fits."""
+    if wish.device is not None:
+        raise UsageError(
+            f"--device {wish.device}: a stored run is of the device it was measured on ({report.machine.device_name}); "
+            "leave it out, or predict without --from"
+        )
+    if report.source != "measured":
+        raise ResultsError(f"{folder} holds predictions, which have no times; give a run that gcbench run measured")
+    kind = report.machine.device.partition(":")[0]
+    limit = wish.device_memory or report.machine.device_memory_bytes
+    if limit is None:
+        raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
+    reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
+    usable = headroom.usable_bytes(limit, reserve)
+    table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
+    lengths = sorted({row.seq_len for row in table})
+    if wanted.seq_len is not None:
+        table = [row for row in table if row.seq_len == wanted.seq_len[0]]
+    elif len(lengths) > 1:
+        raise UsageError(f"--seq-len is missing: {folder} has lengths {', '.join(map(str, lengths))}; choose one")
+    if asked.batch_sizes is not None:
+        table = [row for row in table if row.batch_size in asked.batch_sizes]
+    if wanted.strategies is not None:
+        table = [row for row in table if row.strategy in wanted.strategies]
+    if not table:
+        raise ResultsError(
+            f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
+            "--seq-len and --strategies"
+        )
+    ran = {(o.cell.strategy, o.cell.workload.batch_size, o.cell.workload.seq_len): o.rounds for o in report.outcomes}
+    rounds = {_candidate(row, report, usable): ran[row.strategy, row.batch_size, row.seq_len] for row in table}
+    fitting = sum(each.fits for each in rounds)
+    choice, others, candidates = told_apart.decided(list(rounds), rounds)
+    how = "The fastest" if not others else "Chosen"
+    why = [f"{how} of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}."]
+    why += [told_apart.sentence(choice, others)] if choice and others else []
+    notices = ["Largest batches are those of the run: larger ones were not measured."]
+    if kind != CPU and any(row.peak_process_bytes is None for row in table):
+        notices.append(
+            "What the process held of the card outside the allocator was not measured, so that peaks leave it out; "
+            "--reserve has to cover it."
+        )
+    decision = Decision(
+        limit_bytes=limit,
+        usable_bytes=usable,
+        reserve_frac=reserve,
+        choice=choice,
+        smallest=None if choice else min(candidates, key=lambda each: each.peak_bytes),
+        candidates=ranked(candidates),
+        largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
+        binding=" ".join(why),
+        times_from=f"measurements in {folder}",
+        notices=(*notices, *_too_few_rounds(table, folder), *unproven(table)),
+    )
+    kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
+    return Planned(
+        settings=settings,
+        seq_len=table[0].seq_len,
+        target=Target(kind=kind, name=report.machine.device, memory_bytes=limit),
+        machine=report.machine,
+        facts=report.model,
+        decision=decision,
+        command=command,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        hub_id=None,
+        model_notices=report.model_notices,
+    )
+
+
+def _too_few_rounds(table: list[Row], folder: Path) -> tuple[str, ...]:
+    """What the choice rests on where times have no interval."""
+    if all(row.step_time_low_s is not None for row in table):
+        return ()
+    return (
+        f"{folder} has too few rounds for an interval, so the choice may be one of noise; "
+        f"gcbench run --resume --out {shlex.quote(str(folder))} --rounds {MIN_ROUNDS} adds to them.",
+    )
+
+
+def _candidate(row: Row, report: Report, usable: int) -> Candidate:
+    held = row.peak_process_bytes if report.machine.device != "cpu" else row.peak_allocated_bytes
+    held = held or row.peak_reserved_bytes or row.peak_allocated_bytes
+    assert held is not None and row.peak_allocated_bytes is not None
+    assert row.step_time_s is not None and row.tokens_per_s is not None
+    tokens = row.batch_size * row.seq_len
+    return Candidate(
+        strategy=row.strategy,
+        plan=plan_of_row(row.strategy, report.plan_files, report.model),
+        batch_size=row.batch_size,
+        peak_bytes=held,
+        allocated_bytes=row.peak_allocated_bytes,
+        peak_phase=row.peak_phase,  # type: ignore[arg-type]  # one of its names
+        fits=held <= usable,
+        step_time_s=row.step_time_s,
+        tokens_per_s=row.tokens_per_s,
+        tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,
+        tokens_per_s_high=tokens / row.step_time_low_s if row.step_time_low_s else None,
+        source="measured",
+    )
+
+
+def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Plan:
+    """The plan that a strategy of a stored run stood for."""
+    if facts.checkpointing_refusal is not None or spec == OFF:
+        return Plan(num_layers=facts.num_layers)
+    if spec in plan_files:
+        plan = of_json(json.loads(plan_files[spec]))
+        order = facts.layers_in_order
+        plan = replace(plan, num_layers=facts.num_layers if order is None else len(order))
+        return plan if order is None else plan.renumbered(order, facts.num_layers)
+    return plan_of(parse(spec), facts)
+
+
+def _largest(strategy: str, candidates: list[Candidate]) -> Largest:
+    fitting = [each.batch_size for each in candidates if each.strategy == strategy and each.fits]
+    return Largest(strategy=strategy, batch_size=max(fitting, default=None))

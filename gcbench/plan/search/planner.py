@@ -1,0 +1,360 @@
+"""The search itself: trace, weigh, solve, verify, choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import replace
+from functools import partial
+
+from gcbench.core.errors import GcbenchError
+from gcbench.core.prediction import Addition, Fallback
+from gcbench.core.units import format_bytes
+from gcbench.plan.decision import (
+    FOUND,
+    Candidate,
+    Decision,
+    Gain,
+    Largest,
+    Told,
+    best_of_each,
+    choose,
+    nearest_faster,
+    ranked,
+    why_not_faster,
+)
+from gcbench.plan.policies.layer_policies import uniform_plans
+from gcbench.plan.racing import contenders
+from gcbench.plan.search.candidates import Weighing
+from gcbench.plan.search.levers import Trial, gains
+from gcbench.plan.search.mixes import Mixes
+from gcbench.plan.search.two_cores import on_two_cores
+from gcbench.plan.task import Decided, Planning, PlanTask
+from gcbench.predict.worker import failure
+from gcbench.processes.messages import Answer, Refusal
+from gcbench.simulate.additions import additions
+from gcbench.simulate.costs import CardFigures, Figures
+from gcbench.simulate.explain import explain
+from gcbench.simulate.predictor import Step
+from gcbench.simulate.timeline import Peak
+from gcbench.strategies import OFF, Plan
+
+MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
+"""By precision, for a kind of layer; else 5. For Llama-3.1-8B one more changes the recomputation left at a budget by at
+most 2 % of that of everything. Autocast has a layer keep weights that it cast too, so there is more to choose from."""
+_MOST_POLICIES = 5
+_WITHOUT_BOUND = (1, 2, 4, 8, 16)
+"""Batch sizes where nothing limits them."""
+_STEPS = 4
+"""Of which a plan tells that they are done."""
+_SHORTEST = 64
+"""Tokens; a shorter sequence is no remedy."""
+
+
+def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
+    """Decide and tell; what cannot be decided is a refusal or a failure."""
+
+    def say(done: int, doing: str) -> None:
+        tell(Planning(done=done, total=_STEPS, doing=doing))
+
+    try:
+        say(0, "tracing the training step")
+        tell(Decided(decision=Planner(task, figures_for(task)).decide(say)))
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    except Exception as err:  # modelling code may raise anything
+        return Answer(failure=failure(err))
+    return Answer()
+
+
+def figures_for(task: PlanTask) -> Figures:
+    """What the target needs for operators: as calibrated on this machine, or as published for a card."""
+    if task.device_here is None:
+        return CardFigures(task.target.card)
+    from gcbench.calibration.calibrate import calibrate_for
+    from gcbench.devices import backends
+
+    return calibrate_for((), device=backends.open_device(task.device_here), budget_s=task.calibration_s)
+
+
+class Planner:
+    """One model on one device; `decide` is the whole of it."""
+
+    def __init__(self, task: PlanTask, figures: Figures) -> None:
+        self.task = task
+        self.weighing = Weighing(task, figures)
+        self.named = task.named
+        self.notices: list[str] = []
+        self._calibrated: set[int] = set()
+        """Batch sizes."""
+        self.mixes = Mixes(self.weighing, self._uniform())
+        self._trace()
+
+    def limited(self, memory_bytes: int) -> Planner:
+        """The same on a device with so much memory, with nothing traced anew."""
+        other = copy(self)
+        other.task = replace(self.task, target=replace(self.task.target, memory_bytes=memory_bytes))
+        other.weighing = self.weighing.limited(other.task)
+        other.mixes = self.mixes.on(other.weighing)
+        other._calibrated = set()  # what one of the two has timed, the other does not know of
+        return other
+
+    def decide(self, say: Callable[[int, str], None] = lambda done, doing: None) -> Decision:
+        """Weigh, solve, verify; `say` gets how many of `_STEPS` are done and what is done now."""
+        say(1, "weighing strategies and batch sizes")
+        most = self._most()
+        batches = self._batches(most)
+        self._calibrate(batches)
+        lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
+        self.weighing.all_up_to = None
+        if self.weighing.candidate("", lightest, batches[0]).fits:
+            self.weighing.all_up_to = None if self.task.batch_sizes else batches[0]
+        wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
+        named = on_two_cores(lambda one: self._candidate(*one), wanted)
+        say(2, "searching plans")
+        drafts = self._drafts(batches)
+        with ExitStack() as stack:
+            likely = choose([*named, *drafts])
+            trial = None if likely is None else stack.enter_context(self._trial(likely))
+            candidates = self._known([*named, *self._found(drafts, choose(named))])
+            say(3, "trying what else would lower the peak")
+            choice = choose(candidates)
+            smallest = None if choice is not None else self._smallest(min(batches), candidates)
+            shown = choice or smallest
+            found = () if shown is None else self._gains(shown, trial)
+        rivals = [each for each in contenders(ranked(candidates)) if each != choice] if self.task.is_confirmed else []
+        return Decision(
+            limit_bytes=self.task.target.memory_bytes,
+            usable_bytes=self.weighing.usable,
+            reserve_frac=self.task.reserve_frac,
+            choice=choice,
+            smallest=smallest,
+            candidates=ranked(candidates),
+            largest=self._largest(most),
+            gains=found,
+            longest_seq_len=None if choice is not None else self._longest(min(batches)),
+            peak_words=None if shown is None else self._peak_words(shown),
+            binding=None if choice is None else why_not_faster(candidates, choice),
+            told=tuple(map(self._told, rivals)),
+            additions=() if shown is None else self._additions(shown),
+            fallback=None if shown is None else self._fallback(shown),
+            times_from=self.weighing.figures.source,
+            notices=tuple(self.notices),
+            outside_bytes=self.weighing.outside_bytes,
+        )
+
+    # What is traced.
+
+    def _uniform(self) -> list[Plan]:
+        """Every layer treated alike: nothing recomputed, everything recomputed, then policy by policy."""
+        stage = self.weighing.session.predictor.stage
+        num_layers = len(stage.layers)
+        layers = self.task.layers_in_order or tuple(range(num_layers))
+        off = Plan(num_layers=num_layers)
+        if self.task.own is not None:
+            return [off, self.task.own]
+        if not layers or not self.task.can_checkpoint:
+            return [off]
+        every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
+        try:
+            most = MOST_POLICIES.get(self.task.precision, _MOST_POLICIES)
+            found = uniform_plans(stage, layers, self.weighing.figures, seq_len=self.task.seq_len, most=most)
+        except Exception as err:  # a model's own code, or layers that cannot be looked into
+            self.notices.append(f"Policies inside of layers were not looked for: {err}.")
+            return [off, every]
+        return [off, every, *(each for each in found if any(policy.keep for policy in each.policies))]
+
+    def _trace(self) -> None:
+        """Trace all that others are computed from; what cannot be traced is told, and not looked at."""
+        uniform = self.mixes.uniform
+        others = [plan for _, plan in self.task.named if not self._is_composed(plan)]
+        refused = self.weighing.trace(list(dict.fromkeys([*uniform, *others])))
+        if not refused:
+            return
+        self.named = tuple((spec, plan) for spec, plan in self.named if plan not in refused)
+        self.mixes = Mixes(self.weighing, [plan for plan in uniform if plan not in refused])
+        told = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
+        policies = [why for plan, why in refused.items() if plan in uniform[2:]]
+        if policies:
+            number = "1 policy that was" if len(policies) == 1 else f"{len(policies)} policies that were"
+            told.append(f"{number} found ({policies[0]})")
+        self.notices.append(f"Left out, since they cannot be traced: {', '.join(told)}.")
+
+    def _is_composed(self, plan: Plan) -> bool:
+        """Whether what it takes follows from uniform plans."""
+        return plan not in self.mixes.uniform and self.mixes.can_compose(plan)
+
+    def _candidate(self, spec: str, plan: Plan, batch: int) -> Candidate:
+        composed = self.mixes.composed(spec, plan, batch) if self._is_composed(plan) else None
+        return composed or self.weighing.candidate(spec, plan, batch)
+
+    def _calibrate(self, batches: Sequence[int]) -> None:
+        """On the machine at hand, time what the steps are made of and has not been timed yet, the costliest first."""
+        if self.task.device_here is None or set(batches) <= self._calibrated:
+            return
+        from gcbench.calibration.calibrate import calibrate_for
+        from gcbench.devices import backends
+
+        self._calibrated.update(batches)
+        device = backends.open_device(self.task.device_here)
+        plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.named if not self._is_composed(plan)))
+        works = [
+            work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.calls(plan, batch)
+        ]
+        self.weighing.use(calibrate_for(works, device=device, budget_s=self.task.calibration_s))
+        self.mixes.forget()
+
+    # Batch sizes.
+
+    def _most(self) -> dict[Plan, int | None]:
+        """The largest batch of each plan; empty where nothing limits it."""
+        if self.weighing.usable is None:
+            return {}
+        plans = list(dict.fromkeys([*self.mixes.uniform[:2], *(plan for _, plan in self.named)]))
+
+        def most(plan: Plan) -> int | None:
+            return self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan)
+
+        return dict(zip(plans, on_two_cores(most, plans), strict=True))
+
+    def _batches(self, most: Mapping[Plan, int | None]) -> tuple[int, ...]:
+        """Those asked for, or powers of two and their halves between up to the largest at which anything fits."""
+        if self.task.batch_sizes:
+            return self.task.batch_sizes
+        if self.weighing.usable is None:
+            return _WITHOUT_BOUND
+        tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
+        ladder = [step for power in range(21) for step in (2**power, 3 * 2**power) if step <= max(tops, default=1)]
+        return tuple(sorted({1, *ladder, *tops}))
+
+    def _largest(self, most: Mapping[Plan, int | None]) -> tuple[Largest, ...]:
+        if not most:
+            return ()
+        named = [Largest(strategy=spec, batch_size=most[plan]) for spec, plan in self.named]
+        if len(self.mixes.uniform) > 1 and self.task.own is None:
+            # Nothing found keeps less than every layer's input.
+            tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
+            named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
+        return tuple(named)
+
+    # What is found.
+
+    def _drafts(self, batches: Sequence[int]) -> list[Candidate]:
+        """The fastest mixes at the batch sizes at which not everything can be kept, the fastest of all first."""
+        off = self.mixes.uniform[0]
+        tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
+        bounds = dict(zip(tight, on_two_cores(self.mixes.bound, tight), strict=True))
+        order = sorted((batch for batch in tight if bounds[batch] > 0), key=lambda batch: -bounds[batch])
+        drafts: list[Candidate] = []
+        bar = 0.0
+        for pair in (order[place : place + 2] for place in range(0, len(order), 2)):
+            wanted = [batch for batch in pair if bounds[batch] > bar]
+            for draft in on_two_cores(partial(self.mixes.fastest, above=bar), wanted):
+                if draft is not None and draft.tokens_per_s > bar:
+                    drafts.append(draft)
+                    bar = draft.tokens_per_s
+        return drafts[::-1]
+
+    def _found(self, drafts: Sequence[Candidate], best: Candidate | None) -> list[Candidate]:
+        """The mixes, each traced as it is, as far as they could be chosen."""
+        bar = best.tokens_per_s if best is not None else 0.0
+        found: list[Candidate] = []
+        for draft in drafts:
+            if found and draft.tokens_per_s < bar:
+                break  # it would not be chosen
+            settled = self.mixes.settled(draft)
+            if settled is not None:
+                found.append(settled)
+                bar = max(bar, settled.tokens_per_s)
+        return found
+
+    def _verified(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, with the one that would be chosen traced as it is, and so on until that one stands."""
+        checked = list(candidates)
+        while (choice := choose(checked)) is not None and choice.source == "estimated":
+            traced = self.weighing.candidate(choice.strategy, choice.plan, choice.batch_size, traced=True)
+            checked[checked.index(choice)] = traced
+        return checked
+
+    def _known(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The candidates, with the choice verified and what a table or a sentence names traced as it is."""
+        known = list(candidates)
+        while True:
+            known = self._verified(known)
+            choice = choose(known)
+            shown = best_of_each(known, choice)
+            if choice is not None and (nearest := nearest_faster(known, choice)) is not None:
+                shown.append(nearest)
+            todo = [each for each in dict.fromkeys(shown) if each.is_lower_bound or each.source == "estimated"]
+            if not todo:
+                return known
+            for each, now in zip(todo, on_two_cores(self._in_full, todo), strict=True):
+                known[known.index(each)] = now
+
+    def _in_full(self, candidate: Candidate) -> Candidate:
+        """The candidate with the peak that a prediction of it would show."""
+        estimated = candidate.source == "estimated"
+        return self.weighing.candidate(
+            candidate.strategy, candidate.plan, candidate.batch_size, traced=estimated, in_full=True
+        )
+
+    def _smallest(self, batch: int, candidates: Sequence[Candidate]) -> Candidate | None:
+        """The lowest peak that can be reached at a batch size."""
+        of_batch = [candidate for candidate in candidates if candidate.batch_size == batch]
+        lowest = self.mixes.smallest(batch)
+        return min([*of_batch, *([lowest] if lowest else [])], key=lambda each: each.peak_bytes, default=None)
+
+    def _longest(self, batch: int) -> int | None:
+        """The longest of the halved lengths at which a batch fits with everything recomputed."""
+        plan = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
+        weighing = self.weighing
+
+        def fits(seq_len: int) -> bool:
+            step = weighing.session.predictor.step(plan, batch_size=batch, seq_len=seq_len)
+            return weighing.fits(weighing.counted(step.timeline, weighing.session))
+
+        halved = [self.task.seq_len >> times for times in range(1, 20) if self.task.seq_len >> times >= _SHORTEST]
+        return next(filter(fits, halved), None) if halved and fits(halved[-1]) else None
+
+    # What is said of it.
+
+    def _trial(self, candidate: Candidate) -> Trial:
+        return Trial(self.task, candidate, held=self.weighing.counted)
+
+    def _gains(self, candidate: Candidate, trial: Trial | None) -> tuple[Gain, ...]:
+        """`trial` may be that of another candidate."""
+        weighing = self.weighing
+        step = weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        if trial is None or trial.of != (candidate.plan, candidate.batch_size):
+            with self._trial(candidate) as own:
+                return self._gains(candidate, own)
+        return gains(self.task, weighing.session, candidate, step, trial, held=weighing.counted, usable=weighing.usable)
+
+    def _traced(self, candidate: Candidate) -> tuple[Step, Peak]:
+        """Its step from a trace of this very batch size, and what the target sees of it."""
+        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
+        return self.weighing.scaling(candidate.plan).traced(candidate.batch_size), peak
+
+    def _peak_words(self, candidate: Candidate) -> str:
+        step, peak = self._traced(candidate)
+        told = explain(step.assembly, peak, ())
+        shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
+        return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
+
+    def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
+        step, peak = self._traced(candidate)
+        return additions(step, self.weighing.session.weighed, peak)
+
+    def _fallback(self, candidate: Candidate) -> Fallback | None:
+        step, peak = self._traced(candidate)
+        return self.weighing.session.fallback(step, peak)
+
+    def _told(self, candidate: Candidate) -> Told:
+        return Told(
+            of=candidate,
+            peak_words=self._peak_words(candidate),
+            gains=self._gains(candidate, None),
+            additions=self._additions(candidate),
+            fallback=self._fallback(candidate),
+        )

@@ -1,0 +1,182 @@
+"""One `gcbench plan` from settings to what is printed: target and model found, a child asked, the answer shown."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import threading
+from contextlib import ExitStack, nullcontext
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib import import_module
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench.core import model_changes, streams
+from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
+from gcbench.core.files import write_text
+from gcbench.core.interruption import ignore_more
+from gcbench.devices.target import CPU, Wish, target_of
+from gcbench.export._handover import Training
+from gcbench.job import preflight
+from gcbench.job.describe import changed_config
+from gcbench.job.settings import Settings
+from gcbench.models import flash_attention, sources
+from gcbench.plan.decide import decide
+from gcbench.plan.named import in_run_order
+from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.stored import save_plan
+from gcbench.processes import progress as counting
+from gcbench.processes.children import Children, ForkedChildren
+from gcbench.report import report_file as reports
+from gcbench.report.run_folder import Store
+from gcbench.strategies.plan_file import as_json as plan_as_json
+
+
+def check_emit(tool: str | None, settings: Settings) -> None:
+    """Raise UsageError where the tool cannot run the workload, whatever is planned for it."""
+    if tool is None:
+        return
+    from gcbench import export
+
+    export.check(
+        tool,
+        Training(
+            model=settings.model,
+            precision=settings.precision,
+            optim=settings.optim,
+            attn_implementation=settings.attn_implementation,
+            lora_r=settings.lora_r,
+            lora_target_modules=settings.lora_target_modules,
+            model_changes=model_changes.told(settings.layers, settings.set),
+        ),
+    )
+
+
+def plan(
+    wanted: Settings, wish: Wish, asked: Asked, *, out: Path | None, command: str, as_json: bool, quiet: bool
+) -> None:
+    """Decide, store and show; raises GcbenchError for what cannot be decided."""
+    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    check_emit(asked.emit, wanted)
+    flash_attention.check_plan(wanted.attn_implementation, early)
+    if asked.measure and early is not None and early.kind != CPU:
+        raise UsageError(_not_here(wish, early.name))
+    source = preflight.model_of(wanted)
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    err = Console(stderr=True)
+    with Store.create(out) if out else Store.new(f"plan-{sources.slug(wanted.model)}", created) as store:
+        try:
+            with ExitStack() as stack:
+                preload = (*sources.modules(source), "gcbench.plan.search.planner")
+                children = stack.enter_context(ForkedChildren(preload=preload))
+                # Half a second that the plot takes to begin with, spent while the children are at work.
+                threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
+                with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
+                    planned = decide(
+                        wanted,
+                        wish,
+                        asked,
+                        early,
+                        source=source,
+                        children=children,
+                        command=command,
+                        on_step=counter.count,
+                    )
+                planned = replace(planned, created=created, changed=changed_config(wanted, source, children))
+                if asked.measure:
+                    planned = _confirmed(planned, wish, children=children, store=store, quiet=quiet, err=err)
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted(_kept(store)) from None
+        finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+
+
+def _kept(store: Store) -> str:
+    """After an interruption: what there is, and what it is good for."""
+    try:
+        done = sum(len(outcome.rounds) for outcome in reports.load(store.folder).outcomes)
+    except GcbenchError:
+        done = 0
+    if not done:
+        return "interrupted before a plan was made"
+    folder = shlex.quote(str(store.folder))
+    return (
+        f"interrupted; {done} measured rounds are kept in {store.folder}; "
+        f"decide by them with: gcbench plan --from {folder}"
+    )
+
+
+def _not_here(wish: Wish, target: str) -> str:
+    """Why --measure cannot confirm the plan, with the flag that would change it."""
+    if wish.device is None:
+        return (
+            "--measure runs on this machine, and --device-memory alone stands for a CUDA device of that size; add "
+            "--device cpu, or --device auto for what this machine has, or leave out --measure"
+        )
+    return (
+        f"--measure runs on this machine, and the plan is for {target}; leave out --device, or take --device auto, or "
+        "leave out --measure"
+    )
+
+
+def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
+    """The plan after its best candidates have run here."""
+    from gcbench.measure import progress
+    from gcbench.plan import confirm
+
+    if planned.target.name != planned.machine.device:
+        raise UsageError(_not_here(wish, planned.target.name))
+    with progress.choose(err, quiet=quiet) as display:
+        return confirm.confirm(planned, children=children, store=store, progress=display)
+
+
+def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
+    """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
+    from gcbench.plan import nothing_fits, view
+
+    if store is not None:
+        planned = publish(planned, store)
+    emitted = None
+    if asked.emit is not None:
+        from gcbench import export
+
+        if planned.handover is not None:  # else the sentence that nothing fits is what there is to say
+            emitted = export.emit(asked.emit, planned.handover)
+    folder = None if store is None else store.folder
+    try:
+        with streams.kept_in(folder) if folder is not None else nullcontext():
+            view.show(
+                planned,
+                emitted,
+                as_json=as_json,
+                quiet=quiet,
+                err=err,
+                folder=folder,
+                emits=asked.emit is not None,
+            )
+    finally:
+        if store is not None:
+            store.close()
+    if planned.decision.choice is None:
+        raise ThresholdBroken(nothing_fits.nothing_fits(planned))
+
+
+def publish(planned: Planned, store: Store) -> Planned:
+    """Write the plan of the choice, the decision and its picture into the store's folder."""
+    from gcbench.plan import plot, view
+    from gcbench.report import stored_kind
+
+    folder, choice = store.folder, planned.decision.choice
+    with store.attempt():
+        if choice is not None:
+            document = plan_as_json(in_run_order(choice.plan, planned.facts.layers_in_order))
+            write_text(folder / stored_kind.PLAN_NAME, json.dumps(document, indent=1) + "\n")
+            planned = replace(planned, plan_file=folder / stored_kind.PLAN_NAME)
+        write_text(folder / "decision.json", view.document(planned, None))
+        save_plan(planned, folder)
+        write_text(folder / "plan.md", view.markdown(planned))
+        write_text(folder / "plan.txt", view.text(planned, width=100))
+        plot.draw(planned, folder / "plots")
+    return planned

@@ -1,0 +1,266 @@
+"""One prediction from settings to what is printed: target and model found, cells answered by a child, results shown."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench.core import headroom
+from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.core.interruption import ignore_more
+from gcbench.core.records import Failure, Outcome, Report
+from gcbench.core.units import counted, format_bytes
+from gcbench.devices.target import CPU, Target, Wish, target_of
+from gcbench.job import preflight
+from gcbench.job.describe import describe
+from gcbench.job.resolve import Job, begin, described, resolve
+from gcbench.job.settings import DEFAULT_STRATEGIES, Settings
+from gcbench.models import flash_attention, sources
+from gcbench.predict.task import CellToPredict, Predicted, PredictTask
+from gcbench.processes import progress
+from gcbench.processes.children import Children, ForkedChildren
+from gcbench.processes.messages import Answer, raise_refusal
+from gcbench.report import predictions as predicted
+from gcbench.report.publish import publish, show
+from gcbench.report.run_folder import Store
+
+OnCell = Callable[[Report, int, int], object]
+
+_MOST_CHILDREN = 4
+_OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
+
+
+def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+    """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
+    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    source = preflight.model_of(wanted)
+    err = Console(stderr=True)
+    with ExitStack() as stack:
+        store = stack.enter_context(Store.create(out)) if out is not None else None
+        done = 0
+        try:
+            with (
+                ExitStack() as running,
+                progress.choose(err, verb="predicting", noun="cells", quiet=quiet) as counter,
+            ):
+                children = [running.enter_context(ForkedChildren()) for _ in range(num_children())]
+
+                def keep(so_far: Report, answered: int, waiting: int) -> None:
+                    nonlocal done
+                    done = answered
+                    counter.count(answered, waiting)
+                    if store is not None and answered:
+                        store.save(so_far)
+
+                report = forecast(wanted, wish, early, source=source, children=children, command=command, on_cell=keep)
+            if store is not None:
+                store.save(report)
+                publish(report, store)
+            folder = None if store is None else store.folder
+            try:
+                show(report, folder, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+            finally:
+                if store is not None:
+                    store.close()
+        except KeyboardInterrupt:
+            ignore_more()
+            raise Interrupted(_kept(store, done)) from None
+    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
+    if broken:
+        raise GcbenchError(
+            f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed or timed out; the table says why"
+        )
+    nothing = predicted.nothing_fits(report)
+    if nothing is not None:
+        raise ThresholdBroken(nothing)
+
+
+def _kept(store: Store | None, done: int) -> str:
+    """After an interruption: what there is."""
+    if not done:
+        return "interrupted before anything was predicted"
+    cells = f"{done} {'cell was' if done == 1 else 'cells were'} predicted"
+    if store is None:
+        return f"interrupted; {cells}, and kept nowhere, as there was no --out"
+    folder = shlex.quote(str(store.folder))
+    return f"interrupted; {cells} and kept in {store.folder}; show them with: gcbench report {folder}"
+
+
+def num_children() -> int:
+    """A prediction keeps one core busy, and holds less than 1 GiB."""
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    return min(cores, _MOST_CHILDREN)
+
+
+def forecast(
+    wanted: Settings,
+    wish: Wish,
+    target: Target | None,
+    *,
+    source: sources.ModelSource,
+    children: Sequence[Children],
+    command: str,
+    on_cell: OnCell = lambda so_far, answered, waiting: None,
+) -> Report:
+    """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`.
+
+    `on_cell` is called before the first cell and after each, never twice at a time, with the report so far, how many
+    cells are answered and how many there are.
+    """
+    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    _check_attention(wanted, target)
+    machine, facts = describe(replace(wanted, device=here), source, children[0], target=target)
+    if target is None:
+        target = target_of(wish, machine)
+        _check_attention(wanted, target)
+    assert target is not None
+    job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
+    if flash_attention.is_stood_in(wanted.attn_implementation, target):
+        job = replace(job, notices=(*job.notices, flash_attention.NOTICE))
+    report = begin(job, described(machine, target), facts, command)
+    # What decides how a measurement is made decides nothing here.
+    settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
+    report = replace(report, source="predicted", settings=settings | wish.as_json())
+    return _answered(report, job, wish, target, source, children, on_cell)
+
+
+def _check_attention(wanted: Settings, target: Target | None) -> None:
+    flash_attention.check(
+        wanted.attn_implementation,
+        target,
+        precision=wanted.precision,
+        specs=wanted.strategies or DEFAULT_STRATEGIES,
+    )
+
+
+def _answered(
+    report: Report,
+    job: Job,
+    wish: Wish,
+    target: Target,
+    source: sources.ModelSource,
+    children: Sequence[Children],
+    on_cell: OnCell,
+) -> Report:
+    """The report with every cell answered, shared out among `children`."""
+    outcomes = list(report.outcomes)
+    waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
+    answered = 0
+    reserve_frac = headroom.RESERVE_FRAC[target.kind] if wish.reserve_frac is None else wish.reserve_frac
+    one_at_a_time = threading.Lock()
+    halted = threading.Event()
+    on_cell(report, answered, len(waiting))
+
+    def note(number: int, event: Predicted) -> None:
+        nonlocal answered
+        with one_at_a_time:
+            if halted.is_set():
+                return
+            outcomes[number] = _outcome(outcomes[number], event, reserve_frac)
+            answered += 1
+            on_cell(replace(report, outcomes=tuple(outcomes)), answered, len(waiting))
+
+    def work(own: Children, numbers: Sequence[int]) -> None:
+        cells = [_cell(number, outcomes[number], job) for number in numbers]
+        task = partial(_task, job, wish, target, source)
+        _answer(own, cells, task, note, timeout_s=job.settings.timeout, halted=halted)
+
+    shares = _shares(waiting, outcomes, len(children))
+    with ThreadPoolExecutor(len(children)) as pool:
+        works = [pool.submit(work, own, share) for own, share in zip(children, shares, strict=True) if share]
+        try:
+            for done in works:
+                done.result()
+        except BaseException:  # an interruption must not wait for what the others are at
+            halted.set()
+            for own in children:
+                own.halt()
+            raise
+    return replace(report, outcomes=tuple(outcomes))
+
+
+def _shares(waiting: Sequence[int], outcomes: Sequence[Outcome], count: int) -> list[list[int]]:
+    """Cells for each child: whole workloads where there are enough of them, since their cells have most in common."""
+    workloads = list(dict.fromkeys(outcomes[number].cell.workload for number in waiting))
+    shares: list[list[int]] = [[] for _ in range(count)]
+    for place, number in enumerate(waiting):
+        turn = workloads.index(outcomes[number].cell.workload) if len(workloads) >= count else place
+        shares[turn % count].append(number)
+    return shares
+
+
+def _answer(
+    children: Children,
+    cells: Sequence[CellToPredict],
+    task: Callable[[Sequence[CellToPredict]], PredictTask],
+    note: Callable[[int, Predicted], None],
+    *,
+    timeout_s: float | None,
+    halted: threading.Event,
+) -> None:
+    """Have a child answer the cells; one that takes the child down costs one row, and another child goes on."""
+    waiting = {cell.number: cell for cell in cells}
+
+    def on_event(event: object) -> None:
+        if isinstance(event, Predicted):
+            del waiting[event.number]
+            note(event.number, event)
+
+    while waiting and not halted.is_set():
+        answer = children.run(task(tuple(waiting.values())), on_event=on_event, timeout_s=timeout_s)
+        raise_refusal(Answer(refusal=answer.refusal))
+        if waiting and not halted.is_set():  # the child ended at the first of those that are left
+            number = next(iter(waiting))
+            del waiting[number]
+            failure = answer.failure or Failure(kind="crash", message="the child gave no prediction")
+            note(number, Predicted(number=number, failure=failure))
+
+
+def _cell(number: int, outcome: Outcome, job: Job) -> CellToPredict:
+    workload = outcome.cell.workload
+    return CellToPredict(
+        number=number,
+        batch_size=workload.batch_size,
+        seq_len=workload.seq_len,
+        plan=job.plans[outcome.cell.strategy],
+    )
+
+
+def _task(
+    job: Job, wish: Wish, target: Target, source: sources.ModelSource, cells: Sequence[CellToPredict]
+) -> PredictTask:
+    settings = job.settings
+    return PredictTask(
+        source=source,
+        layers=settings.layers,
+        overrides=settings.set or {},
+        attn_implementation=settings.attn_implementation,
+        lora=settings.lora,
+        precision=settings.precision,
+        optim=settings.optim,
+        target=target,
+        cells=tuple(cells),
+        explain=wish.explain,
+        exact=wish.exact,
+    )
+
+
+def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome:
+    said = event.prediction
+    failure = event.failure
+    if said is not None:
+        said = replace(said, reserve_frac=reserve_frac)
+    if said is not None and said.usable_bytes is not None and said.needed_bytes > said.usable_bytes:
+        there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
+        failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
+    return replace(outcome, prediction=said, failure=failure)

@@ -1,0 +1,209 @@
+"""What a child process does to predict cells: the model is built once, every cell is answered as it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from copy import copy
+from dataclasses import replace
+
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+from gcbench.checkpointing import apply as checkpointing
+from gcbench.checkpointing import own_way
+from gcbench.core.errors import GcbenchError, first_sentence
+from gcbench.core.prediction import Fallback, Lever, Prediction
+from gcbench.core.records import Failure
+from gcbench.devices.target import Target
+from gcbench.models import build as models
+from gcbench.models import flash_attention
+from gcbench.predict.task import CellToPredict, Predicted, PredictTask
+from gcbench.processes.messages import Answer, Refusal
+from gcbench.simulate import timeline
+from gcbench.simulate.additions import additions
+from gcbench.simulate.allocator.caching_allocator import OutOfMemory
+from gcbench.simulate.compose.whole_step import Assembly
+from gcbench.simulate.device_model import Way, way_to
+from gcbench.simulate.explain import curve, explain, fallback_bytes, without_logits
+from gcbench.simulate.predictor import Predictor, Step
+from gcbench.simulate.timeline import Peak, Timeline
+from gcbench.strategies import Plan
+from gcbench.training.step import parameter_dtype
+
+CHUNKS = 8
+"""Parts in which a chunked loss makes the logits, in the lever that names it."""
+_FUSED = "adamw_torch_fused"
+_WORTH_NAMING = 0.005
+"""Of the peak; smaller gains are no lever."""
+
+
+def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
+    """Predict every cell of the task and tell each as it is done."""
+    try:
+        session = Session(task)
+    except GcbenchError as err:
+        return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
+    for cell in task.cells:
+        try:
+            tell(Predicted(number=cell.number, prediction=session.predict(cell)))
+        except Exception as err:  # modelling code may raise anything
+            tell(Predicted(number=cell.number, failure=failure(err)))
+    return Answer()
+
+
+class Session:
+    """The cells of one task: one model on one target."""
+
+    def __init__(self, task: PredictTask) -> None:
+        self.task = task
+        self.target: Target = task.target
+        self.way: Way = way_to(task.target)
+        self.predictor = self._predictor(task.optim)
+        self._fused: Predictor | None = None
+
+    @classmethod
+    def on(cls, other: Session, target: Target) -> Session:
+        """The same steps, replayed on a target that differs in its allocator alone."""
+        found = copy(other)
+        found.target = target
+        return found
+
+    def _predictor(self, optim: str) -> Predictor:
+        task = self.task
+        config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
+        attention = flash_attention.traced_as(task.attn_implementation, task.target)
+        if attention == flash_attention.STAND_IN:
+            from gcbench.simulate.cuda import flash_stand_in
+
+            flash_stand_in.register()
+        model = models.build_meta(
+            config,
+            lora=task.lora,
+            dtype=parameter_dtype(task.precision),
+            trust_remote_code=task.source.trust_remote_code,
+            **({} if attention is None else {"attn_implementation": attention}),
+        )
+        return Predictor(
+            model,
+            precision=task.precision,
+            optim=optim,
+            road=self.way.road,
+            standing=self.way.standing,
+            steps_on_device=self.target.kind == "cpu" or optim == _FUSED,
+            exact=task.exact,
+        )
+
+    def predict(self, cell: CellToPredict) -> Prediction:
+        """One cell; raises what the model's code raises on tensors without values."""
+        attention = self.way.attention
+        if attention is not None:
+            attention.chosen.clear()
+        step = self._step(self.predictor, cell.plan, cell)
+        kernels = {} if attention is None else dict(attention.chosen)
+        peak = self.peak(step.timeline)
+        needed = self.counts(peak)
+        limit = self.target.memory_bytes
+        levers = self._levers(step, peak, cell) if self.task.explain else []
+        return Prediction(
+            memory=peak.memory,
+            limit_bytes=limit,
+            spare_bytes=None if limit is None else limit - needed,
+            num_alloc_retries=None if self.target.kind == "cpu" else peak.num_alloc_retries,
+            terms=self.way.terms,
+            attention=kernels,
+            layers_traced=step.layers_traced,
+            why_in_full=step.why_in_full,
+            explanation=explain(step.assembly, peak, levers),
+            curve=curve(step.assembly),
+            additions=additions(step, self.weighed, peak),
+            fallback=self.fallback(step, peak),
+        )
+
+    @staticmethod
+    def _step(predictor: Predictor, plan: Plan, cell: CellToPredict) -> Step:
+        return predictor.step(plan, batch_size=cell.batch_size, seq_len=cell.seq_len)
+
+    def fallback(self, step: Step, peak: Peak) -> Fallback | None:
+        """What PyTorch code made of the peak where the target would run a package's kernels."""
+        packages = self.predictor.stage.fallbacks
+        if self.target.kind == "cpu" or not packages:
+            return None
+        return Fallback(packages=tuple(sorted(packages)), nbytes=fallback_bytes(step.assembly, peak))
+
+    def counts(self, peak: Peak) -> int:
+        """Bytes that count against the device's memory: on CUDA what the process holds, on a CPU what tensors do."""
+        return (peak.memory.process_bytes or 0) if self.target.kind == "cuda" else peak.memory.allocated_bytes
+
+    def weighed(self, line: Timeline) -> tuple[int, Peak]:
+        """(bytes that count against the device's memory, the peak) of a step."""
+        peak = self.peak(line)
+        return self.counts(peak), peak
+
+    def peak(self, line: Timeline) -> Peak:
+        """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
+        if self.target.kind == "cpu":
+            return timeline.exact(line)
+        expandable = self.target.expandable_segments
+        outside, limit = self.way.outside_bytes, self.target.memory_bytes
+        peak = timeline.cached(line, expandable_segments=expandable)
+        short = limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit
+        if limit is not None and short and peak.memory.allocated_bytes + outside <= limit:
+            with suppress(OutOfMemory):
+                # Short of memory, the allocator gives back what it caches and tries again.
+                peak = timeline.cached(line, limit_bytes=limit - outside, expandable_segments=expandable)
+        process = (peak.memory.reserved_bytes or 0) + outside
+        return replace(peak, memory=replace(peak.memory, process_bytes=process))
+
+    def _levers(self, step: Step, peak: Peak, cell: CellToPredict) -> list[Lever]:
+        """What would move the peak: each replayed, none asserted. Gains too small to name are left out."""
+        tried = [
+            (f"a loss computed in {CHUNKS} chunks", self._with_sizes(step.assembly)),
+            ("checkpointing every layer", self._with_plan(cell)),
+        ]
+        if self.task.optim == "adamw_torch":
+            tried.append(("the fused optimizer", self._with_fused(cell)))
+        now = peak.memory.allocated_bytes
+        return [
+            Lever(name=name, peak_bytes=there)
+            for name, there in tried
+            if there is not None and (now - there > _WORTH_NAMING * now or name.startswith("checkpointing"))
+        ]
+
+    def _with_sizes(self, assembly: Assembly) -> int | None:
+        sizes = without_logits(assembly, CHUNKS)
+        if (sizes == assembly.timeline.nbytes).all():
+            return None
+        return self.peak(replace(assembly.timeline, nbytes=sizes)).memory.allocated_bytes
+
+    def _with_plan(self, cell: CellToPredict) -> int | None:
+        layers = cell.plan.num_layers
+        model = self.predictor.stage.model
+        if checkpointing.refusal(model) is not None:
+            return None
+        groups = tuple((layer,) for layer in range(layers))
+        every = Plan(num_layers=layers, groups=groups, own=own_way.is_all(model))
+        if not layers or cell.plan == every or (every.own and cell.plan.own):
+            return None
+        return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
+
+    def _with_fused(self, cell: CellToPredict) -> int:
+        if self._fused is None:
+            self._fused = self._predictor(_FUSED)
+        return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
+
+
+def failure(err: BaseException) -> Failure:
+    """Why a cell has no prediction."""
+    why = first_sentence(err)
+    if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):
+        return Failure(
+            kind="unsupported",
+            message="its code asks for values of tensors, and a prediction has none; measure it with gcbench run",
+            detail=why,
+        )
+    return Failure(
+        kind="unsupported",
+        message=f"its training step cannot be traced without values ({type(err).__name__}: {why}); "
+        "measure it with gcbench run",
+        detail=str(err),
+    )

@@ -1,0 +1,1 @@
+"""Child processes: started, asked, followed. Knows no command: a task names its handler."""

@@ -1,0 +1,44 @@
+"""Writes the tables and plots of a run or prediction beside its report, and shows it."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+from rich.console import Console
+
+from gcbench.core import streams
+from gcbench.core.files import write_text
+from gcbench.core.records import Report
+from gcbench.report import formats
+from gcbench.report.run_folder import Store
+
+
+def publish(report: Report, store: Store, *, plots: bool = True) -> None:
+    """Write the tables and plots beside the report; a full disk is told by the store."""
+    with store.forgiving(report):
+        if plots:
+            from gcbench.report.plots.run_plots import draw
+
+            draw(report, store.folder / "plots")
+        for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
+            write_text(store.folder / file, formats.get(name).render(report))
+
+
+def show(
+    report: Report, folder: Path | None, *, explain: bool = False, as_json: bool, quiet: bool, err: Console
+) -> None:
+    """Print the report, and on standard error what was decided for the user and where everything is."""
+    with streams.kept_in(folder) if folder is not None else nullcontext():
+        if as_json:
+            streams.print_json(formats.get("json").render(report))
+        else:
+            from gcbench.report.formats import terminal
+
+            terminal.show(report, explain=explain)
+        if quiet:
+            return
+        for notice in (*(report.model_notices if as_json else ()), *report.notices):
+            err.print(notice, markup=False, highlight=False, soft_wrap=True)
+        if folder is not None:
+            err.print(f"Everything is in {folder}", markup=False, highlight=False, soft_wrap=True)

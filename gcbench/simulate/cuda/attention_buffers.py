@@ -1,0 +1,294 @@
+"""What attention's operators take for themselves on a card while they run, which a trace of operators cannot see.
+
+From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers given for one call are alive at
+the same time, together with the operator's results and inputs, and given back when it returns; where an operator has
+two phases, they are those of the larger one. Deterministic algorithms, which take more, are not covered.
+
+What cuDNN takes beyond the tensors that its front end names was measured on an H100, in one block with them, and is
+taken to be the same on other cards. What cannot be known from source is assumed: a card's shared memory, which decides
+between tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one
+row sum per query.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from gcbench.devices.target import Target
+from gcbench.simulate.cuda.attention_rules import Gpu, gpu_of
+
+ASSUMED_NUM_SMS = 108
+"""Of a card of which only the memory is known: an A100's."""
+
+_FP32_BYTES = 4
+_FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_FLASH_BACKWARD = "mha_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_COPIES = "_flash_attention_backward, pytorch aten/src/ATen/native/transformers/cuda/attention_backward.cu"
+_EFFICIENT_FORWARD = "_efficient_attention_forward, pytorch aten/src/ATen/native/transformers/cuda/attention.cu"
+_EFFICIENT_BACKWARD = (
+    "_efficient_attention_backward, pytorch aten/src/ATen/native/transformers/cuda/attention_backward.cu"
+)
+_WORKSPACE = "workspace_size, pytorch aten/src/ATen/native/transformers/cuda/mem_eff_attention/kernel_backward.h"
+_CUDNN_COPY = "run_cudnn_SDP_bprop, pytorch aten/src/ATen/native/cudnn/MHA.cpp"
+_CUDNN_PLAN_BYTES = 256
+_CUDNN_WORKSPACE = (
+    "measured on an H100, torch 2.11, cuDNN 9.19 (results/reference/plain-loop-nvidia-h100.json); dQ_accum and "
+    "softmax_sum: CompositeSDPABackwardNode, cudnn-frontend "
+    "include/cudnn_frontend/node/scaled_dot_product_flash_attention.h"
+)
+_AOTRITON = "assumed: AOTriton's backward pass, pytorch aten/src/ATen/native/transformers/hip"
+_SAFE_SOFTMAX = "_safe_softmax, pytorch aten/src/ATen/native/transformers/attention.cpp"
+_SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cuda/SoftMax.cu"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Internal:
+    """A buffer inside an operator: what it holds, its size, and where that is written, or that it is assumed."""
+
+    name: str
+    nbytes: int
+    source: str
+
+
+def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> tuple[Internal, ...]:
+    """The buffers of one call of an aten operator on `target`, from the shapes and strides of its arguments.
+
+    `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it. Empty for operators that are not attention's,
+    or take nothing.
+    """
+    buffers = _BUFFERS.get(func)
+    if buffers is None:
+        return ()
+    card = target.card
+    num_sms = card.num_sms if card is not None and card.num_sms is not None else ASSUMED_NUM_SMS
+    # A dispatch mode is not handed trailing arguments that have their default.
+    arguments = func._schema.arguments
+    defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
+    given = zip((argument.name for argument in arguments), args, strict=False)
+    inputs = {**defaults, **dict(given), **kwargs}
+    return tuple(found for found in buffers(inputs, gpu_of(target), num_sms) if found.nbytes)
+
+
+class _Sizes(NamedTuple):
+    """Of one call; `key_heads` is less than `heads` where heads are grouped."""
+
+    batch: int
+    heads: int
+    key_heads: int
+    queries: int
+    keys: int
+    head_dim: int
+    value_dim: int
+    itemsize: int
+
+
+def _sizes(inputs: dict[str, Any]) -> _Sizes:
+    """From query, key and value of shape (batch, heads, sequence, head dimension)."""
+    query, key, value = inputs["query"], inputs["key"], inputs["value"]
+    batch, heads, queries, head_dim = query.shape
+    return _Sizes(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3], query.element_size())
+
+
+def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    """Partial results of each split, where so few blocks are to be run that the keys are split among processors."""
+    s = _sizes(inputs)
+    if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
+        return
+    splits = _num_splits(s, num_sms)
+    if splits > 1:
+        rows = splits * s.batch * s.heads * s.queries
+        yield Internal(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
+        yield Internal(
+            name="partial out", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_FORWARD
+        )
+
+
+def _num_splits(s: _Sizes, num_sms: int) -> int:
+    """`num_splits_heuristic`: the fewest splits that come within 15 % of the fullest last wave of blocks."""
+    key_block = 256 if s.head_dim <= 64 else 128 if s.head_dim <= 128 else 64
+    key_blocks = math.ceil(s.keys / key_block)
+    blocks = s.batch * s.heads * math.ceil(s.queries / 64)
+    slots = 2 * num_sms
+    if blocks >= 0.8 * slots:
+        return 1
+    fullness: dict[int, float] = {}
+    for splits in range(1, min(128, slots, key_blocks) + 1):
+        if splits == 1 or math.ceil(key_blocks / splits) != math.ceil(key_blocks / (splits - 1)):
+            waves = blocks * splits / slots
+            fullness[splits] = waves / math.ceil(waves)
+    enough = 0.85 * max(fullness.values(), default=0.0)
+    return next((splits for splits, full in fullness.items() if full >= enough), 1)
+
+
+def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    s = _sizes(inputs)
+    yield from _bshd_copy(inputs["grad_out"], "contiguous grad_out", _COPIES)
+    yield from _bshd_copy(inputs["out"], "contiguous out", _COPIES)
+    if gpu.vendor == "amd":
+        yield Internal(name="delta", nbytes=s.batch * s.heads * s.queries * _FP32_BYTES, source=_AOTRITON)
+        return
+    rows = s.batch * s.heads * _round_up(s.queries, 128)
+    yield Internal(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_BACKWARD)
+    yield Internal(name="dq_accum", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_BACKWARD)
+    if s.key_heads != s.heads:
+        nbytes = s.batch * s.keys * s.heads * s.head_dim * s.itemsize
+        yield Internal(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+        yield Internal(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+
+
+def _rounded_head_dim(head_dim: int) -> int:
+    """As flash attention rounds it, from a multiple of 8."""
+    return _round_up(head_dim, 32 if head_dim <= 128 else 64)
+
+
+def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    """Only kernels for head dimensions over 128 keep the output in memory, and only half needs it in fp32 there."""
+    s = _sizes(inputs)
+    if gpu.vendor == "nvidia" and max(s.head_dim, s.value_dim) > 128 and s.itemsize < _FP32_BYTES:
+        nbytes = s.batch * s.queries * s.heads * s.value_dim * _FP32_BYTES
+        yield Internal(name="output_accum", nbytes=nbytes, source=_EFFICIENT_FORWARD)
+
+
+def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    s = _sizes(inputs)
+    yield from _bshd_copy(inputs["grad_out_"], "contiguous grad_out", _EFFICIENT_BACKWARD)
+    rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
+    delta = Internal(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
+    if gpu.vendor == "amd":
+        yield delta
+        return
+    tile = _tile(s, gpu, has_dropout=inputs["dropout_p"] > 0)
+    workspace = Internal(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
+    # `kKernelComputesDelta`; otherwise delta is the sum of an elementwise product, in fp32.
+    is_half = s.itemsize < _FP32_BYTES
+    if is_half and (tile.keeps_gradients or not _is_volta(gpu)):
+        yield delta
+        yield workspace
+        return
+    fp32_tensors = 3 if is_half else 1
+    product = Internal(
+        name="grad_out * out", nbytes=rows_bytes * (fp32_tensors * s.value_dim + 1), source=_EFFICIENT_BACKWARD
+    )
+    yield delta
+    yield max(product, workspace, key=lambda buffer: buffer.nbytes)
+
+
+class _Tile(NamedTuple):
+    """A memory-efficient backward kernel: block sizes, and whether it keeps dK and dV in registers."""
+
+    queries: int
+    keys: int
+    keeps_gradients: bool
+
+
+def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
+    """The first kernel that fits, in the order of `dispatch_cutlassB` (mem_eff_attention/kernels/cutlassB.h)."""
+    dim = max(s.head_dim, s.value_dim)
+    is_half = s.itemsize < _FP32_BYTES
+    if dim <= 64:
+        return _Tile(64, 64, is_half)
+    if is_half and dim <= 96 and gpu.capability in ((8, 6), (8, 9)) and not has_dropout:
+        return _Tile(128, 64, True)
+    if not _has_large_shared_memory(gpu):
+        return _Tile(64, 64, False)
+    if dim <= 128:
+        return _Tile(128, 128 if is_half and gpu.capability[0] >= 8 else 64, is_half)
+    return _Tile(128, 64, False)
+
+
+def _has_large_shared_memory(gpu: Gpu) -> bool:
+    """96 KB a block on Volta, 163 KB and more on the others named here; the rest have 64 or 99 KB.
+
+    From the technical specifications in the CUDA programming guide. Which kernels fit is assumed; pytorch's source
+    has one for sm86 and sm89 alone, because the larger does not.
+    """
+    return gpu.capability in ((7, 0), (8, 0), (8, 7)) or gpu.capability[0] in (9, 10)
+
+
+def _is_volta(gpu: Gpu) -> bool:
+    """`dispatch_cutlassB`: which cards run the kernels built for sm70."""
+    return (7, 0) <= gpu.capability < (7, 5)
+
+
+def _workspace_bytes(s: _Sizes, gpu: Gpu, tile: _Tile) -> int:
+    """fp32 accumulators: of dQ, with a 16-byte header a tile, and of dK and dV where registers do not keep them."""
+    splits_keys = gpu.capability >= (7, 0)
+    is_half = s.itemsize < _FP32_BYTES
+    in_memory = is_half and not tile.keeps_gradients
+    splits = math.ceil(s.keys / tile.keys)
+    if s.batch * s.heads >= 256 and s.keys <= 2 * tile.keys:
+        splits = 1
+    if in_memory:
+        splits = min(splits, 200 // (s.batch * s.heads))
+    if not splits_keys or splits < 1:
+        splits = 1
+    words = 0
+    if splits_keys or is_half:
+        tiles = math.ceil(s.queries / tile.queries) * math.ceil(s.head_dim / tile.keys)
+        words += tiles * (4 + tile.queries * tile.keys)
+    if in_memory:
+        rounded = _round_up(s.head_dim, tile.queries) + _round_up(s.value_dim, tile.queries)
+        words += splits * tile.keys * rounded
+    return s.batch * s.heads * _round_up(words, 4) * _FP32_BYTES
+
+
+def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    s = _sizes(inputs)
+    grad_out = inputs["grad_out"]
+    if grad_out.stride(-1) != 1:
+        yield Internal(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
+    rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
+    nbytes = rows_bytes * s.head_dim + rows_bytes + _CUDNN_PLAN_BYTES  # dQ_accum and softmax_sum, in fp32
+    if s.key_heads != s.heads:  # dK and dV of all heads, before those of a group are added up
+        nbytes += s.batch * s.heads * s.keys * s.itemsize * (s.head_dim + s.value_dim)
+    yield Internal(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
+
+
+def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    yield Internal(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
+
+
+def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    """Where the scores are -inf, as booleans, and which rows are so throughout."""
+    scores = inputs["self"]
+    count = scores.numel()
+    yield Internal(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
+    yield Internal(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
+
+
+def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+    """A product of the size of the scores, in eager attention too."""
+    yield Internal(name="grad * output", nbytes=_nbytes(inputs["grad_output"]), source=_SOFTMAX_BACKWARD)
+
+
+def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[Internal]:
+    """A tensor (batch, heads, sequence, dim) that the kernel wants dense as (batch, sequence, heads, dim)."""
+    if not tensor.transpose(1, 2).is_contiguous():
+        yield Internal(name=name, nbytes=_nbytes(tensor), source=source)
+
+
+def _nbytes(tensor: torch.Tensor) -> int:
+    """As a dense tensor."""
+    return tensor.numel() * tensor.element_size()
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return math.ceil(number / multiple) * multiple
+
+
+_aten = torch.ops.aten
+_BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[Internal]]] = {
+    _aten._scaled_dot_product_flash_attention.default: _flash_forward,
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+    _aten._scaled_dot_product_cudnn_attention.default: _cudnn_forward,
+    _aten._scaled_dot_product_cudnn_attention_backward.default: _cudnn_backward,
+    _aten._safe_softmax.default: _safe_softmax,
+    _aten._softmax_backward_data.default: _softmax_backward,
+}
