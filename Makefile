@@ -25,10 +25,11 @@ test: $(READY) ## Install and run the tests, those apart that take their time
 test-slow: $(READY) ## Run the tests that take their time
 	$(TESTS) -m slow
 
-lint: $(READY) ## Check style and types
+lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY) ## Measure gcbench itself: start-up, overhead of the default job
 	$(BIN)/python benchmarks/startup.py
