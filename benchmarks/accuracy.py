@@ -31,7 +31,7 @@ from gcbench.core.json_codec import decode
 from gcbench.core.records import Machine, MemoryPeaks
 from gcbench.core.units import format_bytes
 from gcbench.devices import target as targets
-from gcbench.devices.target import Wish
+from gcbench.devices.target import TargetOptions
 from gcbench.job import settings as config
 from gcbench.models import sources
 from gcbench.predict import session as forecast
@@ -78,8 +78,10 @@ def compare(truth: dict[str, Any], children: list[ForkedChildren]) -> Iterator[C
     for case in truth["cases"]:
         wanted = config.settings(case["settings"])
         source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=False)
-        target = targets.target_of(Wish(), machine)
-        report = forecast.forecast(wanted, Wish(), target, source=source, children=children, command="make accuracy")
+        target = targets.resolve_target(TargetOptions(), machine)
+        report = forecast.forecast(
+            wanted, TargetOptions(), target, source=source, children=children, command="make accuracy"
+        )
         said = {outcome.cell.strategy: outcome for outcome in report.outcomes}
         for cell in case["cells"]:
             if cell["memory"] is None:

@@ -19,7 +19,7 @@ from typing import Any
 
 from gcbench.core.errors import GcbenchError
 from gcbench.core.files import write_text
-from gcbench.devices.target import Wish, target_of
+from gcbench.devices.target import TargetOptions, resolve_target
 from gcbench.job import settings as config
 from gcbench.models.sources import ModelSource
 from gcbench.predict import session as forecast
@@ -69,10 +69,15 @@ def cover(name: str, values: dict[str, Any], children: ForkedChildren) -> dict[s
                 "timeout": TIMEOUT_S,
             }
         )
-        wish = Wish(device="cpu")
+        target_options = TargetOptions(device="cpu")
         try:
             report = forecast.forecast(
-                wanted, wish, target_of(wish, None), source=source, children=[children], command="coverage"
+                wanted,
+                target_options,
+                resolve_target(target_options, None),
+                source=source,
+                children=[children],
+                command="coverage",
             )
         except GcbenchError as err:
             return {"type": name, "built": False, "why": str(err)}

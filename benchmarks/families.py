@@ -46,7 +46,7 @@ def examine(name: str, values: dict[str, Any], children: ForkedChildren) -> dict
     if not values:
         return {"type": name, "built": False, "why": "its config has no defaults"}
     source = ModelSource(name=name, origin="", config=json.loads(json.dumps(values, default=str)), location="")
-    wanted = check_session.Wanted(
+    wanted = check_session.CheckOptions(
         model=name, strategies=STRATEGIES, precisions=("fp32", "bf16"), device="cpu", seq_len=16, timeout_s=TIMEOUT_S
     )
     begin = time.perf_counter()

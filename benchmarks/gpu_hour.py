@@ -37,7 +37,7 @@ def main() -> None:
     python = (sys.executable, "-u")
     with (out / "log.txt").open("a", encoding="utf-8") as log:
 
-        def stage(name: str, *command: str, at_most_s: float) -> None:
+        def fake_model(name: str, *command: str, at_most_s: float) -> None:
             left = min(at_most_s, end - time.monotonic())
             if left < 5:
                 return
@@ -51,16 +51,16 @@ def main() -> None:
         if "tests" in stages:
             tests = [str(path) for path in sorted((ROOT / "tests").glob("**/test_gpu*.py"))]
             quiet = ("-m", "gpu", "-q", "--tb=short", "-n", "4")  # most of their time is imports, which share no card
-            stage("tests", *python, "-m", "pytest", "-p", "no:benchmark", *quiet, *tests, at_most_s=250)
+            fake_model("tests", *python, "-m", "pytest", "-p", "no:benchmark", *quiet, *tests, at_most_s=250)
         if "loops" in stages:
-            stage("loops", *python, "benchmarks/plain_loop.py", str(out / "plain-loop.json"), at_most_s=120)
+            fake_model("loops", *python, "benchmarks/plain_loop.py", str(out / "plain-loop.json"), at_most_s=120)
         for name, flags in RUNS.items() if "runs" in stages else ():
             with_rounds = (*flags, "--rounds", "3", "--quiet", "--out", f"/tmp/gpu-hour/{name}")
-            stage(name, *python, "-m", "gcbench", "run", *with_rounds, at_most_s=90)
+            fake_model(name, *python, "-m", "gcbench", "run", *with_rounds, at_most_s=90)
             with suppress(OSError):
                 shutil.copy(f"/tmp/gpu-hour/{name}/report.json", out / f"{name}.json")
         if "truth" in stages:
-            stage("truth", *python, "benchmarks/truth.py", "cuda", at_most_s=budget_s)
+            fake_model("truth", *python, "benchmarks/truth.py", "cuda", at_most_s=budget_s)
             for path in (ROOT / "results" / "reference").glob("truth-*.json"):
                 if "cpu" not in path.name:
                     shutil.copy(path, out / path.name)

@@ -54,7 +54,7 @@ def _bound(
     least: float = off.standing_bytes + share * ground.layered.loss + (1 - share) * ground.layered.head
     most, pieces = 0.0, []
     for place, layer in enumerate(ground.layers):
-        points = [(held(place, FULL) + kept, seconds) for kept, seconds in corners[ground.stage.kinds[layer]]]
+        points = [(held(place, FULL) + kept, seconds) for kept, seconds in corners[ground.fake_model.kinds[layer]]]
         points += [
             (held(place, n), each.profiles[place].seconds - off.profiles[place].seconds)
             for n, each in enumerate(ground.uniform)

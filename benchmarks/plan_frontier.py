@@ -120,9 +120,9 @@ def planner_for(workload: Workload) -> Planner:
 
 def on_ground(planner: Planner) -> Ground:
     """At the smallest batch, a power of two, at which activations set the peak."""
-    weighing, (off, full) = planner.weighing, planner.mixes.uniform[:2]
+    evaluator, (off, full) = planner.evaluator, planner.mixes.uniform[:2]
     for batch in (2**power for power in range(12)):
-        lowest, highest = weighing.candidate("per-layer", full, batch), weighing.candidate("off", off, batch)
+        lowest, highest = evaluator.candidate("per-layer", full, batch), evaluator.candidate("off", off, batch)
         if lowest.peak_phase != "optimizer" and highest.allocated_bytes > _WELL_ABOVE * lowest.allocated_bytes:
             return Ground(planner, batch)
     raise CannotRun("activations do not set its peak at any batch")
@@ -181,7 +181,7 @@ def examined(workload: Workload) -> dict[str, Any]:
         known = [point for point in points if point is not None]
         methods[name] = {"plans": [scale.told(point) for point in known], **facts}
         curves[name] = [scale.overhead(p and p.seconds) for p in (best_within(known, b) for b in budgets)]
-    off_s = ground.planner.weighing.scaling(ground.plans[OFF]).seconds(ground.batch, ground.figures)
+    off_s = ground.planner.evaluator.scaling(ground.plans[OFF]).seconds(ground.batch, ground.figures)
     return {
         "workload": workload.name,
         "batch_size": ground.batch,
@@ -203,7 +203,7 @@ def examined(workload: Workload) -> dict[str, Any]:
 
 
 def _named(ground: Ground) -> list[Point]:
-    count = len(ground.stage.layers)
+    count = len(ground.fake_model.layers)
     plans = [strategies.parse(spec).plan_for(count) for spec in NAMED]
     numbers = ground.add(plans)
     return [ground.point(spec, [n] * len(ground.layers)) for spec, n in zip(NAMED, numbers, strict=True)]
@@ -219,14 +219,14 @@ def _methods(
 
 def _traced(ground: Ground, scale: Scale, way: float) -> dict[str, Any]:
     """The found plan as a trace of it sees it; one that turns out too large is looked for in a smaller budget."""
-    weighing, budget = ground.planner.weighing, scale.budget(way)
-    off = weighing.candidate("off", ground.plans[OFF], ground.batch)
+    evaluator, budget = ground.planner.evaluator, scale.budget(way)
+    off = evaluator.candidate("off", ground.plans[OFF], ground.batch)
     asked, told = budget, {"way": way, "budget_bytes": budget, "peak_bytes": None, "fits": False}
     for tries in range(_MOST_TRIES):
         (point,) = ground.found([asked])
         if point is None:
             break
-        seen = weighing.candidate("found", ground.plan_of(point.choice), ground.batch, traced=True)
+        seen = evaluator.candidate("found", ground.plan_of(point.choice), ground.batch, traced=True)
         told |= {
             "composed_bytes": point.peak_bytes,
             "peak_bytes": seen.allocated_bytes,

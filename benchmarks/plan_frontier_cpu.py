@@ -99,7 +99,7 @@ def measured() -> dict[str, Any]:
                 "step_times_s": times[name],
             }
         )
-    off_s = ground.planner.weighing.scaling(ground.plans[OFF]).seconds(BATCH, ground.figures)
+    off_s = ground.planner.evaluator.scaling(ground.plans[OFF]).seconds(BATCH, ground.figures)
     return {
         "config": CONFIG,
         "batch_size": BATCH,
@@ -157,7 +157,7 @@ def _ground(source: ModelSource) -> Ground:
         return Planner(task, figures)
 
     rough = planner(CardFigures(None))
-    works = [work for plan in rough.mixes.uniform for work in rough.weighing.calls(plan, BATCH)]
+    works = [work for plan in rough.mixes.uniform for work in rough.evaluator.calls(plan, BATCH)]
     _wait_for_quiet()
     with tempfile.TemporaryDirectory() as folder:
         figures = calibrate_for(works, device=cpu.CpuDevice(), budget_s=CALIBRATION_S, folder=Path(folder))

@@ -84,24 +84,24 @@ class _Sac:
 
 
 def _estimated(ground: Ground) -> dict[Any, _Sac]:
-    stage, examples = ground.stage, ground.examples
-    modules = [stage.layers[layer] for layer in ground.on_stage]
+    fake_model, examples = ground.fake_model, ground.examples
+    modules = [fake_model.layers[layer] for layer in ground.on_stage]
     estimator = _Estimator(modules, ground.figures)
-    forward = stage.model.forward
+    forward = fake_model.model.forward
 
     def watched(*args: Any, **kwargs: Any) -> Any:
         with estimator:
             return forward(*args, **kwargs)
 
-    stage.model.forward = watched  # type: ignore[method-assign]
+    fake_model.model.forward = watched  # type: ignore[method-assign]
     try:
-        stage.run_forward(ground.on_stage, batch_size=ground.batch, seq_len=ground.seq_len)
+        fake_model.run_forward(ground.on_stage, batch_size=ground.batch, seq_len=ground.seq_len)
     finally:
-        del stage.model.forward
+        del fake_model.model.forward
     found = {}
     np.random.seed(0)
     for kind, layer in examples.items():
-        fqn = estimator._mod_tracker.get_known_fqn(stage.layers[layer])
+        fqn = estimator._mod_tracker.get_known_fqn(fake_model.layers[layer])
         assert fqn is not None
         stats = estimator.sac_mod_stats[fqn]
         tradeoff = estimator._get_sac_tradeoff_pwlf_stats(stats, estimator.sac_mod_greedy_order_meta[fqn])
@@ -128,7 +128,7 @@ def sac_ilp(ground: Ground, budgets_bytes: Sequence[int]) -> tuple[list[Point | 
         for budget in budgets_bytes:
             decisions, _, peak = theirs.sac_milp(graph, budget / 2**30, ac_units=units)
             chosen.append(None if peak == -1 else decisions)
-    kinds = [ground.stage.kinds[layer] for layer in ground.layers]
+    kinds = [ground.fake_model.kinds[layer] for layer in ground.layers]
     wanted = {
         (kinds[place], decisions[unit])
         for decisions in chosen
@@ -212,7 +212,7 @@ def _graph(ground: Ground, found: Mapping[Any, _Sac]) -> Any:
     for place, layer in enumerate(ground.layers):
         kept += through[place]
         gradients -= ground.layered.gradients[place]
-        tradeoff = found[ground.stage.kinds[layer]].tradeoff
+        tradeoff = found[ground.fake_model.kinds[layer]].tradeoff
         stats.append(
             empty
             | {
@@ -257,8 +257,8 @@ def memory_budget(ground: Ground) -> tuple[list[Point], dict[str, Any]]:
 
 def _partitioned(ground: Ground, number: int, calls: Sequence[InnerCall]) -> dict[float, Policy]:
     """Budget -> what torch's partitioner keeps of a layer, as a policy."""
-    stage = ground.stage
-    layer = stage.layers[number]
+    fake_model = ground.fake_model
+    layer = fake_model.layers[number]
     given: list[tuple[Any, Any]] = []
     forward = layer.forward
 
@@ -268,7 +268,7 @@ def _partitioned(ground: Ground, number: int, calls: Sequence[InnerCall]) -> dic
 
     layer.forward = noted
     try:
-        stage.run_forward(ground.on_stage, batch_size=ground.batch, seq_len=ground.seq_len)
+        fake_model.run_forward(ground.on_stage, batch_size=ground.batch, seq_len=ground.seq_len)
     finally:
         del layer.forward
     (args, kwargs), found = given[0], {}
@@ -289,9 +289,9 @@ def _partitioned(ground: Ground, number: int, calls: Sequence[InnerCall]) -> dic
         return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs)
 
     with ExitStack() as stack:
-        stack.enter_context(stage.road.patches())
-        stack.enter_context(stage.fake)
-        if (dtype := PRECISIONS[stage.precision][1]) is not None:
+        stack.enter_context(fake_model.road.patches())
+        stack.enter_context(fake_model.fake)
+        if (dtype := PRECISIONS[fake_model.precision][1]) is not None:
             stack.enter_context(torch.autocast("cpu", dtype=dtype))
         tensors = dict(layer.named_parameters()) | dict(layer.named_buffers())
         leaves, spec = tree_flatten((args, kwargs))

@@ -14,7 +14,7 @@ from gcbench.plan.search.mixes import plan_of
 from gcbench.plan.search.planner import Planner
 from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES
 from gcbench.simulate.costs import Figures
-from gcbench.simulate.trace.fake_model import Stage
+from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.strategies import Plan, Policy
 
 OFF, FULL = 0, 1
@@ -46,12 +46,12 @@ class Ground:
         self.add(planner.mixes.uniform)
 
     @property
-    def stage(self) -> Stage:
-        return self.planner.weighing.session.predictor.stage
+    def fake_model(self) -> FakeModel:
+        return self.planner.evaluator.session.predictor.fake_model
 
     @property
     def figures(self) -> Figures:
-        return self.planner.weighing.figures
+        return self.planner.evaluator.figures
 
     @property
     def seq_len(self) -> int:
@@ -65,7 +65,7 @@ class Ground:
     @cached_property
     def examples(self) -> dict[Any, int]:
         """Kind of layer -> one that stands for it; not the first, whose input is not another layer's output."""
-        kinds, found = self.stage.kinds, {}
+        kinds, found = self.fake_model.kinds, {}
         for layer in (*self.layers[1:], self.layers[0]):
             found.setdefault(kinds[layer], layer)
         return found
@@ -77,12 +77,12 @@ class Ground:
 
     def add(self, plans: Sequence[Plan]) -> list[int]:
         """The numbers of the treatments of these plans, in which layers of a kind are treated alike."""
-        weighing = self.planner.weighing
-        rounding = MIN_BLOCK_BYTES if weighing.is_cuda else 1
+        evaluator = self.planner.evaluator
+        rounding = MIN_BLOCK_BYTES if evaluator.is_cuda else 1
         numbers = []
         for plan in plans:
             if plan not in self.plans:
-                scaling = weighing.scaling(plan)
+                scaling = evaluator.scaling(plan)
                 step = scaling.step(self.batch) if plan in self.planner.mixes.uniform else scaling.traced(self.batch)
                 found = profile(step, self.figures, rounding=rounding)
                 if found is None:
@@ -95,9 +95,9 @@ class Ground:
 
     def by_kind(self, policies: dict[Any, Policy]) -> Plan:
         """Every layer recomputed with its kind's policy."""
-        ordered, kinds = sorted(self.layers), self.stage.kinds
+        ordered, kinds = sorted(self.layers), self.fake_model.kinds
         return Plan(
-            num_layers=len(self.stage.layers),
+            num_layers=len(self.fake_model.layers),
             groups=tuple((layer,) for layer in ordered),
             policies=tuple(policies[kinds[layer]] for layer in ordered),
         )
@@ -138,5 +138,5 @@ class Ground:
 
     def calls(self, batch: int | None = None) -> dict[Any, tuple[InnerCall, ...]]:
         """Kind of layer -> the calls in its forward pass."""
-        found = inner_calls(self.stage, self.on_stage, batch_size=batch or self.batch, seq_len=self.seq_len)
+        found = inner_calls(self.fake_model, self.on_stage, batch_size=batch or self.batch, seq_len=self.seq_len)
         return {kind: found[layer] for kind, layer in self.examples.items()}

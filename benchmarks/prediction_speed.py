@@ -31,7 +31,7 @@ from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core.files import write_text
 from gcbench.devices import target as targets
-from gcbench.devices.target import Target, Wish
+from gcbench.devices.target import Target, TargetOptions
 from gcbench.job import settings as config
 from gcbench.models import build as models
 from gcbench.models import sources
@@ -136,10 +136,12 @@ def large() -> dict[str, Any]:
     def seconds(model: str, batches: tuple[int, ...]) -> tuple[float, int]:
         begin = time.perf_counter()
         wanted = config.settings({"model": model, "batch_size": list(batches), "seq_len": 4096, "precision": "bf16"})
-        wish = Wish(device="h100")
+        target_options = TargetOptions(device="h100")
         source = sources.resolve(model, pretrained=False, trust_remote_code=False)
-        target = targets.target_of(wish, None)
-        report = forecast.forecast(wanted, wish, target, source=source, children=children, command="benchmark")
+        target = targets.resolve_target(target_options, None)
+        report = forecast.forecast(
+            wanted, target_options, target, source=source, children=children, command="benchmark"
+        )
         return time.perf_counter() - begin, sum(outcome.prediction is not None for outcome in report.outcomes)
 
     with ExitStack() as stack:

@@ -113,7 +113,7 @@ def planned(shape: dict[str, Any], seq_len: int) -> tuple[list[Setting], list[di
         )
         planner = Planner(task, figures_for(task))
         grid = [
-            planner.weighing.candidate(spec, plan, batch) for spec, plan in task.named for batch in LENGTHS[seq_len]
+            planner.evaluator.candidate(spec, plan, batch) for spec, plan in task.named for batch in LENGTHS[seq_len]
         ]
         peaks = [candidate.peak_bytes for candidate in grid]
         low, high = min(peaks), max(peaks)

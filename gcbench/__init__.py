@@ -7,15 +7,15 @@ from gcbench.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from gcbench.api import apply, remove
-    from gcbench.checkpointing.segments import NotASegment
+    from gcbench.checkpointing.segments import LayersNotSequential
     from gcbench.strategies import Plan, Policy
 
-__all__ = ["NotASegment", "Plan", "Policy", "apply", "remove"]
+__all__ = ["LayersNotSequential", "Plan", "Policy", "apply", "remove"]
 
 _HOMES = {
     "apply": "gcbench.api",
     "remove": "gcbench.api",
-    "NotASegment": "gcbench.checkpointing.segments",
+    "LayersNotSequential": "gcbench.checkpointing.segments",
     "Plan": "gcbench.strategies",
     "Policy": "gcbench.strategies",
 }

@@ -21,11 +21,11 @@ from gcbench.checkpointing import own_way
 from gcbench.checkpointing.apply import RecomputeCounter
 from gcbench.checkpointing.fsdp_groups import check_gathering
 from gcbench.checkpointing.replaced import Watch
-from gcbench.checkpointing.segments import NotASegment
+from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
 from gcbench.job.twin import own_plan, twin_of
-from gcbench.simulate.trace.fake_model import Stage
+from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.strategies import Plan
 from gcbench.strategies._for_model import unsupported
 from gcbench.training import step as training
@@ -115,8 +115,8 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
         TypeError: for a model or strategy of another type.
         ValueError: for a strategy that does not exist, for a model that cannot checkpoint or is wrapped in other
             checkpointing, and for a plan that this model, its sharding, this torch or this machine cannot have.
-        gcbench.NotASegment: later, in a forward pass, where a model does not simply run the layers of one group one
-            after the other.
+        gcbench.LayersNotSequential: later, in a forward pass, where a model does not simply run the layers of one group
+            one after the other.
     """
     trained = _trained(model)
     layers = checkpointing.layers_of(trained)
@@ -264,10 +264,10 @@ def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | Non
 
 def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
     twin = twin_of(model)
-    stage = Stage(twin, precision="bf16")
-    if len(stage.layers) != num_layers:
+    fake_model = FakeModel(twin, precision="bf16")
+    if len(fake_model.layers) != num_layers:
         return None
-    with checkpointing.layers_run(twin) as ran, stage.ready():
+    with checkpointing.layers_run(twin) as ran, fake_model.ready():
         twin(**training.forward_inputs(twin, torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64)))
     return tuple(ran.order)
 
@@ -343,8 +343,8 @@ def _uncompiled(function: Callable[..., Any], *call: Any) -> Any:
     """Of the other ways to recompute the compiler makes layers that do not agree with their first run."""
     try:
         return function(*call)
-    except NotASegment as err:
-        raise NotASegment(f"{err}; take groups of one layer, such as per-layer or every:2") from None
+    except LayersNotSequential as err:
+        raise LayersNotSequential(f"{err}; take groups of one layer, such as per-layer or every:2") from None
 
 
 def _watched(model: Module, trained: Module, layers: Sequence[Module], groups: Sequence[Sequence[int]]) -> Module:

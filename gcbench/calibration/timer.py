@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from gcbench.calibration.op_times import Point
 from gcbench.core.units import GIB, MIB
 from gcbench.devices.backends import Device, cpu
-from gcbench.operators.replay import Made, NotReplayable, Replayer
+from gcbench.operators.replay import BoundCall, NotReplayable, Replayer
 from gcbench.simulate.costs import Work
 from gcbench.simulate.op_work import CACHED_BYTES, of_call
 
@@ -112,13 +112,13 @@ class Timer:
             if time.monotonic() + _HEADROOM * (taken[-1] if taken else expected(work)) < until:
                 yield work
 
-    def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, Made, Made | None]]]:
+    def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, BoundCall, BoundCall | None]]]:
         """Calls ready to be made, some at a time, each with another of its kind to make just before.
 
         Python that prepares a call, and other operators, push the code of its kernel out of the caches; in a step the
         same few operators come again and again. Calls that take long do not feel it.
         """
-        ready: list[tuple[Work, Made, Made | None]] = []
+        ready: list[tuple[Work, BoundCall, BoundCall | None]] = []
         nbytes = 0
         for work in works:
             if work.nbytes > self._free_bytes // _MEMORY_SHARE:
@@ -134,7 +134,7 @@ class Timer:
                 ready, nbytes = [], 0
         yield ready
 
-    def _time(self, call: Made, before: Made | None) -> tuple[float, object]:
+    def _time(self, call: BoundCall, before: BoundCall | None) -> tuple[float, object]:
         """Seconds of one call, and what it returned."""
         if not self.is_cpu:
             return self._time_on_card(call)
@@ -147,7 +147,7 @@ class Timer:
         result = call()
         return time.perf_counter() - start, result
 
-    def _time_on_card(self, call: Made) -> tuple[float, object]:
+    def _time_on_card(self, call: BoundCall) -> tuple[float, object]:
         """Between two events, as many times as fill the queue."""
         results: list[object] = []
 

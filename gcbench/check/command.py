@@ -62,7 +62,7 @@ def run(
     )
 
     check_session.check(
-        check_session.Wanted(
+        check_session.CheckOptions(
             model=wanted.model,
             strategies=tuple(s for s in wanted.strategies if s != "off") if wanted.strategies else None,
             compiled=compiled,

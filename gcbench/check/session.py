@@ -38,7 +38,7 @@ _DESCRIBE_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
+class CheckOptions:
     """What to check; None for what is tried by default."""
 
     model: str
@@ -59,7 +59,7 @@ class Wanted:
     timeout_s: float | None = 3600.0
 
 
-def check(wanted: Wanted, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
     """Check, show it, and keep it in `out` if given; raises what `raise_for` does."""
     source = preflight.examine(
         sources.resolve(wanted.model, trust_remote_code=wanted.trust_remote_code, overrides=wanted.overrides),
@@ -135,7 +135,7 @@ def _kept(done: Check, store: Store | None) -> str:
 
 
 def run(
-    wanted: Wanted,
+    wanted: CheckOptions,
     *,
     source: ModelSource,
     children: Children,
@@ -209,7 +209,7 @@ def run(
 
 
 def _with_own(
-    wanted: Wanted, asked: tuple[Combination, ...], results: dict[int, Checked]
+    wanted: CheckOptions, asked: tuple[Combination, ...], results: dict[int, Checked]
 ) -> tuple[tuple[Combination, ...], dict[int, Checked]]:
     """The model's own way in place of the default strategies that it cannot have, and the results of the others."""
     settings = list(dict.fromkeys(combination.setting for combination in asked))
@@ -220,7 +220,7 @@ def _with_own(
     return (*own, *others), kept
 
 
-def _machine(wanted: Wanted, children: Children) -> Machine:
+def _machine(wanted: CheckOptions, children: Children) -> Machine:
     answer = children.run(
         DescribeTask(device=wanted.device, operators=operators(wanted.strategies or ())),
         on_event=lambda event: None,
@@ -231,7 +231,7 @@ def _machine(wanted: Wanted, children: Children) -> Machine:
     return answer.machine
 
 
-def _facts(wanted: Wanted, source: ModelSource, children: Children) -> ModelFacts:
+def _facts(wanted: CheckOptions, source: ModelSource, children: Children) -> ModelFacts:
     """Of the model, where every child ended before it could say."""
     answer = children.run(
         replace(_task(wanted, source, []), combinations=()), on_event=lambda event: None, timeout_s=wanted.timeout_s
@@ -241,7 +241,7 @@ def _facts(wanted: Wanted, source: ModelSource, children: Children) -> ModelFact
     return answer.facts
 
 
-def _task(wanted: Wanted, source: ModelSource, waiting: list[tuple[int, Combination]]) -> CheckTask:
+def _task(wanted: CheckOptions, source: ModelSource, waiting: list[tuple[int, Combination]]) -> CheckTask:
     return CheckTask(
         source=source,
         layers=wanted.layers,

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gcbench.checkpointing import own_way, policy_contexts
-from gcbench.checkpointing.policy_contexts import KeptThenChanged
+from gcbench.checkpointing.policy_contexts import SavedOutputMutated
 from gcbench.checkpointing.random_draws import has_dropout, in_step
-from gcbench.checkpointing.segments import Contexts, NotASegment, Segment
+from gcbench.checkpointing.segments import Contexts, LayersNotSequential, Segment
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
 from gcbench.operators.schema import operator_name, targets
@@ -210,7 +210,7 @@ def _end_open(segments: Sequence[Segment], *call: object) -> None:
     for segment in reversed(still_open):
         segment.end()
     if still_open and sys.exc_info()[0] is None:
-        raise NotASegment("the last layer of a group does not run")
+        raise LayersNotSequential("the last layer of a group does not run")
 
 
 def end_segments(model: torch.nn.Module) -> None:
@@ -290,7 +290,7 @@ class _Spoilt:
         self.op = op
 
     def get_val(self, allow_cache_entry_mutation: bool) -> torch.Tensor:
-        raise KeptThenChanged(self.op)
+        raise SavedOutputMutated(self.op)
 
 
 def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:

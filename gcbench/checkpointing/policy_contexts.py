@@ -22,7 +22,7 @@ from gcbench.operators.schema import is_question, operator_name, targets
 from gcbench.strategies import Policy
 
 
-class KeptThenChanged(NotImplementedError):
+class SavedOutputMutated(NotImplementedError):
     """A recomputation needs what was kept, and the layer has changed it in place since.
 
     torch notices by version counters, which what `matmul` returns does not share with the product inside it: torch 2.13
@@ -54,7 +54,7 @@ def contexts(policy: Policy) -> tuple[AbstractContextManager[Any], AbstractConte
     return _FirstRun(store), _SecondRun(store, skip)
 
 
-class RunDifferently(RuntimeError):
+class RecomputeMismatch(RuntimeError):
     """A layer calls other operators the second time, so that calls cannot be told by their number."""
 
     def __init__(self, call: str) -> None:
@@ -153,7 +153,7 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
         if is_question(func) or _is_view(func):
             if not hollow or func.namespace == "prim":
                 return func(*args, **kwargs)
-            if not isinstance(args[0], Hollow):
+            if not isinstance(args[0], Placeholder):
                 raise SkippedButNeeded(operator_name(func))
             return _seen_another_way(func, args, kwargs)
         name, expected = operator_name(func), self.store.names[self.num_calls : self.num_calls + 1]
@@ -161,21 +161,21 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
             name = _MIRRORED[name]
         call = self._call(name)
         if expected != [name]:
-            raise RunDifferently(call)
+            raise RecomputeMismatch(call)
         self.num_calls += 1
         if call in self.store.spoilt:
-            raise KeptThenChanged(self.store.spoilt[call])
+            raise SavedOutputMutated(self.store.spoilt[call])
         if call in self.store.outputs:
             kept = self.store.outputs.pop(call)
             if _versions(kept) != self.store.versions[call]:
-                raise KeptThenChanged("when the layer had run")
+                raise SavedOutputMutated("when the layer had run")
             return kept
         if self.store.is_kept(func, name, call):
             raise RuntimeError(
                 f"what was kept of {call} is gone: a second backward pass through one forward pass cannot recompute; "
                 "leave retain_graph out, or keep nothing"
             )
-        writes = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and not isinstance(args[0], Hollow)
+        writes = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and not isinstance(args[0], Placeholder)
         is_skipped = call in self.skip or name in self.skip
         if not hollow and (writes or not is_skipped):
             return func(*args, **kwargs)
@@ -187,17 +187,17 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
             self.unwritten[_storage(args[0])] = args[0]
         if func._schema.is_mutable:
             return args[0]
-        return tree_map_only(_Shape, Hollow, self.store.shapes[call])
+        return tree_map_only(_Shape, Placeholder, self.store.shapes[call])
 
     def _is_hollow(self, tensor: torch.Tensor) -> bool:
-        return isinstance(tensor, Hollow) or (bool(self.unwritten) and _storage(tensor) in self.unwritten)
+        return isinstance(tensor, Placeholder) or (bool(self.unwritten) and _storage(tensor) in self.unwritten)
 
 
-class Hollow(torch.Tensor):
+class Placeholder(torch.Tensor):
     """Stands for a result that nothing needs: on its device, so that autocast takes it for what it is; no memory."""
 
     @staticmethod
-    def __new__(cls, shape: _Shape) -> Hollow:
+    def __new__(cls, shape: _Shape) -> Placeholder:
         make = torch.Tensor._make_wrapper_subclass
         return make(cls, shape.size, strides=shape.stride, dtype=shape.dtype, device=shape.device)
 
@@ -212,7 +212,7 @@ class Hollow(torch.Tensor):
 
 
 _MIRRORED = {"ge": "le", "le": "ge", "gt": "lt", "lt": "gt"}
-"""Python asks the right side of a comparison first where that is of a subclass, as `Hollow` is of `Tensor`."""
+"""Python asks the right side of a comparison first where that is of a subclass, as `Placeholder` is of `Tensor`."""
 
 
 @cache
@@ -227,8 +227,8 @@ def _seen_another_way(view: Any, args: Any, kwargs: Any) -> Any:
     device = args[0].device
     args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
 
-    def hollow(made: torch.Tensor) -> Hollow:
-        return Hollow(_Shape(made.size(), made.stride(), made.dtype, device))
+    def hollow(made: torch.Tensor) -> Placeholder:
+        return Placeholder(_Shape(made.size(), made.stride(), made.dtype, device))
 
     return tree_map_only(torch.Tensor, hollow, view(*args, **kwargs))
 

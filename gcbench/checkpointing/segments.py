@@ -21,7 +21,7 @@ from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 
 
-class NotASegment(NotImplementedError):
+class LayersNotSequential(NotImplementedError):
     """The model does not run the layers of a group one after the other, each on the output of the one before."""
 
 
@@ -70,10 +70,10 @@ class Segment:
     ) -> Any:
         """Run the layer at `place` of the group, as `checkpoint(function, *args)` would.
 
-        Raises NotASegment when the layer does not take the output of the one before it.
+        Raises LayersNotSequential when the layer does not take the output of the one before it.
         """
         if not args or not isinstance(args[0], torch.Tensor):
-            raise NotASegment("a layer takes its hidden states by name, so layers cannot be recomputed as one")
+            raise LayersNotSequential("a layer takes its hidden states by name, so layers cannot be recomputed as one")
         hidden, others = args[0], args[1:]
         call = _Call(counted(function), others)
         if place == 0:
@@ -106,7 +106,7 @@ class Segment:
             saving.__exit__(None, None, None)
 
     def _check(self, place: int, hidden: torch.Tensor) -> None:
-        """Raise NotASegment when this layer does not simply follow the one before it."""
+        """Raise LayersNotSequential when this layer does not simply follow the one before it."""
         why = None
         if self._watch is None or place != len(self._calls) or self._output is None:
             why = "the layers of a group do not run one after the other"
@@ -116,7 +116,7 @@ class Segment:
             why = "random numbers are drawn between the layers of a group"
         if why is not None:
             self.end()
-            raise NotASegment(why)
+            raise LayersNotSequential(why)
 
     def _begin(self, hidden: torch.Tensor) -> None:
         self.end()  # of a pass that was cut short

@@ -25,7 +25,9 @@ def encode(value: Any) -> Any:
 def decode(kind: type[T], value: object) -> T:
     """The record of type `kind` that `encode` made `value` from.
 
-    Raises ValueError, naming the place, when a field is missing, unknown or of another type.
+    A field that older versions stored under another name is read under both: a record names these in a class variable
+    `FORMERLY`, old name -> field. Raises ValueError, naming the place, when a field is missing, unknown or of another
+    type.
     """
     decoded: T = _decode(kind, value, kind.__name__)
     return decoded
@@ -80,6 +82,8 @@ def _decode_record(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{where} is {value!r:.80}")
     hints = _hints(kind)
+    formerly = getattr(kind, "FORMERLY", {})
+    value = {formerly.get(name, name): part for name, part in value.items()}
     unknown = sorted(set(value) - set(hints))
     if unknown:
         raise ValueError(f"{where} has an unknown field {unknown[0]!r}")

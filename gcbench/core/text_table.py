@@ -75,8 +75,8 @@ def _widths(columns: Sequence[Column], width: int) -> list[int]:
     """What each column gets: headers on one line while there is room, and the first column folds when there is none."""
     widths, spare = [], width - _total(columns)
     for column in columns:
-        wish = len(column.header) - column.width
-        granted = wish if 0 < wish <= spare else 0
+        target_options = len(column.header) - column.width
+        granted = target_options if 0 < target_options <= spare else 0
         widths.append(column.width + granted)
         spare -= granted
     if spare < 0:

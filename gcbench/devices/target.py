@@ -44,7 +44,7 @@ class Target:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wish:
+class TargetOptions:
     """What `predict` takes besides the settings of a run.
 
     Attributes:
@@ -74,30 +74,32 @@ class Wish:
         }
 
 
-def target_of(wish: Wish, machine: Machine | None) -> Target | None:
+def resolve_target(target_options: TargetOptions, machine: Machine | None) -> Target | None:
     """The device to predict for; None when only a look at this machine (`machine`) can tell.
 
     Raises UnavailableError for a name that is not in the catalogue, UsageError for a device file that cannot be read.
     """
-    name = (wish.device or "").lower()
-    segments = wish.expandable_segments
+    name = (target_options.device or "").lower()
+    segments = target_options.expandable_segments
     if name == CPU:
-        return Target(kind=CPU, name=CPU, memory_bytes=wish.device_memory)
-    if not name and wish.device_memory is not None:
-        return Target(kind="cuda", name=_UNNAMED, memory_bytes=wish.device_memory, expandable_segments=segments)
+        return Target(kind=CPU, name=CPU, memory_bytes=target_options.device_memory)
+    if not name and target_options.device_memory is not None:
+        return Target(
+            kind="cuda", name=_UNNAMED, memory_bytes=target_options.device_memory, expandable_segments=segments
+        )
     if name and name not in HERE and not name.startswith("cuda:"):
-        card = cards.find(wish.device or "", wish.device_file)
+        card = cards.find(target_options.device or "", target_options.device_file)
         return Target(
             kind="cuda",
             name=card.name,
-            memory_bytes=wish.device_memory or card.memory_bytes,
+            memory_bytes=target_options.device_memory or card.memory_bytes,
             card=card,
             expandable_segments=segments,
         )
     if machine is None:
         return None
     if machine.device == CPU:
-        return Target(kind=CPU, name=CPU, memory_bytes=wish.device_memory)
+        return Target(kind=CPU, name=CPU, memory_bytes=target_options.device_memory)
     card = Card(
         name=machine.device,
         full_name=machine.device_name,
@@ -109,7 +111,7 @@ def target_of(wish: Wish, machine: Machine | None) -> Target | None:
     return Target(
         kind="cuda",
         name=machine.device,
-        memory_bytes=wish.device_memory or card.memory_bytes,
+        memory_bytes=target_options.device_memory or card.memory_bytes,
         card=card,
         expandable_segments=segments,
     )

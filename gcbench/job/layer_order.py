@@ -12,7 +12,7 @@ from gcbench.core.errors import GcbenchError
 from gcbench.core.records import Phase
 from gcbench.job.describe import DescribeTask
 from gcbench.models import build as models
-from gcbench.simulate.trace.fake_model import Stage
+from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.training.step import TrainingStep
 
 _SEQ_LEN = 8
@@ -31,13 +31,13 @@ def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
     model = _built(task)
     if _in_one_list(model):
         return None
-    stage = Stage(model, precision="bf16")
+    fake_model = FakeModel(model, precision="bf16")
 
     def on_phase(phase: Phase) -> None:
         if phase == "backward":
             raise _Enough
 
-    with checkpointing.layers_run(model) as ran, stage.ready():
+    with checkpointing.layers_run(model) as ran, fake_model.ready():
         batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
         try:
             TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
@@ -48,7 +48,7 @@ def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
         except Exception:  # a model's own code
             return None
     order = tuple(ran.order)
-    return None if order == tuple(range(len(stage.layers))) else order
+    return None if order == tuple(range(len(fake_model.layers))) else order
 
 
 def own_groups(task: DescribeTask) -> tuple[tuple[int, ...], ...] | None:
@@ -59,13 +59,13 @@ def own_groups(task: DescribeTask) -> tuple[tuple[int, ...], ...] | None:
 def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
     """The same of a model in 16 bits on meta, which is taken over."""
     try:
-        stage = Stage(model, precision="bf16")
+        fake_model = FakeModel(model, precision="bf16")
 
         def on_phase(phase: Phase) -> None:
             if phase == "optimizer":
                 raise _Enough
 
-        with own_way.GroupsSeen(stage.layers) as seen, stage.ready(own=True), suppress(_Enough):
+        with own_way.GroupsSeen(fake_model.layers) as seen, fake_model.ready(own=True), suppress(_Enough):
             batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
             TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
     except Exception:  # a model's own code

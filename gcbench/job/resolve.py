@@ -26,7 +26,7 @@ LEAST_TIMED_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ResolvedRun:
     """A run, fully decided.
 
     Attributes:
@@ -57,7 +57,7 @@ def resolve(
     target: Target | None = None,
     *,
     model_notices: tuple[str, ...] = (),
-) -> Job:
+) -> ResolvedRun:
     """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows.
 
     With `target`, for a prediction of what it would do there; `machine` then describes it.
@@ -108,7 +108,7 @@ def resolve(
         notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
     if not wanted.pretrained and not target:
         notices.append("Weights are random: memory and time do not depend on their values.")
-    return Job(
+    return ResolvedRun(
         settings=settings,
         cells=_cells(settings, facts),
         plans=plans,
@@ -166,7 +166,7 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
     )
 
 
-def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report:
+def begin(job: ResolvedRun, machine: Machine, facts: ModelFacts, command: str) -> Report:
     """The report before anything is known of its cells."""
     return Report(
         schema=SCHEMA,
@@ -183,7 +183,7 @@ def begin(job: Job, machine: Machine, facts: ModelFacts, command: str) -> Report
     )
 
 
-def _empty(cell: Cell, job: Job, facts: ModelFacts) -> Outcome:
+def _empty(cell: Cell, job: ResolvedRun, facts: ModelFacts) -> Outcome:
     if facts.checkpointing_refusal is not None and cell.strategy != OFF:
         return Outcome(
             cell=cell,

@@ -13,7 +13,7 @@ from gcbench.core.gradient_fingerprint import Fingerprint, difference
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
 from gcbench.job.describe import describe
-from gcbench.job.resolve import LEAST_TIMED_S, Job, begin, resolve
+from gcbench.job.resolve import LEAST_TIMED_S, ResolvedRun, begin, resolve
 from gcbench.job.settings import Settings, as_json
 from gcbench.measure.task import MeasureTask
 from gcbench.models.sources import ModelSource
@@ -70,7 +70,7 @@ def run(
     return _repeat_off(report, job, source, children, store)
 
 
-def _continue(previous: Report, job: Job, machine: Machine, facts: ModelFacts) -> Report:
+def _continue(previous: Report, job: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:
     """The stored report, if what it holds can stand beside what will be measured now."""
     now = as_json(job.settings)
     # Neither decides what one round measures: more rounds add to what is there.
@@ -114,7 +114,7 @@ def _is_done(report: Report, cell: Cell, number: int) -> bool:
     return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
 
 
-def task_for(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+def task_for(job: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
     """One round of one cell."""
     settings = job.settings
     assert settings.warmup is not None
@@ -137,7 +137,7 @@ def task_for(job: Job, source: ModelSource, cell: Cell, number: int) -> MeasureT
 
 
 def measure_round(
-    report: Report, task: MeasureTask, job: Job, children: Children, store: Store, progress: Progress
+    report: Report, task: MeasureTask, job: ResolvedRun, children: Children, store: Store, progress: Progress
 ) -> Report:
     """The report with one more round, or one more failure, in it; saved."""
     start = time.monotonic()
@@ -157,7 +157,7 @@ def measure_round(
     return report
 
 
-def _repeat_off(report: Report, job: Job, source: ModelSource, children: Children, store: Store) -> Report:
+def _repeat_off(report: Report, job: ResolvedRun, source: ModelSource, children: Children, store: Store) -> Report:
     """The report with the noise of `off`, where a verdict depends on it and one round of `off` does not tell it."""
     for outcome in report.outcomes:
         off = next((o for o in report.outcomes if o.cell == _reference_cell(outcome.cell.workload)), None)

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from contextlib import nullcontext
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing.policy_contexts import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.checkpointing.policy_contexts import RecomputeMismatch, SavedOutputMutated, SkippedButNeeded
 from gcbench.checkpointing.random_draws import has_dropout
-from gcbench.checkpointing.segments import NotASegment
+from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core.errors import first_sentence
 from gcbench.core.gradient_fingerprint import Fingerprint
 from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
@@ -190,11 +190,11 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
         return Failure(
             kind="oom", message=f"memory ran out {where}{why}; try {moves} or a smaller precision", detail=text
         )
-    if isinstance(err, NotASegment):
+    if isinstance(err, LayersNotSequential):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
-    if isinstance(err, (RunDifferently, SkippedButNeeded)):
+    if isinstance(err, (RecomputeMismatch, SkippedButNeeded)):
         return Failure(kind="unsupported", message=first_sentence(err))
-    if isinstance(err, KeptThenChanged):
+    if isinstance(err, SavedOutputMutated):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; name the other operators after selective:")
     if isinstance(err, NotImplementedError) or (
         isinstance(err, (RuntimeError, ValueError, ImportError)) and any(mark in text for mark in _UNSUPPORTED)

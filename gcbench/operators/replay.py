@@ -60,7 +60,7 @@ def _name(constant: object) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class BoundCall:
     """A call ready to be made.
 
     Attributes:
@@ -90,7 +90,7 @@ class Replayer:
         self._held: OrderedDict[tuple[object, ...], list[torch.Tensor]] = OrderedDict()
         self._held_bytes = 0
 
-    def make(self, text: str, cold: int) -> Made:
+    def make(self, text: str, cold: int) -> BoundCall:
         """The call of that text, of which the n-th tensor is cold where bit n of `cold` is set.
 
         Raises NotReplayable where this torch has no such operator; a call itself may raise anything.
@@ -106,7 +106,7 @@ class Replayer:
         if call.takes_device:
             kwargs["device"] = self.device
         hot = tuple(memory for memory, is_cold in taken if not is_cold)
-        return Made(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
+        return BoundCall(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
 
     def _built(
         self, value: Any, call: _Call, cold: int, taken: list[tuple[torch.Tensor, bool]], is_written: bool

@@ -13,7 +13,7 @@ from gcbench.core.errors import UsageError
 from gcbench.job import settings as configs
 from gcbench.job import settings_file
 from gcbench.job.settings_file import memory_of_device, tell
-from gcbench.plan.planned import Asked
+from gcbench.plan.planned import PlanOptions
 
 T = TypeVar("T")
 
@@ -79,16 +79,16 @@ def run(
     device = given.get("device")
     tell(file, raw, quiet=quiet)
 
-    from gcbench.devices.target import Wish
+    from gcbench.devices.target import TargetOptions
     from gcbench.plan import session as plan_session  # only now: a wrong value is told before anything else is imported
 
-    asked = Asked(
+    asked = PlanOptions(
         batch_sizes=tuple(sorted(wanted.batch_size)) if given_batch else None,
         reserve_frac=held_back,
         emit=tool,
         measure=measure,
     )
-    wish = Wish(
+    target_options = TargetOptions(
         device=None if device is None else spellings.device(str(device)),
         device_memory=memory,
         device_file=file.file("device_file", device_file),
@@ -98,9 +98,9 @@ def run(
     if from_run is not None:
         from gcbench.plan import from_run as plan_from
 
-        plan_from.plan(from_run, wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+        plan_from.plan(from_run, wanted, target_options, asked, out=out, command=command, as_json=as_json, quiet=quiet)
         return
-    plan_session.plan(wanted, wish, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+    plan_session.plan(wanted, target_options, asked, out=out, command=command, as_json=as_json, quiet=quiet)
 
 
 def _tool(name: str | None) -> str | None:

@@ -14,7 +14,7 @@ from gcbench.plan.decision import Candidate
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from gcbench.plan.planned import Planned
+    from gcbench.plan.planned import PlanResult
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class PlanChange:
     peak_is_lower_bound: bool
 
 
-def compare(a: Planned, b: Planned, *, force: bool) -> tuple[PlanChange, ...]:
+def compare(a: PlanResult, b: PlanResult, *, force: bool) -> tuple[PlanChange, ...]:
     """The settings of both, the choices first.
 
     Raises UsageError where they are for other models or no setting is common, unless `force`.
@@ -55,17 +55,17 @@ def compare(a: Planned, b: Planned, *, force: bool) -> tuple[PlanChange, ...]:
     return tuple(_change(key, of_a.get(key), of_b.get(key), a, b) for key in keys)
 
 
-def _settings(planned: Planned) -> dict[tuple[str, int], Candidate]:
+def _settings(planned: PlanResult) -> dict[tuple[str, int], Candidate]:
     return {(each.strategy, each.batch_size): each for each in reversed(planned.decision.candidates)}
 
 
-def _is_choice(key: tuple[str, int], planned: Planned) -> bool:
+def _is_choice(key: tuple[str, int], planned: PlanResult) -> bool:
     choice = planned.decision.choice
     return choice is not None and key == (choice.strategy, choice.batch_size)
 
 
 def _change(
-    key: tuple[str, int], a: Candidate | None, b: Candidate | None, plan_a: Planned, plan_b: Planned
+    key: tuple[str, int], a: Candidate | None, b: Candidate | None, plan_a: PlanResult, plan_b: PlanResult
 ) -> PlanChange:
     both = a is not None and b is not None
     bound = any(each is not None and each.is_lower_bound for each in (a, b))
@@ -106,14 +106,14 @@ def to_rows(changes: tuple[PlanChange, ...]) -> list[dict[str, object]]:
     return [asdict(each) for each in changes]
 
 
-def render(a: Planned, b: Planned, changes: tuple[PlanChange, ...]) -> list[RenderableType]:
+def render(a: PlanResult, b: PlanResult, changes: tuple[PlanChange, ...]) -> list[RenderableType]:
     """For the screen: what each plan is for and chose, and a table of the settings."""
     from rich.text import Text
 
     return [*(Text(f"{name}: {_headline(each)}") for name, each in (("A", a), ("B", b))), Text(""), _table(changes)]
 
 
-def _headline(planned: Planned) -> str:
+def _headline(planned: PlanResult) -> str:
     settings, choice = planned.settings, planned.decision.choice
     what = f"{planned.name} · {planned.seq_len} tokens · {settings.precision} · {settings.optim} on {planned.where}"
     if choice is None:

@@ -13,7 +13,7 @@ from gcbench.core.errors import GcbenchError
 from gcbench.core.files import write_text
 from gcbench.core.records import Cell, Outcome, Report, Row, Workload
 from gcbench.core.units import counted
-from gcbench.job.resolve import Job, begin, described, target_notice
+from gcbench.job.resolve import ResolvedRun, begin, described, target_notice
 from gcbench.job.settings import Settings
 from gcbench.measure import runner
 from gcbench.measure.runner import Progress
@@ -21,7 +21,7 @@ from gcbench.plan import racing, told_apart
 from gcbench.plan.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.plan.from_run import plan_of_row
 from gcbench.plan.named import in_run_order, unconfirmed
-from gcbench.plan.planned import Planned
+from gcbench.plan.planned import PlanResult
 from gcbench.processes.children import Children
 from gcbench.report.rows import failed_proof, rows, unproven
 from gcbench.report.run_folder import Store
@@ -31,7 +31,7 @@ _STEPS = 2
 """Timed steps of a contender in a round."""
 
 
-def confirm(planned: Planned, *, children: Children, store: Store, progress: Progress) -> Planned:
+def confirm(planned: PlanResult, *, children: Children, store: Store, progress: Progress) -> PlanResult:
     """The plan with its best candidates measured, and the choice among them; the run is kept in `store`."""
     decision = planned.decision
     entered = racing.contenders(decision.candidates)
@@ -146,21 +146,21 @@ def settled(
 
 def _of(decision: Decision, candidate: Candidate) -> Decision:
     """What is said of the choice, said of another candidate as far as that is known."""
-    told = next((told for told in decision.told if told.of == candidate), None)
+    told = next((told for told in decision.details if told.of == candidate), None)
     if told is None:
-        return decision if candidate == decision.choice else replace(decision, peak_words="", gains=(), additions=())
+        return decision if candidate == decision.choice else replace(decision, peak_words="", levers=(), additions=())
     return replace(
-        decision, peak_words=told.peak_words, gains=told.gains, additions=told.additions, fallback=told.fallback
+        decision, peak_words=told.peak_words, levers=told.levers, additions=told.additions, fallback=told.fallback
     )
 
 
-def _before(planned: Planned) -> tuple[str, ...]:
+def _before(planned: PlanResult) -> tuple[str, ...]:
     """What was said as long as nothing had been run."""
     target = planned.target
     return (target_notice(target, described(planned.machine, target)), *unconfirmed(target, is_here=True))
 
 
-def _spec(candidate: Candidate, planned: Planned, store: Store) -> str:
+def _spec(candidate: Candidate, planned: PlanResult, store: Store) -> str:
     """The candidate's strategy; a found plan gets a file of its own."""
     if candidate.strategy != FOUND:
         return candidate.strategy
@@ -170,7 +170,7 @@ def _spec(candidate: Candidate, planned: Planned, store: Store) -> str:
     return f"plan:{path}"
 
 
-def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
+def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
     settings = planned.settings
     cells = tuple(
         Cell(
@@ -201,7 +201,7 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
         rounds=racing.MOST_ROUNDS,
         memory_limit=_room(planned),
     )
-    return Job(
+    return ResolvedRun(
         settings=wanted,
         cells=cells,
         plans={spec: candidate.plan for candidate, spec in named.items()},
@@ -212,7 +212,7 @@ def _job(planned: Planned, named: dict[Candidate, str]) -> Job:
     )
 
 
-def _room(planned: Planned) -> int | None:
+def _room(planned: PlanResult) -> int | None:
     """What the allocator of a card may take, so that it gives back what it keeps where a smaller device would run out.
 
     Without a limit, a card with room to spare holds more than the device that was asked about would ever be asked for.
@@ -223,9 +223,9 @@ def _room(planned: Planned) -> int | None:
 
 def _race(
     report: Report,
-    job: Job,
+    job: ResolvedRun,
     cells: Sequence[Cell],
-    planned: Planned,
+    planned: PlanResult,
     *,
     children: Children,
     store: Store,
@@ -261,7 +261,7 @@ def _held_of_card(row: Row, decision: Decision) -> int | None:
     return row.peak_reserved_bytes + decision.outside_bytes
 
 
-def _measured(report: Report, named: dict[Candidate, str], planned: Planned) -> list[Candidate]:
+def _measured(report: Report, named: dict[Candidate, str], planned: PlanResult) -> list[Candidate]:
     """The contenders with what was measured of them; one that failed does not fit."""
     table = {(row.strategy, row.batch_size): row for row in rows(report)}
     usable = planned.decision.usable_bytes

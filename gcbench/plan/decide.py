@@ -8,14 +8,14 @@ from pathlib import Path
 
 from gcbench.core import headroom
 from gcbench.core.errors import GcbenchError
-from gcbench.devices.target import CPU, Target, Wish, target_of
+from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job.describe import describe
 from gcbench.job.resolve import described, resolve
 from gcbench.job.settings import Settings
 from gcbench.models import sources
 from gcbench.plan.decision import Decision
 from gcbench.plan.named import named, own_plan, unconfirmed
-from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.planned import PlanOptions, PlanResult
 from gcbench.plan.task import Decided, Planning, PlanTask
 from gcbench.processes.children import Children
 from gcbench.processes.messages import Answer, raise_refusal
@@ -26,23 +26,23 @@ NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selec
 
 def decide(
     wanted: Settings,
-    wish: Wish,
-    asked: Asked,
+    target_options: TargetOptions,
+    asked: PlanOptions,
     target: Target | None,
     *,
     source: sources.ModelSource,
     children: Children,
     command: str,
     on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
-) -> Planned:
+) -> PlanResult:
     """The decision; `target` None is what this machine has.
 
     `on_step` gets what is done of how much, and what is next.
     """
-    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
     machine, facts = describe(replace(wanted, device=here), source, children, needs_order=True)
     is_here = target is None or (target.kind == CPU and machine.device == CPU)
-    target = target or target_of(wish, machine)
+    target = target or resolve_target(target_options, machine)
     assert target is not None
     if target.kind == CPU and target.memory_bytes is None:
         target = replace(target, memory_bytes=machine.device_memory_bytes)
@@ -83,7 +83,7 @@ def decide(
     if not answered:
         why = answer.failure.message if answer.failure else "the process ended without a word"
         raise GcbenchError(f"no decision could be made: {why}")
-    return Planned(
+    return PlanResult(
         settings=wanted,
         seq_len=seq_len,
         target=target,

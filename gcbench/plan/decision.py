@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from gcbench.core.memory_peaks import Phase
 from gcbench.core.prediction import Addition, Fallback
@@ -67,7 +67,7 @@ class Candidate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gain:
+class MemoryLever:
     """Something outside of checkpointing, and the peak with it, from the same step replayed or traced anew.
 
     Attributes:
@@ -92,12 +92,14 @@ class Largest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class CandidateDetails:
     """What there is to say of a candidate; fields as in `Decision`."""
+
+    FORMERLY: ClassVar = {"gains": "levers"}
 
     of: Candidate
     peak_words: str
-    gains: tuple[Gain, ...]
+    levers: tuple[MemoryLever, ...]
     additions: tuple[Addition, ...] = ()
     fallback: Fallback | None = None
 
@@ -114,17 +116,19 @@ class Decision:
         smallest: the candidate with the lowest peak, where nothing fits.
         candidates: all that were looked at, those that fit first, the fastest first.
         largest: for each strategy.
-        gains: what would lower the peak of the choice (of the smallest where nothing fits).
+        levers: what would lower the peak of the choice (of the smallest where nothing fits).
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
         peak_words: what is alive at the peak of the choice, in words.
         binding: why not more: a sentence.
         additions: what a real run may add to the choice (to the smallest where nothing fits).
         fallback: what of its peak PyTorch code makes in place of fused kernels.
-        told: of those that a measurement may find to be faster than the choice.
+        details: of those that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
         outside_bytes: what of a candidate's predicted peak lies outside the allocator; 0 on a CPU.
     """
+
+    FORMERLY: ClassVar = {"gains": "levers", "told": "details"}
 
     limit_bytes: int | None
     usable_bytes: int | None
@@ -133,11 +137,11 @@ class Decision:
     smallest: Candidate | None
     candidates: tuple[Candidate, ...]
     largest: tuple[Largest, ...]
-    gains: tuple[Gain, ...] = ()
+    levers: tuple[MemoryLever, ...] = ()
     longest_seq_len: int | None = None
     peak_words: str | None = None
     binding: str | None = None
-    told: tuple[Told, ...] = ()
+    details: tuple[CandidateDetails, ...] = ()
     additions: tuple[Addition, ...] = ()
     fallback: Fallback | None = None
     times_from: str

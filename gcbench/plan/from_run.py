@@ -14,14 +14,14 @@ from gcbench.core import headroom
 from gcbench.core.errors import ResultsError, UsageError
 from gcbench.core.records import ModelFacts, Report, Row
 from gcbench.core.units import format_bytes
-from gcbench.devices.target import CPU, Target, Wish
+from gcbench.devices.target import CPU, Target, TargetOptions
 from gcbench.job import settings as configs
 from gcbench.job.settings import Settings
 from gcbench.models.sources import slug
 from gcbench.plan import session as plan_session
 from gcbench.plan import told_apart
 from gcbench.plan.decision import Candidate, Decision, Largest, ranked
-from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.planned import PlanOptions, PlanResult
 from gcbench.plan.stored import load_plan
 from gcbench.report import report_file as reports
 from gcbench.report import stored_kind
@@ -38,8 +38,8 @@ _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_targ
 def plan(
     folder: Path,
     wanted: Settings,
-    wish: Wish,
-    asked: Asked,
+    target_options: TargetOptions,
+    asked: PlanOptions,
     *,
     out: Path | None,
     command: str,
@@ -47,16 +47,16 @@ def plan(
     quiet: bool,
 ) -> None:
     """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
-    if stored_kind.kind_of(folder) == "plan" and _again(folder, wanted, wish, asked):
+    if stored_kind.kind_of(folder) == "plan" and _again(folder, wanted, target_options, asked):
         _shown_again(folder, asked, out=out, as_json=as_json, quiet=quiet)
         return
     report = reports.load(folder)
-    planned = decide(report, folder, wanted, wish, asked, command=command)
+    planned = decide(report, folder, wanted, target_options, asked, command=command)
     with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
         plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
 
 
-def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
+def _again(folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions) -> bool:
     """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
 
     Raises UsageError where a plan without a run is to be decided anew.
@@ -66,8 +66,8 @@ def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
         "--seq-len": wanted.seq_len,
         "--strategies": wanted.strategies,
         "--reserve": asked.reserve_frac,
-        "--device": wish.device,
-        "--device-memory": wish.device_memory,
+        "--device": target_options.device,
+        "--device-memory": target_options.device_memory,
     }
     given = [flag for flag, value in anew.items() if value is not None]
     if given and not (folder / reports.REPORT_NAME).exists():
@@ -78,7 +78,7 @@ def _again(folder: Path, wanted: Settings, wish: Wish, asked: Asked) -> bool:
     return not given
 
 
-def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+def _shown_again(folder: Path, asked: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
     """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
     planned = load_plan(folder)
     plan_session.check_emit(asked.emit, planned.settings)
@@ -90,17 +90,19 @@ def _shown_again(folder: Path, asked: Asked, *, out: Path | None, as_json: bool,
         plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
 
 
-def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: Asked, *, command: str) -> Planned:
+def decide(
+    report: Report, folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions, *, command: str
+) -> PlanResult:
     """The fastest measured setting that fits."""
-    if wish.device is not None:
+    if target_options.device is not None:
         raise UsageError(
-            f"--device {wish.device}: a stored run is of the device it was measured on ({report.machine.device_name}); "
-            "leave it out, or predict without --from"
+            f"--device {target_options.device}: a stored run is of the device it was measured on "
+            f"({report.machine.device_name}); leave it out, or predict without --from"
         )
     if report.source != "measured":
         raise ResultsError(f"{folder} holds predictions, which have no times; give a run that gcbench run measured")
     kind = report.machine.device.partition(":")[0]
-    limit = wish.device_memory or report.machine.device_memory_bytes
+    limit = target_options.device_memory or report.machine.device_memory_bytes
     if limit is None:
         raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
     reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
@@ -147,7 +149,7 @@ def decide(report: Report, folder: Path, wanted: Settings, wish: Wish, asked: As
     )
     kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
     settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
-    return Planned(
+    return PlanResult(
         settings=settings,
         seq_len=table[0].seq_len,
         target=Target(kind=kind, name=report.machine.device, memory_bytes=limit),

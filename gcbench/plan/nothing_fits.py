@@ -11,7 +11,7 @@ from gcbench.devices import cards
 from gcbench.plan.decision import FOUND, Decision, choose, described
 
 if TYPE_CHECKING:
-    from gcbench.plan.planned import Planned
+    from gcbench.plan.planned import PlanResult
 
 
 def _usable(decision: Decision) -> str:
@@ -20,7 +20,7 @@ def _usable(decision: Decision) -> str:
     return headroom.held_back(decision.limit_bytes, decision.reserve_frac)
 
 
-def lines(planned: Planned) -> list[tuple[str, str]]:
+def lines(planned: PlanResult) -> list[tuple[str, str]]:
     """The answer in a few named lines."""
     decision = planned.decision
     smallest = decision.smallest
@@ -39,11 +39,11 @@ def lines(planned: Planned) -> list[tuple[str, str]]:
     return found
 
 
-def remedies(planned: Planned) -> list[str]:
+def remedies(planned: PlanResult) -> list[str]:
     """What would make something fit, each on its own."""
     decision = planned.decision
     found = [told for told in (only_the_reserve(decision),) if told is not None]
-    found += [gain.name for gain in decision.gains if gain.fits]
+    found += [lever.name for lever in decision.levers if lever.fits]
     if decision.longest_seq_len is not None:
         found.append(f"sequences of {decision.longest_seq_len} tokens")
     return found
@@ -82,7 +82,7 @@ def _larger_device(decision: Decision) -> str:
     )
 
 
-def nothing_fits(planned: Planned) -> str:
+def nothing_fits(planned: PlanResult) -> str:
     """The sentence that ends a plan without a choice."""
     decision = planned.decision
     said = f"nothing fits into {_usable(decision)}"

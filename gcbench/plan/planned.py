@@ -17,7 +17,7 @@ from gcbench.plan.decision import FOUND, Candidate, Decision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class PlanOptions:
     """What `plan` takes besides the workload and the device.
 
     Attributes:
@@ -34,7 +34,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Planned:
+class PlanResult:
     """A decision with all that it was made for.
 
     Attributes:

@@ -12,7 +12,7 @@ from gcbench.report.plots.figure import GREY, panels, quiet, shortened, write
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from gcbench.plan.planned import Planned
+    from gcbench.plan.planned import PlanResult
 
 FRONTIER = "frontier.png"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
@@ -21,13 +21,13 @@ _BEYOND = 1.25
 """How far past the device's memory candidates are shown."""
 
 
-def draw(planned: Planned, folder: Path) -> Path:
+def draw(planned: PlanResult, folder: Path) -> Path:
     """Write the picture into `folder`; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     return write(figure(planned), folder / FRONTIER)
 
 
-def figure(planned: Planned) -> Figure:
+def figure(planned: PlanResult) -> Figure:
     """A line per strategy over its batch sizes, the memory that may be used, and a ring around the choice."""
     decision = planned.decision
     limit = decision.limit_bytes
@@ -103,7 +103,7 @@ def figure(planned: Planned) -> Figure:
     return picture
 
 
-def _of_what(planned: Planned) -> str:
+def _of_what(planned: PlanResult) -> str:
     """Whether the rates are estimates."""
     was_run = {each.source == "measured" for each in planned.decision.candidates}
     if was_run == {True}:

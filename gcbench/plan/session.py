@@ -17,7 +17,7 @@ from gcbench.core import model_changes, streams
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.core.files import write_text
 from gcbench.core.interruption import ignore_more
-from gcbench.devices.target import CPU, Wish, target_of
+from gcbench.devices.target import CPU, TargetOptions, resolve_target
 from gcbench.export._handover import Training
 from gcbench.job import preflight
 from gcbench.job.describe import changed_config
@@ -25,7 +25,7 @@ from gcbench.job.settings import Settings
 from gcbench.models import flash_attention, sources
 from gcbench.plan.decide import decide
 from gcbench.plan.named import in_run_order
-from gcbench.plan.planned import Asked, Planned
+from gcbench.plan.planned import PlanOptions, PlanResult
 from gcbench.plan.stored import save_plan
 from gcbench.processes import progress as counting
 from gcbench.processes.children import Children, ForkedChildren
@@ -55,14 +55,23 @@ def check_emit(tool: str | None, settings: Settings) -> None:
 
 
 def plan(
-    wanted: Settings, wish: Wish, asked: Asked, *, out: Path | None, command: str, as_json: bool, quiet: bool
+    wanted: Settings,
+    target_options: TargetOptions,
+    asked: PlanOptions,
+    *,
+    out: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
-    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    early = resolve_target(
+        target_options, None
+    )  # a name that is not in the catalogue is told before anything is imported
     check_emit(asked.emit, wanted)
     flash_attention.check_plan(wanted.attn_implementation, early)
     if asked.measure and early is not None and early.kind != CPU:
-        raise UsageError(_not_here(wish, early.name))
+        raise UsageError(_not_here(target_options, early.name))
     source = preflight.model_of(wanted)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     err = Console(stderr=True)
@@ -76,7 +85,7 @@ def plan(
                 with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
                     planned = decide(
                         wanted,
-                        wish,
+                        target_options,
                         asked,
                         early,
                         source=source,
@@ -86,7 +95,7 @@ def plan(
                     )
                 planned = replace(planned, created=created, changed=changed_config(wanted, source, children))
                 if asked.measure:
-                    planned = _confirmed(planned, wish, children=children, store=store, quiet=quiet, err=err)
+                    planned = _confirmed(planned, target_options, children=children, store=store, quiet=quiet, err=err)
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_kept(store)) from None
@@ -108,9 +117,9 @@ def _kept(store: Store) -> str:
     )
 
 
-def _not_here(wish: Wish, target: str) -> str:
+def _not_here(target_options: TargetOptions, target: str) -> str:
     """Why --measure cannot confirm the plan, with the flag that would change it."""
-    if wish.device is None:
+    if target_options.device is None:
         return (
             "--measure runs on this machine, and --device-memory alone stands for a CUDA device of that size; add "
             "--device cpu, or --device auto for what this machine has, or leave out --measure"
@@ -121,18 +130,22 @@ def _not_here(wish: Wish, target: str) -> str:
     )
 
 
-def _confirmed(planned: Planned, wish: Wish, *, children: Children, store: Store, quiet: bool, err: Console) -> Planned:
+def _confirmed(
+    planned: PlanResult, target_options: TargetOptions, *, children: Children, store: Store, quiet: bool, err: Console
+) -> PlanResult:
     """The plan after its best candidates have run here."""
     from gcbench.measure import progress
     from gcbench.plan import confirm
 
     if planned.target.name != planned.machine.device:
-        raise UsageError(_not_here(wish, planned.target.name))
+        raise UsageError(_not_here(target_options, planned.target.name))
     with progress.choose(err, quiet=quiet) as display:
         return confirm.confirm(planned, children=children, store=store, progress=display)
 
 
-def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool, quiet: bool, err: Console) -> None:
+def finish(
+    planned: PlanResult, asked: PlanOptions, store: Store | None, *, as_json: bool, quiet: bool, err: Console
+) -> None:
     """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
     from gcbench.plan import nothing_fits, view
 
@@ -163,7 +176,7 @@ def finish(planned: Planned, asked: Asked, store: Store | None, *, as_json: bool
         raise ThresholdBroken(nothing_fits.nothing_fits(planned))
 
 
-def publish(planned: Planned, store: Store) -> Planned:
+def publish(planned: PlanResult, store: Store) -> PlanResult:
     """Write the plan of the choice, the decision and its picture into the store's folder."""
     from gcbench.plan import plot, view
     from gcbench.report import stored_kind

@@ -15,7 +15,7 @@ from gcbench.core.version import __version__
 from gcbench.devices.target import Target
 from gcbench.job import settings as config
 from gcbench.plan.decision import Decision
-from gcbench.plan.planned import Planned
+from gcbench.plan.planned import PlanResult
 from gcbench.report.report_file import parsed
 from gcbench.report.stored_kind import _DECISION_NAME, PLAN_NAME, PLANNED_NAME
 
@@ -42,7 +42,7 @@ class StoredPlan:
     changed: ChangedConfig | None = None
 
 
-def save_plan(planned: Planned, folder: Path) -> None:
+def save_plan(planned: PlanResult, folder: Path) -> None:
     """Keep all of a plan; raises OSError."""
     target = planned.target
     stored = StoredPlan(
@@ -66,9 +66,9 @@ def save_plan(planned: Planned, folder: Path) -> None:
     write_text(folder / PLANNED_NAME, json.dumps(encode(stored), indent=1) + "\n")
 
 
-def load_plan(place: Path) -> Planned:
+def load_plan(place: Path) -> PlanResult:
     """The plan in a folder or file; raises ResultsError where there is none that can be read."""
-    from gcbench.plan.planned import Planned
+    from gcbench.plan.planned import PlanResult
 
     is_itself = place.suffix == ".json" and place.name not in (_DECISION_NAME, PLAN_NAME)
     path = place if is_itself else _folder(place) / PLANNED_NAME
@@ -84,7 +84,7 @@ def load_plan(place: Path) -> Planned:
     except (ValueError, GcbenchError) as err:
         raise ResultsError(f"{path} is damaged ({err}); restore it, or plan again into a new folder") from None
     plan_file = path.parent / PLAN_NAME
-    return Planned(
+    return PlanResult(
         settings=settings,
         seq_len=stored.seq_len,
         target=Target(

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
     from gcbench.export import Emitted
-    from gcbench.plan.planned import Planned
+    from gcbench.plan.planned import PlanResult
 
 
-def rows(planned: Planned) -> list[dict[str, Json]]:
+def rows(planned: PlanResult) -> list[dict[str, Json]]:
     """A row per candidate, the columns of other tables under their names, those of decisions behind them."""
     settings, decision = planned.settings, planned.decision
     choice = decision.choice
@@ -67,7 +67,7 @@ def rows(planned: Planned) -> list[dict[str, Json]]:
     ]
 
 
-def document(planned: Planned, emitted: Emitted | None) -> str:
+def document(planned: PlanResult, emitted: Emitted | None) -> str:
     """One JSON document: the rows, and what was decided."""
     decision = planned.decision
     choice = decision.choice
@@ -83,8 +83,8 @@ def document(planned: Planned, emitted: Emitted | None) -> str:
         "longest_seq_len": decision.longest_seq_len,
         "largest_batch_sizes": {each.strategy: each.batch_size for each in decision.largest},
         "gains": [
-            {"name": gain.name, "flag": gain.flag, "peak_bytes": gain.peak_bytes, "fits": gain.fits}
-            for gain in decision.gains
+            {"name": lever.name, "flag": lever.flag, "peak_bytes": lever.peak_bytes, "fits": lever.fits}
+            for lever in decision.levers
         ],
         "additions": [
             {"name": added.name, "nbytes": added.nbytes, "peak_bytes": added.peak_bytes} for added in decision.additions
@@ -98,7 +98,7 @@ def document(planned: Planned, emitted: Emitted | None) -> str:
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
-def answer(planned: Planned) -> list[tuple[str, str]]:
+def answer(planned: PlanResult) -> list[tuple[str, str]]:
     """The answer in a few named lines."""
     decision = planned.decision
     choice = decision.choice
@@ -133,12 +133,12 @@ def _speed(choice: Candidate, decision: Decision) -> str:
     if choice.source == "measured":
         return f"{rate} (measured)"
     best = best_named(decision)
-    gain = ""
+    lead = ""
     if best is not None and best != choice:
         more = choice.tokens_per_s / best.tokens_per_s - 1
         word = "more" if more > 0 else "fewer"
-        gain = f"{format_percent(abs(more))} {word} tokens/s than {best.strategy} at batch {best.batch_size}; "
-    return f"{gain}about {rate}, {format_seconds(choice.step_time_s)} a step (an estimate from {decision.times_from})"
+        lead = f"{format_percent(abs(more))} {word} tokens/s than {best.strategy} at batch {best.batch_size}; "
+    return f"{lead}about {rate}, {format_seconds(choice.step_time_s)} a step (an estimate from {decision.times_from})"
 
 
 def best_named(decision: Decision) -> Candidate | None:
@@ -152,7 +152,7 @@ def _why(decision: Decision) -> str:
     return " ".join(parts)
 
 
-def frontier_table(planned: Planned) -> Table:
+def frontier_table(planned: PlanResult) -> Table:
     """The best of each strategy."""
     decision = planned.decision
     choice = decision.choice
@@ -197,24 +197,24 @@ def frontier_table(planned: Planned) -> Table:
     )
 
 
-def gains_table(decision: Decision) -> Table | None:
+def levers_table(decision: Decision) -> Table | None:
     """What else would lower the peak."""
     shown = decision.choice or decision.smallest
-    gains = [gain for gain in decision.gains if shown is not None and gain.peak_bytes < shown.peak_bytes]
-    if not gains or shown is None:
+    levers = [lever for lever in decision.levers if shown is not None and lever.peak_bytes < shown.peak_bytes]
+    if not levers or shown is None:
         return None
     return Table(
         title="What else would lower this peak",
         columns=(
-            Column(header="besides checkpointing", cells=tuple(gain.name for gain in gains), right=False),
-            Column(header="peak then", cells=tuple(format_bytes(gain.peak_bytes) for gain in gains)),
-            Column(header="frees", cells=tuple(format_bytes(shown.peak_bytes - gain.peak_bytes) for gain in gains)),
-            Column(header="how", cells=tuple(gain.flag or "in the trainer" for gain in gains), right=False),
+            Column(header="besides checkpointing", cells=tuple(lever.name for lever in levers), right=False),
+            Column(header="peak then", cells=tuple(format_bytes(lever.peak_bytes) for lever in levers)),
+            Column(header="frees", cells=tuple(format_bytes(shown.peak_bytes - lever.peak_bytes) for lever in levers)),
+            Column(header="how", cells=tuple(lever.flag or "in the trainer" for lever in levers), right=False),
         ),
     )
 
 
-def next_steps(planned: Planned) -> list[tuple[str, str]]:
+def next_steps(planned: PlanResult) -> list[tuple[str, str]]:
     """What to go on with: (what for, the command or the line of Python)."""
     choice = planned.decision.choice
     if choice is None or (choice.strategy == FOUND and planned.plan_file is None):
@@ -227,7 +227,7 @@ def next_steps(planned: Planned) -> list[tuple[str, str]]:
     ]
 
 
-def _flags(planned: Planned, batch_size: int, spec: str) -> list[str]:
+def _flags(planned: PlanResult, batch_size: int, spec: str) -> list[str]:
     """Flags of `gcbench run` for the workload."""
     settings = planned.settings
     flags = ["-m", settings.model, "-b", str(batch_size), "--seq-len", str(planned.seq_len)]
@@ -246,7 +246,7 @@ def _flags(planned: Planned, batch_size: int, spec: str) -> list[str]:
     return [*flags, "--strategies", spec if spec == OFF else f"{OFF},{spec}"]
 
 
-def renderables(planned: Planned) -> list[RenderableType]:
+def renderables(planned: PlanResult) -> list[RenderableType]:
     """The whole answer for a screen."""
     from rich.table import Table as Grid
     from rich.text import Text
@@ -262,16 +262,16 @@ def renderables(planned: Planned) -> list[RenderableType]:
     for name, text in answer(planned):
         grid.add_row(name, Text(text))
     parts: list[RenderableType] = [head, Text(), grid, Text(), frontier_table(planned)]
-    gains = gains_table(planned.decision)
-    if gains is not None:
-        parts.append(gains)
+    levers = levers_table(planned.decision)
+    if levers is not None:
+        parts.append(levers)
     parts += [Text(notice, style="bold") for notice in planned.model_notices]
     for purpose, command in next_steps(planned):
         parts += [Text(f"{purpose}:"), unbroken(f"  {command}")]
     return parts
 
 
-def markdown(planned: Planned) -> str:
+def markdown(planned: PlanResult) -> str:
     """The answer as Markdown, with every candidate."""
     lines = [f"# gcbench plan: {planned.name}", "", f"`{planned.command}`", ""]
     lines += [f"- **{name}**: {text}" for name, text in answer(planned)]
@@ -284,14 +284,14 @@ def markdown(planned: Planned) -> str:
             f"| `{candidate.strategy}` | {candidate.batch_size} | {candidate.peak_text} | "
             f"{candidate.tokens_per_s:,.0f} | {mark} |"
         )
-    if planned.decision.gains:
+    if planned.decision.levers:
         lines += ["", "| besides checkpointing | peak then |", "|---|---:|"]
-        lines += [f"| {gain.name} | {format_bytes(gain.peak_bytes)} |" for gain in planned.decision.gains]
+        lines += [f"| {lever.name} | {format_bytes(lever.peak_bytes)} |" for lever in planned.decision.levers]
     return "\n".join(lines) + "\n"
 
 
 def show(
-    planned: Planned,
+    planned: PlanResult,
     emitted: Emitted | None,
     *,
     as_json: bool,
@@ -321,7 +321,7 @@ def show(
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 
 
-def show_stored(planned: Planned) -> None:
+def show_stored(planned: PlanResult) -> None:
     """Print a stored plan as it was shown, with its notices."""
     from rich.console import Console
 
@@ -330,7 +330,7 @@ def show_stored(planned: Planned) -> None:
         Console(stderr=True).print(notice, markup=False, highlight=False, soft_wrap=True)
 
 
-def rendered(planned: Planned, format: str) -> str:
+def rendered(planned: PlanResult, format: str) -> str:
     """The plan in one of the formats of `gcbench report` that are text."""
     from gcbench.report.formats import csv_table
 
@@ -341,7 +341,7 @@ def rendered(planned: Planned, format: str) -> str:
     return csv_table.table(rows(planned)) if format == "csv" else document(planned, None)
 
 
-def text(planned: Planned, *, width: int) -> str:
+def text(planned: PlanResult, *, width: int) -> str:
     """The answer as plain text."""
     return plain(renderables(planned), width=width)
 

@@ -30,7 +30,7 @@ def run(
 ) -> None:
     """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
     from gcbench.core.headroom import parse_reserve
-    from gcbench.devices.target import Wish
+    from gcbench.devices.target import TargetOptions
 
     file = settings_file.read(config, "predict")
     raw = {**file.settings, **flags}
@@ -40,7 +40,7 @@ def run(
     if device is not None and not isinstance(device, str):
         raise UsageError(f"--device: {device!r} is not a name; write it as text")
     wanted = configs.settings(raw)
-    wish = Wish(
+    target_options = TargetOptions(
         device=None if device is None else spellings.device(device),
         device_memory=memory,
         device_file=file.file("device_file", device_file),
@@ -52,4 +52,6 @@ def run(
     tell(file, raw, quiet=quiet)
     from gcbench.predict import session as forecast  # only now: a wrong value is told before anything else is imported
 
-    forecast.predict(wanted, wish, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet)
+    forecast.predict(
+        wanted, target_options, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+    )

@@ -20,10 +20,10 @@ from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
 from gcbench.core.records import Failure, Outcome, Report
 from gcbench.core.units import counted, format_bytes
-from gcbench.devices.target import CPU, Target, Wish, target_of
+from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job import preflight
 from gcbench.job.describe import describe
-from gcbench.job.resolve import Job, begin, described, resolve
+from gcbench.job.resolve import ResolvedRun, begin, described, resolve
 from gcbench.job.settings import DEFAULT_STRATEGIES, Settings
 from gcbench.models import flash_attention, sources
 from gcbench.predict.task import CellToPredict, Predicted, PredictTask
@@ -40,9 +40,13 @@ _MOST_CHILDREN = 4
 _OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
 
 
-def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+def predict(
+    wanted: Settings, target_options: TargetOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool
+) -> None:
     """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
-    early = target_of(wish, None)  # a name that is not in the catalogue is told before anything is imported
+    early = resolve_target(
+        target_options, None
+    )  # a name that is not in the catalogue is told before anything is imported
     source = preflight.model_of(wanted)
     err = Console(stderr=True)
     with ExitStack() as stack:
@@ -62,13 +66,15 @@ def predict(wanted: Settings, wish: Wish, *, out: Path | None, command: str, as_
                     if store is not None and answered:
                         store.save(so_far)
 
-                report = forecast(wanted, wish, early, source=source, children=children, command=command, on_cell=keep)
+                report = forecast(
+                    wanted, target_options, early, source=source, children=children, command=command, on_cell=keep
+                )
             if store is not None:
                 store.save(report)
                 publish(report, store)
             folder = None if store is None else store.folder
             try:
-                show(report, folder, explain=wish.explain, as_json=as_json, quiet=quiet, err=err)
+                show(report, folder, explain=target_options.explain, as_json=as_json, quiet=quiet, err=err)
             finally:
                 if store is not None:
                     store.close()
@@ -104,7 +110,7 @@ def num_children() -> int:
 
 def forecast(
     wanted: Settings,
-    wish: Wish,
+    target_options: TargetOptions,
     target: Target | None,
     *,
     source: sources.ModelSource,
@@ -117,11 +123,11 @@ def forecast(
     `on_cell` is called before the first cell and after each, never twice at a time, with the report so far, how many
     cells are answered and how many there are.
     """
-    here = wish.device if target is None and wish.device else "auto" if target is None else CPU
+    here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
     _check_attention(wanted, target)
     machine, facts = describe(replace(wanted, device=here), source, children[0], target=target)
     if target is None:
-        target = target_of(wish, machine)
+        target = resolve_target(target_options, machine)
         _check_attention(wanted, target)
     assert target is not None
     job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
@@ -130,8 +136,8 @@ def forecast(
     report = begin(job, described(machine, target), facts, command)
     # What decides how a measurement is made decides nothing here.
     settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
-    report = replace(report, source="predicted", settings=settings | wish.as_json())
-    return _answered(report, job, wish, target, source, children, on_cell)
+    report = replace(report, source="predicted", settings=settings | target_options.as_json())
+    return _answered(report, job, target_options, target, source, children, on_cell)
 
 
 def _check_attention(wanted: Settings, target: Target | None) -> None:
@@ -145,8 +151,8 @@ def _check_attention(wanted: Settings, target: Target | None) -> None:
 
 def _answered(
     report: Report,
-    job: Job,
-    wish: Wish,
+    job: ResolvedRun,
+    target_options: TargetOptions,
     target: Target,
     source: sources.ModelSource,
     children: Sequence[Children],
@@ -156,7 +162,9 @@ def _answered(
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
-    reserve_frac = headroom.RESERVE_FRAC[target.kind] if wish.reserve_frac is None else wish.reserve_frac
+    reserve_frac = (
+        headroom.RESERVE_FRAC[target.kind] if target_options.reserve_frac is None else target_options.reserve_frac
+    )
     one_at_a_time = threading.Lock()
     halted = threading.Event()
     on_cell(report, answered, len(waiting))
@@ -172,7 +180,7 @@ def _answered(
 
     def work(own: Children, numbers: Sequence[int]) -> None:
         cells = [_cell(number, outcomes[number], job) for number in numbers]
-        task = partial(_task, job, wish, target, source)
+        task = partial(_task, job, target_options, target, source)
         _answer(own, cells, task, note, timeout_s=job.settings.timeout, halted=halted)
 
     shares = _shares(waiting, outcomes, len(children))
@@ -226,7 +234,7 @@ def _answer(
             note(number, Predicted(number=number, failure=failure))
 
 
-def _cell(number: int, outcome: Outcome, job: Job) -> CellToPredict:
+def _cell(number: int, outcome: Outcome, job: ResolvedRun) -> CellToPredict:
     workload = outcome.cell.workload
     return CellToPredict(
         number=number,
@@ -237,7 +245,11 @@ def _cell(number: int, outcome: Outcome, job: Job) -> CellToPredict:
 
 
 def _task(
-    job: Job, wish: Wish, target: Target, source: sources.ModelSource, cells: Sequence[CellToPredict]
+    job: ResolvedRun,
+    target_options: TargetOptions,
+    target: Target,
+    source: sources.ModelSource,
+    cells: Sequence[CellToPredict],
 ) -> PredictTask:
     settings = job.settings
     return PredictTask(
@@ -250,8 +262,8 @@ def _task(
         optim=settings.optim,
         target=target,
         cells=tuple(cells),
-        explain=wish.explain,
-        exact=wish.exact,
+        explain=target_options.explain,
+        exact=target_options.exact,
     )
 
 

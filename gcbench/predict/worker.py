@@ -23,7 +23,7 @@ from gcbench.simulate import timeline
 from gcbench.simulate.additions import additions
 from gcbench.simulate.allocator.caching_allocator import OutOfMemory
 from gcbench.simulate.compose.whole_step import Assembly
-from gcbench.simulate.device_model import Way, way_to
+from gcbench.simulate.device_model import DeviceModel, device_model_for
 from gcbench.simulate.explain import curve, explain, fallback_bytes, without_logits
 from gcbench.simulate.predictor import Predictor, Step
 from gcbench.simulate.timeline import Peak, Timeline
@@ -57,7 +57,7 @@ class Session:
     def __init__(self, task: PredictTask) -> None:
         self.task = task
         self.target: Target = task.target
-        self.way: Way = way_to(task.target)
+        self.way: DeviceModel = device_model_for(task.target)
         self.predictor = self._predictor(task.optim)
         self._fused: Predictor | None = None
 
@@ -125,7 +125,7 @@ class Session:
 
     def fallback(self, step: Step, peak: Peak) -> Fallback | None:
         """What PyTorch code made of the peak where the target would run a package's kernels."""
-        packages = self.predictor.stage.fallbacks
+        packages = self.predictor.fake_model.fallbacks
         if self.target.kind == "cpu" or not packages:
             return None
         return Fallback(packages=tuple(sorted(packages)), nbytes=fallback_bytes(step.assembly, peak))
@@ -177,7 +177,7 @@ class Session:
 
     def _with_plan(self, cell: CellToPredict) -> int | None:
         layers = cell.plan.num_layers
-        model = self.predictor.stage.model
+        model = self.predictor.fake_model.model
         if checkpointing.refusal(model) is not None:
             return None
         groups = tuple((layer,) for layer in range(layers))

@@ -13,11 +13,11 @@ from gcbench.simulate.compose.whole_step import Kind, Standing
 from gcbench.simulate.cuda.attention import CudaAttention
 from gcbench.simulate.cuda.kernels import as_on_cuda
 from gcbench.simulate.cuda.result_order import ON_CUDA
-from gcbench.simulate.trace.fake_model import CPU_ROAD, Road
+from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class DeviceModel:
     """All that a target changes.
 
     Attributes:
@@ -27,17 +27,17 @@ class Way:
         attention: which kernels attention chose, once something was traced; None where there is nothing to choose.
     """
 
-    road: Road
+    road: TraceMode
     standing: tuple[Standing, ...] = ()
     outside_bytes: int = 0
     terms: tuple[Term, ...] = ()
     attention: CudaAttention | None = None
 
 
-def way_to(target: Target) -> Way:
+def device_model_for(target: Target) -> DeviceModel:
     """The road to a target, its standing terms and what its attention chooses."""
     if target.kind == "cpu":
-        return Way(road=CPU_ROAD)
+        return DeviceModel(road=CPU_TRACE)
     from gcbench.simulate.cuda import attention_buffers, workspaces
 
     attention = CudaAttention(target)
@@ -56,8 +56,8 @@ def way_to(target: Target) -> Way:
             yield other.name, other.nbytes
 
     known = workspaces.standing_terms(target)
-    return Way(
-        road=Road(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
+    return DeviceModel(
+        road=TraceMode(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
         standing=tuple(
             Standing(
                 name=term.name,

@@ -75,7 +75,7 @@ def _is_watched() -> bool:
     return False
 
 
-class Ages:
+class CacheAges:
     """How long ago memory was touched, in bytes of traffic since: told each call of a step, in order."""
 
     def __init__(self) -> None:

@@ -13,10 +13,10 @@ from gcbench.simulate import costs
 from gcbench.simulate.compose import layer_pieces
 from gcbench.simulate.compose import whole_step as assembly
 from gcbench.simulate.compose.layer_pieces import Passes
-from gcbench.simulate.compose.whole_step import Assembly, Ints, Kind, Standing, Treatment
+from gcbench.simulate.compose.whole_step import Assembly, Ints, Kind, LayerPolicy, Standing
 from gcbench.simulate.costs import Figures, Work
 from gcbench.simulate.timeline import Timeline
-from gcbench.simulate.trace.fake_model import CPU_ROAD, NotComposable, Road, Segment, Stage
+from gcbench.simulate.trace.fake_model import CPU_TRACE, FakeModel, NotComposable, Segment, TraceMode
 from gcbench.simulate.trace.optimizer_step import UpdateTrace, trace_update
 from gcbench.simulate.trace.representative_layers import sample
 from gcbench.strategies import Plan, Policy
@@ -102,7 +102,7 @@ class Predictor:
         *,
         precision: str,
         optim: str,
-        road: Road = CPU_ROAD,
+        road: TraceMode = CPU_TRACE,
         standing: Sequence[Standing] = (),
         steps_on_device: bool = True,
         exact: bool = False,
@@ -111,20 +111,20 @@ class Predictor:
 
         `standing` is what the device holds besides the model. With `exact` every layer is traced.
         """
-        self.stage = Stage(model, precision=precision, road=road)
+        self.fake_model = FakeModel(model, precision=precision, road=road)
         self.precision = precision
         self.optim = optim
         self.road = road
         self.standing = tuple(standing)
         self.steps_on_device = steps_on_device
         self.exact = exact
-        self._layers = list(range(len(self.stage.layers)))
+        self._layers = list(range(len(self.fake_model.layers)))
         """Those that training runs; all until a trace shows otherwise."""
         self._updates: dict[tuple[int, ...], UpdateTrace] = {}
         self._vocab_size = _vocab_size(model)
         self._model_blocks = [
             Standing(name=name, nbytes=nbytes, kind=Kind.PARAMETERS if is_parameter else Kind.STANDING)
-            for name, nbytes, is_parameter in self.stage.blocks
+            for name, nbytes, is_parameter in self.fake_model.blocks
         ]
 
     def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
@@ -169,15 +169,15 @@ class Predictor:
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
-        if plan.own and own_way.is_all(self.stage.model):
+        if plan.own and own_way.is_all(self.fake_model.model):
             raise NotComposable("its own code checkpoints them")
         treatments = _treatments(plan)
         for _ in range(2):
-            pairs = [(self.stage.kinds[layer], treatments.get(layer)) for layer in self._layers]
+            pairs = [(self.fake_model.kinds[layer], treatments.get(layer)) for layer in self._layers]
             chosen = sample(_with_edges(pairs), beside=pairs)
             kept = [self._layers[place] for place in chosen.kept]
             groups = _groups(kept, treatments)
-            traced = self.stage.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
+            traced = self.fake_model.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
             if list(traced.called) == self._layers:
                 break
             # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
@@ -225,12 +225,12 @@ class Predictor:
 
         With them the blocks of their gradients, and the number of events after which each is complete.
         """
-        owners = self.stage.owners
+        owners = self.fake_model.owners
         by_name = {owners[param]: (param, home) for param, home in cut.gradients.items() if param in owners}
         params: list[int] = []
         blocks: list[int] = []
         accumulated: list[int] = []
-        for place, param in enumerate(self.stage.parameters):
+        for place, param in enumerate(self.fake_model.parameters):
             layer, name = owners.get(id(param), (-1, ""))
             home: tuple[Segment, int] | None
             owner = id(param)
@@ -259,7 +259,7 @@ class Predictor:
 
     def _traced_update(self, params: Sequence[int], optim: str, steps_on_device: bool) -> UpdateTrace:
         return trace_update(
-            [self.stage.parameters[place] for place in params],
+            [self.fake_model.parameters[place] for place in params],
             precision=self.precision,
             optim=optim,
             road=self.road,
@@ -267,7 +267,7 @@ class Predictor:
         )
 
     def _in_full(self, plan: Plan, batch_size: int, seq_len: int, why: str) -> Step:
-        trace, gradients, works = self.stage.trace_in_full(
+        trace, gradients, works = self.fake_model.trace_in_full(
             plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
         )
         kinds = [block.kind for block in self._model_blocks]
@@ -278,19 +278,21 @@ class Predictor:
             num_params=kinds.count(Kind.PARAMETERS),
             vocab_size=self._vocab_size,
         )
-        return Step(assembly=assembled, layers_traced=len(self.stage.layers), why_in_full=why, works=((None, works),))
+        return Step(
+            assembly=assembled, layers_traced=len(self.fake_model.layers), why_in_full=why, works=((None, works),)
+        )
 
 
-def _treatments(plan: Plan) -> dict[int, Treatment]:
+def _treatments(plan: Plan) -> dict[int, LayerPolicy]:
     """How each layer in a group is treated."""
     return {
-        layer: Treatment(policy=policy, place=place, size=len(group))
+        layer: LayerPolicy(policy=policy, place=place, size=len(group))
         for group, policy in plan.treated()
         for place, layer in enumerate(group)
     }
 
 
-def _groups(kept: Sequence[int], treatments: Mapping[int, Treatment]) -> list[tuple[list[int], Policy]]:
+def _groups(kept: Sequence[int], treatments: Mapping[int, LayerPolicy]) -> list[tuple[list[int], Policy]]:
     """The groups of the layers that are kept, which stand side by side once those between are gone."""
     groups: list[tuple[list[int], Policy]] = []
     for layer in kept:

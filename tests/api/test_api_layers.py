@@ -28,7 +28,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BartConfig, BartF
 
 import gcbench
 from gcbench import api
-from gcbench.checkpointing.segments import NotASegment
+from gcbench.checkpointing.segments import LayersNotSequential
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -196,7 +196,9 @@ def test_a_group_that_does_not_run_as_one_says_what_to_take(inputs):
     model = Scaling("aa").train()
     gcbench.apply(model, "segment:2")
     ids = inputs["input_ids"] % 50
-    with pytest.raises(NotASegment, match="between the layers of a group; take groups of one layer, such as per-layer"):
+    with pytest.raises(
+        LayersNotSequential, match="between the layers of a group; take groups of one layer, such as per-layer"
+    ):
         model(ids, ids)
     assert_nothing_is_watched()
 

@@ -306,7 +306,9 @@ def test_a_child_that_dies_costs_one_combination():
                 on_event(checks.Checked(number=number, verdict=IDENTICAL))
             return Answer(facts=facts)
 
-    wanted = check_session.Wanted(model="m", strategies=("per-layer", "segment:2", "every:2"), precisions=("fp32",))
+    wanted = check_session.CheckOptions(
+        model="m", strategies=("per-layer", "segment:2", "every:2"), precisions=("fp32",)
+    )
     done = check_session.run(wanted, source=None, children=Children(), command="check")
     assert [(result.verdict, result.message) for result in done.results] == [
         (IDENTICAL, None),

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing import policy_contexts
-from gcbench.checkpointing.policy_contexts import KeptThenChanged, RunDifferently, SkippedButNeeded
+from gcbench.checkpointing.policy_contexts import RecomputeMismatch, SavedOutputMutated, SkippedButNeeded
 from gcbench.devices.backends.cpu import tensor_bytes
 from gcbench.strategies import Plan, Policy
 
@@ -185,7 +185,7 @@ def test_what_is_kept_and_changed_in_the_layer_is_told(keep):
     """The trap: gradients of what it has become in place of what it was."""
     hidden = hidden_states()
     output = kept(changing, hidden, keep=keep, skip=("nothing#0",))
-    with pytest.raises(KeptThenChanged, match=r"changed in place \(add_\)"):
+    with pytest.raises(SavedOutputMutated, match=r"changed in place \(add_\)"):
         gradients(output, hidden)
 
 
@@ -208,7 +208,7 @@ def test_what_is_kept_and_changed_behind_the_layer_is_told():
 
     expected = train(layer)
     assert torch.equal(train(partial(kept, layer, skip=("nothing#0",))), expected)
-    with pytest.raises(KeptThenChanged, match="when the layer had run"):
+    with pytest.raises(SavedOutputMutated, match="when the layer had run"):
         train(partial(kept, layer, keep=("mul#0",), skip=("nothing#0",)))
 
 
@@ -241,7 +241,9 @@ def test_a_layer_that_runs_differently_is_told(how):
     """The trap: `exp#0` of the first run taken for that of the second."""
     hidden = hidden_states()
     output = kept(Fickle(how), hidden, keep=("exp#0",), skip=("nothing#0",))
-    with pytest.raises(RunDifferently, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that keeps"):
+    with pytest.raises(
+        RecomputeMismatch, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that keeps"
+    ):
         gradients(output, hidden)
 
 
@@ -356,7 +358,7 @@ def test_weights_shared_under_autocast_are_right_or_told(policy, layers):
     plain = Plan(num_layers=3, groups=tuple((layer,) for layer in layers))
     try:
         found = train(plain.with_policies(keep=policy.keep, skip=policy.skip))
-    except (RunDifferently, SkippedButNeeded):
+    except (RecomputeMismatch, SkippedButNeeded):
         return
     for one, other in zip(found, expected, strict=True):
         assert type(one) is torch.Tensor and torch.equal(one, other)

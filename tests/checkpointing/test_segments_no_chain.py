@@ -7,7 +7,7 @@ import torch
 from segmented import Boom, apply, assert_nothing_is_switched_on, differing, gradients
 from toys import VOCAB_SIZE, LastLayerFirst, Layer, ScaledBetweenLayers, ScaledInPlaceBetweenLayers, Toy
 
-from gcbench.checkpointing.segments import NotASegment
+from gcbench.checkpointing.segments import LayersNotSequential
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_test")
 
@@ -123,7 +123,7 @@ def test_layers_that_are_no_chain_are_refused(cls, spec):
     model = toy(cls)
     off = gradients(model, toy_inputs(), "off")
     for _ in range(2):
-        with pytest.raises(NotASegment):
+        with pytest.raises(LayersNotSequential):
             gradients(model, toy_inputs(), spec)
         assert_nothing_is_switched_on()
     assert differing(gradients(model, toy_inputs(), "per-layer"), off) == []
@@ -148,7 +148,7 @@ def test_gradients_are_right_or_there_are_none(cls, spec):
     off = gradients(model, toy_inputs(), "off")
     try:
         ours = gradients(model, toy_inputs(), spec)
-    except NotASegment:
+    except LayersNotSequential:
         ours = off
     assert differing(ours, off) == []
     assert_nothing_is_switched_on()

@@ -102,10 +102,18 @@ def asked(monkeypatch):
 
     seen = {}
     monkeypatch.setattr(session, "measure", lambda wanted, **rest: seen.update(wanted=wanted))
-    monkeypatch.setattr(forecast, "predict", lambda wanted, wish, **rest: seen.update(wanted=wanted, wish=wish))
+    monkeypatch.setattr(
+        forecast,
+        "predict",
+        lambda wanted, target_options, **rest: seen.update(wanted=wanted, target_options=target_options),
+    )
     monkeypatch.setattr(check_session, "check", lambda wanted, **rest: seen.update(wanted=wanted))
     monkeypatch.setattr(
-        plan_session, "plan", lambda wanted, wish, options, **rest: seen.update(wanted=wanted, wish=wish, asked=options)
+        plan_session,
+        "plan",
+        lambda wanted, target_options, options, **rest: seen.update(
+            wanted=wanted, target_options=target_options, asked=options
+        ),
     )
     return seen
 
@@ -150,10 +158,10 @@ def test_one_file_serves_every_command(cli, tmp_path, asked):
             assert (wanted.precision, wanted.optim, wanted.seq_len) == ("bf16", "adamw_torch", (4096,))
             assert wanted.strategies == ("off", "per-layer", "every:2")
         if command in ("predict", "plan"):
-            assert asked["wish"].device == "a40" and asked["wish"].device_memory == 20 * GIB
-            assert asked["wish"].expandable_segments
+            assert asked["target_options"].device == "a40" and asked["target_options"].device_memory == 20 * GIB
+            assert asked["target_options"].expandable_segments
         if command == "predict":
-            assert asked["wish"].explain and asked["wish"].exact
+            assert asked["target_options"].explain and asked["target_options"].exact
         if command == "plan":
             assert (asked["asked"].batch_sizes, asked["asked"].emit) == ((2,), "trainer")
             assert asked["asked"].reserve_frac == pytest.approx(0.02)
@@ -173,7 +181,7 @@ def test_flags_win_over_the_file_in_every_command(cli, tmp_path, asked):
 def test_the_limit_of_a_run_is_the_memory_of_a_prediction(cli, tmp_path, asked, command):
     write(tmp_path, 'model = "gpt2"\nbatch_size = 1\nmemory_limit = "3GiB"\n')
     assert cli(command, "--config", "shared.toml").code == 0
-    assert asked["wish"].device_memory == 3 * GIB
+    assert asked["target_options"].device_memory == 3 * GIB
 
 
 @pytest.mark.parametrize(
@@ -207,4 +215,4 @@ def test_what_a_file_asks_for_is_what_flags_ask_for(cli, tmp_path, asked):
     assert cli("predict", "--config", "shared.toml").code == 0
     from_file = dict(asked)
     assert cli("predict", "-m", "gpt2", "-b", "1,2", "--seq-len", 8, "--device", "gpu", "--exact").code == 0
-    assert from_file == asked and asked["wish"].device == "cuda"
+    assert from_file == asked and asked["target_options"].device == "cuda"

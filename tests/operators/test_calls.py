@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gcbench.operators import call_text
 from gcbench.operators.call_text import form
 from gcbench.operators.replay import NotReplayable, Replayer
-from gcbench.simulate.op_work import CACHED_BYTES, Ages, of_call
+from gcbench.simulate.op_work import CACHED_BYTES, CacheAges, of_call
 
 # Calls as text.
 
@@ -156,7 +156,7 @@ def test_works_say_what_calls_them(tmp_path):
 
 
 def test_what_was_touched_long_ago_is_cold():
-    ages = Ages()
+    ages = CacheAges()
     small, large = torch.zeros(1), torch.zeros(CACHED_BYTES // 4 + 8)
 
     def cold(*args):

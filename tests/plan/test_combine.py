@@ -33,7 +33,7 @@ def plan_of(plans, choice):
 
 
 def plans_of(one, kinds):
-    found = uniform_plans(one.stage, range(len(kinds)), planned.Traffic(), seq_len=SEQ_LEN, most=3)
+    found = uniform_plans(one.fake_model, range(len(kinds)), planned.Traffic(), seq_len=SEQ_LEN, most=3)
     return [toys.plan(len(kinds), ()), toys.plan(len(kinds), range(len(kinds))), *found]
 
 

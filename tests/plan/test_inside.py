@@ -108,7 +108,7 @@ def test_what_is_written_into_can_no_longer_be_kept_and_is_read_through_the_writ
 
 def test_all_that_lies_in_the_memory_is_changed():
     """The trap: of a tensor that is filled half by half, only the last half taken for what was written into; the plan
-    keeps the empty tensor, and each step ends with `KeptThenChanged`."""
+    keeps the empty tensor, and each step ends with `SavedOutputMutated`."""
 
     def forward(layer, hidden):
         made = hidden.new_empty(*hidden.shape[:-1], 2 * WIDTH)
@@ -123,7 +123,7 @@ def test_all_that_lies_in_the_memory_is_changed():
     assert reads(calls, "copy_#1") == {"copy_#0", "cos#0"}
     assert reads(calls, "exp#0") == {"copy_#1"}
     assert not by_name["sum#0"].is_changed
-    plans = uniform_plans(toy_of(forward).stage, (0, 1, 2), CardFigures(None), seq_len=SEQ_LEN, most=8)
+    plans = uniform_plans(toy_of(forward).fake_model, (0, 1, 2), CardFigures(None), seq_len=SEQ_LEN, most=8)
     kept = {name.partition("#")[0] for plan in plans for policy in plan.policies for name in policy.keep}
     assert "exp" in kept and not kept & {"new_empty", "copy_", "slice"}
 
@@ -164,17 +164,17 @@ def test_a_layer_that_runs_twice_or_never_cannot_be_looked_into():
             return hidden
 
     for model in (Twice, Never):
-        stage = toys.predictor(lambda model=model: model("aaa")).stage
+        fake_model = toys.predictor(lambda model=model: model("aaa")).fake_model
         with pytest.raises(NotComposable):
-            inner_calls(stage, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
+            inner_calls(fake_model, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
 
 
 def test_looking_leaves_the_layers_as_they_were():
     one = toys.predictor(toys.Toy)
     plan = toys.plan(6, (0, 3))
     before = one.step(plan, batch_size=2, seq_len=4)
-    inner_calls(one.stage, (0, 1, 5), batch_size=3, seq_len=4)
-    assert not any("forward" in vars(layer) for layer in one.stage.layers)
+    inner_calls(one.fake_model, (0, 1, 5), batch_size=3, seq_len=4)
+    assert not any("forward" in vars(layer) for layer in one.fake_model.layers)
     after = one.step(plan, batch_size=2, seq_len=4)
     assert timeline.exact(after.timeline) == timeline.exact(before.timeline)
 
@@ -194,7 +194,7 @@ def test_a_first_layer_that_is_called_otherwise_has_policies_of_its_own():
 
 def test_kinds_of_layers_have_each_their_own():
     one = toys.predictor(lambda: toys.Toy("abacab"))
-    plans = uniform_plans(one.stage, range(6), planned.Traffic(), seq_len=SEQ_LEN, most=4)
+    plans = uniform_plans(one.fake_model, range(6), planned.Traffic(), seq_len=SEQ_LEN, most=4)
     assert 1 < len(plans) <= 4
     for plan in plans:
         assert plan.policies[0] == plan.policies[2] == plan.policies[4]
@@ -204,9 +204,9 @@ def test_kinds_of_layers_have_each_their_own():
 def test_what_is_skipped_is_all_that_nothing_needs():
     """All but views and what leads to something saved that is not kept: the second run asks for each kept output once
     more and so goes on to the last, past calls that only led on from there."""
-    stage = toys.predictor(lambda: toys.Toy("aaa")).stage
-    calls = inner_calls(stage, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
-    last = uniform_plans(stage, range(3), planned.Traffic(), seq_len=SEQ_LEN, most=8)[-1].policies[1]
+    fake_model = toys.predictor(lambda: toys.Toy("aaa")).fake_model
+    calls = inner_calls(fake_model, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
+    last = uniform_plans(fake_model, range(3), planned.Traffic(), seq_len=SEQ_LEN, most=8)[-1].policies[1]
     assert (set(last.keep), needed(calls) - set(last.keep)) == ({"relu#0", "tanh#0"}, {"mul#0"})
     again = {"mul#0"}
     for call in reversed(calls):
@@ -217,8 +217,8 @@ def test_what_is_skipped_is_all_that_nothing_needs():
 
 
 def test_policies_are_those_of_the_frontier_from_the_fewest_bytes_on():
-    stage = toys.predictor(lambda: toys.Toy("aaa")).stage
-    calls = inner_calls(stage, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
+    fake_model = toys.predictor(lambda: toys.Toy("aaa")).fake_model
+    calls = inner_calls(fake_model, (0, 1, 2), batch_size=4, seq_len=SEQ_LEN)[1]
     figures = planned.Traffic()
     weighed = [
         Call(
@@ -232,7 +232,7 @@ def test_policies_are_those_of_the_frontier_from_the_fewest_bytes_on():
         )
         for call in calls
     ]
-    plans = uniform_plans(stage, range(3), figures, seq_len=SEQ_LEN, most=8)
+    plans = uniform_plans(fake_model, range(3), figures, seq_len=SEQ_LEN, most=8)
     corners = frontier(weighed)
     assert not corners[0].keep and corners[-1].seconds == 0, "which recomputing everything and nothing are as good as"
     expected = [tuple(calls[number].name for number in found.keep) for found in corners[1:-1]]

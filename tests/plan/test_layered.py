@@ -30,7 +30,7 @@ def peak_of(step):
 def test_what_a_layer_keeps_is_what_its_calls_say():
     """Nothing recomputed: the saved outputs, and its own output, which the next layer saves."""
     one = toy_of(mlp, "aaaa")
-    calls = inner_calls(one.stage, (0, 1, 2, 3), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
+    calls = inner_calls(one.fake_model, (0, 1, 2, 3), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
     found = profile(one.step(toys.plan(4, ()), batch_size=BATCH_SIZE, seq_len=SEQ_LEN), FIGURES)
     saved = sum(named(calls)[name].nbytes for name in needed(calls))
     output = ROWS * WIDTH * FP32
@@ -49,7 +49,7 @@ def test_what_a_layer_keeps_is_what_its_calls_say():
 def uniform():
     """A toy of nine layers of two kinds: the predictor, plans in which every layer is treated alike, their steps."""
     one = toys.predictor(lambda: toys.Toy("aabbaabba"), optim="adamw_torch")
-    found = uniform_plans(one.stage, range(9), FIGURES, seq_len=16, most=3)
+    found = uniform_plans(one.fake_model, range(9), FIGURES, seq_len=16, most=3)
     plans = [toys.plan(9, ()), toys.plan(9, range(9)), *found]
     return one, plans, [one.step(plan, batch_size=3, seq_len=16) for plan in plans]
 

@@ -39,7 +39,7 @@ def candidate(strategy="off", batch=4, peak=10 * GIB, rate=100.0, **changes):
 @pytest.mark.parametrize("batch_sizes", [(2, 4, 8, 16), None])
 def test_what_a_plan_shows_is_what_predict_says(monkeypatch, one_thread, batch_sizes):
     """The trap: 27.66 GiB in the table, 30.33 in the sentence: tensors alone, and all that the process holds."""
-    monkeypatch.setattr(search, "gains", lambda *args, **kwargs: ())
+    monkeypatch.setattr(search, "levers", lambda *args, **kwargs: ())
     monkeypatch.setattr(search, "_MOST_POLICIES", 1)
     task = PlanTask(
         source=planned.source_of("llama"), layers=None, overrides=WIDE, attn_implementation=None, lora=None,

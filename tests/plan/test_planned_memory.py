@@ -112,7 +112,7 @@ def test_plans_that_differ_are_told_apart():
 def test_policies_side_by_side_are_put_together_as_they_are_traced():
     """The traps: a few layers stand for eight; a policy beside another one keeps the boundary between them or not."""
     one, full = (toys.predictor(lambda: toys.Toy("aaaaaaaa"), exact=exact) for exact in (False, True))
-    found = uniform_plans(one.stage, range(8), planned.Traffic(), seq_len=16, most=3)
+    found = uniform_plans(one.fake_model, range(8), planned.Traffic(), seq_len=16, most=3)
     policies = [found[number].policies[1] for number in (0, 0, 0, 0, -1, -1, -1, -1)]
     plan = toys.plan(8, range(8))
     plan = replace(plan, policies=tuple(policies))

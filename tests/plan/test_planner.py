@@ -62,7 +62,7 @@ def quick():
     """Few policies, and no levers: they have a file of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_MOST_POLICIES", 3)
-        patch.setattr(search, "gains", lambda *args, **kwargs: ())
+        patch.setattr(search, "levers", lambda *args, **kwargs: ())
         yield
 
 
@@ -130,7 +130,7 @@ def test_the_choice_fits_and_nothing_that_fits_is_faster(planner, memory_bytes):
     largest = {each.strategy: each.batch_size for each in decision.largest}
     for spec, plan in one.named:
         for batch in {1, largest[spec] // 2, largest[spec]} - {0}:
-            rival = one.weighing.candidate(spec, plan, batch)
+            rival = one.evaluator.candidate(spec, plan, batch)
             assert rival.tokens_per_s * (1 - AS_FAST_FRAC) <= choice.tokens_per_s, rival
 
 
@@ -155,7 +155,7 @@ def test_no_mix_of_all_is_better(toy):
             pair for layer, number in enumerate(choice) for pair in uniform[number].treated() if pair[0] == (layer,)
         ]
         plan = Plan(num_layers=3, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))
-        every.append(first.weighing.candidate("mix", plan, batch, traced=True))
+        every.append(first.evaluator.candidate("mix", plan, batch, traced=True))
     lowest, highest = (pick(each.peak_bytes for each in every) for pick in (min, max))
     slack = batch * BOUNDARY_BYTES
     found = set()
@@ -327,10 +327,10 @@ def test_what_a_measurement_may_choose_instead_is_told_of_as_well(toy):
     planner = Planner(task(150_000, is_confirmed=True), FIGURES)
     decision = planner.decide()
     rivals = [each for each in contenders(decision.candidates) if each != decision.choice]
-    assert rivals and [told.of for told in decision.told] == rivals
-    assert [told.peak_words for told in decision.told] == [planner._peak_words(each) for each in rivals]
-    assert {told.peak_words for told in decision.told} - {decision.peak_words}
-    assert Planner(task(150_000), FIGURES).decide().told == ()
+    assert rivals and [told.of for told in decision.details] == rivals
+    assert [told.peak_words for told in decision.details] == [planner._peak_words(each) for each in rivals]
+    assert {told.peak_words for told in decision.details} - {decision.peak_words}
+    assert Planner(task(150_000), FIGURES).decide().details == ()
 
 
 # One planner for several memories
@@ -341,13 +341,13 @@ def test_another_memory_shares_what_was_traced(toy, monkeypatch):
     toy(four_layers)
     shared = Planner(task(10**9), FIGURES)
     steps = []
-    step = shared.weighing.session.predictor.step
+    step = shared.evaluator.session.predictor.step
 
     def counted(plan, **kwargs):
         steps.append(plan)
         return step(plan, **kwargs)
 
-    monkeypatch.setattr(shared.weighing.session.predictor, "step", counted)
+    monkeypatch.setattr(shared.evaluator.session.predictor, "step", counted)
     found = {memory: shared.limited(memory) for memory in (80_000, 250_000)}
     assert steps == []
     decided = {memory: one.decide() for memory, one in found.items()}
@@ -373,5 +373,5 @@ def test_each_memory_has_the_calls_of_its_batch_sizes_timed(toy, monkeypatch):
         each._calibrate([1, 2])
         each._calibrate([2])
     assert len(asked) == 2
-    assert FIGURES not in (one.weighing.figures, other.weighing.figures)
-    assert shared.weighing.figures is FIGURES
+    assert FIGURES not in (one.evaluator.figures, other.evaluator.figures)
+    assert shared.evaluator.figures is FIGURES

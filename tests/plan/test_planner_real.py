@@ -14,7 +14,7 @@ from gcbench.devices.cards import find
 from gcbench.devices.target import Target
 from gcbench.plan.decision import AS_FAST_FRAC, FOUND
 from gcbench.plan.search import planner as search
-from gcbench.plan.search.levers import Trial, gains
+from gcbench.plan.search.levers import Trial, levers
 from gcbench.plan.search.planner import Planner
 from gcbench.plan.task import PlanTask
 from gcbench.predict.task import CellToPredict
@@ -89,20 +89,20 @@ def changed(asked, plan, flag):
     return replace(asked, **{name.replace("-", "_"): value}), plan
 
 
-def assert_gains(asked, decision, expected, *, of=lambda gain: gain.flag is not None):
+def assert_gains(asked, decision, expected, *, of=lambda lever: lever.flag is not None):
     """The levers are `expected`, the best first; each that has a flag is what a prediction with that flag says.
 
     `of` those that are predicted.
     """
     shown = decision.choice or decision.smallest
-    gains = decision.gains
-    assert {gain.name for gain in gains} == expected
-    assert [gain.peak_bytes for gain in gains] == sorted(gain.peak_bytes for gain in gains)
-    for gain in gains:
-        assert gain.peak_bytes < 0.995 * shown.peak_bytes
-        assert gain.fits == (gain.peak_bytes <= decision.usable_bytes)
-        if of(gain):
-            assert peak(*changed(asked, shown.plan, gain.flag), shown.batch_size) == gain.peak_bytes, gain
+    levers = decision.levers
+    assert {lever.name for lever in levers} == expected
+    assert [lever.peak_bytes for lever in levers] == sorted(lever.peak_bytes for lever in levers)
+    for lever in levers:
+        assert lever.peak_bytes < 0.995 * shown.peak_bytes
+        assert lever.fits == (lever.peak_bytes <= decision.usable_bytes)
+        if of(lever):
+            assert peak(*changed(asked, shown.plan, lever.flag), shown.batch_size) == lever.peak_bytes, lever
 
 
 EIGHT_BIT, CHUNKS, FUSED = "an 8-bit AdamW", "a loss computed in 8 chunks", "the fused optimizer"
@@ -116,7 +116,7 @@ def test_levers_where_the_optimizer_sets_the_peak():
     decision = Planner(asked, FIGURES).decide()
     assert decision.choice.strategy == OFF and decision.choice.peak_phase == "optimizer"
     assert_gains(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
-    by_name = {gain.name: gain for gain in decision.gains}
+    by_name = {lever.name: lever for lever in decision.levers}
     # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have 4096 elements; the
     # temporaries of adamw_torch are not in an 8-bit step, as they are not in the fused one.
     model = planned.model_of("llama", "fp32", LAYERS)
@@ -133,10 +133,10 @@ def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_asked_for(monkeypatch
     found = set()
     for optim in ("adamw_torch", "adamw_torch_fused"):
         asked = task(cpu(10**9), seq_len=8, batch_sizes=(1,), specs=(OFF,), can_checkpoint=False, optim=optim)
-        gains = {gain.name: gain for gain in Planner(asked, FIGURES).decide().gains}
-        found.add(gains[EIGHT_BIT].peak_bytes)
-        if FUSED in gains:
-            assert gains[EIGHT_BIT].peak_bytes <= gains[FUSED].peak_bytes
+        levers = {lever.name: lever for lever in Planner(asked, FIGURES).decide().levers}
+        found.add(levers[EIGHT_BIT].peak_bytes)
+        if FUSED in levers:
+            assert levers[EIGHT_BIT].peak_bytes <= levers[FUSED].peak_bytes
     assert len(found) == 1
 
 
@@ -150,12 +150,12 @@ def test_levers_where_the_logits_set_the_peak_and_memory_binds():
     choice = decision.choice
     assert choice.strategy != OFF and decision.binding.startswith("Memory binds")
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= 2 * MIB
-    names = {gain.name for gain in decision.gains}
+    names = {lever.name for lever in decision.levers}
     assert CHUNKS in names and MIXED in names and FUSED not in names
-    assert_gains(asked, decision, names, of=lambda gain: gain.flag in ("--attn-implementation sdpa", MIXED_FLAG))
+    assert_gains(asked, decision, names, of=lambda lever: lever.flag in ("--attn-implementation sdpa", MIXED_FLAG))
     assert {"fused attention"} <= names
     logits = 32 * 256 * 4 * choice.batch_size
-    by_name = {gain.name: gain for gain in decision.gains}
+    by_name = {lever.name: lever for lever in decision.levers}
     assert choice.peak_bytes - by_name[CHUNKS].peak_bytes <= 3 * logits
 
 
@@ -170,14 +170,14 @@ def card(memory_bytes):
 
 def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
     """The traps: what tensors hold taken for what the allocator takes from the card, and the context forgotten."""
-    monkeypatch.setattr(search, "gains", lambda *args, **kwargs: ())
+    monkeypatch.setattr(search, "levers", lambda *args, **kwargs: ())
     wide = task(card(CARD.memory_bytes), family="opt", seq_len=64, precision="bf16-mixed")
     first = Planner(wide, CardFigures(CARD))
     every = parse("per-layer").plan_for(LAYERS)
-    top = first.weighing.candidate("per-layer", every, 512)
+    top = first.evaluator.candidate("per-layer", every, 512)
     assert top.peak_bytes > top.allocated_bytes + 100 * MIB, "there is no context in it"
     # An allocator may need more for a smaller batch, where other blocks are left over.
-    memory = max(first.weighing.candidate("per-layer", every, batch).peak_bytes for batch in range(480, 513, 4))
+    memory = max(first.evaluator.candidate("per-layer", every, batch).peak_bytes for batch in range(480, 513, 4))
     decision = first.limited(memory).decide()
     choice, asked = decision.choice, replace(wide, target=card(memory))
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= memory
@@ -204,13 +204,13 @@ def test_levers_of_a_card(expandable, expected):
     lever frees is counted in whole segments."""
     target = replace(card(CARD.memory_bytes), expandable_segments=expandable)
     asked = task(target, seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
-    weighing = Planner(asked, CardFigures(CARD)).weighing
+    evaluator = Planner(asked, CardFigures(CARD)).evaluator
     plan = asked.named[0][1]
-    shown = weighing.candidate("per-layer", plan, 4096)
-    step = weighing.scaling(plan).traced(4096)
-    with Trial(asked, shown, held=weighing.counted) as trial:
-        found = gains(asked, weighing.session, shown, step, trial, held=weighing.counted, usable=weighing.usable)
-    decision = SimpleNamespace(choice=shown, gains=found, usable_bytes=weighing.usable)
+    shown = evaluator.candidate("per-layer", plan, 4096)
+    step = evaluator.scaling(plan).traced(4096)
+    with Trial(asked, shown, held=evaluator.counted) as trial:
+        found = levers(asked, evaluator.session, shown, step, trial, held=evaluator.counted, usable=evaluator.usable)
+    decision = SimpleNamespace(choice=shown, levers=found, usable_bytes=evaluator.usable)
     assert_gains(asked, decision, expected)
 
 
@@ -219,27 +219,27 @@ def test_levers_of_a_found_plan_recompute_its_layers_whole():
     asked = task(cpu(2**40), batch_sizes=(4,), specs=(OFF,))
     one = Planner(asked, FIGURES)
     plan = next(each for each in one.mixes.uniform if each.policies)
-    shown = one.weighing.candidate(FOUND, plan, 4, traced=True)
-    step = one.weighing.scaling(plan).traced(4)
-    with Trial(asked, shown, held=one.weighing.counted) as trial:
-        found = gains(asked, one.weighing.session, shown, step, trial, held=one.weighing.counted, usable=None)
-    by_name = {gain.name: gain for gain in found}
+    shown = one.evaluator.candidate(FOUND, plan, 4, traced=True)
+    step = one.evaluator.scaling(plan).traced(4)
+    with Trial(asked, shown, held=one.evaluator.counted) as trial:
+        found = levers(asked, one.evaluator.session, shown, step, trial, held=one.evaluator.counted, usable=None)
+    by_name = {lever.name: lever for lever in found}
     lora = by_name[f"{ADAPTERS}, the same layers recomputed whole"]
     assert lora.peak_bytes == peak(replace(asked, lora=Lora(r=16)), replace(plan, policies=()), 4)
-    fused = one.weighing.session.predictor.with_optimizer(step, "adamw_torch_fused", steps_on_device=True)
-    held = one.weighing.counted(fused, one.weighing.session)
+    fused = one.evaluator.session.predictor.with_optimizer(step, "adamw_torch_fused", steps_on_device=True)
+    held = one.evaluator.counted(fused, one.evaluator.session)
     assert held == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
 
 
 def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
     """The traps: a setting that would fit is said not to; one that is asked for in full is told in part."""
     asked = task(card(64 * MIB + 2**30), seq_len=64, specs=(OFF,))
-    weighing = Planner(asked, CardFigures(CARD)).weighing
+    evaluator = Planner(asked, CardFigures(CARD)).evaluator
     off = asked.named[0][1]
     sizes = (1, 64, 256, 1024, 4096)
-    in_full = [weighing.candidate(OFF, off, batch) for batch in sizes]
+    in_full = [evaluator.candidate(OFF, off, batch) for batch in sizes]
     assert [each.fits for each in in_full][::4] == [True, False]
-    brief = Planner(asked, CardFigures(CARD)).weighing
+    brief = Planner(asked, CardFigures(CARD)).evaluator
     brief.all_up_to = 1
     for batch, expected in zip(sizes, in_full, strict=True):
         found = brief.candidate(OFF, off, batch)

@@ -11,7 +11,7 @@ import pytest
 
 from gcbench.plan import racing
 from gcbench.plan.confirm import settled
-from gcbench.plan.decision import Candidate, Decision, Gain, Told
+from gcbench.plan.decision import Candidate, CandidateDetails, Decision, MemoryLever
 from gcbench.plan.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, standing
 from gcbench.strategies import Plan
 
@@ -183,26 +183,26 @@ def test_a_wrong_bound_is_noticed(monkeypatch, bound):
 # What is said once it is measured
 
 
-def decided(*candidates, told=()):
+def decided(*candidates, details=()):
     return Decision(
         limit_bytes=None, usable_bytes=None, reserve_frac=0.0, choice=candidates[0], smallest=None,
-        candidates=candidates, largest=(), peak_words="of the first", binding="of the first", told=told,
-        gains=(Gain(name="less for the first", flag=None, peak_bytes=1, fits=True),), times_from="estimates",
+        candidates=candidates, largest=(), peak_words="of the first", binding="of the first", details=details,
+        levers=(MemoryLever(name="less for the first", flag=None, peak_bytes=1, fits=True),), times_from="estimates",
     )  # fmt: skip
 
 
 def test_what_is_said_is_of_the_setting_that_won():
     """The trap: the words and the levers of the setting that was expected to win."""
     first, second, slow = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "off")
-    gain = Gain(name="less for the second", flag=None, peak_bytes=1, fits=True)
-    told = Told(of=second, peak_words="of the second", gains=(gain,))
-    decision = decided(first, second, slow, told=(told,))
+    lever = MemoryLever(name="less for the second", flag=None, peak_bytes=1, fits=True)
+    told = CandidateDetails(of=second, peak_words="of the second", levers=(lever,))
+    decision = decided(first, second, slow, details=(told,))
     ran = {
         each: replace(each, source="measured", tokens_per_s=rate) for each, rate in ((first, 480.0), (second, 500.0))
     }
     found = settled(decision, ran)
     assert found.choice == ran[second]
-    assert (found.peak_words, found.gains) == ("of the second", (gain,))
+    assert (found.peak_words, found.levers) == ("of the second", (lever,))
     # What was not run took half of its estimate too, as far as one can say.
     assert [each.tokens_per_s for each in found.candidates] == pytest.approx(
         [500.0, 480.0, 800 * (0.48 + 500 / 990) / 2]
@@ -210,7 +210,7 @@ def test_what_is_said_is_of_the_setting_that_won():
     assert found.binding.startswith("Memory does not bind")
     ran[first] = replace(ran[first], tokens_per_s=510.0)
     kept = settled(decision, ran)
-    assert (kept.choice, kept.peak_words, kept.gains) == (ran[first], "of the first", decision.gains)
+    assert (kept.choice, kept.peak_words, kept.levers) == (ran[first], "of the first", decision.levers)
 
 
 def test_one_that_failed_changes_no_estimate():
@@ -227,7 +227,7 @@ def test_where_nothing_that_ran_fits_an_estimate_that_does_is_the_choice():
     small = replace(small, peak_bytes=first.peak_bytes - 1)
     ran = {each: replace(each, source="measured", fits=False) for each in (first, second)}
     found = settled(decided(first, second, small), ran)
-    assert (found.choice, found.smallest, found.gains) == (small, None, ())
+    assert (found.choice, found.smallest, found.levers) == (small, None, ())
     assert "no setting that ran did" in found.binding
     found = settled(decided(first, second, replace(small, fits=False)), ran)
     assert found.choice is None and found.smallest in ran.values()

@@ -10,11 +10,11 @@ from fixtures_report import outcome, peaks, report, workload
 
 from gcbench.core.records import RoundResult
 from gcbench.core.units import GIB
-from gcbench.devices.target import Wish
+from gcbench.devices.target import TargetOptions
 from gcbench.plan import confirm, told_apart
 from gcbench.plan.decision import Candidate
 from gcbench.plan.from_run import decide
-from gcbench.plan.planned import Asked
+from gcbench.plan.planned import PlanOptions
 from gcbench.strategies import parse
 
 
@@ -99,9 +99,9 @@ def test_a_stored_run_decides_so():
         )
         for name, faster in (("off", ()), ("every:2", ((1.6, 1.5), (1.2, 1.3), (1.4, 1.4))))
     ]
-    asked = Asked(batch_sizes=None, reserve_frac=None, emit=None, measure=False)
+    asked = PlanOptions(batch_sizes=None, reserve_frac=None, emit=None, measure=False)
     wanted = SimpleNamespace(seq_len=None, strategies=None)
-    planned = decide(report(*cells), "run", wanted, Wish(device_memory=100 * GIB), asked, command="")
+    planned = decide(report(*cells), "run", wanted, TargetOptions(device_memory=100 * GIB), asked, command="")
     assert planned.decision.choice.strategy == "off"
     assert "off at batch" in planned.decision.binding and "not told apart from every:2" in planned.decision.binding
 

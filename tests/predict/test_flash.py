@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gcbench.core.errors import UsageError
-from gcbench.devices.target import Target, Wish, target_of
+from gcbench.devices.target import Target, TargetOptions, resolve_target
 from gcbench.models import flash_attention
 
 QUICK = ("--batch", 2, "--seq-len", 64, "--strategies", "off,per-layer", "--precision", "bf16", "--device", "a40")
@@ -62,7 +62,7 @@ def test_a_model_without_it_says_so_by_its_own_name(cli, model):
 
 
 def test_a_plan_is_refused_with_what_to_take():
-    card = target_of(Wish(device="a40"), None)
+    card = resolve_target(TargetOptions(device="a40"), None)
     with pytest.raises(UsageError, match="plan with sdpa"):
         flash_attention.check_plan("flash_attention_2", card)
     flash_attention.check_plan("sdpa", card)

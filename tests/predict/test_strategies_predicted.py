@@ -20,7 +20,7 @@ from gcbench.devices.target import Target
 from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
-from gcbench.simulate.device_model import way_to
+from gcbench.simulate.device_model import device_model_for
 from gcbench.simulate.predictor import Predictor
 from gcbench.strategies import Plan, Policy
 from gcbench.training import step as training
@@ -213,7 +213,7 @@ def test_one_predictor_answers_every_strategy_as_a_new_one_would():
 )
 def test_behind_cudas_allocator_it_is_the_same(family, spec, layers):
     """Sizes alone are not enough here: what is reserved depends on the order of every event."""
-    way = way_to(Target(kind="cuda", name="x"))
+    way = device_model_for(Target(kind="cuda", name="x"))
     composed, full = assert_composed_is_full(
         family,
         strategies.parse(spec).plan_for(layers),
@@ -227,7 +227,7 @@ def test_behind_cudas_allocator_it_is_the_same(family, spec, layers):
 
 def test_what_is_offloaded_is_not_on_the_device():
     """By hand: at the end of the forward pass of 8 layers, 8 inputs of (2 x 16 tokens, 32) are in the host's memory."""
-    way = way_to(Target(kind="cuda", name="x"))
+    way = device_model_for(Target(kind="cuda", name="x"))
     kept = {}
     for spec in ("per-layer", "offload", "segment:2", "segment:2+offload"):
         one = predictor(

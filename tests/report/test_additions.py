@@ -34,7 +34,7 @@ def predicted(source, precision, strategy, *, exact=False):
         trust_remote_code=False,
     )
     predictor = Predictor(model, precision=precision, optim="adamw_torch", exact=exact)
-    plan = strategies.parse(strategy).plan_for(len(predictor.stage.layers))
+    plan = strategies.parse(strategy).plan_for(len(predictor.fake_model.layers))
     return predictor.step(plan, batch_size=4, seq_len=64)
 
 

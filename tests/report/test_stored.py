@@ -26,8 +26,8 @@ from gcbench.job.settings import Settings
 from gcbench.plan import compare as compare_plans
 from gcbench.plan import session as plan_session
 from gcbench.plan import view
-from gcbench.plan.decision import Candidate, Decision, Gain, Largest
-from gcbench.plan.planned import Planned
+from gcbench.plan.decision import Candidate, Decision, Largest, MemoryLever
+from gcbench.plan.planned import PlanResult
 from gcbench.plan.stored import load_plan, save_plan
 from gcbench.report.run_folder import Store
 from gcbench.strategies import Plan, parse
@@ -51,10 +51,10 @@ def planned(*candidates, **changes):
     decision = Decision(
         limit_bytes=24 * GIB, usable_bytes=20 * GIB, reserve_frac=0.05, choice=choice,
         smallest=None if choice else found[0], candidates=found, largest=(Largest(strategy="off", batch_size=4),),
-        gains=(Gain(name="a leaner thing", flag=None, peak_bytes=GIB, fits=True),), peak_words="backward phase",
+        levers=(MemoryLever(name="a leaner thing", flag=None, peak_bytes=GIB, fits=True),), peak_words="backward phase",
         binding="Memory binds.", times_from="rates", notices=("A notice.",),
     )  # fmt: skip
-    made = Planned(
+    made = PlanResult(
         settings=Settings(model="llama-3.2-1b", batch_size=(1,), precision="bf16"),
         seq_len=1024,
         target=Target(kind="cuda", name="rtx-4090", memory_bytes=24 * GIB),

@@ -13,7 +13,7 @@ from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
 from gcbench.simulate.compose.whole_step import Kind
-from gcbench.simulate.device_model import way_to
+from gcbench.simulate.device_model import device_model_for
 from gcbench.simulate.predictor import Predictor
 from gcbench.training.step import parameter_dtype
 
@@ -128,7 +128,7 @@ def test_copies_of_the_weights_of_layers_that_are_left_out_count(precision):
 )
 def test_behind_cudas_allocator_it_is_the_same(family, strategy):
     """Sizes alone are not enough here: what is reserved depends on the order of every event."""
-    way = way_to(Target(kind="cuda", name="x"))
+    way = device_model_for(Target(kind="cuda", name="x"))
     composed, full = assert_composed_is_full(
         ALIKE[family],
         strategy,
@@ -156,7 +156,7 @@ def test_tied_weights_are_counted_once(tied):
     """Their memory, their gradient and their states; by hand, from the model itself."""
     config = {**tiny.CONFIGS["llama"], "tie_word_embeddings": tied}
     one = predictor(config, 5)
-    model = one.stage.model
+    model = one.fake_model.model
     assert (model.get_input_embeddings().weight is model.get_output_embeddings().weight) is tied
     nbytes = sum(param.nbytes for param in model.parameters())  # which gives each parameter once
     step = one.step(strategies.parse("per-layer").plan_for(5), batch_size=BATCH_SIZE, seq_len=16)
@@ -172,7 +172,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
     """The trap: adapters lie in every layer, and what they are trained beside gets neither."""
     lora = Lora(r=4, target_modules=None)
     composed, _ = assert_composed_is_full(ALIKE["llama"], strategy, layers=5, lora=lora)
-    params = list(predictor(ALIKE["llama"], 5, lora=lora).stage.model.parameters())
+    params = list(predictor(ALIKE["llama"], 5, lora=lora).fake_model.model.parameters())
     trained = [param for param in params if param.requires_grad]
     nbytes = sum(param.nbytes for param in trained)
     assert 0 < len(trained) < len(params)

@@ -317,7 +317,7 @@ def test_the_optimizer_is_part_of_a_step(predictor):
     step = predictor.step(strategies.parse("off").plan_for(3), batch_size=2, seq_len=16)
     passes = sum(total(works, SLOW) for _, works in step.works)
     update = step.seconds(SLOW) - passes
-    num_params = sum(param.numel() for param in predictor.stage.parameters)
+    num_params = sum(param.numel() for param in predictor.fake_model.parameters)
     # Gradient, weight and two states are read, and all but the gradient written: 7 numbers of 4 bytes, at least.
     assert update > 7 * FP32 * num_params / SLOW.bandwidth
     full = predictor_of(exact=True).step(strategies.parse("off").plan_for(3), batch_size=2, seq_len=16)

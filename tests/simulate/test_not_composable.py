@@ -166,7 +166,7 @@ def test_a_model_that_does_more_than_run_its_layers_is_traced_in_full(make, why)
     not like the one before it. Each falls back and says why, and no cell is lost."""
     step = compared(make, "all")
     assert step.why_in_full == why
-    assert step.layers_traced == len(toys.predictor(make).stage.layers)
+    assert step.layers_traced == len(toys.predictor(make).fake_model.layers)
 
 
 class Tower(Toy):

@@ -14,10 +14,10 @@ import torch
 from conftest import ROOT
 
 from gcbench.core.records import Lora
-from gcbench.devices.target import Wish, target_of
+from gcbench.devices.target import TargetOptions, resolve_target
 from gcbench.models import build as models
 from gcbench.models import sources
-from gcbench.simulate.device_model import way_to
+from gcbench.simulate.device_model import device_model_for
 from gcbench.simulate.predictor import Predictor
 from gcbench.strategies import Plan
 
@@ -34,7 +34,7 @@ def recorded(case):
 
 def traced(case):
     """The measured step's allocations in bytes, negative where given back, as predicted for an H100."""
-    way = way_to(target_of(Wish(device="h100"), None))
+    way = device_model_for(resolve_target(TargetOptions(device="h100"), None))
     mixed = case.get("mixed", False)
     dtype = torch.float32 if mixed else torch.bfloat16
     model = models.build_meta(
@@ -51,7 +51,7 @@ def traced(case):
         standing=way.standing,
         steps_on_device=False,
     )
-    num_layers = len(predictor.stage.layers)
+    num_layers = len(predictor.fake_model.layers)
     stride, start = case.get("every"), case.get("start", 0)
     chosen = [layer for layer in range(num_layers) if stride and (layer - start) % stride == 0]
     plan = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in chosen))
@@ -70,7 +70,7 @@ def test_a_step_allocates_what_an_h100_did_in_the_same_order(case):
 
 def test_workspaces_are_asked_for_by_the_first_matrix_product():
     """Of each pass, once its result is there; cuBLASLt's by the first product with a bias, before torch 2.12."""
-    way = way_to(target_of(Wish(device="h100"), None))
+    way = device_model_for(resolve_target(TargetOptions(device="h100"), None))
     model = models.build_meta(
         models.build_config(sources.resolve("qwen2.5-0.5b"), layers=2, overrides={}),
         dtype=torch.bfloat16,

@@ -12,11 +12,11 @@ import torch
 
 from gcbench.simulate.cuda import optimizer
 from gcbench.simulate.trace import optimizer_step
-from gcbench.simulate.trace.fake_model import CPU_ROAD, Road
+from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 from gcbench.simulate.trace.optimizer_step import trace_update
 
-FOREACH = Road(patches=optimizer.foreach_on_cpu, notes_random_state=False)
-ROADS = {"cpu": CPU_ROAD, "foreach": FOREACH}
+FOREACH = TraceMode(patches=optimizer.foreach_on_cpu, notes_random_state=False)
+ROADS = {"cpu": CPU_TRACE, "foreach": FOREACH}
 CASES = [
     ("cpu", "adamw_torch"),
     ("cpu", "adamw_torch_fused"),

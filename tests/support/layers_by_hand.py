@@ -27,8 +27,8 @@ def toy_of(forward, kinds="aaa"):
 
 def calls_of(forward):
     """The calls of the middle one of three layers."""
-    stage = toy_of(forward).stage
-    return inner_calls(stage, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
+    fake_model = toy_of(forward).fake_model
+    return inner_calls(fake_model, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
 
 
 def named(calls):

@@ -99,10 +99,10 @@ def found_plans(family, precision="fp32", layers=LAYERS, most=3):
 
 @cache
 def _found_plans(family, precision, layers, most):
-    stage = predictor_of(family, precision, layers=layers).stage
+    fake_model = predictor_of(family, precision, layers=layers).fake_model
     found = []
     for figures in FIGURES.values():
-        found += uniform_plans(stage, range(layers), figures, seq_len=seq_len(family), most=most)
+        found += uniform_plans(fake_model, range(layers), figures, seq_len=seq_len(family), most=most)
     return tuple(dict.fromkeys(found))
 
 

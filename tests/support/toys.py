@@ -95,5 +95,5 @@ def plan(num_layers, chosen):
 
 def step(one, chosen=(), *, batch_size=2, seq_len=4):
     """The step with the `chosen` layers checkpointed; all of them for "all"."""
-    layers = len(one.stage.layers)
+    layers = len(one.fake_model.layers)
     return one.step(plan(layers, range(layers) if chosen == "all" else chosen), batch_size=batch_size, seq_len=seq_len)

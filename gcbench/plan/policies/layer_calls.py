@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from gcbench.operators.schema import is_question, is_random, operator_name, targets
 from gcbench.simulate.costs import Work
 from gcbench.simulate.op_work import is_mutable, of_call, storage_of
-from gcbench.simulate.trace.fake_model import NotComposable, Stage
+from gcbench.simulate.trace.fake_model import FakeModel, NotComposable
 
 
 @dataclass(kw_only=True)
@@ -63,7 +63,7 @@ class _Watch:
 
 
 def inner_calls(
-    stage: Stage, layers: Sequence[int], *, batch_size: int, seq_len: int
+    fake_model: FakeModel, layers: Sequence[int], *, batch_size: int, seq_len: int
 ) -> Mapping[int, tuple[InnerCall, ...]]:
     """The calls in the forward pass of each of `layers`, of which nothing is checkpointed.
 
@@ -73,8 +73,8 @@ def inner_calls(
 
     with ExitStack() as stack:
         for number in layers:
-            stack.enter_context(_watched(stage.layers[number], number, found))
-        stage.run_forward(layers, batch_size=batch_size, seq_len=seq_len)
+            stack.enter_context(_watched(fake_model.layers[number], number, found))
+        fake_model.run_forward(layers, batch_size=batch_size, seq_len=seq_len)
     if set(found) != set(layers):
         raise NotComposable("a layer does not run")
     return found

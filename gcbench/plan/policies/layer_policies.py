@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from gcbench.plan.policies.layer_calls import InnerCall, inner_calls
 from gcbench.plan.policies.min_cut import Call, fewer, frontier
 from gcbench.simulate.costs import Figures
-from gcbench.simulate.trace.fake_model import Stage
+from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.strategies import Plan, Policy
 
 _BATCH_SIZE = 4
@@ -17,19 +17,21 @@ _AT_ONCE = 0.002
 """Of the time that the policy with the fewest bytes takes to recompute."""
 
 
-def uniform_plans(stage: Stage, layers: Sequence[int], figures: Figures, *, seq_len: int, most: int) -> list[Plan]:
+def uniform_plans(
+    fake_model: FakeModel, layers: Sequence[int], figures: Figures, *, seq_len: int, most: int
+) -> list[Plan]:
     """Plans in which every layer has one of its policies: from the fewest bytes kept to the least time, at most `most`.
 
     Where a model has several kinds of layers the n-th plan gives each its n-th policy. Raises NotComposable where
     layers cannot be looked into one by one, and what the model's own code raises.
     """
-    kinds = {layer: stage.kinds[layer] for layer in layers}
+    kinds = {layer: fake_model.kinds[layer] for layer in layers}
     examples: dict[Hashable, int] = {}
     for layer in layers[1:] or layers:
         examples.setdefault(kinds[layer], layer)
     examples.setdefault(kinds[layers[0]], layers[0])
     looked_at = sorted({*examples.values(), layers[0], layers[-1]})
-    calls = inner_calls(stage, looked_at, batch_size=_BATCH_SIZE, seq_len=seq_len)
+    calls = inner_calls(fake_model, looked_at, batch_size=_BATCH_SIZE, seq_len=seq_len)
     by_kind = {kind: _policies(calls[layer], figures, most) for kind, layer in examples.items()}
     chosen = {layer: by_kind[kinds[layer]] for layer in layers}
     # What is before the first layer or behind the last may have them call other operators, in another dtype say.
@@ -40,7 +42,7 @@ def uniform_plans(stage: Stage, layers: Sequence[int], figures: Figures, *, seq_
     for number in range(max(map(len, chosen.values()))):
         plans.append(
             Plan(
-                num_layers=len(stage.layers),
+                num_layers=len(fake_model.layers),
                 groups=tuple((layer,) for layer in sorted(layers)),
                 policies=tuple(chosen[layer][min(number, len(chosen[layer]) - 1)] for layer in sorted(layers)),
             )

@@ -24,7 +24,7 @@ from gcbench.strategies import Plan
 _MOST_BATCH = 2**20
 
 
-class Weighing:
+class CandidateEvaluator:
     """One model on one device, at one length.
 
     Attributes:
@@ -48,7 +48,7 @@ class Weighing:
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
         self._seconds: dict[tuple[Plan, int, bool], float] = {}
 
-    def limited(self, task: PlanTask) -> Weighing:
+    def limited(self, task: PlanTask) -> CandidateEvaluator:
         """The same for a task that differs in the target's memory alone; what was traced is shared."""
         other = copy(self)
         other.task, other.usable = task, _usable(task)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from gcbench.core.records import Lora
-from gcbench.plan.decision import Candidate, Gain
+from gcbench.plan.decision import Candidate, MemoryLever
 from gcbench.plan.search.two_cores import Ahead
 from gcbench.plan.task import PlanTask
 from gcbench.predict.worker import CHUNKS, Session
@@ -61,9 +61,9 @@ class Trial:
         ]
 
 
-def gains(
+def levers(
     task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, held: Held, usable: int | None
-) -> tuple[Gain, ...]:
+) -> tuple[MemoryLever, ...]:
     """The levers of a candidate, the best first; those too small to name are left out."""
     tried: list[tuple[str, str | None, int]] = []
 
@@ -86,7 +86,7 @@ def gains(
     tried += trial.peaks()
     worth = [entry for entry in tried if candidate.peak_bytes - entry[2] > _WORTH_NAMING * candidate.peak_bytes]
     return tuple(
-        Gain(name=name, flag=flag, peak_bytes=peak, fits=usable is None or peak <= usable)
+        MemoryLever(name=name, flag=flag, peak_bytes=peak, fits=usable is None or peak <= usable)
         for name, flag, peak in sorted(worth, key=lambda entry: entry[2])
     )
 

@@ -10,7 +10,7 @@ from functools import cached_property
 from gcbench.plan.decision import FOUND, Candidate
 from gcbench.plan.estimate.mixed_layers import Combiner
 from gcbench.plan.layer_mix.layered import Layered
-from gcbench.plan.search.candidates import Weighing
+from gcbench.plan.search.candidates import CandidateEvaluator
 from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES
 from gcbench.simulate.timeline import Peak, Timeline
 from gcbench.simulate.trace.fake_model import NotComposable
@@ -29,17 +29,17 @@ _LEAST_STEP = 1 / 512
 class Mixes:
     """Plans put together from uniform ones, in which every layer is treated alike."""
 
-    def __init__(self, weighing: Weighing, uniform: Sequence[Plan]) -> None:
+    def __init__(self, evaluator: CandidateEvaluator, uniform: Sequence[Plan]) -> None:
         """`uniform` begins with nothing recomputed and everything recomputed; then policy by policy."""
-        self.weighing = weighing
+        self.evaluator = evaluator
         self.uniform = tuple(uniform)
         self._layered: dict[int, Layered | None] = {}
         self._held: dict[tuple[int, tuple[int, ...]], tuple[int, Peak]] = {}
 
-    def on(self, weighing: Weighing) -> Mixes:
+    def on(self, evaluator: CandidateEvaluator) -> Mixes:
         """The same plans, weighed for another memory."""
         other = copy(self)
-        other.weighing = weighing
+        other.evaluator = evaluator
         other._layered, other._held = dict(self._layered), {}
         return other
 
@@ -50,7 +50,7 @@ class Mixes:
     def layered(self, batch: int) -> Layered | None:
         """Which ways there are to treat which layer, at one batch size; None where layers cannot be told apart."""
         if batch not in self._layered:
-            profiles = [self.weighing.profile(plan, batch) for plan in self.uniform]
+            profiles = [self.evaluator.profile(plan, batch) for plan in self.uniform]
             known = [each for each in profiles if each is not None]
             can = 1 < len(known) == len(profiles) and self._combiner is not None
             self._layered[batch] = Layered(known) if can else None
@@ -59,7 +59,7 @@ class Mixes:
     @cached_property
     def _combiner(self) -> Combiner | None:
         try:
-            return Combiner([self.weighing.scaling(plan).traced(self.weighing.pair[0]) for plan in self.uniform])
+            return Combiner([self.evaluator.scaling(plan).traced(self.evaluator.pair[0]) for plan in self.uniform])
         except NotComposable:
             return None
 
@@ -80,22 +80,22 @@ class Mixes:
 
     def _line(self, choice: Sequence[int], batch: int) -> Timeline:
         assert self._combiner is not None
-        return self._combiner.line(choice, [self.weighing.scaling(each).line(batch) for each in self.uniform])
+        return self._combiner.line(choice, [self.evaluator.scaling(each).line(batch) for each in self.uniform])
 
     def _weighed(self, choice: Sequence[int], batch: int) -> tuple[int, Peak]:
         key = (batch, tuple(choice))
         if key not in self._held:
-            self._held[key] = self.weighing.weighed(self._line(choice, batch), batch)
+            self._held[key] = self.evaluator.weighed(self._line(choice, batch), batch)
         return self._held[key]
 
     def most_composed(self, plan: Plan) -> int | None:
         """The largest batch of such a plan; None where one sequence does not fit, or nothing is too large."""
-        weighing = self.weighing
-        if weighing.usable is None or self._combiner is None:
-            return weighing.most(plan)
+        evaluator = self.evaluator
+        if evaluator.usable is None or self._combiner is None:
+            return evaluator.most(plan)
         choice = self._plainly(plan, self._combiner.layers)
-        return weighing.largest_of(
-            lambda batch: weighing.tensors(self._line(choice, batch)), lambda batch: self._weighed(choice, batch)
+        return evaluator.largest_of(
+            lambda batch: evaluator.tensors(self._line(choice, batch)), lambda batch: self._weighed(choice, batch)
         )
 
     def bound(self, batch: int) -> float:
@@ -114,7 +114,7 @@ class Mixes:
         None too where it would not process more than `above` tokens per second. With `below` the tensors of the mix
         take at most so many bytes. `ways` limits those of treating a layer to the first so many.
         """
-        layered, budget, usable = self.layered(batch), self._budget, self.weighing.usable
+        layered, budget, usable = self.layered(batch), self._budget, self.evaluator.usable
         if layered is None or budget is None or usable is None:
             return None
         budget = budget if below is None else min(budget, below)
@@ -133,8 +133,8 @@ class Mixes:
     @property
     def _budget(self) -> int | None:
         """What tensors may take, were there nothing lost between them."""
-        usable = self.weighing.usable
-        return None if usable is None else usable - self.weighing.outside_bytes
+        usable = self.evaluator.usable
+        return None if usable is None else usable - self.evaluator.outside_bytes
 
     def smallest(self, batch: int) -> Candidate | None:
         """The mix with the lowest peak, traced."""
@@ -144,12 +144,12 @@ class Mixes:
         for ways in (None, _PLAIN):
             plan = plan_of(self.uniform, layered.layers, layered.smallest(ways=ways).choice)
             with suppress(Exception):  # as in `settled`
-                return self.weighing.candidate(_name(plan), plan, batch, traced=True)
+                return self.evaluator.candidate(_name(plan), plan, batch, traced=True)
         return None
 
     def settled(self, draft: Candidate) -> Candidate | None:
         """The mix as a trace of it sees it; one that turns out too large is looked for again in a smaller budget."""
-        usable = self.weighing.usable
+        usable = self.evaluator.usable
         assert usable is not None
         found: Candidate | None = draft
         below, ways = draft.allocated_bytes, None
@@ -157,7 +157,7 @@ class Mixes:
             if found is None:
                 return None
             try:
-                verified = self.weighing.candidate(found.strategy, found.plan, found.batch_size, traced=True)
+                verified = self.evaluator.candidate(found.strategy, found.plan, found.batch_size, traced=True)
             except Exception:
                 # One sequence alone may go through other operators than several: then layers are kept whole or not.
                 if not found.plan.policies:
@@ -172,11 +172,11 @@ class Mixes:
         return None
 
     def _rate(self, batch: int, layered: Layered, choice: Sequence[int]) -> float:
-        seconds = self.weighing.seconds(self.uniform[0], batch) + layered.seconds(choice)
-        return batch * self.weighing.task.seq_len / seconds
+        seconds = self.evaluator.seconds(self.uniform[0], batch) + layered.seconds(choice)
+        return batch * self.evaluator.task.seq_len / seconds
 
     def _candidate(self, spec: str, plan: Plan, batch: int, layered: Layered, choice: Sequence[int]) -> Candidate:
-        weighing = self.weighing
+        evaluator = self.evaluator
         held, peak = self._weighed(choice, batch)
         rate = self._rate(batch, layered, choice)
         return Candidate(
@@ -186,11 +186,11 @@ class Mixes:
             peak_bytes=held,
             allocated_bytes=peak.memory.allocated_bytes,
             peak_phase=peak.memory.peak_phase,
-            fits=weighing.fits(held),
-            step_time_s=batch * weighing.task.seq_len / rate,
+            fits=evaluator.fits(held),
+            step_time_s=batch * evaluator.task.seq_len / rate,
             tokens_per_s=rate,
             source="estimated",
-            is_lower_bound=weighing.is_bound(peak),
+            is_lower_bound=evaluator.is_bound(peak),
         )
 
 

@@ -14,10 +14,10 @@ from gcbench.core.units import format_bytes
 from gcbench.plan.decision import (
     FOUND,
     Candidate,
+    CandidateDetails,
     Decision,
-    Gain,
     Largest,
-    Told,
+    MemoryLever,
     best_of_each,
     choose,
     nearest_faster,
@@ -26,8 +26,8 @@ from gcbench.plan.decision import (
 )
 from gcbench.plan.policies.layer_policies import uniform_plans
 from gcbench.plan.racing import contenders
-from gcbench.plan.search.candidates import Weighing
-from gcbench.plan.search.levers import Trial, gains
+from gcbench.plan.search.candidates import CandidateEvaluator
+from gcbench.plan.search.levers import Trial, levers
 from gcbench.plan.search.mixes import Mixes
 from gcbench.plan.search.two_cores import on_two_cores
 from gcbench.plan.task import Decided, Planning, PlanTask
@@ -83,20 +83,20 @@ class Planner:
 
     def __init__(self, task: PlanTask, figures: Figures) -> None:
         self.task = task
-        self.weighing = Weighing(task, figures)
+        self.evaluator = CandidateEvaluator(task, figures)
         self.named = task.named
         self.notices: list[str] = []
         self._calibrated: set[int] = set()
         """Batch sizes."""
-        self.mixes = Mixes(self.weighing, self._uniform())
+        self.mixes = Mixes(self.evaluator, self._uniform())
         self._trace()
 
     def limited(self, memory_bytes: int) -> Planner:
         """The same on a device with so much memory, with nothing traced anew."""
         other = copy(self)
         other.task = replace(self.task, target=replace(self.task.target, memory_bytes=memory_bytes))
-        other.weighing = self.weighing.limited(other.task)
-        other.mixes = self.mixes.on(other.weighing)
+        other.evaluator = self.evaluator.limited(other.task)
+        other.mixes = self.mixes.on(other.evaluator)
         other._calibrated = set()  # what one of the two has timed, the other does not know of
         return other
 
@@ -107,9 +107,9 @@ class Planner:
         batches = self._batches(most)
         self._calibrate(batches)
         lightest = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
-        self.weighing.all_up_to = None
-        if self.weighing.candidate("", lightest, batches[0]).fits:
-            self.weighing.all_up_to = None if self.task.batch_sizes else batches[0]
+        self.evaluator.all_up_to = None
+        if self.evaluator.candidate("", lightest, batches[0]).fits:
+            self.evaluator.all_up_to = None if self.task.batch_sizes else batches[0]
         wanted = [(spec, plan, batch) for spec, plan in self.named for batch in batches]
         named = on_two_cores(lambda one: self._candidate(*one), wanted)
         say(2, "searching plans")
@@ -122,34 +122,34 @@ class Planner:
             choice = choose(candidates)
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
-            found = () if shown is None else self._gains(shown, trial)
+            found = () if shown is None else self._levers(shown, trial)
         rivals = [each for each in contenders(ranked(candidates)) if each != choice] if self.task.is_confirmed else []
         return Decision(
             limit_bytes=self.task.target.memory_bytes,
-            usable_bytes=self.weighing.usable,
+            usable_bytes=self.evaluator.usable,
             reserve_frac=self.task.reserve_frac,
             choice=choice,
             smallest=smallest,
             candidates=ranked(candidates),
             largest=self._largest(most),
-            gains=found,
+            levers=found,
             longest_seq_len=None if choice is not None else self._longest(min(batches)),
             peak_words=None if shown is None else self._peak_words(shown),
             binding=None if choice is None else why_not_faster(candidates, choice),
-            told=tuple(map(self._told, rivals)),
+            details=tuple(map(self._told, rivals)),
             additions=() if shown is None else self._additions(shown),
             fallback=None if shown is None else self._fallback(shown),
-            times_from=self.weighing.figures.source,
+            times_from=self.evaluator.figures.source,
             notices=tuple(self.notices),
-            outside_bytes=self.weighing.outside_bytes,
+            outside_bytes=self.evaluator.outside_bytes,
         )
 
     # What is traced.
 
     def _uniform(self) -> list[Plan]:
         """Every layer treated alike: nothing recomputed, everything recomputed, then policy by policy."""
-        stage = self.weighing.session.predictor.stage
-        num_layers = len(stage.layers)
+        fake_model = self.evaluator.session.predictor.fake_model
+        num_layers = len(fake_model.layers)
         layers = self.task.layers_in_order or tuple(range(num_layers))
         off = Plan(num_layers=num_layers)
         if self.task.own is not None:
@@ -159,7 +159,7 @@ class Planner:
         every = Plan(num_layers=num_layers, groups=tuple((layer,) for layer in sorted(layers)))
         try:
             most = MOST_POLICIES.get(self.task.precision, _MOST_POLICIES)
-            found = uniform_plans(stage, layers, self.weighing.figures, seq_len=self.task.seq_len, most=most)
+            found = uniform_plans(fake_model, layers, self.evaluator.figures, seq_len=self.task.seq_len, most=most)
         except Exception as err:  # a model's own code, or layers that cannot be looked into
             self.notices.append(f"Policies inside of layers were not looked for: {err}.")
             return [off, every]
@@ -169,17 +169,17 @@ class Planner:
         """Trace all that others are computed from; what cannot be traced is told, and not looked at."""
         uniform = self.mixes.uniform
         others = [plan for _, plan in self.task.named if not self._is_composed(plan)]
-        refused = self.weighing.trace(list(dict.fromkeys([*uniform, *others])))
+        refused = self.evaluator.trace(list(dict.fromkeys([*uniform, *others])))
         if not refused:
             return
         self.named = tuple((spec, plan) for spec, plan in self.named if plan not in refused)
-        self.mixes = Mixes(self.weighing, [plan for plan in uniform if plan not in refused])
-        told = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
+        self.mixes = Mixes(self.evaluator, [plan for plan in uniform if plan not in refused])
+        left_out = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
         policies = [why for plan, why in refused.items() if plan in uniform[2:]]
         if policies:
             number = "1 policy that was" if len(policies) == 1 else f"{len(policies)} policies that were"
-            told.append(f"{number} found ({policies[0]})")
-        self.notices.append(f"Left out, since they cannot be traced: {', '.join(told)}.")
+            left_out.append(f"{number} found ({policies[0]})")
+        self.notices.append(f"Left out, since they cannot be traced: {', '.join(left_out)}.")
 
     def _is_composed(self, plan: Plan) -> bool:
         """Whether what it takes follows from uniform plans."""
@@ -187,7 +187,7 @@ class Planner:
 
     def _candidate(self, spec: str, plan: Plan, batch: int) -> Candidate:
         composed = self.mixes.composed(spec, plan, batch) if self._is_composed(plan) else None
-        return composed or self.weighing.candidate(spec, plan, batch)
+        return composed or self.evaluator.candidate(spec, plan, batch)
 
     def _calibrate(self, batches: Sequence[int]) -> None:
         """On the machine at hand, time what the steps are made of and has not been timed yet, the costliest first."""
@@ -200,21 +200,21 @@ class Planner:
         device = backends.open_device(self.task.device_here)
         plans = (*self.mixes.uniform[:2], *(plan for _, plan in self.named if not self._is_composed(plan)))
         works = [
-            work for plan in dict.fromkeys(plans) for batch in batches for work in self.weighing.calls(plan, batch)
+            work for plan in dict.fromkeys(plans) for batch in batches for work in self.evaluator.calls(plan, batch)
         ]
-        self.weighing.use(calibrate_for(works, device=device, budget_s=self.task.calibration_s))
+        self.evaluator.use(calibrate_for(works, device=device, budget_s=self.task.calibration_s))
         self.mixes.forget()
 
     # Batch sizes.
 
     def _most(self) -> dict[Plan, int | None]:
         """The largest batch of each plan; empty where nothing limits it."""
-        if self.weighing.usable is None:
+        if self.evaluator.usable is None:
             return {}
         plans = list(dict.fromkeys([*self.mixes.uniform[:2], *(plan for _, plan in self.named)]))
 
         def most(plan: Plan) -> int | None:
-            return self.mixes.most_composed(plan) if self._is_composed(plan) else self.weighing.most(plan)
+            return self.mixes.most_composed(plan) if self._is_composed(plan) else self.evaluator.most(plan)
 
         return dict(zip(plans, on_two_cores(most, plans), strict=True))
 
@@ -222,7 +222,7 @@ class Planner:
         """Those asked for, or powers of two and their halves between up to the largest at which anything fits."""
         if self.task.batch_sizes:
             return self.task.batch_sizes
-        if self.weighing.usable is None:
+        if self.evaluator.usable is None:
             return _WITHOUT_BOUND
         tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
         ladder = [step for power in range(21) for step in (2**power, 3 * 2**power) if step <= max(tops, default=1)]
@@ -243,7 +243,7 @@ class Planner:
     def _drafts(self, batches: Sequence[int]) -> list[Candidate]:
         """The fastest mixes at the batch sizes at which not everything can be kept, the fastest of all first."""
         off = self.mixes.uniform[0]
-        tight = [batch for batch in batches if not self.weighing.candidate(OFF, off, batch).fits]
+        tight = [batch for batch in batches if not self.evaluator.candidate(OFF, off, batch).fits]
         bounds = dict(zip(tight, on_two_cores(self.mixes.bound, tight), strict=True))
         order = sorted((batch for batch in tight if bounds[batch] > 0), key=lambda batch: -bounds[batch])
         drafts: list[Candidate] = []
@@ -273,7 +273,7 @@ class Planner:
         """The candidates, with the one that would be chosen traced as it is, and so on until that one stands."""
         checked = list(candidates)
         while (choice := choose(checked)) is not None and choice.source == "estimated":
-            traced = self.weighing.candidate(choice.strategy, choice.plan, choice.batch_size, traced=True)
+            traced = self.evaluator.candidate(choice.strategy, choice.plan, choice.batch_size, traced=True)
             checked[checked.index(choice)] = traced
         return checked
 
@@ -295,7 +295,7 @@ class Planner:
     def _in_full(self, candidate: Candidate) -> Candidate:
         """The candidate with the peak that a prediction of it would show."""
         estimated = candidate.source == "estimated"
-        return self.weighing.candidate(
+        return self.evaluator.candidate(
             candidate.strategy, candidate.plan, candidate.batch_size, traced=estimated, in_full=True
         )
 
@@ -308,11 +308,11 @@ class Planner:
     def _longest(self, batch: int) -> int | None:
         """The longest of the halved lengths at which a batch fits with everything recomputed."""
         plan = self.mixes.uniform[min(1, len(self.mixes.uniform) - 1)]
-        weighing = self.weighing
+        evaluator = self.evaluator
 
         def fits(seq_len: int) -> bool:
-            step = weighing.session.predictor.step(plan, batch_size=batch, seq_len=seq_len)
-            return weighing.fits(weighing.counted(step.timeline, weighing.session))
+            step = evaluator.session.predictor.step(plan, batch_size=batch, seq_len=seq_len)
+            return evaluator.fits(evaluator.counted(step.timeline, evaluator.session))
 
         halved = [self.task.seq_len >> times for times in range(1, 20) if self.task.seq_len >> times >= _SHORTEST]
         return next(filter(fits, halved), None) if halved and fits(halved[-1]) else None
@@ -320,41 +320,43 @@ class Planner:
     # What is said of it.
 
     def _trial(self, candidate: Candidate) -> Trial:
-        return Trial(self.task, candidate, held=self.weighing.counted)
+        return Trial(self.task, candidate, held=self.evaluator.counted)
 
-    def _gains(self, candidate: Candidate, trial: Trial | None) -> tuple[Gain, ...]:
+    def _levers(self, candidate: Candidate, trial: Trial | None) -> tuple[MemoryLever, ...]:
         """`trial` may be that of another candidate."""
-        weighing = self.weighing
-        step = weighing.scaling(candidate.plan).traced(candidate.batch_size)
+        evaluator = self.evaluator
+        step = evaluator.scaling(candidate.plan).traced(candidate.batch_size)
         if trial is None or trial.of != (candidate.plan, candidate.batch_size):
             with self._trial(candidate) as own:
-                return self._gains(candidate, own)
-        return gains(self.task, weighing.session, candidate, step, trial, held=weighing.counted, usable=weighing.usable)
+                return self._levers(candidate, own)
+        return levers(
+            self.task, evaluator.session, candidate, step, trial, held=evaluator.counted, usable=evaluator.usable
+        )
 
     def _traced(self, candidate: Candidate) -> tuple[Step, Peak]:
         """Its step from a trace of this very batch size, and what the target sees of it."""
-        _, peak = self.weighing.held(candidate.plan, candidate.batch_size, traced=True)
-        return self.weighing.scaling(candidate.plan).traced(candidate.batch_size), peak
+        _, peak = self.evaluator.held(candidate.plan, candidate.batch_size, traced=True)
+        return self.evaluator.scaling(candidate.plan).traced(candidate.batch_size), peak
 
     def _peak_words(self, candidate: Candidate) -> str:
         step, peak = self._traced(candidate)
-        told = explain(step.assembly, peak, ())
-        shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in told.shares[:3])
-        return f"{peak.memory.peak_phase} phase ({told.part}), of {shares}"
+        explained = explain(step.assembly, peak, ())
+        shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in explained.shares[:3])
+        return f"{peak.memory.peak_phase} phase ({explained.part}), of {shares}"
 
     def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
         step, peak = self._traced(candidate)
-        return additions(step, self.weighing.session.weighed, peak)
+        return additions(step, self.evaluator.session.weighed, peak)
 
     def _fallback(self, candidate: Candidate) -> Fallback | None:
         step, peak = self._traced(candidate)
-        return self.weighing.session.fallback(step, peak)
+        return self.evaluator.session.fallback(step, peak)
 
-    def _told(self, candidate: Candidate) -> Told:
-        return Told(
+    def _told(self, candidate: Candidate) -> CandidateDetails:
+        return CandidateDetails(
             of=candidate,
             peak_words=self._peak_words(candidate),
-            gains=self._gains(candidate, None),
+            levers=self._levers(candidate, None),
             additions=self._additions(candidate),
             fallback=self._fallback(candidate),
         )

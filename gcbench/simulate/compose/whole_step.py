@@ -53,7 +53,7 @@ KIND_NAMES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Treatment:
+class LayerPolicy:
     """How one layer is recomputed: its group's policy, its place in the group, and the group's size."""
 
     policy: Policy
@@ -112,7 +112,7 @@ def assemble(
     gradients: Sequence[int],
     *,
     standing: Sequence[Standing],
-    treatments: Mapping[int, Treatment | None],
+    treatments: Mapping[int, LayerPolicy | None],
     layers: Sequence[int],
     vocab_size: int | None,
 ) -> Assembly:
@@ -360,7 +360,7 @@ def _classified(
     passes: Passes,
     gradients: Sequence[int],
     *,
-    treatments: Mapping[int, Treatment | None],
+    treatments: Mapping[int, LayerPolicy | None],
     layers: Sequence[int],
     vocab_size: int | None,
     persistent: Ints,

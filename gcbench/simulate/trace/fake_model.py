@@ -68,7 +68,7 @@ class LayeredTrace:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Road:
+class TraceMode:
     """How fake CPU tensors take the road of the target device.
 
     Attributes:
@@ -84,13 +84,13 @@ class Road:
     result_order: Mapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
-CPU_ROAD = Road(internals=internal_buffers)
+CPU_TRACE = TraceMode(internals=internal_buffers)
 
 
-class Stage:
+class FakeModel:
     """One model, in one precision; its parameters are fake CPU tensors that every trace shares."""
 
-    def __init__(self, model: torch.nn.Module, *, precision: str, road: Road = CPU_ROAD) -> None:
+    def __init__(self, model: torch.nn.Module, *, precision: str, road: TraceMode = CPU_TRACE) -> None:
         """`model` is on the meta device; it is taken over."""
         model.train()
         model.config.use_cache = False  # type: ignore[union-attr]

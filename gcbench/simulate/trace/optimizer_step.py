@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from gcbench.simulate.costs import Figures, Work
 from gcbench.simulate.events import Block
-from gcbench.simulate.trace.fake_model import CPU_ROAD, Road
+from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 from gcbench.simulate.trace.recorder import Recorder, as_in_a_real_run
 from gcbench.simulate.trace.representative_layers import sample
 from gcbench.training.step import Update
@@ -71,7 +71,7 @@ def trace_update(
     *,
     precision: str,
     optim: str,
-    road: Road = CPU_ROAD,
+    road: TraceMode = CPU_TRACE,
     steps_on_device: bool = True,
     every_one: bool = False,
 ) -> UpdateTrace:
@@ -108,7 +108,7 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
     A foreach operator makes one result for each tensor in its first list.
     """
 
-    def __init__(self, road: Road) -> None:
+    def __init__(self, road: TraceMode) -> None:
         super().__init__(road.internals)
         self.owners: dict[int, int] = {}
         self.is_loop = True
@@ -156,7 +156,7 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _trace(
-    params: Sequence[torch.Tensor], *, precision: str, optim: str, road: Road, steps_on_device: bool
+    params: Sequence[torch.Tensor], *, precision: str, optim: str, road: TraceMode, steps_on_device: bool
 ) -> tuple[UpdateTrace, list[int]]:
     """The trace, and for each of its works the parameter that it serves."""
     recorder = _Attributing(road)

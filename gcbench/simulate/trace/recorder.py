@@ -17,7 +17,7 @@ from transformers import masking_utils
 from gcbench.core.records import Phase
 from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block, Trace
-from gcbench.simulate.op_work import Ages, of_call
+from gcbench.simulate.op_work import CacheAges, of_call
 
 Internals = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
 """(operator, arguments, keyword arguments, result) -> (name, bytes) of what its kernel takes while it runs."""
@@ -39,7 +39,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
-        self._ages = Ages()
+        self._ages = CacheAges()
         self.fallbacks: set[str] = set()
         """Packages whose kernels were stood in for."""
         self._fallback_depth = 0
@@ -95,7 +95,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def cool(self) -> None:
         """What was touched so far is out of the caches."""
-        self._ages = Ages()
+        self._ages = CacheAges()
 
     def close(self) -> None:
         """What is released from here on belongs to taking the trace down, not to the step."""
