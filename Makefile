@@ -31,8 +31,9 @@ lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY) ## Measure gcbench itself: start-up, overhead of the default job
+bench: $(READY) ## Measure gcbench itself: start-up, waits, overhead of the default job
 	$(BIN)/python benchmarks/startup.py
+	PYTHONPATH=tests/plan:tests/support $(BIN)/python benchmarks/waits.py
 	$(BIN)/python benchmarks/overhead.py
 
 reference: $(READY) ## Make the committed results again (replaces the folders in results/reference)
