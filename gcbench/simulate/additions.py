@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 
 from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
-from gcbench.simulate.compose.whole_step import Assembly, Kind
+from gcbench.simulate.compose.block_kinds import Kind
+from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Peak, Timeline
 

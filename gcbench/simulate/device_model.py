@@ -9,7 +9,8 @@ from typing import Any
 
 from gcbench.core.prediction import Term
 from gcbench.devices.target import Target
-from gcbench.simulate.compose.whole_step import Kind, Standing
+from gcbench.simulate.compose.block_kinds import Kind
+from gcbench.simulate.compose.resident import ResidentMemory
 from gcbench.simulate.cuda.attention import CudaAttention
 from gcbench.simulate.cuda.kernels import as_on_cuda
 from gcbench.simulate.cuda.result_order import ON_CUDA
@@ -27,8 +28,8 @@ class DeviceModel:
         attention: which kernels attention chose, once something was traced; None where there is nothing to choose.
     """
 
-    road: TraceMode
-    standing: tuple[Standing, ...] = ()
+    trace_mode: TraceMode
+    resident: tuple[ResidentMemory, ...] = ()
     outside_bytes: int = 0
     terms: tuple[Term, ...] = ()
     attention: CudaAttention | None = None
@@ -37,7 +38,7 @@ class DeviceModel:
 def device_model_for(target: Target) -> DeviceModel:
     """The road to a target, its standing terms and what its attention chooses."""
     if target.kind == "cpu":
-        return DeviceModel(road=CPU_TRACE)
+        return DeviceModel(trace_mode=CPU_TRACE)
     from gcbench.simulate.cuda import attention_buffers, workspaces
 
     attention = CudaAttention(target)
@@ -55,14 +56,14 @@ def device_model_for(target: Target) -> DeviceModel:
         for other in workspaces.internal_buffers(func, args, kwargs, result, target):
             yield other.name, other.nbytes
 
-    known = workspaces.standing_terms(target)
+    known = workspaces.persistent_terms(target)
     return DeviceModel(
-        road=TraceMode(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
-        standing=tuple(
-            Standing(
+        trace_mode=TraceMode(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
+        resident=tuple(
+            ResidentMemory(
                 name=term.name,
                 nbytes=term.nbytes,
-                kind=Kind.STANDING,
+                kind=Kind.RESIDENT,
                 requested_at=term.requested_at,
                 requested_by=term.requested_by,
             )

@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gcbench.core.prediction import Curve, Explanation, LayerShare, Lever, Share
-from gcbench.simulate.compose.whole_step import KIND_NAMES, Assembly, Kind
+from gcbench.simulate.compose.block_kinds import KIND_NAMES, Kind
+from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.timeline import Peak
 
 Ints = npt.NDArray[np.int64]
@@ -45,7 +46,7 @@ def fallback_bytes(assembly: Assembly, peak: Peak) -> int:
     is_alive[_alive(assembly, peak.at)] = True
     made: dict[int, npt.NDArray[np.bool_]] = {}
     total = 0
-    for start, blocks in assembly.stretches:
+    for start, blocks in assembly.block_ranges:
         if id(blocks) not in made:
             made[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
         here = slice(start, start + len(blocks))
@@ -93,7 +94,7 @@ def _alive(assembly: Assembly, at: int) -> Ints:
 
 def _by_layer(assembly: Assembly, alive: Ints) -> tuple[LayerShare, ...]:
     """What each layer keeps for the backward pass, with runs of equal layers told once."""
-    kept = alive[np.isin(assembly.kinds[alive], (Kind.KEPT, Kind.BOUNDARIES)) & (assembly.layers[alive] >= 0)]
+    kept = alive[np.isin(assembly.kinds[alive], (Kind.SAVED, Kind.LAYER_INPUTS)) & (assembly.layers[alive] >= 0)]
     if not len(kept):
         return ()
     sizes = np.bincount(assembly.layers[kept], weights=assembly.timeline.nbytes[kept]).astype(np.int64)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gcbench.core.records import PHASES, MemoryPeaks, Phase
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator
-from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, Block
+from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
 from gcbench.simulate.events import Trace, of_phases
 
 Ints = npt.NDArray[np.int64]
@@ -46,12 +46,12 @@ class Timeline:
         return tuple((phase, start, end) for (start, phase), end in zip(self.marks, ends, strict=True))
 
 
-def of_trace(trace: Trace, *, standing: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
-    """The timeline of a trace in full, after `standing` blocks of so many bytes."""
-    extra = len(standing)
+def of_trace(trace: Trace, *, resident: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
+    """The timeline of a trace in full, after `resident` blocks of so many bytes."""
+    extra = len(resident)
     events = np.array(trace.events, np.int64)
     return Timeline(
-        nbytes=np.array([*standing, *(block.nbytes for block in trace.blocks)], np.int64),
+        nbytes=np.array([*resident, *(block.nbytes for block in trace.blocks)], np.int64),
         events=np.concatenate([np.arange(extra), events + np.where(events >= 0, extra, -extra)]),
         marks=tuple((start + extra, phase) for start, phase in trace.marks),
         settled_at=tuple(start + extra for start in (*settled_at, *trace.settled_at)),
@@ -93,7 +93,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     """Behind CUDA's caching allocator; raises `allocator.OutOfMemory` when the limit does not allow it."""
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
     sizes = (-(-timeline.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
-    held: list[Block | None] = [None] * len(sizes)
+    held: list[PoolBlock | None] = [None] * len(sizes)
     marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
     highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)

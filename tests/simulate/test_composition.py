@@ -12,7 +12,7 @@ from gcbench.devices.target import Target
 from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
-from gcbench.simulate.compose.whole_step import Kind
+from gcbench.simulate.compose.block_kinds import Kind
 from gcbench.simulate.device_model import device_model_for
 from gcbench.simulate.predictor import Predictor
 from gcbench.training.step import parameter_dtype
@@ -134,13 +134,13 @@ def test_behind_cudas_allocator_it_is_the_same(family, strategy):
         strategy,
         layers=LEAST_LAYERS[strategy],
         optim="adamw_torch",
-        road=way.road,
-        standing=way.standing,
+        trace_mode=way.trace_mode,
+        resident=way.resident,
         steps_on_device=False,
     )
     few, all_of_them = (timeline.cached(step.timeline).memory for step in (composed, full))
     assert few == all_of_them
-    assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in way.standing) > 0
+    assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in way.resident) > 0
 
 
 def bytes_by_kind(step):

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.reductions import Reduction, workspace
-from gcbench.simulate.cuda.workspaces import internal_buffers, standing_terms
+from gcbench.simulate.cuda.workspaces import internal_buffers, persistent_terms
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MIB = 2**20
@@ -61,7 +61,7 @@ def buffers(op, *args, card="h100", **kwargs):
 def test_cublas_workspaces(capability, version, nbytes, monkeypatch):
     """One for the main thread and one for the backward pass's, which has a handle of its own."""
     monkeypatch.setattr(torch, "__version__", version)
-    inside = [term for term in standing_terms(of_capability(capability)) if term.in_allocator]
+    inside = [term for term in persistent_terms(of_capability(capability)) if term.in_allocator]
     cublas = [term for term in inside if term.name.startswith("cuBLAS workspace")]
     assert [(term.nbytes, term.requested_at) for term in cublas] == [(nbytes, "forward"), (nbytes, "backward")]
     assert all("mm.default" in term.requested_by for term in cublas)
@@ -70,13 +70,13 @@ def test_cublas_workspaces(capability, version, nbytes, monkeypatch):
 
 
 def test_without_a_backward_pass_there_is_one_workspace():
-    assert [term.requested_at for term in standing_terms(target("h100"), trains=False)] == ["forward", "forward"]
+    assert [term.requested_at for term in persistent_terms(target("h100"), trains=False)] == ["forward", "forward"]
 
 
 @pytest.mark.parametrize("card", [card.name for card in cards.cards() if card.vendor == "nvidia"])
 def test_every_card_has_a_context_outside_the_allocator(card):
     """In the allocator's figures it would be counted twice by who compares with `max_memory_allocated`."""
-    terms = standing_terms(target(card))
+    terms = persistent_terms(target(card))
     outside = [term for term in terms if not term.in_allocator]
     assert len(outside) == 1
     assert 100 * MIB < outside[0].nbytes < 1024 * MIB
@@ -86,8 +86,8 @@ def test_every_card_has_a_context_outside_the_allocator(card):
 
 
 def test_no_terms_are_made_up_for_others():
-    assert standing_terms(target("mi300x")) == ()
-    assert standing_terms(Target(kind="cpu", name="cpu")) == ()
+    assert persistent_terms(target("mi300x")) == ()
+    assert persistent_terms(Target(kind="cpu", name="cpu")) == ()
 
 
 def test_embedding_sorts_its_tokens_and_adds_them_in_fp32():

@@ -47,8 +47,8 @@ def traced(case):
         model,
         precision="bf16-mixed" if mixed else "bf16",
         optim="adamw_torch",
-        road=way.road,
-        standing=way.standing,
+        trace_mode=way.trace_mode,
+        resident=way.resident,
         steps_on_device=False,
     )
     num_layers = len(predictor.fake_model.layers)
@@ -76,7 +76,7 @@ def test_workspaces_are_asked_for_by_the_first_matrix_product():
         dtype=torch.bfloat16,
         trust_remote_code=False,
     )
-    step = Predictor(model, precision="bf16", optim="sgd", road=way.road, standing=way.standing).step(
+    step = Predictor(model, precision="bf16", optim="sgd", trace_mode=way.trace_mode, resident=way.resident).step(
         Plan(num_layers=2, groups=()), batch_size=1, seq_len=64
     )
     line = step.timeline

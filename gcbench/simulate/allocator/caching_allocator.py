@@ -35,8 +35,8 @@ from gcbench.simulate.allocator.pools import (
     MIN_OWN_SEGMENT_BYTES,
     SEGMENT_ROUNDING_BYTES,
     SMALL_REQUEST_BYTES,
-    Block,
     Pool,
+    PoolBlock,
     by_address,
 )
 
@@ -84,7 +84,7 @@ class CachingAllocator:
         self._expandable = expandable_segments
         self._small = Pool(is_small=True, expandable_segments=expandable_segments)
         self._large = Pool(is_small=False, expandable_segments=expandable_segments)
-        self._live: dict[int, Block] = {}
+        self._live: dict[int, PoolBlock] = {}
         self._next_address = _FIRST_ADDRESS
         self._allocated = self._peak_allocated = 0
         self._reserved = self._peak_reserved = 0
@@ -141,7 +141,7 @@ class CachingAllocator:
         if handle != NULL:
             self.give(self._live.pop(handle))
 
-    def take(self, size: int) -> Block:
+    def take(self, size: int) -> PoolBlock:
         """`malloc` of a size that is rounded already and not zero, for who keeps the block himself."""
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
         block = pool.free.take(size) or self._new_block(pool, size)
@@ -153,7 +153,7 @@ class CachingAllocator:
             self._peak_allocated = self._allocated
         return block
 
-    def give(self, block: Block) -> None:
+    def give(self, block: PoolBlock) -> None:
         """`free` of a block that `take` returned."""
         block.allocated = False
         self._allocated -= block.size
@@ -172,7 +172,7 @@ class CachingAllocator:
                     pool.free.drop(block)
                     self._reserved -= block.size
 
-    def _new_block(self, pool: Pool, size: int) -> Block:
+    def _new_block(self, pool: Pool, size: int) -> PoolBlock:
         """A block from the device, if need be after giving back what is cached (the second half of `malloc`)."""
         take = self._expand if self._expandable else self._new_segment
         block = take(pool, size)
@@ -199,18 +199,18 @@ class CachingAllocator:
             self._peak_reserved = self._reserved
         return True
 
-    def _new_range(self, pool: Pool, nbytes: int, *, mapped: bool) -> Block:
+    def _new_range(self, pool: Pool, nbytes: int, *, mapped: bool) -> PoolBlock:
         """Addresses above all earlier ones."""
         address = self._next_address
         self._next_address += nbytes
-        return Block(pool, address, nbytes, address, mapped)
+        return PoolBlock(pool, address, nbytes, address, mapped)
 
-    def _new_segment(self, pool: Pool, size: int) -> Block | None:
+    def _new_segment(self, pool: Pool, size: int) -> PoolBlock | None:
         """A segment by cudaMalloc (`alloc_block`, `get_allocation_size`); None where the limit forbids it."""
         nbytes = pool.page if size < MIN_OWN_SEGMENT_BYTES else _round_up(size, SEGMENT_ROUNDING_BYTES)
         return self._new_range(pool, nbytes, mapped=True) if self._reserve(nbytes) else None
 
-    def _merge_neighbours(self, block: Block) -> None:
+    def _merge_neighbours(self, block: PoolBlock) -> None:
         """Swallow the neighbours that are free, and mapped as the block is (`try_merge_blocks`)."""
         before, behind = block.prev, block.next
         if before is not None and not before.allocated and before.mapped is block.mapped:
@@ -228,13 +228,13 @@ class CachingAllocator:
                 block.next.prev = block
 
     @staticmethod
-    def _forget(block: Block) -> None:
+    def _forget(block: PoolBlock) -> None:
         if block.mapped:
             block.pool.free.drop(block)
         else:
             block.pool.unmapped.remove(block)
 
-    def _expand(self, pool: Pool, size: int) -> Block | None:
+    def _expand(self, pool: Pool, size: int) -> PoolBlock | None:
         """Map pages until a block of `size` bytes stands there (`try_allocate_expandable_block`).
 
         None where the limit forbids it; pages that were mapped on the way stay, as in the source.
@@ -251,7 +251,7 @@ class CachingAllocator:
         pool.free.drop(block)
         return block
 
-    def _expandable_room(self, pool: Pool, size: int) -> Block:
+    def _expandable_room(self, pool: Pool, size: int) -> PoolBlock:
         """The lowest run of free and unmapped blocks with room for `size` (`find_expandable_block`)."""
         for unmapped in pool.unmapped:
             before = unmapped.prev
@@ -272,7 +272,7 @@ class CachingAllocator:
         insort(pool.unmapped, segment, key=by_address)
         return segment
 
-    def _map(self, block: Block, size: int) -> bool:
+    def _map(self, block: PoolBlock, size: int) -> bool:
         """Back the first `size` bytes of an unmapped block with whole pages, all or none (`map_block`)."""
         mapped = _round_up(size, block.pool.page)
         if not self._reserve(mapped):
@@ -286,7 +286,7 @@ class CachingAllocator:
         pool.free.add(block)
         return True
 
-    def _unmap(self, block: Block) -> None:
+    def _unmap(self, block: PoolBlock) -> None:
         """Give back the whole pages inside a free block of an expandable segment (`unmap_block`)."""
         pool = block.pool
         begin = block.origin + _round_up(block.address - block.origin, pool.page)

@@ -47,7 +47,7 @@ _SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cud
 
 
 @dataclass(frozen=True, kw_only=True)
-class Internal:
+class KernelBuffer:
     """A buffer inside an operator: what it holds, its size, and where that is written, or that it is assumed."""
 
     name: str
@@ -55,7 +55,9 @@ class Internal:
     source: str
 
 
-def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> tuple[Internal, ...]:
+def internal_buffers(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target
+) -> tuple[KernelBuffer, ...]:
     """The buffers of one call of an aten operator on `target`, from the shapes and strides of its arguments.
 
     `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it. Empty for operators that are not attention's,
@@ -94,7 +96,7 @@ def _sizes(inputs: dict[str, Any]) -> _Sizes:
     return _Sizes(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3], query.element_size())
 
 
-def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     """Partial results of each split, where so few blocks are to be run that the keys are split among processors."""
     s = _sizes(inputs)
     if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
@@ -102,8 +104,8 @@ def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[I
     splits = _num_splits(s, num_sms)
     if splits > 1:
         rows = splits * s.batch * s.heads * s.queries
-        yield Internal(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
-        yield Internal(
+        yield KernelBuffer(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
+        yield KernelBuffer(
             name="partial out", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_FORWARD
         )
 
@@ -125,20 +127,22 @@ def _num_splits(s: _Sizes, num_sms: int) -> int:
     return next((splits for splits, full in fullness.items() if full >= enough), 1)
 
 
-def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     yield from _bshd_copy(inputs["grad_out"], "contiguous grad_out", _COPIES)
     yield from _bshd_copy(inputs["out"], "contiguous out", _COPIES)
     if gpu.vendor == "amd":
-        yield Internal(name="delta", nbytes=s.batch * s.heads * s.queries * _FP32_BYTES, source=_AOTRITON)
+        yield KernelBuffer(name="delta", nbytes=s.batch * s.heads * s.queries * _FP32_BYTES, source=_AOTRITON)
         return
     rows = s.batch * s.heads * _round_up(s.queries, 128)
-    yield Internal(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_BACKWARD)
-    yield Internal(name="dq_accum", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_BACKWARD)
+    yield KernelBuffer(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_BACKWARD)
+    yield KernelBuffer(
+        name="dq_accum", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_BACKWARD
+    )
     if s.key_heads != s.heads:
         nbytes = s.batch * s.keys * s.heads * s.head_dim * s.itemsize
-        yield Internal(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
-        yield Internal(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+        yield KernelBuffer(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+        yield KernelBuffer(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
 
 
 def _rounded_head_dim(head_dim: int) -> int:
@@ -146,24 +150,24 @@ def _rounded_head_dim(head_dim: int) -> int:
     return _round_up(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     """Only kernels for head dimensions over 128 keep the output in memory, and only half needs it in fp32 there."""
     s = _sizes(inputs)
     if gpu.vendor == "nvidia" and max(s.head_dim, s.value_dim) > 128 and s.itemsize < _FP32_BYTES:
         nbytes = s.batch * s.queries * s.heads * s.value_dim * _FP32_BYTES
-        yield Internal(name="output_accum", nbytes=nbytes, source=_EFFICIENT_FORWARD)
+        yield KernelBuffer(name="output_accum", nbytes=nbytes, source=_EFFICIENT_FORWARD)
 
 
-def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     yield from _bshd_copy(inputs["grad_out_"], "contiguous grad_out", _EFFICIENT_BACKWARD)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
-    delta = Internal(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
+    delta = KernelBuffer(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
     if gpu.vendor == "amd":
         yield delta
         return
     tile = _tile(s, gpu, has_dropout=inputs["dropout_p"] > 0)
-    workspace = Internal(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
+    workspace = KernelBuffer(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
     # `kKernelComputesDelta`; otherwise delta is the sum of an elementwise product, in fp32.
     is_half = s.itemsize < _FP32_BYTES
     if is_half and (tile.keeps_gradients or not _is_volta(gpu)):
@@ -171,7 +175,7 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
         yield workspace
         return
     fp32_tensors = 3 if is_half else 1
-    product = Internal(
+    product = KernelBuffer(
         name="grad_out * out", nbytes=rows_bytes * (fp32_tensors * s.value_dim + 1), source=_EFFICIENT_BACKWARD
     )
     yield delta
@@ -237,39 +241,39 @@ def _workspace_bytes(s: _Sizes, gpu: Gpu, tile: _Tile) -> int:
     return s.batch * s.heads * _round_up(words, 4) * _FP32_BYTES
 
 
-def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     grad_out = inputs["grad_out"]
     if grad_out.stride(-1) != 1:
-        yield Internal(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
+        yield KernelBuffer(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
     nbytes = rows_bytes * s.head_dim + rows_bytes + _CUDNN_PLAN_BYTES  # dQ_accum and softmax_sum, in fp32
     if s.key_heads != s.heads:  # dK and dV of all heads, before those of a group are added up
         nbytes += s.batch * s.heads * s.keys * s.itemsize * (s.head_dim + s.value_dim)
-    yield Internal(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
+    yield KernelBuffer(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
 
 
-def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
-    yield Internal(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
+def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    yield KernelBuffer(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
 
 
-def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     """Where the scores are -inf, as booleans, and which rows are so throughout."""
     scores = inputs["self"]
     count = scores.numel()
-    yield Internal(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
-    yield Internal(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
+    yield KernelBuffer(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
+    yield KernelBuffer(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
 
 
-def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     """A product of the size of the scores, in eager attention too."""
-    yield Internal(name="grad * output", nbytes=_nbytes(inputs["grad_output"]), source=_SOFTMAX_BACKWARD)
+    yield KernelBuffer(name="grad * output", nbytes=_nbytes(inputs["grad_output"]), source=_SOFTMAX_BACKWARD)
 
 
-def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[Internal]:
+def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[KernelBuffer]:
     """A tensor (batch, heads, sequence, dim) that the kernel wants dense as (batch, sequence, heads, dim)."""
     if not tensor.transpose(1, 2).is_contiguous():
-        yield Internal(name=name, nbytes=_nbytes(tensor), source=source)
+        yield KernelBuffer(name=name, nbytes=_nbytes(tensor), source=source)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
@@ -282,7 +286,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 _aten = torch.ops.aten
-_BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[Internal]]] = {
+_BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[KernelBuffer]]] = {
     _aten._scaled_dot_product_flash_attention.default: _flash_forward,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention.default: _efficient_forward,

@@ -21,7 +21,7 @@ import torch
 
 from gcbench.devices.target import Target
 
-Kernel = Literal["cudnn", "flash", "efficient", "math"]
+AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
 
 CUDNN_VERSION = 92000
 """9.20.0, as cuDNN counts. Assumed: what PyPI's wheels of torch 2.12 and 2.13 require (2.11: 9.19.0).
@@ -110,14 +110,14 @@ def gpu_of(target: Target, *, cudnn_version: int = CUDNN_VERSION) -> Gpu:
 class Choice:
     """The kernel taken, and why each of those tried before it was not."""
 
-    kernel: Kernel
-    passed_over: Mapping[Kernel, str] = field(default_factory=dict)
+    kernel: AttentionKernel
+    passed_over: Mapping[AttentionKernel, str] = field(default_factory=dict)
 
 
 def choose(call: AttentionCall, gpu: Gpu) -> Choice:
     """The first kernel, in the order of preference, that has no objection to the call; math has none."""
     tried = _NVIDIA if gpu.vendor == "nvidia" else _AMD
-    passed_over: dict[Kernel, str] = {}
+    passed_over: dict[AttentionKernel, str] = {}
     for kernel, objections in tried.items():
         if kernel == "cudnn" and not gpu.prefers_cudnn:
             continue
@@ -296,6 +296,6 @@ def _strided(call: AttentionCall, *, ignore_single: bool) -> Iterator[str]:
 
 
 _Objections = Callable[[AttentionCall, Gpu], Iterator[str]]
-_NVIDIA: dict[Kernel, _Objections] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
-_AMD: dict[Kernel, _Objections] = {"flash": _flash, "efficient": _efficient}
+_NVIDIA: dict[AttentionKernel, _Objections] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
+_AMD: dict[AttentionKernel, _Objections] = {"flash": _flash, "efficient": _efficient}
 """In the order in which they are tried (`priority_order`)."""

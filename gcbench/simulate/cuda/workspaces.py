@@ -34,7 +34,7 @@ import torch
 
 from gcbench.core.units import parse_bytes
 from gcbench.devices.target import Target
-from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS, Internal
+from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS, KernelBuffer
 from gcbench.simulate.cuda.attention_rules import gpu_of
 from gcbench.simulate.cuda.reductions import Reduction, workspace
 
@@ -64,7 +64,7 @@ _GROUPED = "bf16bf16_grouped_gemm_impl_sm90_sm100, pytorch aten/src/ATen/native/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
+class PersistentTerm:
     """What a library takes of the card and keeps until the process ends.
 
     Attributes:
@@ -83,7 +83,7 @@ class Standing:
     requested_by: tuple[str, ...] = ()
 
 
-def standing_terms(target: Target, *, trains: bool = True) -> tuple[Standing, ...]:
+def persistent_terms(target: Target, *, trains: bool = True) -> tuple[PersistentTerm, ...]:
     """The persistent terms of `target`, in the order in which they are asked for; none for the CPU and for AMD's cards.
 
     A card whose compute capability is unknown has that of `attention_rules.ASSUMED_CAPABILITY`. Without `trains` there
@@ -92,7 +92,7 @@ def standing_terms(target: Target, *, trains: bool = True) -> tuple[Standing, ..
     gpu = gpu_of(target)
     if target.kind != "cuda" or gpu.vendor != "nvidia":
         return ()
-    terms: dict[str, tuple[Standing, ...]] = {}
+    terms: dict[str, tuple[PersistentTerm, ...]] = {}
     for entry in _table():
         if entry["name"] not in terms and _applies(entry, gpu.capability):
             terms[entry["name"]] = tuple(_of_entry(entry, trains=trains))
@@ -102,7 +102,7 @@ def standing_terms(target: Target, *, trains: bool = True) -> tuple[Standing, ..
 
 def internal_buffers(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, target: Target
-) -> tuple[Internal, ...]:
+) -> tuple[KernelBuffer, ...]:
     """What the kernel of one call of an aten operator takes for itself on `target`, alive until it returns.
 
     `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it; `outputs` is its result. All buffers given are
@@ -120,7 +120,7 @@ def internal_buffers(
     return tuple(found for found in buffers({**defaults, **dict(given), **kwargs}, target) if found.nbytes)
 
 
-def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Gradients of equal tokens are summed in fp32, ten rows at a time, after the tokens were sorted.
 
     Few tokens are summed without sorting. Where few embeddings get many gradients each, rows are added up in one
@@ -159,7 +159,7 @@ def _adds_in_one_kernel(segments: int, partial_segments: int, width: int, num_sm
     return _torch_version() >= (2, 11) and blocks < 4 * num_sms and partial_segments > 4 * blocks
 
 
-def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Where there are very many rows and few columns, the weight's gradient is summed 32 rows at a time."""
     columns = prod(inputs["normalized_shape"])
     rows = inputs["input"].numel() // columns
@@ -179,7 +179,7 @@ def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]
         yield from _reduction(partials, target)
 
 
-def _sum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _sum(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Sums and means; an input of another dtype than the result is cast first, unless a half is summed in fp32."""
     tensor, dtype = inputs["self"], inputs["dtype"] or _dtype_of_sum(inputs["self"].dtype)
     dims = inputs.get("dim")
@@ -203,7 +203,7 @@ def _dtype_of_sum(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point or dtype.is_complex else torch.int64
 
 
-def _reduction(reduction: Reduction, target: Target) -> Iterator[Internal]:
+def _reduction(reduction: Reduction, target: Target) -> Iterator[KernelBuffer]:
     gpu = gpu_of(target)
     if gpu.vendor != "nvidia":
         return
@@ -215,7 +215,7 @@ def _reduction(reduction: Reduction, target: Target) -> Iterator[Internal]:
     yield _buffer("semaphores", found.semaphores_bytes, _REDUCTION)
 
 
-def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Places are sorted before values are added; values that do not fill their places one by one are copied."""
     tensor, values = inputs.get("self"), inputs["values"]
     indices = [index for index in inputs["indices"] if index is not None]
@@ -231,7 +231,7 @@ def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
     yield from _second_copies(count, _INT64_BYTES)
 
 
-def _sort(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _sort(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """A single row too long to be sorted in place."""
     tensor, dim = inputs["self"], inputs["dim"]
     count = tensor.shape[dim] if tensor.dim() else 1
@@ -240,13 +240,13 @@ def _sort(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
         yield from _second_copies(count, tensor.element_size())
 
 
-def _second_copies(count: int, key_bytes: int) -> Iterator[Internal]:
+def _second_copies(count: int, key_bytes: int) -> Iterator[KernelBuffer]:
     """Between the passes of a radix sort of keys with 8-byte values. A few thousand keys, sorted at once, need none."""
     yield _buffer("second copy of the keys", count * key_bytes, _RADIX_SORT)
     yield _buffer("second copy of the values", count * _INT64_BYTES, _RADIX_SORT)
 
 
-def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """A copy of the input in the result's dtype, where that is another: booleans and short integers."""
     tensor = inputs["self"]
     dtype = inputs.get("dtype") or (torch.int64 if not tensor.dtype.is_floating_point else tensor.dtype)
@@ -254,7 +254,7 @@ def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
         yield _buffer("input in the result's dtype", tensor.numel() * dtype.itemsize, _CUMSUM)
 
 
-def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
+def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Three pointers, three strides and one shape for each group, on Hopper and datacenter Blackwell in bf16."""
     gpu = gpu_of(target)
     left, right = inputs["self"], inputs["mat2"]
@@ -267,7 +267,7 @@ def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
     yield _buffer("arguments of the groups", nbytes, _GROUPED)
 
 
-_BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[Internal]]] = {
+_BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] = {
     _aten.embedding_dense_backward.default: _embedding_backward,
     _aten.native_layer_norm_backward.default: _norm_backward,
     _aten._fused_rms_norm_backward.default: _norm_backward,
@@ -286,8 +286,8 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[Internal]]] = {
 }
 
 
-def _buffer(name: str, nbytes: int, source: str) -> Internal:
-    return Internal(name=name, nbytes=nbytes, source=source)
+def _buffer(name: str, nbytes: int, source: str) -> KernelBuffer:
+    return KernelBuffer(name=name, nbytes=nbytes, source=source)
 
 
 def _num_sms(target: Target) -> int:
@@ -298,7 +298,7 @@ def _num_sms(target: Target) -> int:
 @cache
 def _table() -> tuple[dict[str, Any], ...]:
     text = resources.files("gcbench.simulate.cuda").joinpath("workspaces.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["standing"])
+    return tuple(tomllib.loads(text)["persistent"])
 
 
 def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
@@ -310,11 +310,11 @@ def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
     return (f"{major}" in named or f"{major}.{minor}" in named) and is_of_version
 
 
-def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[Standing]:
+def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[PersistentTerm]:
     phases = [phase for phase in entry["requested_at"] if trains or phase != "backward"]
     measured = entry.get("measured")
     for phase in phases:
-        yield Standing(
+        yield PersistentTerm(
             name=entry["name"] if len(entry["requested_at"]) == 1 else f"{entry['name']} ({phase})",
             nbytes=parse_bytes(str(entry["nbytes"])),
             in_allocator=entry["in_allocator"],

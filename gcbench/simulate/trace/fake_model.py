@@ -27,7 +27,7 @@ from gcbench.simulate.trace.storage import give_storage, on_accumulation, unchan
 from gcbench.strategies import Plan
 from gcbench.training.step import TrainingStep
 
-Segment = tuple[str, int]
+Section = tuple[str, int]
 """A stretch of the step: ("forward", layer) or ("backward", layer); with -1, "before" the layers, "head" after them
 (norm, logits, loss), "loss" (the backward pass down to the last layer) and "rest" (after the first layer)."""
 
@@ -49,19 +49,19 @@ class LayeredTrace:
     Attributes:
         trace: its blocks begin with those of the fake model's tensors and of the batch.
         batch: the blocks of the batch.
-        segments: (number of events before it, segment), in order.
-        works: for each segment, what its operators have the device do.
+        sections: (number of events before it, section), in order.
+        works: for each section, what its operators have the device do.
         gradients: id of a parameter -> the block of its gradient.
-        boundaries: number of a layer -> the block of its input.
+        layer_inputs: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
         accumulated: id of a parameter -> number of events before its gradient was complete.
     """
 
     trace: Trace
     batch: tuple[Block, ...]
-    segments: tuple[tuple[int, Segment], ...]
+    sections: tuple[tuple[int, Section], ...]
     gradients: Mapping[int, int]
-    boundaries: Mapping[int, int]
+    layer_inputs: Mapping[int, int]
     called: tuple[int, ...]
     works: tuple[tuple[Work, ...], ...] = ()
     accumulated: Mapping[int, int] = field(default_factory=dict)
@@ -90,13 +90,13 @@ CPU_TRACE = TraceMode(internals=internal_buffers)
 class FakeModel:
     """One model, in one precision; its parameters are fake CPU tensors that every trace shares."""
 
-    def __init__(self, model: torch.nn.Module, *, precision: str, road: TraceMode = CPU_TRACE) -> None:
+    def __init__(self, model: torch.nn.Module, *, precision: str, trace_mode: TraceMode = CPU_TRACE) -> None:
         """`model` is on the meta device; it is taken over."""
         model.train()
         model.config.use_cache = False  # type: ignore[union-attr]
         self.model = model
         self.precision = precision
-        self.road = road
+        self.trace_mode = trace_mode
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.layers = checkpointing.layers_of(model)
         self.blocks = blocks(model)
@@ -217,13 +217,13 @@ class FakeModel:
         return LayeredTrace(
             trace=recorder.trace,
             batch=tuple(recorder.trace.blocks[num_model:num_standing]),
-            segments=tuple(watch.segments),
+            sections=tuple(watch.sections),
             works=tuple(
                 tuple(recorder.works[start:end])
                 for start, end in zip(watch.works_before, [*watch.works_before[1:], len(recorder.works)], strict=True)
             ),
             gradients=gradients,
-            boundaries=watch.boundaries,
+            layer_inputs=watch.layer_inputs,
             called=tuple(watch.called),
             accumulated=accumulated,
         )
@@ -254,7 +254,7 @@ class FakeModel:
         Afterwards the model is as it was: tables that its code keeps on a module, and grows or makes again as it goes,
         are part of the trace that made them.
         """
-        recorder = Recorder(self.road.internals, self.road.result_order)
+        recorder = Recorder(self.trace_mode.internals, self.trace_mode.result_order)
         with ExitStack() as stack:
             modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
             stack.enter_context(unchanged(modules))
@@ -266,8 +266,8 @@ class FakeModel:
             else:
                 checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
             stack.callback(checkpointing.end_segments, self.model)
-            stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.road.notes_random_state))
-            stack.enter_context(self.road.patches())
+            stack.enter_context(as_in_a_real_run(recorder, notes_random_state=self.trace_mode.notes_random_state))
+            stack.enter_context(self.trace_mode.patches())
             stack.enter_context(self.fake)
             stack.enter_context(recorder)
             for held in (*self.parameters, *self._buffers):
@@ -287,11 +287,11 @@ class _Watch:
         self.recorder = recorder
         self.layers = layers
         self.kept = frozenset(kept)
-        self.segments: list[tuple[int, Segment]] = []
+        self.sections: list[tuple[int, Section]] = []
         self.works_before: list[int] = []
-        """For each segment, the calls of operators before it."""
+        """For each section, the calls of operators before it."""
         self.called: list[int] = []
-        self.boundaries: dict[int, int] = {}
+        self.layer_inputs: dict[int, int] = {}
         self._phase: Phase | None = None
         self._first, self._last = min(kept, default=-1), max(kept, default=-1)
         self._output: Any = None
@@ -335,8 +335,8 @@ class _Watch:
             raise _Done
         self._mark(BEFORE if phase == "forward" else LOSS)
 
-    def _mark(self, segment: Segment) -> None:
-        self.segments.append((len(self.recorder.trace.events), segment))
+    def _mark(self, section: Section) -> None:
+        self.sections.append((len(self.recorder.trace.events), section))
         self.works_before.append(len(self.recorder.works))
 
     def _enter(self, number: int, layer: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -348,7 +348,7 @@ class _Watch:
         hidden = _hidden(args, kwargs)
         block = self.recorder.number(hidden)
         if block is not None:
-            self.boundaries[number] = block
+            self.layer_inputs[number] = block
         if number == self._first and hidden.requires_grad:
             hidden.register_hook(lambda gradient: self._mark(REST))  # type: ignore[no-untyped-call]
 
