@@ -1,4 +1,4 @@
-"""How a step on fake CPU tensors becomes that of a device, and what that device holds besides it."""
+"""Describes a target device: how a step for it is traced on fake CPU tensors, and what it holds besides the step."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class DeviceModel:
     """All that a target changes.
 
     Attributes:
-        standing: blocks that the device's libraries take through the allocator, and keep.
-        outside_bytes: what the process takes of the device outside of the allocator.
+        resident: blocks that the device's libraries allocate through the allocator and never free.
+        outside_bytes: memory of the process on the device outside of the allocator.
         terms: both, by name and source.
-        attention: which kernels attention chose, once something was traced; None where there is nothing to choose.
+        attention: which kernels attention chose, once something was traced; None if there is no choice.
     """
 
     trace_mode: TraceMode
@@ -36,7 +36,7 @@ class DeviceModel:
 
 
 def device_model_for(target: Target) -> DeviceModel:
-    """The road to a target, its standing terms and what its attention chooses."""
+    """The trace mode of a target, its persistent memory and its choice of attention kernels."""
     if target.kind == "cpu":
         return DeviceModel(trace_mode=CPU_TRACE)
     from gcbench.simulate.cuda import attention_buffers, workspaces

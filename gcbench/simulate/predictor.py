@@ -1,4 +1,4 @@
-"""Predicts the memory of training steps of one model: what every cell shares is done once."""
+"""Predicts the memory and time of training steps of one model; what all cells share is computed once."""
 
 from __future__ import annotations
 
@@ -109,9 +109,9 @@ class Predictor:
         steps_on_device: bool = True,
         exact: bool = False,
     ) -> None:
-        """`model` is on the meta device, with its adapters if it has any; it is taken over.
+        """`model` is on the meta device, with its adapters if it has any; the predictor owns and changes it.
 
-        `resident` is what the device holds besides the model. With `exact` every layer is traced.
+        `resident` are the libraries' workspaces on the device. With `exact`, every layer is traced.
         """
         self.fake_model = FakeModel(model, precision=precision, trace_mode=trace_mode)
         self.precision = precision
@@ -130,23 +130,23 @@ class Predictor:
         ]
 
     def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
-        """The second training step; raises what the model's code raises on tensors without values."""
+        """Predict the second training step; raises what the model's code raises on fake tensors."""
         if self.exact:
             return self._in_full(plan, batch_size, seq_len, "asked for")
         try:
             return self._composed(plan, batch_size, seq_len)
         except NotComposable as err:
             why = str(err)
-        except Exception as err:  # a model's own code, which may not bear that layers are left out
+        except Exception as err:  # a model's own code, which may fail when layers are left out
             why = f"with layers left out, it raises {type(err).__name__}"
         return self._in_full(plan, batch_size, seq_len, why)
 
     def with_optimizer(
         self, step: Step, optim: str, *, steps_on_device: bool, state_bytes: Callable[[Ints], Ints] | None = None
     ) -> Timeline | None:
-        """The same step with another optimizer; None where it was traced in full.
+        """The same step with another optimizer; None if it was traced in full.
 
-        `state_bytes` has the optimizer's states take other sizes than they do.
+        `state_bytes` maps the sizes of the optimizer's states to other ones.
         """
         parts = step.parts
         if parts is None:
@@ -177,7 +177,7 @@ class Predictor:
         policies = _layer_policies(plan)
         traced, chosen = self._traced(plan, policies, batch_size, seq_len)
         traces = cut(traced)
-        represented_by = [self._layers[place] for place in chosen.stand_in]
+        represented_by = [self._layers[place] for place in chosen.represented_by]
         passes = compose_passes(traces, self._layers, represented_by)
         params, gradients, accumulated = self._gradients(
             traces, passes, dict(zip(self._layers, represented_by, strict=True))
@@ -198,7 +198,7 @@ class Predictor:
                 layers=self._layers,
                 vocab_size=self._vocab_size,
             ),
-            layers_traced=len(chosen.kept),
+            layers_traced=len(chosen.representatives),
             why_in_full=None,
             works=tuple((section, trace.works) for section, trace, _ in passes.instances),
             update=update,
@@ -218,9 +218,9 @@ class Predictor:
         for _ in range(2):
             pairs = [(self.fake_model.kinds[layer], policies.get(layer)) for layer in self._layers]
             chosen = sample(_with_edges(pairs), beside=pairs)
-            kept = [self._layers[place] for place in chosen.kept]
-            groups = _groups(kept, policies)
-            traced = self.fake_model.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
+            layers = [self._layers[place] for place in chosen.representatives]
+            groups = _groups(layers, policies)
+            traced = self.fake_model.trace_layers(groups, layers, batch_size=batch_size, seq_len=seq_len, own=plan.own)
             if list(traced.called) == self._layers:
                 return traced, chosen
             # Layers that training on text never runs, as those of a vision tower, are nobody's neighbours.
@@ -303,10 +303,10 @@ def _layer_policies(plan: Plan) -> dict[int, LayerPolicy]:
     }
 
 
-def _groups(kept: Sequence[int], policies: Mapping[int, LayerPolicy]) -> list[tuple[list[int], Policy]]:
+def _groups(layers: Sequence[int], policies: Mapping[int, LayerPolicy]) -> list[tuple[list[int], Policy]]:
     """The groups of the traced layers, which are side by side once those between them are left out."""
     groups: list[tuple[list[int], Policy]] = []
-    for layer in kept:
+    for layer in layers:
         policy = policies.get(layer)
         if policy is None:
             continue

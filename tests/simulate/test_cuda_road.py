@@ -14,7 +14,7 @@ from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.kernels import as_on_cuda, cuda_operators, experts_of
 from gcbench.simulate.cuda.optimizer import foreach_on_cpu, optimizer_steps_on_device
-from gcbench.simulate.trace.grad_scaler import scaler_without_values
+from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 
 ROWS, WIDTH = 6, 64
 
@@ -230,7 +230,7 @@ def test_a_scaler_steps_without_values(fake):
         step()
     optimizer.state.clear()
     scaler = torch.amp.GradScaler("cpu")
-    with scaler_without_values(), foreach_on_cpu():
+    with scaler_for_fake_tensors(), foreach_on_cpu():
         calls, _ = called(step)
     assert "_amp_foreach_non_finite_check_and_unscale_" in calls.names
     assert "_amp_update_scale_" in calls.names

@@ -37,7 +37,7 @@ from gcbench.devices.target import Target
 from gcbench.simulate.cuda.autocast import cuda_autocast
 from gcbench.simulate.cuda.dispatcher import Kernel, kernels_replaced
 from gcbench.simulate.cuda.optimizer import foreach_on_cpu
-from gcbench.simulate.trace.grad_scaler import scaler_without_values
+from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 
 _GROUPED_MM_SINCE = (8, 0)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -52,7 +52,7 @@ def as_on_cuda(target: Target) -> Iterator[None]:
     """
     with ExitStack() as stack:
         if target.kind == "cuda":
-            for road in (cuda_autocast(), cuda_operators(), foreach_on_cpu(), scaler_without_values()):
+            for road in (cuda_autocast(), cuda_operators(), foreach_on_cpu(), scaler_for_fake_tensors()):
                 stack.enter_context(road)
             stack.enter_context(experts_of(target.capability))
         yield

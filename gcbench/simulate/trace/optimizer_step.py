@@ -82,7 +82,7 @@ def trace_update(
     """
     chosen = sample([] if every_one else [(p.shape, p.stride(), p.dtype) for p in params])
     traced, served = _trace(
-        params if every_one else [params[number] for number in chosen.kept],
+        params if every_one else [params[number] for number in chosen.representatives],
         precision=precision,
         optim=optim,
         trace_mode=trace_mode,
@@ -90,9 +90,9 @@ def trace_update(
     )
     if every_one:
         return traced
-    position = {number: place for place, number in enumerate(chosen.kept)}
-    represented_by = [position[number] for number in chosen.stand_in]
-    some = sum(params[number].nbytes for number in chosen.kept)
+    position = {number: place for place, number in enumerate(chosen.representatives)}
+    represented_by = [position[number] for number in chosen.represented_by]
+    some = sum(params[number].nbytes for number in chosen.representatives)
     times = {_ALL: sum(param.nbytes for param in params) / some if some else 1.0, _NONE: 1.0, **Counter(represented_by)}
     # One that represents none was traced as a neighbour.
     return replace(_unrolled(traced, represented_by), times=tuple(float(times.get(owner, 0)) for owner in served))
