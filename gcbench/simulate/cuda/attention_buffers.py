@@ -1,13 +1,13 @@
-"""What attention's operators take for themselves on a card while they run, which a trace of operators cannot see.
+"""Lists the buffers that attention's operators allocate inside on a card, which a trace of operators cannot see.
 
-From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers given for one call are alive at
-the same time, together with the operator's results and inputs, and given back when it returns; where an operator has
-two phases, they are those of the larger one. Deterministic algorithms, which take more, are not covered.
+From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers of one call are alive at the same
+time, together with the operator's results and inputs, and freed when it returns; if an operator has two phases, they
+are those of the larger one. Deterministic algorithms, which need more, are not covered.
 
-What cuDNN takes beyond the tensors that its front end names was measured on an H100, in one block with them, and is
-taken to be the same on other cards. What cannot be known from source is assumed: a card's shared memory, which decides
-between tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one
-row sum per query.
+What cuDNN allocates beyond the tensors that its front end names was measured on an H100, in one block with them, and is
+assumed to be the same on other cards. What sources do not say is assumed: a card's shared memory, which decides between
+tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one row sum
+per query.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import Gpu, gpu_of
 
 ASSUMED_NUM_SMS = 108
-"""Of a card of which only the memory is known: an A100's."""
+"""Multiprocessors of a card of which only the memory is known: an A100's."""
 
 _FP32_BYTES = 4
 _FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
@@ -48,7 +48,7 @@ _SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cud
 
 @dataclass(frozen=True, kw_only=True)
 class KernelBuffer:
-    """A buffer inside an operator: what it holds, its size, and where that is written, or that it is assumed."""
+    """A buffer inside an operator: what it holds, its size in bytes, and the source of that, or that it is assumed."""
 
     name: str
     nbytes: int
@@ -60,24 +60,24 @@ def internal_buffers(
 ) -> tuple[KernelBuffer, ...]:
     """The buffers of one call of an aten operator on `target`, from the shapes and strides of its arguments.
 
-    `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it. Empty for operators that are not attention's,
-    or take nothing.
+    `func` is a `torch._ops.OpOverload`, as in `__torch_dispatch__`. Empty for operators that are not attention's, or
+    have no buffers.
     """
     buffers = _BUFFERS.get(func)
     if buffers is None:
         return ()
     card = target.card
     num_sms = card.num_sms if card is not None and card.num_sms is not None else ASSUMED_NUM_SMS
-    # A dispatch mode is not handed trailing arguments that have their default.
+    # A dispatch mode does not get trailing arguments that have their default.
     arguments = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = zip((argument.name for argument in arguments), args, strict=False)
-    inputs = {**defaults, **dict(given), **kwargs}
-    return tuple(found for found in buffers(inputs, gpu_of(target), num_sms) if found.nbytes)
+    by_name = zip((argument.name for argument in arguments), args, strict=False)
+    inputs = {**defaults, **dict(by_name), **kwargs}
+    return tuple(buffer for buffer in buffers(inputs, gpu_of(target), num_sms) if buffer.nbytes)
 
 
 class _Sizes(NamedTuple):
-    """Of one call; `key_heads` is less than `heads` where heads are grouped."""
+    """The sizes of one call; `key_heads` is less than `heads` if heads are grouped."""
 
     batch: int
     heads: int
@@ -90,14 +90,14 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(inputs: dict[str, Any]) -> _Sizes:
-    """From query, key and value of shape (batch, heads, sequence, head dimension)."""
+    """Read the sizes from query, key and value of shape (batch, heads, sequence, head dimension)."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     batch, heads, queries, head_dim = query.shape
     return _Sizes(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3], query.element_size())
 
 
 def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Partial results of each split, where so few blocks are to be run that the keys are split among processors."""
+    """Partial results of each split, if there are so few blocks that the keys are split among multiprocessors."""
     s = _sizes(inputs)
     if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
         return
@@ -146,12 +146,12 @@ def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[
 
 
 def _rounded_head_dim(head_dim: int) -> int:
-    """As flash attention rounds it, from a multiple of 8."""
+    """Round up a multiple of 8 as flash attention does."""
     return _round_up(head_dim, 32 if head_dim <= 128 else 64)
 
 
 def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Only kernels for head dimensions over 128 keep the output in memory, and only half needs it in fp32 there."""
+    """The output in fp32: only kernels for head dimensions over 128 accumulate it in memory, and half needs a copy."""
     s = _sizes(inputs)
     if gpu.vendor == "nvidia" and max(s.head_dim, s.value_dim) > 128 and s.itemsize < _FP32_BYTES:
         nbytes = s.batch * s.queries * s.heads * s.value_dim * _FP32_BYTES
@@ -170,7 +170,7 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
     workspace = KernelBuffer(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
     # `kKernelComputesDelta`; otherwise delta is the sum of an elementwise product, in fp32.
     is_half = s.itemsize < _FP32_BYTES
-    if is_half and (tile.keeps_gradients or not _is_volta(gpu)):
+    if is_half and (tile.gradients_in_registers or not _is_volta(gpu)):
         yield delta
         yield workspace
         return
@@ -183,11 +183,11 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
 
 
 class _Tile(NamedTuple):
-    """A memory-efficient backward kernel: block sizes, and whether it keeps dK and dV in registers."""
+    """A memory-efficient backward kernel: block sizes, and whether dK and dV stay in registers."""
 
     queries: int
     keys: int
-    keeps_gradients: bool
+    gradients_in_registers: bool
 
 
 def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
@@ -206,24 +206,24 @@ def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
 
 
 def _has_large_shared_memory(gpu: Gpu) -> bool:
-    """96 KB a block on Volta, 163 KB and more on the others named here; the rest have 64 or 99 KB.
+    """Whether a block has 96 KB of shared memory, as on Volta, or 163 KB and more; other cards have 64 or 99 KB.
 
     From the technical specifications in the CUDA programming guide. Which kernels fit is assumed; pytorch's source
-    has one for sm86 and sm89 alone, because the larger does not.
+    has one for sm86 and sm89 alone, because the larger one does not fit.
     """
     return gpu.capability in ((7, 0), (8, 0), (8, 7)) or gpu.capability[0] in (9, 10)
 
 
 def _is_volta(gpu: Gpu) -> bool:
-    """`dispatch_cutlassB`: which cards run the kernels built for sm70."""
+    """Whether the card runs the kernels built for sm70 (`dispatch_cutlassB`)."""
     return (7, 0) <= gpu.capability < (7, 5)
 
 
 def _workspace_bytes(s: _Sizes, gpu: Gpu, tile: _Tile) -> int:
-    """fp32 accumulators: of dQ, with a 16-byte header a tile, and of dK and dV where registers do not keep them."""
+    """fp32 accumulators: of dQ, with a 16-byte header per tile, and of dK and dV unless they stay in registers."""
     splits_keys = gpu.capability >= (7, 0)
     is_half = s.itemsize < _FP32_BYTES
-    in_memory = is_half and not tile.keeps_gradients
+    in_memory = is_half and not tile.gradients_in_registers
     splits = math.ceil(s.keys / tile.keys)
     if s.batch * s.heads >= 256 and s.keys <= 2 * tile.keys:
         splits = 1
@@ -258,7 +258,7 @@ def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[K
 
 
 def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Where the scores are -inf, as booleans, and which rows are so throughout."""
+    """Booleans that say where the scores are -inf, and which rows are so throughout."""
     scores = inputs["self"]
     count = scores.numel()
     yield KernelBuffer(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
@@ -271,13 +271,13 @@ def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterato
 
 
 def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[KernelBuffer]:
-    """A tensor (batch, heads, sequence, dim) that the kernel wants dense as (batch, sequence, heads, dim)."""
+    """A copy of a (batch, heads, sequence, dim) tensor unless it is dense as (batch, sequence, heads, dim)."""
     if not tensor.transpose(1, 2).is_contiguous():
         yield KernelBuffer(name=name, nbytes=_nbytes(tensor), source=source)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
-    """As a dense tensor."""
+    """The tensor's bytes if it were dense."""
     return tensor.numel() * tensor.element_size()
 
 

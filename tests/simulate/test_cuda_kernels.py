@@ -1,4 +1,4 @@
-"""Fake CPU tensors take CUDA's road: its kernels, its optimizers, its scaler. Autocast: `test_cuda_autocast.py`."""
+"""Fake CPU tensors run CUDA's kernels, optimizers and gradient scaler. Autocast: `test_cuda_autocast.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers.integrations import moe
 from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.kernels import as_on_cuda, cuda_operators, experts_of
-from gcbench.simulate.cuda.optimizer import foreach_on_cpu, optimizer_steps_on_device
+from gcbench.simulate.cuda.optimizer import foreach_on_cpu
 from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 
 ROWS, WIDTH = 6, 64
@@ -205,18 +205,8 @@ def test_sgd_is_foreach_and_what_the_user_chose_stays(fake):
         assert "_fused_adamw_" in calls.names
 
 
-def test_only_fused_and_capturable_counters_are_on_the_card(fake):
-    """One number a parameter; counted as the card's they would each take 512 bytes of it."""
-    held, _ = parameters()
-    assert not optimizer_steps_on_device(torch.optim.AdamW(held))
-    assert not optimizer_steps_on_device(torch.optim.AdamW(held, foreach=True))
-    assert not optimizer_steps_on_device(torch.optim.SGD(held))
-    assert optimizer_steps_on_device(torch.optim.AdamW(held, fused=True))
-    assert optimizer_steps_on_device(torch.optim.AdamW(held, capturable=True))
-
-
-def test_a_scaler_steps_without_values(fake):
-    """Without the context it asks a fake tensor whether a gradient overflowed, and ends the simulation."""
+def test_a_scaler_steps_on_fake_tensors(fake):
+    """Without the context it reads from a fake tensor whether a gradient overflowed, and ends the simulation."""
     held, _ = parameters()
     scaler = torch.amp.GradScaler("cpu")
     optimizer = torch.optim.AdamW(held)
@@ -247,7 +237,7 @@ def test_experts_before_ampere_multiply_one_by_one(fake):
     assert moe._can_use_grouped_mm(*given)
 
 
-def test_the_whole_road_is_taken_for_cuda_alone(fake):
+def test_cuda_kernels_run_for_a_cuda_target_alone(fake):
     """A prediction for the CPU must stay the CPU's."""
 
     def step():
