@@ -101,7 +101,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     top = 0
     phase: Phase | None = None
     events: Sequence[int] = timeline.events.tolist()
-    take, give = allocator.take, allocator.give
+    allocate, release = allocator.allocate, allocator.release
     done = 0
     with without_collections():
         for stop in stops:
@@ -109,9 +109,9 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
                 event = events[place]
                 if event < 0:
                     if (block := allocated_blocks[~event]) is not None:
-                        give(block)
+                        release(block)
                 elif sizes[event]:
-                    allocated_blocks[event] = take(sizes[event])
+                    allocated_blocks[event] = allocate(sizes[event])
                     if phase is not None and (allocated := allocator.allocated_bytes) > top:
                         top = highest[phase] = allocated
                         at[phase] = place

@@ -1,4 +1,4 @@
-"""The pools of CUDA's caching allocator: blocks of its segments, and the free ones in order."""
+"""Keeps the pools of CUDA's caching allocator: blocks of its segments, and the free ones in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SEGMENT_ROUNDING_BYTES = 2 << 20
 
 
 class PoolBlock:
-    """A piece of a segment, with its neighbours. `origin` is where the segment begins: its pages are counted thence."""
+    """A part of a segment, with its neighbours. `origin` is the segment's address, from which its pages are counted."""
 
     __slots__ = ("address", "allocated", "mapped", "next", "origin", "pool", "prev", "size")
 
@@ -30,8 +30,8 @@ class PoolBlock:
         self.prev: PoolBlock | None = None
         self.next: PoolBlock | None = None
 
-    def cut(self, size: int) -> PoolBlock:
-        """Keep the first `size` bytes; the rest as a new block, linked in behind."""
+    def split(self, size: int) -> PoolBlock:
+        """Keep the first `size` bytes; return the rest as a new block, linked in behind."""
         rest = PoolBlock(self.pool, self.address + size, self.size - size, self.origin, self.mapped)
         self.size = size
         rest.prev = self
