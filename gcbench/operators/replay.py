@@ -135,18 +135,18 @@ class Replayer:
         """Memory for the tensor, other than `others`; whole numbers in it are below `bound`."""
         dtype = _dtype(spec.dtype)
         key = (dtype, spec.extent, bound, is_written)
-        held = self._held.setdefault(key, [])
+        tensors = self._held.setdefault(key, [])
         self._held.move_to_end(key)
         nbytes = max(spec.extent * dtype.itemsize, 1)
-        free = [place for place, memory in enumerate(held) if id(memory) not in others]
-        if free and (not is_cold or len(held) > min(self._cold_bytes // nbytes, _MOST_COPIES)):
+        free = [place for place, memory in enumerate(tensors) if id(memory) not in others]
+        if free and (not is_cold or len(tensors) > min(self._cold_bytes // nbytes, _MOST_COPIES)):
             # The most recently used is the most likely to be in a cache, the least recently used the least.
-            memory = held.pop(free[0] if is_cold else free[-1])
+            memory = tensors.pop(free[0] if is_cold else free[-1])
         else:
             self._make_room(nbytes, key)
             memory = _filled(dtype, spec.extent, bound, self.device)
             self._held_bytes += nbytes
-        held.append(memory)
+        tensors.append(memory)
         return memory
 
     def _make_room(self, nbytes: int, key: tuple[object, ...]) -> None:

@@ -54,8 +54,7 @@ def _in_full(assembly: Assembly) -> Timeline:
     line = assembly.timeline
     begin = line.marks[0][0]
     of_gradients = np.flatnonzero(assembly.kinds == Kind.GRADIENTS)
-    taken = np.isin(line.events[begin:], of_gradients)
-    gradients = line.events[begin:][taken]
+    gradients = line.events[begin:][np.isin(line.events[begin:], of_gradients)]
     copies = len(line.nbytes) + np.arange(len(gradients))
     copy_of = dict(zip(gradients.tolist(), copies.tolist(), strict=True))
     events: list[int] = line.events[:begin].tolist() + copies.tolist()
@@ -84,8 +83,8 @@ def with_outputs(assembly: Assembly) -> Timeline | None:
     line = assembly.timeline
     begin, backward = line.marks[0][0], line.marks[1][0]
     forward = line.events[begin:backward]
-    taken = forward[forward >= 0]
-    logits = taken[assembly.kinds[taken] == Kind.LOGITS]
+    allocations = forward[forward >= 0]
+    logits = allocations[assembly.kinds[allocations] == Kind.LOGITS]
     if not len(logits):
         return None
     return replace(

@@ -88,7 +88,7 @@ the middle of the catalogue's."""
 class CardFigures:
     """Estimates times by the roofline of a card's published rates (Williams et al. 2009), one operator at a time.
 
-    A call takes as long as its arithmetic or its traffic, whichever is longer, and at least a launch.
+    A call's time is that of its arithmetic or of its traffic, whichever is longer, and at least a launch.
     """
 
     step_s = 0.0

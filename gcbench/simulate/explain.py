@@ -28,10 +28,10 @@ def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanat
     if rounding:
         shares.append(Share(kind=ROUNDING, nbytes=rounding))
     event = int(line.events[peak.at])
-    made = assembly.block(event) if event >= 0 else None
+    block = assembly.block(event) if event >= 0 else None
     layer = int(assembly.layers[event]) if event >= 0 else -1
     return Explanation(
-        op=_plain(made.op) if made is not None and made.op is not None else None,
+        op=_plain(block.op) if block is not None and block.op is not None else None,
         layer=layer if layer >= 0 else None,
         part=assembly.part(peak.at),
         shares=tuple(sorted(shares, key=lambda share: -share.nbytes)),
@@ -44,13 +44,13 @@ def fallback_bytes(assembly: Assembly, peak: Peak) -> int:
     """Bytes of the peak allocated by PyTorch code in place of a package's fused kernel."""
     is_alive = np.zeros(len(assembly.timeline.nbytes), np.bool_)
     is_alive[_alive(assembly, peak.at)] = True
-    made: dict[int, npt.NDArray[np.bool_]] = {}
+    are_fallbacks: dict[int, npt.NDArray[np.bool_]] = {}
     total = 0
     for start, blocks in assembly.block_ranges:
-        if id(blocks) not in made:
-            made[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
+        if id(blocks) not in are_fallbacks:
+            are_fallbacks[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
         here = slice(start, start + len(blocks))
-        total += int(assembly.timeline.nbytes[here][is_alive[here] & made[id(blocks)]].sum())
+        total += int(assembly.timeline.nbytes[here][is_alive[here] & are_fallbacks[id(blocks)]].sum())
     return total
 
 
@@ -59,9 +59,9 @@ def curve(assembly: Assembly) -> Curve:
     line = assembly.timeline
     begin = line.marks[0][0]
     events = line.events[begin:]
-    taken = events >= 0
-    blocks = np.where(taken, events, ~events)
-    change = np.where(taken, line.nbytes[blocks], -line.nbytes[blocks])
+    allocates = events >= 0
+    blocks = np.where(allocates, events, ~events)
+    change = np.where(allocates, line.nbytes[blocks], -line.nbytes[blocks])
     alive = _alive(assembly, begin - 1)
     before = np.bincount(assembly.kinds[alive], weights=line.nbytes[alive], minlength=len(Kind)).astype(np.int64)
     of_kind = assembly.kinds[blocks]

@@ -132,7 +132,7 @@ class Predictor:
     def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
         """Predict the second training step; raises what the model's code raises on fake tensors."""
         if self.exact:
-            return self._in_full(plan, batch_size, seq_len, "asked for")
+            return self._in_full(plan, batch_size, seq_len, "requested")
         try:
             return self._composed(plan, batch_size, seq_len)
         except NotComposable as err:
@@ -171,7 +171,7 @@ class Predictor:
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         """The step composed from a few traced layers; raises NotComposable if they cannot represent the others."""
         if not self._layers:
-            raise NotComposable("there are no layers to tell apart")
+            raise NotComposable("the model has no layers")
         if plan.own and own_way.is_all(self.fake_model.model):
             raise NotComposable("its own code checkpoints them")
         policies = _layer_policies(plan)
@@ -246,7 +246,7 @@ class Predictor:
             if layer in represented_by:
                 owner, home = by_name.get((represented_by[layer], name), (owner, None))
                 if home is not None and home[0][1] != represented_by[layer]:
-                    raise NotComposable("a layer's gradients are made outside of it")
+                    raise NotComposable("a layer's gradients are computed outside of it")
                 section = None if home is None else (home[0][0], layer)
             else:
                 home = traces.gradients.get(owner)

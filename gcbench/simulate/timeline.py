@@ -36,9 +36,9 @@ class Timeline:
 
     def live(self) -> Ints:
         """Bytes alive after each event."""
-        taken = self.events >= 0
-        blocks = np.where(taken, self.events, ~self.events)
-        return np.cumsum(np.where(taken, self.nbytes[blocks], -self.nbytes[blocks]))
+        allocates = self.events >= 0
+        blocks = np.where(allocates, self.events, ~self.events)
+        return np.cumsum(np.where(allocates, self.nbytes[blocks], -self.nbytes[blocks]))
 
     def spans(self) -> tuple[tuple[Phase, int, int], ...]:
         """(phase, number of events before it, number of events before its end) of the measured step."""
@@ -76,7 +76,7 @@ class Peak:
 
 
 def exact(timeline: Timeline) -> Peak:
-    """The peaks on the CPU, where a block takes just its size."""
+    """The peaks on the CPU, where a block counts with its exact size."""
     live = timeline.live()
     highest: dict[Phase, int] = {}
     at: dict[Phase, int] = {}

@@ -1,4 +1,4 @@
-"""A step as events: what the CUDA allocator makes of it, by hand; and traces of layers that must fit together."""
+"""A step as events: its peaks with CUDA's allocator, by hand; and traces of layers that must fit together."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def test_allocated_counts_what_is_handed_out_in_units_of_512_bytes():
 
 def test_reserved_counts_segments():
     """By hand: one of 20 MiB for the parameters, 17 MiB of which are left for the 12; one of 2 MiB for all that is
-    small. The 30 MiB of the first step were given back to the device."""
+    small. The 30 MiB of the first step were returned to the device."""
     assert timeline.cached(STEP).memory.reserved_bytes == 22 * MIB
 
 
-def test_what_the_first_step_cached_counts_unless_it_was_given_back():
+def test_what_the_first_step_cached_counts_unless_the_cache_was_emptied():
     """The trap: a measurement empties the cache before the measured step, and a replay that does not reads high."""
     kept = line(STEP.nbytes, STEP.events, (4, 6, 8))
     assert timeline.cached(kept).memory.reserved_bytes == 52 * MIB
@@ -66,7 +66,7 @@ def test_what_the_first_step_cached_counts_unless_it_was_given_back():
 
 
 def test_peaks_begin_with_the_first_mark():
-    """The trap: the first step, which makes the optimizer's states, takes more than any later one."""
+    """The trap: the first step, which creates the optimizer's states, allocates more than any later one."""
     assert timeline.cached(STEP).memory.allocated_bytes < 30 * MIB
     earlier = line(STEP.nbytes, STEP.events, (2, 6, 8), settled_at=(4,))
     memory = timeline.cached(earlier).memory
@@ -91,7 +91,7 @@ def test_a_cell_that_needs_more_than_the_limit_runs_out_of_memory():
 
 
 def test_at_the_limit_the_cache_is_flushed_and_the_step_goes_on():
-    """16 MiB given back and cached are no use for 18; without a limit both stay reserved."""
+    """16 MiB freed and cached are no use for 18; without a limit both stay reserved."""
     step = line([16 * MIB, 18 * MIB], [0, ~0, 1, ~1], (0, 2, 3))
     assert timeline.cached(step).memory.reserved_bytes == 34 * MIB
     assert timeline.cached(step).num_alloc_retries == 0
@@ -104,7 +104,7 @@ def test_at_the_limit_the_cache_is_flushed_and_the_step_goes_on():
 
 
 def test_expandable_segments_reserve_pages():
-    """By hand: 16 MiB lie in one page of 20; for 18 one more page joins it, once the 16 are given back."""
+    """By hand: 16 MiB lie in one page of 20; for 18 one more page joins it, once the 16 are freed."""
     step = line([16 * MIB, 18 * MIB, 25 * MIB], [0, ~0, 1, ~1, 2, ~2], (0, 2, 4))
     peak = timeline.cached(step, expandable_segments=True)
     assert by_phase(peak) == [16 * MIB, 18 * MIB, 25 * MIB]
@@ -112,8 +112,8 @@ def test_expandable_segments_reserve_pages():
     assert timeline.cached(step).memory.reserved_bytes == 60 * MIB
 
 
-def test_what_is_alive_when_a_phase_begins_is_its_peak_if_nothing_is_taken():
-    """The trap: a phase that only gives back shows nothing, or the peak of the phase before it."""
+def test_what_is_alive_when_a_phase_begins_is_its_peak_if_nothing_is_allocated():
+    """The trap: a phase that only frees shows nothing, or the peak of the phase before it."""
     step = line([2 * MIB, 4 * MIB], [0, 1, ~1, ~0], (0, 2, 3))
     assert by_phase(timeline.cached(step)) == by_phase(timeline.exact(step)) == [6 * MIB, 6 * MIB, 2 * MIB]
 
@@ -125,7 +125,7 @@ def test_the_cpu_counts_bytes_and_caches_nothing():
     assert peak.memory.reserved_bytes is None
 
 
-def test_a_trace_comes_after_what_stands():
+def test_a_trace_comes_after_the_resident_blocks():
     """The trap: blocks and marks that are not moved by as many places as there are resident blocks."""
     trace = Trace(
         blocks=[Block(5, None), Block(7, None)],
@@ -216,8 +216,8 @@ def test_layer_traces_that_fit_compose_the_passes_of_more_layers():
     assert [section for section, _, _ in passes.instances][1:6] == [("forward", layer) for layer in range(5)]
 
 
-def test_what_the_head_gives_back_of_a_layer_it_gives_back_of_all_that_are_like_it():
-    """The output of every layer kept to the end, as by a model that returns all hidden states."""
+def test_what_the_head_frees_of_a_traced_layer_it_frees_of_all_that_it_represents():
+    """The output of every layer held to the end, as by a model that returns all hidden states."""
     passes = five_layers(
         three_layers(
             backward_1=section_trace(("take", 100), here=("backward", 0)),
@@ -233,26 +233,26 @@ def test_what_the_head_gives_back_of_a_layer_it_gives_back_of_all_that_are_like_
     [
         # The middle layer's backward pass is never seen: no gradient passes through it.
         ({"backward_1": None}, "no backward pass"),
-        # The middle layer holds what the first one took: every middle one would give back its neighbour's.
+        # The middle layer holds what the first one took: every middle one would free its neighbour's.
         (
             {"backward_1": section_trace(("take", 9), ("give", 0, ("forward", -1)), here=("backward", 0))},
-            "given back twice",
+            "freed twice",
         ),
         # A layer gives back what the one behind it takes: in the forward pass that is yet to come.
         (
             {"forward_1": section_trace(("take", 11), ("give", 0, ("forward", 1)), here=("forward", 0))},
-            "before it was taken",
+            "before it is allocated",
         ),
         # What lies two layers away does not for the first but one of five, which has the same trace.
         (
             {"forward_1": section_trace(("take", 11), ("give", 0, ("forward", -2)), here=("forward", 0))},
             "far from each other",
         ),
-        ({"rest": section_trace(("give", 0, BEFORE), ("give", 0, HEAD), here=REST)}, "given back twice"),
+        ({"rest": section_trace(("give", 0, BEFORE), ("give", 0, HEAD), here=REST)}, "freed twice"),
     ],
 )
 def test_layer_traces_that_do_not_fit_are_refused(changes, why):
-    """The trap: a sum that comes out, of events that cannot happen."""
+    """The trap: a plausible sum of events that cannot happen."""
     with pytest.raises(NotComposable, match=why):
         five_layers(three_layers(**changes))
 
@@ -271,7 +271,7 @@ def layered(sections, events, num_blocks, gradients=()):
 IN_ORDER = [BEFORE, ("forward", 0), ("forward", 1), HEAD, LOSS, ("backward", 1), ("backward", 0), REST]
 
 
-def test_a_trace_is_cut_where_layers_begin_and_speaks_of_distances():
+def test_a_trace_is_cut_where_layers_begin_and_refers_by_distance():
     """One resident block; one that layer 0 allocates and layer 1 frees; one of layer 1 that the loss frees."""
     events = [0, 1, 2, ~1, ~2]
     traces = cut(layered(zip([1, 1, 2, 4, 4, 5, 5, 5], IN_ORDER, strict=True), events, 3, {7: 2}))
@@ -287,8 +287,8 @@ def test_a_trace_is_cut_where_layers_begin_and_speaks_of_distances():
         ([*IN_ORDER[:5], ("backward", 0), ("backward", 1), REST], [0], {}, "not in order"),
         ([*IN_ORDER[:3], ("forward", 0), *IN_ORDER[3:]], [0], {}, "not in order"),
         ([BEFORE, HEAD, *IN_ORDER[1:3], *IN_ORDER[4:]], [0], {}, "not in order"),
-        (IN_ORDER, [0, ~0], {}, "was there before it"),
-        (IN_ORDER, [0], {7: 0}, "gradient was there before"),
+        (IN_ORDER, [0, ~0], {}, "was allocated before it"),
+        (IN_ORDER, [0], {7: 0}, "gradient was allocated before"),
     ],
 )
 def test_a_trace_of_layers_that_do_not_run_one_by_one_is_not_cut(sections, events, gradients, why):

@@ -1,4 +1,4 @@
-"""The optimizer phase of a few parameters, unrolled to all, is that of all."""
+"""The optimizer phase traced for a few parameters and unrolled to all is that traced for all."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ LISTS = {
 
 
 def sizes(traced):
-    """What the two phases hold after each of their events, in bytes."""
+    """Bytes allocated after each event of the two phases."""
     signed = [
         [traced.blocks[event].nbytes if event >= 0 else -traced.blocks[~event].nbytes for event in events]
         for events in (traced.first, traced.later)
@@ -71,11 +71,11 @@ def assert_unrolled_is_all(params, mode, optim, **kwargs):
     )
     assert unrolled.num_params == in_full.num_params == len(params)
     assert sizes(unrolled) == sizes(in_full)
-    # Gradients come first, in the order of the parameters: the rest of the step gives them back by that number.
+    # Gradients come first, in the order of the parameters: the rest of the step frees them by that number.
     assert [b.nbytes for b in unrolled.blocks[: len(params)]] == [b.nbytes for b in in_full.blocks[: len(params)]]
-    gradients_given = [[~e for e in events if e < 0 and ~e < len(params)] for events in (unrolled.first, in_full.first)]
-    assert gradients_given[0] == gradients_given[1]
-    assert sorted(gradients_given[0]) == list(range(len(params)))
+    gradients_freed = [[~e for e in events if e < 0 and ~e < len(params)] for events in (unrolled.first, in_full.first)]
+    assert gradients_freed[0] == gradients_freed[1]
+    assert sorted(gradients_freed[0]) == list(range(len(params)))
     assert sum(unrolled.blocks[n].nbytes for n in unrolled.states) == sum(
         in_full.blocks[n].nbytes for n in in_full.states
     )
@@ -100,9 +100,9 @@ def traffic(traced):
 
 @pytest.mark.parametrize("looks", LISTS)
 @pytest.mark.parametrize(("mode", "optim"), CASES)
-def test_unrolled_is_all(mode, optim, looks):
-    """The traps: a loop's variables hold what they got for one parameter until the next one's turn; a foreach operator
-    takes for all before it gives back for any; a temporary of one parameter that is larger than the next one's."""
+def test_the_unrolled_trace_equals_the_trace_of_all(mode, optim, looks):
+    """The traps: a loop's variables hold what was assigned for one parameter until the next one's; a foreach operator
+    allocates for all before it frees for any; a temporary of one parameter that is larger than the next one's."""
     assert_unrolled_is_all(parameters(*LISTS[looks]), mode, optim)
 
 
@@ -136,7 +136,7 @@ def test_adam_keeps_two_tensors_and_a_counter_for_each_parameter():
     assert kept == sorted([4, 4, 4, *[24 * 16 * 4] * 4, *[24 * 4] * 2])
 
 
-def test_counters_in_the_hosts_memory_count_nothing():
+def test_counters_in_host_memory_do_not_count():
     traced = assert_unrolled_is_all(parameters(W, B, W), "foreach", "adamw_torch", steps_on_device=False)
     assert sorted(traced.blocks[n].nbytes for n in traced.states) == sorted([*[24 * 16 * 4] * 4, *[24 * 4] * 2])
 
@@ -145,8 +145,8 @@ def test_plain_sgd_keeps_nothing():
     assert assert_unrolled_is_all(parameters(W, B), "cpu", "sgd").states == ()
 
 
-def test_later_phases_make_no_states():
-    """The trap: the states of the first phase taken again in each one."""
+def test_later_phases_create_no_states():
+    """The trap: the states of the first phase allocated again in each one."""
     traced = trace_update(parameters(W, W, B), precision="fp32", optim="adamw_torch")
     first, later = sizes(traced)
     gradients = sum(block.nbytes for block in traced.blocks[:3])
@@ -154,7 +154,7 @@ def test_later_phases_make_no_states():
     assert later[-1] == -gradients
 
 
-def test_foreach_takes_more_at_once_than_a_loop():
+def test_foreach_allocates_more_at_once_than_a_loop():
     """The reason for a trace mode of its own: its temporaries are those of all parameters together."""
     peaks = {
         mode: max(

@@ -70,11 +70,11 @@ def classify_passes(
     is_saved = _freed_at(passes.events, passes.num_blocks) >= passes.backward_at
     kinds = np.full(passes.num_blocks, Kind.TEMPORARY, np.int8)
     of_layers = np.full(passes.num_blocks, -1, np.int32)
-    looks: dict[int, tuple[Bools, Bools]] = {}
+    masks: dict[int, tuple[Bools, Bools]] = {}
     for (part, layer), trace, base in passes.instances:
-        if id(trace) not in looks:
-            looks[id(trace)] = _logits_and_recomputed(trace, vocab_size)
-        are_logits, are_recomputed = looks[id(trace)]
+        if id(trace) not in masks:
+            masks[id(trace)] = _logits_and_recomputed(trace, vocab_size)
+        are_logits, are_recomputed = masks[id(trace)]
         here = slice(base, base + len(trace.blocks))
         of_layers[here] = layer
         if part in ("forward", "before", "head"):

@@ -116,7 +116,7 @@ def _section_trace(
             homes[block] = (name, len(allocated))
             allocated.append(layered.trace.blocks[block])
         elif block not in homes:
-            raise NotComposable("the step gives back what was there before it")
+            raise NotComposable("the step frees memory that was allocated before it")
         home, number = homes[block]
         numbers.append(number)
         codes.append(refs.setdefault(_relative(name, home, order), len(refs)))
@@ -134,7 +134,7 @@ def _section_trace(
 def _gradient_homes(layered: LayeredTrace, homes: Mapping[int, tuple[Section, int]]) -> dict[int, tuple[Section, int]]:
     """id of a parameter -> (section, number within it) of its gradient's block."""
     if any(block not in homes for block in layered.gradients.values()):
-        raise NotComposable("a gradient was there before the step")
+        raise NotComposable("a gradient was allocated before the step")
     return {param: homes[block] for param, block in layered.gradients.items()}
 
 

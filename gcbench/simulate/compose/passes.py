@@ -180,6 +180,6 @@ def _check(events: Ints, num_blocks: int) -> None:
     allocated_at[events[allocates]] = times[allocates]
     freed = ~events[frees]
     if np.count_nonzero(allocates) != num_blocks or (allocated_at < 0).any():
-        raise NotComposable("a block is taken twice")
+        raise NotComposable("a block is allocated twice")
     if len(np.unique(freed)) != len(freed) or (allocated_at[freed] > times[frees]).any():
-        raise NotComposable("a block is given back twice, or before it was taken")
+        raise NotComposable("a block is freed twice, or before it is allocated")

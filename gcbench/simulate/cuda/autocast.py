@@ -53,7 +53,7 @@ FP32_SET_OPT_DTYPE = _names(
 """Called with dtype=float32, unless the caller chose a dtype."""
 
 FP32_APPEND_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
-"""Replaced by the overload that takes a dtype."""
+"""Replaced by the overload with a dtype."""
 
 PROMOTE = _names("addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add")
 """Arguments are cast to the widest dtype among them."""

@@ -105,7 +105,7 @@ class FakeModel:
         self._materialized: set[int] = set()
         self._absent: set[int] = set()
         """ids of the modules in layers that are still on the meta device."""
-        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @cached_property
     def kinds(self) -> tuple[Hashable, ...]:
@@ -125,7 +125,7 @@ class FakeModel:
 
     @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
-        """The model's parameters, each once; cached, as collecting them takes time in a deep model."""
+        """The model's parameters, each once; cached, as collecting them is slow in a deep model."""
         return tuple(self.model.parameters())
 
     @cached_property
@@ -144,7 +144,7 @@ class FakeModel:
         self._materialized |= missing
         on_meta = [layer for number, layer in enumerate(self.layers) if number not in self._materialized]
         self._absent = {id(module) for layer in on_meta for module in layer.modules()}
-        materialize(self._modules_that_run(), self.fake, self._made)
+        materialize(self._modules_that_run(), self.fake, self._replaced)
         for name in ("owners", "parameters", "_buffers"):  # they name tensors that have been replaced
             self.__dict__.pop(name, None)
 
@@ -359,7 +359,7 @@ class _SectionMarker:
         hidden = output
         if not isinstance(output, torch.Tensor):
             if not isinstance(output, tuple) or not isinstance(output[0], torch.Tensor):
-                raise NotComposable("layers return something else than hidden states")
+                raise NotComposable("layers return something other than hidden states")
             hidden = output[0]
         if not hidden.requires_grad:
             raise NotComposable("the first layers take no part in the backward pass")
@@ -372,7 +372,7 @@ class _SectionMarker:
     def _skip(self, number: int, *args: Any, **kwargs: Any) -> Any:
         self.called.append(number)
         if self._output is None or _hidden(args, kwargs) is not self._hidden_of(self._output):
-            raise NotComposable("something is done to the hidden states between layers")
+            raise NotComposable("the hidden states change between layers")
         return self._output
 
     @staticmethod
@@ -384,5 +384,5 @@ def _hidden(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     """The hidden states among a layer's arguments."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, torch.Tensor):
-        raise NotComposable("layers take something else than hidden states")
+        raise NotComposable("layers get something other than hidden states")
     return hidden

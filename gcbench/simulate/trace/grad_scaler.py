@@ -14,8 +14,8 @@ import torch
 def scaler_for_fake_tensors() -> Iterator[None]:
     """Let a gradient scaler step its optimizer without reading whether a gradient overflowed: as if none did.
 
-    `GradScaler._maybe_opt_step` in torch/amp/grad_scaler.py reads one number, which fake tensors do not have. All
-    that the scaler allocates is kept: scale and growth tracker, their copies for the device, `found_inf`, and the check
+    `GradScaler._maybe_opt_step` in torch/amp/grad_scaler.py reads one number, which fake tensors do not have. What the
+    scaler allocates is recorded: scale and growth tracker, their copies for the device, `found_inf`, and the check
     itself, which works in place. Holds for devices other than CUDA, too.
     """
 

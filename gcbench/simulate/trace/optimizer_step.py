@@ -128,15 +128,15 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
         if func.__name__.startswith("_foreach"):
             self.is_loop = False
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        made = range(before, len(self.trace.blocks))
-        given = (*args, *(kwargs or {}).values())
-        for number in made:
-            each = (args[0][(number - before) % len(args[0])],) if args and _are_tensors(args[0]) else given
+        allocated = range(before, len(self.trace.blocks))
+        inputs = (*args, *(kwargs or {}).values())
+        for number in allocated:
+            each = (args[0][(number - before) % len(args[0])],) if args and _are_tensors(args[0]) else inputs
             owner = self._owner(each)
             if owner >= 0:
                 self.owners[number] = owner
         if len(self.works) > worked:
-            self.served.append(_ALL if any(map(_are_tensors, args)) else self._owner(given))
+            self.served.append(_ALL if any(map(_are_tensors, args)) else self._owner(inputs))
         return result
 
     def _owner(self, sources: Iterable[Any]) -> int:
@@ -265,20 +265,20 @@ class _Event:
 def _unrolled(traced: UpdateTrace, represented_by: Sequence[int]) -> UpdateTrace:
     """The trace for parameters of which the n-th is represented by the traced one `represented_by[n]`."""
     ordinals, members = _ordinals(traced)
-    blocks = [traced.blocks[kept] for kept in represented_by]
+    blocks = [traced.blocks[param] for param in represented_by]
     owners = list(range(len(represented_by)))
     numbers: dict[tuple[int, int], int] = {(n, 0): n for n in range(len(represented_by))}
     phases: list[tuple[int, ...]] = []
     for events in (traced.first, traced.later):
         unrolled: list[int] = []
         for wave in _waves(traced, events, ordinals):
-            for param, kept in _order(wave, represented_by):
-                for event in wave.get(kept, ()):
+            for param, like in _order(wave, represented_by):
+                for event in wave.get(like, ()):
                     owner = param - event.before
                     number = numbers.get((owner, event.ordinal))
                     if number is None:
                         number = numbers[owner, event.ordinal] = len(blocks)
-                        blocks.append(traced.blocks[members[kept][event.ordinal]])
+                        blocks.append(traced.blocks[members[like][event.ordinal]])
                         owners.append(owner)
                     unrolled.append(~number if event.frees else number)
         phases.append(tuple(unrolled))

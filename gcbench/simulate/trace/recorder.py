@@ -184,7 +184,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 _ADD = torch.ops.aten.add.Tensor
 _INDEX_PUT = torch.ops.aten.index_put.default
 _REFUSED_BY_FAKE_TENSORS = {torch.ops.aten._grouped_mm.default}
-"""Operators whose shape function demands bf16 although the real CPU kernel takes fp32 too."""
+"""Operators whose shape function demands bf16 although the real CPU kernel accepts fp32 too."""
 
 
 def _is_skipped(result: Any) -> bool:

@@ -23,23 +23,23 @@ def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
 
 
 def materialize(
-    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, replaced: dict[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     """Replace the modules' own meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied.
 
-    `made` has, under the id of each replaced tensor, that tensor (so that no other gets its id) and its replacement.
+    `replaced` has, by id, each replaced tensor (so that no other gets its id) and its replacement.
     """
 
     def replacement(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta":
             return tensor
-        if id(tensor) not in made:
+        if id(tensor) not in replaced:
             with fake:
                 empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
             fake_tensor = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)] = (tensor, fake_tensor)
-        return made[id(tensor)][1]
+            replaced[id(tensor)] = (tensor, fake_tensor)
+        return replaced[id(tensor)][1]
 
     for module in modules:
         for named in (module._parameters, module._buffers):
