@@ -50,7 +50,9 @@ def device_model_for(target: Target) -> DeviceModel:
             stack.enter_context(attention)
             yield
 
-    def internals(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[str, int]]:
+    def kernel_buffers(
+        func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Iterator[tuple[str, int]]:
         for inside in attention_buffers.internal_buffers(func, args, kwargs, target):
             yield inside.name, inside.nbytes
         for other in workspaces.internal_buffers(func, args, kwargs, result, target):
@@ -58,7 +60,9 @@ def device_model_for(target: Target) -> DeviceModel:
 
     known = workspaces.persistent_terms(target)
     return DeviceModel(
-        trace_mode=TraceMode(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
+        trace_mode=TraceMode(
+            patches=patches, kernel_buffers=kernel_buffers, notes_random_state=False, result_order=ON_CUDA
+        ),
         resident=tuple(
             ResidentMemory(
                 name=term.name,

@@ -57,10 +57,7 @@ def step_timeline(
     passes = _shifted(repeated, second_step)
     if accumulated is not None:
         opening.append(passes)
-        third_step = second_step + num_blocks
-        repeated_before = np.cumsum(~is_once)
-        moments = [int(repeated_before[at - 1]) if at else 0 for at in accumulated]
-        passes = np.insert(_shifted(repeated, third_step), moments, ~(of_gradients + third_step))
+        passes = _accumulating(repeated, ~is_once, of_gradients, accumulated, second_step + num_blocks)
     measured = [passes[:backward_begins], passes[backward_begins:], update_events(update.later, second_step)]
     begins = sum(map(len, opening)) + np.cumsum([0, *(len(phase) for phase in measured)])
     return Timeline(
@@ -92,6 +89,15 @@ def state_blocks(update: UpdateTrace) -> Ints:
     freed = {~event for event in update.later if event < 0}
     states |= {event for event in update.later if event >= 0 and event not in freed}
     return np.array(sorted(states), np.int64)
+
+
+def _accumulating(
+    repeated: Ints, is_repeated: npt.NDArray[np.bool_], gradients: Ints, accumulated: Sequence[int], step: int
+) -> Ints:
+    """The repeated events of the passes, numbered from `step` on, which free each gradient once it is accumulated."""
+    repeated_before = np.cumsum(is_repeated)
+    moments = [int(repeated_before[at - 1]) if at else 0 for at in accumulated]
+    return np.insert(_shifted(repeated, step), moments, ~(gradients + step))
 
 
 def _shifted(events: Ints, step: int) -> Ints:

@@ -22,7 +22,7 @@ from gcbench.simulate.trace.cpu_buffers import internal_buffers
 from gcbench.simulate.trace.fallbacks import marked
 from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 from gcbench.simulate.trace.model_blocks import blocks, kind
-from gcbench.simulate.trace.recorder import Internals, Recorder, as_in_a_real_run, saved_on_host
+from gcbench.simulate.trace.recorder import KernelBuffers, Recorder, as_in_a_real_run, saved_on_host
 from gcbench.simulate.trace.storage import materialize, on_accumulation, unchanged
 from gcbench.strategies import Plan
 from gcbench.training.step import TrainingStep
@@ -73,18 +73,18 @@ class TraceMode:
 
     Attributes:
         patches: a context in which the step runs.
-        internals: the buffers that kernels allocate inside; None if they are not known.
+        kernel_buffers: the buffers that kernels allocate inside; None if they are not known.
         notes_random_state: whether checkpointing saves random states in the device's memory.
         result_order: operator -> the places of its results in the order in which the device allocates them.
     """
 
     patches: Callable[[], AbstractContextManager[object]] = scaler_for_fake_tensors
-    internals: Internals | None = None
+    kernel_buffers: KernelBuffers | None = None
     notes_random_state: bool = True
     result_order: Mapping[Any, tuple[int, ...]] = field(default_factory=dict)
 
 
-CPU_TRACE = TraceMode(internals=internal_buffers)
+CPU_TRACE = TraceMode(kernel_buffers=internal_buffers)
 
 
 class FakeModel:
@@ -254,7 +254,7 @@ class FakeModel:
         Afterwards the model is as it was: tables that its code caches on a module, and grows or rebuilds as it runs,
         are part of the trace that created them.
         """
-        recorder = Recorder(self.trace_mode.internals, self.trace_mode.result_order)
+        recorder = Recorder(self.trace_mode.kernel_buffers, self.trace_mode.result_order)
         with ExitStack() as stack:
             modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
             stack.enter_context(unchanged(modules))

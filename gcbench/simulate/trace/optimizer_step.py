@@ -109,7 +109,7 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
     """
 
     def __init__(self, trace_mode: TraceMode) -> None:
-        super().__init__(trace_mode.internals)
+        super().__init__(trace_mode.kernel_buffers)
         self.owners: dict[int, int] = {}
         self.is_loop = True
         self.served: list[int] = []

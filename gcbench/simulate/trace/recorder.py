@@ -19,7 +19,7 @@ from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
 
-Internals = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
+KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
 """(operator, arguments, keyword arguments, result) -> (name, bytes) of each buffer inside its kernel."""
 
 
@@ -27,13 +27,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each storage when an operator first returns it, and again when the last reference to it goes.
 
     A dispatch mode sees an operator's results only; the buffers inside its kernel on the target device come from
-    `internals`.
+    `kernel_buffers`.
     """
 
-    def __init__(self, internals: Internals | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}) -> None:
+    def __init__(
+        self, kernel_buffers: KernelBuffers | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
-        self._internals = internals
+        self._kernel_buffers = kernel_buffers
         self._result_order = result_order
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._open = True
@@ -139,10 +141,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 elif isinstance(value, (tuple, list)):
                     for inner in value:
                         self.note(inner, name)
-        if self._internals is not None:
+        if self._kernel_buffers is not None:
             inside = [
                 self._allocate(nbytes, f"{name}: {part}")
-                for part, nbytes in self._internals(func, args, kwargs, result)
+                for part, nbytes in self._kernel_buffers(func, args, kwargs, result)
                 if nbytes
             ]
             self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys locals
