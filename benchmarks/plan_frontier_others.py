@@ -289,7 +289,7 @@ def _partitioned(ground: Ground, number: int, calls: Sequence[InnerCall]) -> dic
         return default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs)
 
     with ExitStack() as stack:
-        stack.enter_context(fake_model.road.patches())
+        stack.enter_context(fake_model.trace_mode.patches())
         stack.enter_context(fake_model.fake)
         if (dtype := PRECISIONS[fake_model.precision][1]) is not None:
             stack.enter_context(torch.autocast("cpu", dtype=dtype))

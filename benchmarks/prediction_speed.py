@@ -39,7 +39,7 @@ from gcbench.predict import session as forecast
 from gcbench.predict.task import CellToPredict, PredictTask
 from gcbench.predict.worker import Session
 from gcbench.processes.children import ForkedChildren
-from gcbench.simulate.trace.fake_model import give_storage
+from gcbench.simulate.trace.fake_model import materialize
 from gcbench.simulate.trace.recorder import Recorder, as_in_a_real_run
 from gcbench.training.step import TrainingStep
 
@@ -93,7 +93,7 @@ def tracked(asked: PredictTask) -> tuple[float, list[int]]:
         model.train()
         model.config.use_cache = False
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        give_storage(model.modules(), fake, {})
+        materialize(model.modules(), fake, {})
         checkpointing.apply(model, cell.plan)
         with as_in_a_real_run(Recorder(), notes_random_state=False), fake:
             batch = torch.zeros(cell.batch_size, cell.seq_len, dtype=torch.int64)

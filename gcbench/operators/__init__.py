@@ -1,1 +1,1 @@
-"""Operators of torch: what a call is, as text, and made again."""
+"""Calls of torch's operators: their schema, their text, and their replay."""

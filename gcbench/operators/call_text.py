@@ -1,4 +1,4 @@
-"""A call of an operator as text: enough to make it again, to tell its like, and to scale it. No torch.
+"""Writes a call of an operator as text: enough to replay it, to find calls of the same form, and to scale it. No torch.
 
 The text is JSON: the operator with its overload, then arguments by place and by name. A tensor is an object with its
 dtype `t`, its sizes `s` and, where they are not those of a contiguous tensor, its strides `d`.
@@ -13,14 +13,14 @@ from functools import lru_cache
 from typing import Any
 
 _KNOWN = 1 << 16
-"""Texts whose form is remembered; a plan for a large model has some thousand."""
+"""Texts whose form is cached; a plan for a large model has some thousand."""
 _SMALL = 4
-"""Whole numbers up to here are dimensions and choices, and tell calls apart; larger ones are sizes."""
+"""Whole numbers up to here are dimensions and options, part of a call's form; larger ones are sizes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
-    """A tensor without its values; sizes and strides in elements."""
+    """The dtype and layout of a tensor; sizes and strides in elements."""
 
     dtype: str
     sizes: tuple[int, ...]
@@ -35,14 +35,14 @@ class TensorSpec:
 
     @property
     def extent(self) -> int:
-        """Elements of the memory that it lies in, from its first to its last."""
+        """Elements of memory that it spans, from its first to its last."""
         if self.numel == 0:
             return 0
         return 1 + sum((size - 1) * stride for size, stride in zip(self.sizes, self.strides, strict=True))
 
 
 def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    """Those of a tensor whose last dimension lies closest, as torch gives them."""
+    """The strides of a contiguous tensor, as in torch."""
     strides: list[int] = []
     stride = 1
     for size in reversed(sizes):
@@ -52,7 +52,7 @@ def contiguous_strides(sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def as_json(spec: TensorSpec) -> dict[str, Any]:
-    """How a tensor stands in a call's text."""
+    """The JSON object of a tensor in a call's text."""
     written: dict[str, Any] = {"t": spec.dtype, "s": list(spec.sizes)}
     if spec.strides != contiguous_strides(spec.sizes):
         written["d"] = list(spec.strides)
@@ -60,7 +60,7 @@ def as_json(spec: TensorSpec) -> dict[str, Any]:
 
 
 def tensor_spec(value: object) -> TensorSpec | None:
-    """The tensor that an argument of a read text stands for; None where it is something else."""
+    """The tensor that an argument of a parsed text represents; None if it is something else."""
     if not isinstance(value, dict) or "t" not in value:
         return None
     sizes = tuple(value["s"])
@@ -83,22 +83,22 @@ def write(op: str, args: list[Any], kwargs: dict[str, Any]) -> str:
 
 
 def read(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """The operator, its arguments by place and by name."""
+    """Parse a text into the operator and its arguments by place and by name."""
     op, args, *rest = json.loads(text)
     return op, args, rest[0] if rest else {}
 
 
 @lru_cache(maxsize=_KNOWN)
 def form(text: str) -> str:
-    """What calls have in common that differ in their sizes alone: operator, dtypes, layouts, broadcasting, choices."""
+    """The form shared by calls that differ in sizes alone: operator, dtypes, layouts, broadcasting, options."""
     if not text:
         return ""
     op, args, kwargs = read(text)
-    # What is left to its default may be written or not.
-    given = [value for value in (*args, *(kwargs[name] for name in sorted(kwargs))) if value is not None]
-    largest = max((spec.numel for spec in specs(given)), default=0)
-    width = max((spec.sizes[-1] for spec in specs(given) if spec.sizes), default=1)
-    return f"{op}({','.join(_form(value, largest, width) for value in given)})"
+    # An argument with its default may be written or not.
+    values = [value for value in (*args, *(kwargs[name] for name in sorted(kwargs))) if value is not None]
+    largest = max((spec.numel for spec in specs(values)), default=0)
+    width = max((spec.sizes[-1] for spec in specs(values) if spec.sizes), default=1)
+    return f"{op}({','.join(_form(value, largest, width) for value in values)})"
 
 
 def _form(value: object, largest: int, width: int) -> str:
@@ -117,29 +117,29 @@ def _form(value: object, largest: int, width: int) -> str:
 
 
 def _layout(spec: TensorSpec, largest: int, width: int) -> str:
-    """The order of its dimensions in memory, and along which kind of dimension it is read over and over.
+    """The order of its dimensions in memory, and along which kind of dimension it is broadcast.
 
-    Dimensions of one element say nothing, nor do leading ones that lie in order: a batch of one looks like any other.
+    Dimensions of one element are left out, and so are leading ones in order: a batch of one has the form of any other.
     """
-    held = [(size, stride) for size, stride in zip(spec.sizes, spec.strides, strict=True) if size != 1]
+    dims = [(size, stride) for size, stride in zip(spec.sizes, spec.strides, strict=True) if size != 1]
     again = ""
-    if largest > 1 and not held:
+    if largest > 1 and not dims:
         return "one"
-    if any(stride == 0 for _, stride in held) or spec.numel < largest:
-        is_inner = (spec.sizes[-1] == 1 and width > 1) or (bool(held) and held[-1][1] == 0)
+    if any(stride == 0 for _, stride in dims) or spec.numel < largest:
+        is_inner = (spec.sizes[-1] == 1 and width > 1) or (bool(dims) and dims[-1][1] == 0)
         again = "rows" if is_inner else "over"
-    moving = [stride for _, stride in held if stride]
+    moving = [stride for _, stride in dims if stride]
     by_memory = sorted(range(len(moving)), key=lambda place: -moving[place])
     start = next((place for place, there in enumerate(by_memory) if place != there), len(by_memory))
     order = "".join(str(there - start) for there in by_memory[start:])
-    gaps = "" if _is_dense(held) else "gaps"
+    gaps = "" if _is_dense(dims) else "gaps"
     return again + order + gaps
 
 
-def _is_dense(held: list[tuple[int, int]]) -> bool:
-    """Whether the elements fill their memory."""
+def _is_dense(dims: list[tuple[int, int]]) -> bool:
+    """Whether the elements fill their memory without gaps."""
     expected = 1
-    for size, stride in sorted(((size, stride) for size, stride in held if stride), key=lambda pair: pair[1]):
+    for size, stride in sorted(((size, stride) for size, stride in dims if stride), key=lambda pair: pair[1]):
         if stride != expected:
             return False
         expected *= size
@@ -147,9 +147,9 @@ def _is_dense(held: list[tuple[int, int]]) -> bool:
 
 
 def between(low: str, high: str, times: int, apart: int) -> str:
-    """The call at `low + times * (high - low) / apart`: every whole number in it is affine in the batch size.
+    """Interpolate the call at `low + times * (high - low) / apart`: its whole numbers are affine in the batch size.
 
-    Other numbers stay as they are. Empty where the two are not the same call of different sizes.
+    Other numbers stay as they are. Empty if the two are not the same call with different sizes.
     """
     if low == high or not low or not high:
         return low if low == high else ""
@@ -174,7 +174,7 @@ def _between(low: Any, high: Any, times: int, apart: int) -> Any:
     if isinstance(low, int) and not isinstance(low, bool):
         return low + times * (high - low) // apart
     if isinstance(low, float):
-        return low  # a factor, as one over the number of tokens: a call takes as long with any
+        return low  # a factor, as one over the number of tokens, which does not change a call's time
     if low != high:
         raise ValueError("different calls")
     return low

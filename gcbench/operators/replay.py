@@ -1,4 +1,4 @@
-"""Calls of operators written as text, and made again from it on tensors of a device."""
+"""Writes calls of operators as text, and replays them on tensors of a device."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from gcbench.operators.call_text import TensorSpec, tensor_spec
 
 
 class NotReplayable(Exception):
-    """A call that cannot be written down, or not made again from what is written."""
+    """A call that cannot be written as text, or not replayed from its text."""
 
 
 def text_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """The call as text; empty where an argument cannot be written down.
+    """Write the call as text; empty if an argument cannot be written.
 
-    A device is left out, since the call is made again on another; so are generators of random numbers.
+    Devices are left out, since the call is replayed on another, and so are random number generators.
     """
     if func.namespace != "aten":
         return ""
     try:
-        given = [_written(value) for value in args]
+        positional = [_written(value) for value in args]
         named = {name: _written(value) for name, value in kwargs.items() if not _is_left_out(value)}
     except NotReplayable:
         return ""
-    return call_text.write(str(func._name), given, named)
+    return call_text.write(str(func._name), positional, named)
 
 
 def _is_left_out(value: object) -> bool:
@@ -61,10 +61,10 @@ def _name(constant: object) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class BoundCall:
-    """A call ready to be made.
+    """A call with its arguments, ready to run.
 
     Attributes:
-        hot: the memory of what a cache holds when the real call is made.
+        hot: the memory of the arguments that a cache holds when the real call runs.
     """
 
     func: Any
@@ -77,10 +77,10 @@ class BoundCall:
 
 
 class Replayer:
-    """Makes calls from their texts, on tensors filled with numbers that no operator stumbles over.
+    """Makes calls from their texts, on tensors filled with numbers that every operator accepts.
 
-    Memory is used again. What a call finds cold comes round only after `cold_bytes` of that size have been given out.
-    No more than `most_bytes` are held, if one call can do with that.
+    Memory is reused: for a cold argument, only after `cold_bytes` in tensors of that size have been used since. No more
+    than `most_bytes` are held unless a single call needs more.
     """
 
     def __init__(self, device: torch.device, *, cold_bytes: int, most_bytes: int) -> None:
@@ -91,60 +91,62 @@ class Replayer:
         self._held_bytes = 0
 
     def make(self, text: str, cold: int) -> BoundCall:
-        """The call of that text, of which the n-th tensor is cold where bit n of `cold` is set.
+        """Make the call of a text; its n-th tensor is cold if bit n of `cold` is set.
 
-        Raises NotReplayable where this torch has no such operator; a call itself may raise anything.
+        Raises NotReplayable if this torch has no such operator; a call itself may raise anything.
         """
         call = _Call.read(text)
-        taken: list[tuple[torch.Tensor, bool]] = []
-        args = [self._built(value, call, cold, taken, place in call.written) for place, value in enumerate(call.args)]
+        used: list[tuple[torch.Tensor, bool]] = []
+        args = [self._built(value, call, cold, used, place in call.written) for place, value in enumerate(call.args)]
         kwargs = {
-            name: self._built(value, call, cold, taken, name in call.written) for name, value in call.kwargs.items()
+            name: self._built(value, call, cold, used, name in call.written) for name, value in call.kwargs.items()
         }
         if call.offsets is not None:
             args[call.offsets] = _offsets(args[call.offsets], args[0])
         if call.takes_device:
             kwargs["device"] = self.device
-        hot = tuple(memory for memory, is_cold in taken if not is_cold)
+        hot = tuple(memory for memory, is_cold in used if not is_cold)
         return BoundCall(func=call.func, args=tuple(args), kwargs=kwargs, hot=hot)
 
     def _built(
-        self, value: Any, call: _Call, cold: int, taken: list[tuple[torch.Tensor, bool]], is_written: bool
+        self, value: Any, call: _Call, cold: int, used: list[tuple[torch.Tensor, bool]], is_written: bool
     ) -> Any:
-        """An argument; tensors are added to `taken`, as (memory, is cold).
+        """Build an argument; its tensors are added to `used`, as (memory, is cold).
 
-        A method, as a function that calls itself would be a circle, which holds its memory until Python looks for
-        circles: a plan for a card ran out of 80 GiB.
+        A method, as a nested function that calls itself is a reference cycle, which holds its memory until garbage
+        collection: a plan for a card ran out of 80 GiB.
         """
         spec = tensor_spec(value)
         if spec is not None:
-            is_cold = bool(cold >> len(taken) & 1)
-            used = {id(memory) for memory, _ in taken}
-            memory = self._take(spec, used, bound=call.bound, is_cold=is_cold, is_written=is_written)
-            taken.append((memory, is_cold))
+            is_cold = bool(cold >> len(used) & 1)
+            others = {id(memory) for memory, _ in used}
+            memory = self._memory(spec, others, bound=call.bound, is_cold=is_cold, is_written=is_written)
+            used.append((memory, is_cold))
             return memory.as_strided(spec.sizes, spec.strides)
         if isinstance(value, dict):
             return getattr(torch, value["torch"])
         if isinstance(value, list):
-            return [self._built(part, call, cold, taken, is_written) for part in value]
+            return [self._built(part, call, cold, used, is_written) for part in value]
         return value
 
-    def _take(self, spec: TensorSpec, used: set[int], *, bound: int, is_cold: bool, is_written: bool) -> torch.Tensor:
-        """Memory for the tensor, which is none of `used`; whole numbers in it are below `bound`."""
+    def _memory(
+        self, spec: TensorSpec, others: set[int], *, bound: int, is_cold: bool, is_written: bool
+    ) -> torch.Tensor:
+        """Memory for the tensor, other than `others`; whole numbers in it are below `bound`."""
         dtype = _dtype(spec.dtype)
         key = (dtype, spec.extent, bound, is_written)
-        held = self._held.setdefault(key, [])
+        tensors = self._held.setdefault(key, [])
         self._held.move_to_end(key)
         nbytes = max(spec.extent * dtype.itemsize, 1)
-        free = [place for place, memory in enumerate(held) if id(memory) not in used]
-        if free and (not is_cold or len(held) > min(self._cold_bytes // nbytes, _MOST_COPIES)):
-            # What was given out last lies in a cache the most surely, what was given out first the least.
-            memory = held.pop(free[0] if is_cold else free[-1])
+        free = [place for place, memory in enumerate(tensors) if id(memory) not in others]
+        if free and (not is_cold or len(tensors) > min(self._cold_bytes // nbytes, _MOST_COPIES)):
+            # The most recently used is the most likely to be in a cache, the least recently used the least.
+            memory = tensors.pop(free[0] if is_cold else free[-1])
         else:
             self._make_room(nbytes, key)
             memory = _filled(dtype, spec.extent, bound, self.device)
             self._held_bytes += nbytes
-        held.append(memory)
+        tensors.append(memory)
         return memory
 
     def _make_room(self, nbytes: int, key: tuple[object, ...]) -> None:
@@ -156,18 +158,18 @@ class Replayer:
 
 
 _MOST_COPIES = 64
-"""Of one size: small tensors are cold only in so far as this many of them, and all else, come between."""
+"""Most tensors of one size to cycle through: small ones are cold only as far as so many, and all else, lie between."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Call:
-    """A text that was read.
+    """A parsed text.
 
     Attributes:
         written: places and names of the arguments that the operator writes into.
-        bound: whole numbers among the arguments must be below it.
-        offsets: the place of the argument that says where groups of rows end.
-        takes_device: a new tensor is made, and nothing given says where.
+        bound: whole numbers in index arguments must be below it.
+        offsets: the place of the argument that has the ends of groups of rows.
+        takes_device: the operator creates a tensor, and no argument determines its device.
     """
 
     func: Any
@@ -180,7 +182,7 @@ class _Call:
 
     @staticmethod
     def read(text: str) -> _Call:
-        """Raises NotReplayable where this torch has no such operator."""
+        """Parse a text; raises NotReplayable if this torch has no such operator."""
         op, args, kwargs = call_text.read(text)
         func = _operator(op)
         arguments = func._schema.arguments
@@ -188,7 +190,7 @@ class _Call:
         for place, argument in enumerate(arguments):
             if argument.alias_info is not None and argument.alias_info.is_write:
                 written |= {place, argument.name}
-        given = list(call_text.specs([*args, *kwargs.values()]))
+        tensors = list(call_text.specs([*args, *kwargs.values()]))
         name = op.partition("::")[2].partition(".")[0]
         return _Call(
             func=func,
@@ -197,7 +199,7 @@ class _Call:
             written=frozenset(written),
             bound=_bound(name, args),
             offsets=_OFFSETS.get(name),
-            takes_device=not given and any(argument.name == "device" for argument in arguments),
+            takes_device=not tensors and any(argument.name == "device" for argument in arguments),
         )
 
 
@@ -218,7 +220,7 @@ _CLASSES_OF = {"nll_loss_forward": 0, "nll_loss_backward": 1, "nll_loss2d_forwar
 
 
 def _bound(op: str, args: Sequence[Any]) -> int:
-    """What indices among the arguments must be below. 1, which leaves them 0, where none are known."""
+    """The bound of indices among the arguments; 1, which makes them 0, if none is known."""
     if op == "embedding":
         return _sizes(args[0])[0]
     if op == "embedding_dense_backward":
@@ -242,7 +244,7 @@ def _sizes(value: object) -> tuple[int, ...]:
 
 
 def _offsets(offsets: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """Where groups of rows end, all groups alike."""
+    """The ends of groups of rows, all of one size."""
     count = rows.shape[-2] if rows.dim() > 1 else len(rows)
     groups = len(offsets)
     ends = [count * (group + 1) // groups for group in range(groups)]
@@ -257,7 +259,7 @@ def _dtype(name: str) -> torch.dtype:
 
 
 def _filled(dtype: torch.dtype, count: int, bound: int, device: torch.device) -> torch.Tensor:
-    """A flat tensor: fractions around 1, whole numbers from 0 below `bound`, all true."""
+    """A flat tensor of fractions around 1, of whole numbers from 0 to below `bound`, or of True."""
     if dtype.is_floating_point:
         # Away from zero, near which arithmetic on a CPU is slow.
         return torch.rand(count, device=device).add_(0.5).to(dtype)

@@ -1,4 +1,4 @@
-"""What an operator is: its name in plans, what it writes into, whether it only looks at memory another way."""
+"""Reads an operator's schema: its name in plans, the arguments that it writes into, whether it draws random numbers."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import torch
 
 
 def operator_name(op: Any) -> str:
-    """An operator as plans name it: without overload, and without `aten::`."""
+    """The operator's name in plans: without overload, and without `aten::`."""
     namespace, _, rest = str(getattr(op, "_name", op)).rpartition("::")
     name = rest.partition(".")[0]
     return name if namespace in ("", "aten") else f"{namespace}::{name}"
 
 
 def is_question(op: Any) -> bool:
-    """Whether a call does nothing: it asks for a device, or lets go of a graph, which a second run does more often."""
+    """Whether a call does nothing: it queries a device, or detaches, which a recomputation does more often."""
     return op.namespace == "prim" or op is torch.ops.aten.detach.default
 
 
 def is_random(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a call draws random numbers: attention kernels are marked as if they did, and do with dropout alone."""
+    """Whether a call draws random numbers: attention kernels are tagged so, but do it with dropout alone."""
     if torch.Tag.nondeterministic_seeded not in op.tags:
         return False
     place = argument_place(op, "dropout_p")
@@ -33,7 +33,7 @@ def is_random(op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 @cache
 def argument_place(op: Any, name: str) -> int | None:
-    """The place of an argument in an operator's signature; None where it has none of that name."""
+    """The place of an argument in an operator's signature; None if it has none of that name."""
     names = [argument.name for argument in op._schema.arguments]
     return names.index(name) if name in names else None
 

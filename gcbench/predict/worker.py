@@ -87,8 +87,8 @@ class Session:
             model,
             precision=task.precision,
             optim=optim,
-            road=self.way.road,
-            standing=self.way.standing,
+            trace_mode=self.way.trace_mode,
+            resident=self.way.resident,
             steps_on_device=self.target.kind == "cpu" or optim == _FUSED,
             exact=task.exact,
         )

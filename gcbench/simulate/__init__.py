@@ -1,1 +1,1 @@
-"""What a training step would take on a device that is not here: the same step on fake tensors, replayed."""
+"""Simulates a training step on a device that is not here: traces it on fake tensors, and replays its allocations."""

@@ -1,7 +1,7 @@
-"""What a real run may add to a step: gradient accumulation, and a loop that keeps the model's outputs. No torch.
+"""What a real run may add to a step: gradient accumulation, and a loop that holds the model's outputs. No torch.
 
-Neither is part of gcbench's own step, which has one micro-batch and keeps the loss alone. Each is replayed: the same
-blocks, with those that are there besides.
+Neither is part of gcbench's own step, which has one micro-batch and holds the loss alone. Each is replayed: the same
+blocks, and those that are added.
 """
 
 from __future__ import annotations
@@ -12,46 +12,49 @@ from dataclasses import replace
 import numpy as np
 
 from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Addition
-from gcbench.simulate.compose.whole_step import Assembly, Kind
+from gcbench.simulate.compose.block_kinds import Kind
+from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Peak, Timeline
 
 _WORTH_NAMING = 0.005
-"""Of the peak; what adds less is not named."""
+"""Share of the peak below which an addition is not named."""
 
 
-def additions(step: Step, weighed: Callable[[Timeline], tuple[int, Peak]], now: Peak) -> tuple[Addition, ...]:
-    """What would add at least 0.5 % to what tensors take at a step's peak.
+def additions(step: Step, peak_of: Callable[[Timeline], tuple[int, Peak]], now: Peak) -> tuple[Addition, ...]:
+    """Find what would add more than 0.5 % to the allocated peak of a step.
 
     Args:
-        weighed: (bytes that count against the device's memory, the peak) of a step.
-        now: the peak of the step as it is.
+        peak_of: (bytes that count against the device's memory, the peak) of a step.
+        now: the peak of the step without additions.
     """
     lines = {ACCUMULATION: accumulating(step), KEPT_OUTPUTS: with_outputs(step.assembly)}
     allocated = now.memory.allocated_bytes
-    found = []
+    named = []
     for name, line in lines.items():
         if line is None:
             continue
-        held, peak = weighed(line)
+        counted, peak = peak_of(line)
         more = peak.memory.allocated_bytes - allocated
         if more > _WORTH_NAMING * allocated:
-            found.append(Addition(name=name, nbytes=more, peak_bytes=held))
-    return tuple(found)
+            named.append(Addition(name=name, nbytes=more, peak_bytes=counted))
+    return tuple(named)
 
 
 def accumulating(step: Step) -> Timeline:
-    """The last of several micro-batches: all gradients are there when it begins, and its own are added to them."""
+    """The last of several micro-batches: it begins with all gradients allocated, and its own are added to them."""
     return step.accumulating() or _in_full(step.assembly)
 
 
 def _in_full(assembly: Assembly) -> Timeline:
-    """The same where it is not known when a gradient is complete: its own block goes with the event after it came."""
+    """Accumulate in a step traced in full, where it is not known when a gradient is complete.
+
+    A gradient of the micro-batch is freed one event after its allocation.
+    """
     line = assembly.timeline
     begin = line.marks[0][0]
     of_gradients = np.flatnonzero(assembly.kinds == Kind.GRADIENTS)
-    taken = np.isin(line.events[begin:], of_gradients)
-    gradients = line.events[begin:][taken]
+    gradients = line.events[begin:][np.isin(line.events[begin:], of_gradients)]
     copies = len(line.nbytes) + np.arange(len(gradients))
     copy_of = dict(zip(gradients.tolist(), copies.tolist(), strict=True))
     events: list[int] = line.events[:begin].tolist() + copies.tolist()
@@ -73,15 +76,15 @@ def _in_full(assembly: Assembly) -> Timeline:
 
 
 def with_outputs(assembly: Assembly) -> Timeline | None:
-    """The step while the logits of the one before are in a variable; None where the model makes none.
+    """The step while a variable holds the logits of the one before; None if the model computes none.
 
-    `outputs = model(…)` holds them until the next call has returned: all through the step.
+    `outputs = model(…)` holds them until the next call has returned: throughout the step.
     """
     line = assembly.timeline
     begin, backward = line.marks[0][0], line.marks[1][0]
     forward = line.events[begin:backward]
-    taken = forward[forward >= 0]
-    logits = taken[assembly.kinds[taken] == Kind.LOGITS]
+    allocations = forward[forward >= 0]
+    logits = allocations[assembly.kinds[allocations] == Kind.LOGITS]
     if not len(logits):
         return None
     return replace(

@@ -1,4 +1,4 @@
-"""How a step on fake CPU tensors becomes that of a device, and what that device holds besides it."""
+"""Describes a target device: how a step for it is traced on fake CPU tensors, and what it holds besides the step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 
 from gcbench.core.prediction import Term
 from gcbench.devices.target import Target
-from gcbench.simulate.compose.whole_step import Kind, Standing
+from gcbench.simulate.compose.block_kinds import Kind
+from gcbench.simulate.compose.resident import ResidentMemory
 from gcbench.simulate.cuda.attention import CudaAttention
 from gcbench.simulate.cuda.kernels import as_on_cuda
 from gcbench.simulate.cuda.result_order import ON_CUDA
@@ -21,23 +22,23 @@ class DeviceModel:
     """All that a target changes.
 
     Attributes:
-        standing: blocks that the device's libraries take through the allocator, and keep.
-        outside_bytes: what the process takes of the device outside of the allocator.
+        resident: blocks that the device's libraries allocate through the allocator and never free.
+        outside_bytes: memory of the process on the device outside of the allocator.
         terms: both, by name and source.
-        attention: which kernels attention chose, once something was traced; None where there is nothing to choose.
+        attention: which kernels attention chose, once something was traced; None if there is no choice.
     """
 
-    road: TraceMode
-    standing: tuple[Standing, ...] = ()
+    trace_mode: TraceMode
+    resident: tuple[ResidentMemory, ...] = ()
     outside_bytes: int = 0
     terms: tuple[Term, ...] = ()
     attention: CudaAttention | None = None
 
 
 def device_model_for(target: Target) -> DeviceModel:
-    """The road to a target, its standing terms and what its attention chooses."""
+    """The trace mode of a target, its persistent memory and its choice of attention kernels."""
     if target.kind == "cpu":
-        return DeviceModel(road=CPU_TRACE)
+        return DeviceModel(trace_mode=CPU_TRACE)
     from gcbench.simulate.cuda import attention_buffers, workspaces
 
     attention = CudaAttention(target)
@@ -49,20 +50,24 @@ def device_model_for(target: Target) -> DeviceModel:
             stack.enter_context(attention)
             yield
 
-    def internals(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[tuple[str, int]]:
+    def kernel_buffers(
+        func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> Iterator[tuple[str, int]]:
         for inside in attention_buffers.internal_buffers(func, args, kwargs, target):
             yield inside.name, inside.nbytes
         for other in workspaces.internal_buffers(func, args, kwargs, result, target):
             yield other.name, other.nbytes
 
-    known = workspaces.standing_terms(target)
+    known = workspaces.persistent_terms(target)
     return DeviceModel(
-        road=TraceMode(patches=patches, internals=internals, notes_random_state=False, result_order=ON_CUDA),
-        standing=tuple(
-            Standing(
+        trace_mode=TraceMode(
+            patches=patches, kernel_buffers=kernel_buffers, notes_random_state=False, result_order=ON_CUDA
+        ),
+        resident=tuple(
+            ResidentMemory(
                 name=term.name,
                 nbytes=term.nbytes,
-                kind=Kind.STANDING,
+                kind=Kind.RESIDENT,
                 requested_at=term.requested_at,
                 requested_by=term.requested_by,
             )

@@ -1,4 +1,4 @@
-"""What a step takes and gives back, as plain numbers: blocks, events, phases, and the peaks they make. No torch."""
+"""What a step allocates and frees, as plain numbers: blocks, events, phases, and the peaks they make. No torch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Block:
 
     Attributes:
         nbytes: its size.
-        op: the operator that made it; None for what was there before the step.
-        shape: of the tensor it was made for.
-        recomputed: made a second time, by the recomputation of a checkpointed layer.
-        fallback: made by PyTorch code in place of a package's fused kernel.
+        op: the operator that allocated it; None for what existed before the step.
+        shape: of the tensor that it was allocated for.
+        recomputed: allocated by the recomputation of a checkpointed layer.
+        fallback: allocated by PyTorch code in place of a package's fused kernel.
     """
 
     nbytes: int
@@ -28,13 +28,13 @@ class Block:
 
 @dataclass(kw_only=True)
 class Trace:
-    """Blocks taken and given back, in order.
+    """Blocks allocated and freed, in order.
 
     Attributes:
         blocks: every allocation, in order.
         events: `n` for the allocation of `blocks[n]`, `~n` for its release.
         marks: (number of events before it, phase), for each phase of the measured step.
-        settled_at: numbers of events after which the cache is given back to the device.
+        settled_at: numbers of events after which the allocator's cache is emptied.
     """
 
     blocks: list[Block] = field(default_factory=list)

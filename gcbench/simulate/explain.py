@@ -1,4 +1,4 @@
-"""Where a step's peak is, what is alive there, and how memory goes over the step. No torch."""
+"""Explains a step's peak: where it is, what is alive there, and the memory over the step. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gcbench.core.prediction import Curve, Explanation, LayerShare, Lever, Share
-from gcbench.simulate.compose.whole_step import KIND_NAMES, Assembly, Kind
+from gcbench.simulate.compose.block_kinds import KIND_NAMES, Kind
+from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.timeline import Peak
 
 Ints = npt.NDArray[np.int64]
@@ -18,7 +19,7 @@ ROUNDING = "rounding of the allocator"
 
 
 def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanation:
-    """What is alive at the peak, by kind and by layer, and the operator that made it."""
+    """Break down what is alive at the peak by kind and by layer, and name the operator that reached it."""
     line = assembly.timeline
     alive = _alive(assembly, peak.at)
     sizes = np.bincount(assembly.kinds[alive], weights=line.nbytes[alive], minlength=len(Kind)).astype(np.int64)
@@ -27,10 +28,10 @@ def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanat
     if rounding:
         shares.append(Share(kind=ROUNDING, nbytes=rounding))
     event = int(line.events[peak.at])
-    made = assembly.block(event) if event >= 0 else None
+    block = assembly.block(event) if event >= 0 else None
     layer = int(assembly.layers[event]) if event >= 0 else -1
     return Explanation(
-        op=_plain(made.op) if made is not None and made.op is not None else None,
+        op=_plain(block.op) if block is not None and block.op is not None else None,
         layer=layer if layer >= 0 else None,
         part=assembly.part(peak.at),
         shares=tuple(sorted(shares, key=lambda share: -share.nbytes)),
@@ -40,27 +41,27 @@ def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanat
 
 
 def fallback_bytes(assembly: Assembly, peak: Peak) -> int:
-    """What of the peak was made by PyTorch code in place of a package's fused kernel."""
+    """Bytes of the peak allocated by PyTorch code in place of a package's fused kernel."""
     is_alive = np.zeros(len(assembly.timeline.nbytes), np.bool_)
     is_alive[_alive(assembly, peak.at)] = True
-    made: dict[int, npt.NDArray[np.bool_]] = {}
+    are_fallbacks: dict[int, npt.NDArray[np.bool_]] = {}
     total = 0
-    for start, blocks in assembly.stretches:
-        if id(blocks) not in made:
-            made[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
+    for start, blocks in assembly.block_ranges:
+        if id(blocks) not in are_fallbacks:
+            are_fallbacks[id(blocks)] = np.array([block.fallback for block in blocks], np.bool_)
         here = slice(start, start + len(blocks))
-        total += int(assembly.timeline.nbytes[here][is_alive[here] & made[id(blocks)]].sum())
+        total += int(assembly.timeline.nbytes[here][is_alive[here] & are_fallbacks[id(blocks)]].sum())
     return total
 
 
 def curve(assembly: Assembly) -> Curve:
-    """The measured step, thinned to a few hundred points without losing a peak."""
+    """The memory over the measured step by kind, reduced to a few hundred points that include every peak."""
     line = assembly.timeline
     begin = line.marks[0][0]
     events = line.events[begin:]
-    taken = events >= 0
-    blocks = np.where(taken, events, ~events)
-    change = np.where(taken, line.nbytes[blocks], -line.nbytes[blocks])
+    allocates = events >= 0
+    blocks = np.where(allocates, events, ~events)
+    change = np.where(allocates, line.nbytes[blocks], -line.nbytes[blocks])
     alive = _alive(assembly, begin - 1)
     before = np.bincount(assembly.kinds[alive], weights=line.nbytes[alive], minlength=len(Kind)).astype(np.int64)
     of_kind = assembly.kinds[blocks]
@@ -77,7 +78,7 @@ def curve(assembly: Assembly) -> Curve:
 
 
 def without_logits(assembly: Assembly, chunks: int) -> Ints:
-    """Sizes of the blocks if logits existed for one of `chunks` parts of the tokens at a time."""
+    """The blocks' sizes if the loss were computed in `chunks` parts, so that logits exist for one part at a time."""
     sizes = assembly.timeline.nbytes
     return np.where(assembly.kinds == Kind.LOGITS, -(-sizes // chunks), sizes)
 
@@ -85,18 +86,18 @@ def without_logits(assembly: Assembly, chunks: int) -> Ints:
 def _alive(assembly: Assembly, at: int) -> Ints:
     """The blocks alive after the event `at`."""
     events = assembly.timeline.events[: at + 1]
-    there = np.zeros(len(assembly.timeline.nbytes), np.bool_)
-    there[events[events >= 0]] = True
-    there[~events[events < 0]] = False
-    return np.flatnonzero(there)
+    is_alive = np.zeros(len(assembly.timeline.nbytes), np.bool_)
+    is_alive[events[events >= 0]] = True
+    is_alive[~events[events < 0]] = False
+    return np.flatnonzero(is_alive)
 
 
 def _by_layer(assembly: Assembly, alive: Ints) -> tuple[LayerShare, ...]:
-    """What each layer keeps for the backward pass, with runs of equal layers told once."""
-    kept = alive[np.isin(assembly.kinds[alive], (Kind.KEPT, Kind.BOUNDARIES)) & (assembly.layers[alive] >= 0)]
-    if not len(kept):
+    """What each layer saves for the backward pass, with runs of equal layers merged."""
+    saved = alive[np.isin(assembly.kinds[alive], (Kind.SAVED, Kind.LAYER_INPUTS)) & (assembly.layers[alive] >= 0)]
+    if not len(saved):
         return ()
-    sizes = np.bincount(assembly.layers[kept], weights=assembly.timeline.nbytes[kept]).astype(np.int64)
+    sizes = np.bincount(assembly.layers[saved], weights=assembly.timeline.nbytes[saved]).astype(np.int64)
     runs: list[LayerShare] = []
     for layer, nbytes in enumerate(sizes.tolist()):
         if runs and runs[-1].nbytes == nbytes and runs[-1].last == layer - 1:

@@ -1,4 +1,4 @@
-"""Predicts the memory of training steps of one model: what every cell shares is done once."""
+"""Predicts the memory and time of training steps of one model; what all cells share is computed once."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ import torch
 
 from gcbench.checkpointing import own_way
 from gcbench.simulate import costs
-from gcbench.simulate.compose import layer_pieces
-from gcbench.simulate.compose import whole_step as assembly
-from gcbench.simulate.compose.layer_pieces import Passes
-from gcbench.simulate.compose.whole_step import Assembly, Ints, Kind, LayerPolicy, Standing
+from gcbench.simulate.compose.block_kinds import Ints, Kind, LayerPolicy
+from gcbench.simulate.compose.layer_traces import LayerTraces, cut
+from gcbench.simulate.compose.passes import Passes, compose_passes
+from gcbench.simulate.compose.resident import ResidentMemory, request_positions
+from gcbench.simulate.compose.step_timeline import state_blocks, step_timeline
+from gcbench.simulate.compose.whole_step import Assembly, assemble, assemble_full_trace
 from gcbench.simulate.costs import Figures, Work
 from gcbench.simulate.timeline import Timeline
-from gcbench.simulate.trace.fake_model import CPU_TRACE, FakeModel, NotComposable, Segment, TraceMode
+from gcbench.simulate.trace.fake_model import CPU_TRACE, FakeModel, LayeredTrace, NotComposable, Section, TraceMode
 from gcbench.simulate.trace.optimizer_step import UpdateTrace, trace_update
-from gcbench.simulate.trace.representative_layers import sample
+from gcbench.simulate.trace.representative_layers import Sample, sample
 from gcbench.strategies import Plan, Policy
 from gcbench.training.step import output_embeddings
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """What a step whose layers were told apart was put together from.
+    """What a step was composed from.
 
     Attributes:
         params: the parameters that the optimizer steps, by their place among all.
         gradients: for each of them, the block of its gradient in `passes`.
-        accumulated: for each of them, the number of events of `passes` after which it is complete.
-        standing: what the device holds besides.
+        accumulated: for each of them, the number of events of `passes` after which its gradient is complete.
+        resident: the model's tensors, the batch, and libraries' workspaces.
     """
 
     passes: Passes
     params: tuple[int, ...]
     gradients: tuple[int, ...]
     accumulated: tuple[int, ...]
-    standing: tuple[Standing, ...]
+    resident: tuple[ResidentMemory, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,18 +49,18 @@ class Step:
 
     Attributes:
         assembly: its events, and what each block is for.
-        layers_traced: how many layers stood for all.
-        why_in_full: why all were traced; None where a few stood for them.
-        works: (segment, what its operators have the device do), in order; one stretch without a name where the step was
-            traced in full, with the update in it.
-        update: the optimizer phase, where it was traced by itself.
-        parts: what the assembly was put together from; None where the step was traced in full.
+        layers_traced: how many layers represent all.
+        why_in_full: why all layers were traced; None if a few represent them.
+        works: (section, the work of its operators), in order; if the step was traced in full, a single entry without a
+            section, which includes the update.
+        update: the optimizer phase, if it was traced by itself.
+        parts: what the assembly was composed from; None if the step was traced in full.
     """
 
     assembly: Assembly
     layers_traced: int
     why_in_full: str | None
-    works: tuple[tuple[Segment | None, tuple[Work, ...]], ...]
+    works: tuple[tuple[Section | None, tuple[Work, ...]], ...]
     update: UpdateTrace | None = None
     parts: Parts | None = None
 
@@ -67,24 +69,24 @@ class Step:
         return self.assembly.timeline
 
     def accumulating(self) -> Timeline | None:
-        """The last of several micro-batches, which begins with all gradients; None where it was traced in full."""
+        """The last of several micro-batches, which begins with all gradients; None if the step was traced in full."""
         parts, update = self.parts, self.update
         if parts is None or update is None:
             return None
         passes = parts.passes.nbytes()
-        return assembly.line_of(
+        return step_timeline(
             parts.passes.events,
             np.concatenate([self.timeline.nbytes, passes]),
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
-            requested=assembly.requests(parts.standing, parts.passes),
+            requested=request_positions(parts.resident, parts.passes),
             update=update,
             accumulated=parts.accumulated,
         )
 
     def seconds(self, figures: Figures) -> float:
-        """How long the step takes, by figures of its operators; an estimate."""
+        """Estimate the step's time from the device's figures for its operators."""
         known: dict[int, float] = {}
         for _, works in self.works:
             if id(works) not in known:
@@ -94,7 +96,7 @@ class Step:
 
 
 class Predictor:
-    """One model, precision and optimizer on one kind of device; any plan, batch size and length."""
+    """Predicts steps of one model, precision and optimizer on one kind of device: any plan, batch size and length."""
 
     def __init__(
         self,
@@ -102,20 +104,20 @@ class Predictor:
         *,
         precision: str,
         optim: str,
-        road: TraceMode = CPU_TRACE,
-        standing: Sequence[Standing] = (),
+        trace_mode: TraceMode = CPU_TRACE,
+        resident: Sequence[ResidentMemory] = (),
         steps_on_device: bool = True,
         exact: bool = False,
     ) -> None:
-        """`model` is on the meta device, with its adapters if it has any; it is taken over.
+        """`model` is on the meta device, with its adapters if it has any; the predictor owns and changes it.
 
-        `standing` is what the device holds besides the model. With `exact` every layer is traced.
+        `resident` are the libraries' workspaces on the device. With `exact`, every layer is traced.
         """
-        self.fake_model = FakeModel(model, precision=precision, road=road)
+        self.fake_model = FakeModel(model, precision=precision, trace_mode=trace_mode)
         self.precision = precision
         self.optim = optim
-        self.road = road
-        self.standing = tuple(standing)
+        self.trace_mode = trace_mode
+        self.resident = tuple(resident)
         self.steps_on_device = steps_on_device
         self.exact = exact
         self._layers = list(range(len(self.fake_model.layers)))
@@ -123,28 +125,28 @@ class Predictor:
         self._updates: dict[tuple[int, ...], UpdateTrace] = {}
         self._vocab_size = _vocab_size(model)
         self._model_blocks = [
-            Standing(name=name, nbytes=nbytes, kind=Kind.PARAMETERS if is_parameter else Kind.STANDING)
+            ResidentMemory(name=name, nbytes=nbytes, kind=Kind.PARAMETERS if is_parameter else Kind.RESIDENT)
             for name, nbytes, is_parameter in self.fake_model.blocks
         ]
 
     def step(self, plan: Plan, *, batch_size: int, seq_len: int) -> Step:
-        """The second training step; raises what the model's code raises on tensors without values."""
+        """Predict the second training step; raises what the model's code raises on fake tensors."""
         if self.exact:
-            return self._in_full(plan, batch_size, seq_len, "asked for")
+            return self._in_full(plan, batch_size, seq_len, "requested")
         try:
             return self._composed(plan, batch_size, seq_len)
         except NotComposable as err:
             why = str(err)
-        except Exception as err:  # a model's own code, which may not bear that layers are left out
+        except Exception as err:  # a model's own code, which may fail when layers are left out
             why = f"with layers left out, it raises {type(err).__name__}"
         return self._in_full(plan, batch_size, seq_len, why)
 
     def with_optimizer(
         self, step: Step, optim: str, *, steps_on_device: bool, state_bytes: Callable[[Ints], Ints] | None = None
     ) -> Timeline | None:
-        """The same step with another optimizer; None where it was traced in full.
+        """The same step with another optimizer; None if it was traced in full.
 
-        `state_bytes` has the optimizer's states take other sizes than they do.
+        `state_bytes` maps the sizes of the optimizer's states to other ones.
         """
         parts = step.parts
         if parts is None:
@@ -153,100 +155,109 @@ class Predictor:
         passes = parts.passes.nbytes()
         own = np.array([block.nbytes for block in update.own], np.int64)
         if state_bytes is not None:
-            states = assembly.states_of(update) - update.num_params
+            states = state_blocks(update) - update.num_params
             own[states] = state_bytes(own[states])
-        standing = np.array([term.nbytes for term in parts.standing], np.int64)
-        return assembly.line_of(
+        resident = np.array([term.nbytes for term in parts.resident], np.int64)
+        return step_timeline(
             parts.passes.events,
-            np.concatenate([standing, passes, own, passes]),
+            np.concatenate([resident, passes, own, passes]),
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
-            requested=assembly.requests(parts.standing, parts.passes),
+            requested=request_positions(parts.resident, parts.passes),
             update=update,
         )
 
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
+        """The step composed from a few traced layers; raises NotComposable if they cannot represent the others."""
         if not self._layers:
-            raise NotComposable("there are no layers to tell apart")
+            raise NotComposable("the model has no layers")
         if plan.own and own_way.is_all(self.fake_model.model):
             raise NotComposable("its own code checkpoints them")
-        treatments = _treatments(plan)
-        for _ in range(2):
-            pairs = [(self.fake_model.kinds[layer], treatments.get(layer)) for layer in self._layers]
-            chosen = sample(_with_edges(pairs), beside=pairs)
-            kept = [self._layers[place] for place in chosen.kept]
-            groups = _groups(kept, treatments)
-            traced = self.fake_model.trace_layers(groups, kept, batch_size=batch_size, seq_len=seq_len, own=plan.own)
-            if list(traced.called) == self._layers:
-                break
-            # Layers that training on text never runs, as those of a vision tower, are in no one's neighbourhood.
-            self._layers = sorted(set(traced.called))
-        else:
-            raise NotComposable("layers run several times, or out of order")
-        cut = layer_pieces.cut(traced)
-        stand_in = [self._layers[place] for place in chosen.stand_in]
-        passes = layer_pieces.put_together(cut, self._layers, stand_in)
-        params, gradients, accumulated = self._gradients(cut, passes, dict(zip(self._layers, stand_in, strict=True)))
-        standing = [
+        policies = _layer_policies(plan)
+        traced, chosen = self._traced(plan, policies, batch_size, seq_len)
+        traces = cut(traced)
+        represented_by = [self._layers[place] for place in chosen.represented_by]
+        passes = compose_passes(traces, self._layers, represented_by)
+        params, gradients, accumulated = self._gradients(
+            traces, passes, dict(zip(self._layers, represented_by, strict=True))
+        )
+        resident = [
             *self._model_blocks,
-            *(Standing(name="batch", nbytes=block.nbytes, kind=Kind.STANDING) for block in traced.batch),
-            *self.standing,
+            *(ResidentMemory(name="batch", nbytes=block.nbytes, kind=Kind.RESIDENT) for block in traced.batch),
+            *self.resident,
         ]
         update = self._update(params)
-        assembled = assembly.assemble(
-            passes,
-            update,
-            gradients,
-            standing=standing,
-            treatments={layer: treatments.get(layer) for layer in self._layers},
-            layers=self._layers,
-            vocab_size=self._vocab_size,
-        )
         return Step(
-            assembly=assembled,
-            layers_traced=len(kept),
+            assembly=assemble(
+                passes,
+                update,
+                gradients,
+                resident=resident,
+                policies={layer: policies.get(layer) for layer in self._layers},
+                layers=self._layers,
+                vocab_size=self._vocab_size,
+            ),
+            layers_traced=len(chosen.representatives),
             why_in_full=None,
-            works=tuple((segment, piece.works) for segment, piece, _ in passes.instances),
+            works=tuple((section, trace.works) for section, trace, _ in passes.instances),
             update=update,
             parts=Parts(
                 passes=passes,
                 params=tuple(params),
                 gradients=tuple(gradients),
                 accumulated=tuple(accumulated),
-                standing=tuple(standing),
+                resident=tuple(resident),
             ),
         )
 
+    def _traced(
+        self, plan: Plan, policies: Mapping[int, LayerPolicy], batch_size: int, seq_len: int
+    ) -> tuple[LayeredTrace, Sample]:
+        """The trace of a few layers that represent all, and which they are."""
+        for _ in range(2):
+            pairs = [(self.fake_model.kinds[layer], policies.get(layer)) for layer in self._layers]
+            chosen = sample(_with_edges(pairs), beside=pairs)
+            layers = [self._layers[place] for place in chosen.representatives]
+            groups = _groups(layers, policies)
+            traced = self.fake_model.trace_layers(groups, layers, batch_size=batch_size, seq_len=seq_len, own=plan.own)
+            if list(traced.called) == self._layers:
+                return traced, chosen
+            # Layers that training on text never runs, as those of a vision tower, are nobody's neighbours.
+            self._layers = sorted(set(traced.called))
+        raise NotComposable("layers run several times, or out of order")
+
     def _gradients(
-        self, cut: layer_pieces.Pieces, passes: layer_pieces.Passes, played: dict[int, int]
+        self, traces: LayerTraces, passes: Passes, represented_by: Mapping[int, int]
     ) -> tuple[list[int], list[int], list[int]]:
         """The parameters that get a gradient, by their place among all.
 
-        With them the blocks of their gradients, and the number of events after which each is complete.
+        Returns them, the blocks of their gradients, and the number of events after which each gradient is complete.
         """
         owners = self.fake_model.owners
-        by_name = {owners[param]: (param, home) for param, home in cut.gradients.items() if param in owners}
+        by_name = {owners[param]: (param, home) for param, home in traces.gradients.items() if param in owners}
         params: list[int] = []
         blocks: list[int] = []
         accumulated: list[int] = []
         for place, param in enumerate(self.fake_model.parameters):
             layer, name = owners.get(id(param), (-1, ""))
-            home: tuple[Segment, int] | None
+            home: tuple[Section, int] | None
             owner = id(param)
-            if layer in played:
-                owner, home = by_name.get((played[layer], name), (owner, None))
-                if home is not None and home[0][1] != played[layer]:
-                    raise NotComposable("a layer's gradients are made outside of it")
-                segment = None if home is None else (home[0][0], layer)
+            if layer in represented_by:
+                owner, home = by_name.get((represented_by[layer], name), (owner, None))
+                if home is not None and home[0][1] != represented_by[layer]:
+                    raise NotComposable("a layer's gradients are computed outside of it")
+                section = None if home is None else (home[0][0], layer)
             else:
-                home = cut.gradients.get(owner)
-                segment = None if home is None else home[0]
-            if home is not None and segment is not None:
+                home = traces.gradients.get(owner)
+                section = None if home is None else home[0]
+            if home is not None and section is not None:
                 params.append(place)
-                blocks.append(passes.bases[segment] + home[1])
-                (part, where), offset = cut.accumulated[owner]
-                accumulated.append(passes.moment((part, layer if where == played.get(layer) else where), offset))
+                blocks.append(passes.bases[section] + home[1])
+                (part, where), offset = traces.accumulated[owner]
+                accumulated.append(
+                    passes.moment((part, layer if where == represented_by.get(layer) else where), offset)
+                )
         if len(set(blocks)) != len(blocks):
             raise NotComposable("gradients share memory")
         return params, blocks, accumulated
@@ -262,7 +273,7 @@ class Predictor:
             [self.fake_model.parameters[place] for place in params],
             precision=self.precision,
             optim=optim,
-            road=self.road,
+            trace_mode=self.trace_mode,
             steps_on_device=steps_on_device,
         )
 
@@ -271,10 +282,10 @@ class Predictor:
             plan, batch_size=batch_size, seq_len=seq_len, optim=self.optim, steps_on_device=self.steps_on_device
         )
         kinds = [block.kind for block in self._model_blocks]
-        assembled = assembly.of_trace(
+        assembled = assemble_full_trace(
             trace,
             gradients,
-            standing=self.standing,
+            resident=self.resident,
             num_params=kinds.count(Kind.PARAMETERS),
             vocab_size=self._vocab_size,
         )
@@ -283,8 +294,8 @@ class Predictor:
         )
 
 
-def _treatments(plan: Plan) -> dict[int, LayerPolicy]:
-    """How each layer in a group is treated."""
+def _layer_policies(plan: Plan) -> dict[int, LayerPolicy]:
+    """How each layer in a group is recomputed."""
     return {
         layer: LayerPolicy(policy=policy, place=place, size=len(group))
         for group, policy in plan.treated()
@@ -292,30 +303,30 @@ def _treatments(plan: Plan) -> dict[int, LayerPolicy]:
     }
 
 
-def _groups(kept: Sequence[int], treatments: Mapping[int, LayerPolicy]) -> list[tuple[list[int], Policy]]:
-    """The groups of the layers that are kept, which stand side by side once those between are gone."""
+def _groups(layers: Sequence[int], policies: Mapping[int, LayerPolicy]) -> list[tuple[list[int], Policy]]:
+    """The groups of the traced layers, which are side by side once those between them are left out."""
     groups: list[tuple[list[int], Policy]] = []
-    for layer in kept:
-        treatment = treatments.get(layer)
-        if treatment is None:
+    for layer in layers:
+        policy = policies.get(layer)
+        if policy is None:
             continue
-        if treatment.place == 0:
-            groups.append(([], treatment.policy))
+        if policy.place == 0:
+            groups.append(([], policy.policy))
         groups[-1][0].append(layer)
     return groups
 
 
 def _with_edges(pairs: Sequence[tuple[Hashable, Hashable]]) -> list[Hashable]:
-    """What tells layers apart: what they are, how they are treated, and whether they are the first or last such.
+    """Label each layer by its kind, its policy, and whether it is the first or last of that kind or of that pair.
 
-    What layers of one kind share, a mask or rotary embeddings, goes with the last of them that is done.
+    What layers of one kind share, a mask or rotary embeddings, is freed by the last of them.
     """
     alone = [kind for kind, _ in pairs]
     return [(pair, *_edges(alone, place), *_edges(pairs, place)) for place, pair in enumerate(pairs)]
 
 
 def _edges(labels: Sequence[Hashable], place: int) -> tuple[bool, bool]:
-    """Whether the label at `place` stands there for the first and for the last time."""
+    """Whether the label at `place` occurs there for the first and for the last time."""
     return labels[place] not in labels[:place], labels[place] not in labels[place + 1 :]
 
 

@@ -1,4 +1,4 @@
-"""A whole step as sizes and events, and the peaks that a device sees of it. No torch."""
+"""A whole run as sizes and events, and the peaks that its measured step has on a device. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gcbench.core.records import PHASES, MemoryPeaks, Phase
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator
-from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, Block
+from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
 from gcbench.simulate.events import Trace, of_phases
 
 Ints = npt.NDArray[np.int64]
@@ -20,13 +20,13 @@ Ints = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
-    """From an empty device to the end of the measured step.
+    """The blocks and events from an empty device to the end of the measured step.
 
     Attributes:
         nbytes: size of each block.
         events: `n` for the allocation of block n, `~n` for its release.
         marks: (number of events before it, phase) for each phase of the measured step, which is the last.
-        settled_at: numbers of events after which the cache is given back to the device, as a measurement does.
+        settled_at: numbers of events after which the allocator's cache is emptied, as a measurement does.
     """
 
     nbytes: Ints
@@ -36,9 +36,9 @@ class Timeline:
 
     def live(self) -> Ints:
         """Bytes alive after each event."""
-        taken = self.events >= 0
-        blocks = np.where(taken, self.events, ~self.events)
-        return np.cumsum(np.where(taken, self.nbytes[blocks], -self.nbytes[blocks]))
+        allocates = self.events >= 0
+        blocks = np.where(allocates, self.events, ~self.events)
+        return np.cumsum(np.where(allocates, self.nbytes[blocks], -self.nbytes[blocks]))
 
     def spans(self) -> tuple[tuple[Phase, int, int], ...]:
         """(phase, number of events before it, number of events before its end) of the measured step."""
@@ -46,12 +46,12 @@ class Timeline:
         return tuple((phase, start, end) for (start, phase), end in zip(self.marks, ends, strict=True))
 
 
-def of_trace(trace: Trace, *, standing: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
-    """The timeline of a trace in full, after `standing` blocks of so many bytes."""
-    extra = len(standing)
+def of_trace(trace: Trace, *, resident: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
+    """The timeline of a full trace, after `resident` blocks of so many bytes."""
+    extra = len(resident)
     events = np.array(trace.events, np.int64)
     return Timeline(
-        nbytes=np.array([*standing, *(block.nbytes for block in trace.blocks)], np.int64),
+        nbytes=np.array([*resident, *(block.nbytes for block in trace.blocks)], np.int64),
         events=np.concatenate([np.arange(extra), events + np.where(events >= 0, extra, -extra)]),
         marks=tuple((start + extra, phase) for start, phase in trace.marks),
         settled_at=tuple(start + extra for start in (*settled_at, *trace.settled_at)),
@@ -60,13 +60,13 @@ def of_trace(trace: Trace, *, standing: Sequence[int] = (), settled_at: Sequence
 
 @dataclass(frozen=True, kw_only=True)
 class Peak:
-    """What a device saw of a step.
+    """The peaks of a step on a device.
 
     Attributes:
-        memory: its peaks.
-        at: the event at whose end the allocated peak was reached; -1 for what was alive when the phase began.
-        fits: whether it ran within the limit.
-        num_alloc_retries: times the cache had to be given back to go on.
+        memory: the peaks of its phases.
+        at: the event after which the allocated peak is reached; -1 if it is what is alive when the phase begins.
+        fits: whether it runs within the limit.
+        num_alloc_retries: how often the cache had to be emptied to go on.
     """
 
     memory: MemoryPeaks
@@ -76,7 +76,7 @@ class Peak:
 
 
 def exact(timeline: Timeline) -> Peak:
-    """Where a block takes its size: the CPU."""
+    """The peaks on the CPU, where a block counts with its exact size."""
     live = timeline.live()
     highest: dict[Phase, int] = {}
     at: dict[Phase, int] = {}
@@ -90,10 +90,10 @@ def exact(timeline: Timeline) -> Peak:
 
 
 def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> Peak:
-    """Behind CUDA's caching allocator; raises `allocator.OutOfMemory` when the limit does not allow it."""
+    """The peaks with CUDA's caching allocator; raises `OutOfMemory` if the step does not fit within the limit."""
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
     sizes = (-(-timeline.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
-    held: list[Block | None] = [None] * len(sizes)
+    allocated_blocks: list[PoolBlock | None] = [None] * len(sizes)
     marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})
     highest: dict[Phase, int] = dict.fromkeys(PHASES, 0)
@@ -101,17 +101,17 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
     top = 0
     phase: Phase | None = None
     events: Sequence[int] = timeline.events.tolist()
-    take, give = allocator.take, allocator.give
+    allocate, release = allocator.allocate, allocator.release
     done = 0
     with without_collections():
         for stop in stops:
             for place in range(done, stop):
                 event = events[place]
                 if event < 0:
-                    if (block := held[~event]) is not None:
-                        give(block)
+                    if (block := allocated_blocks[~event]) is not None:
+                        release(block)
                 elif sizes[event]:
-                    held[event] = take(sizes[event])
+                    allocated_blocks[event] = allocate(sizes[event])
                     if phase is not None and (allocated := allocator.allocated_bytes) > top:
                         top = highest[phase] = allocated
                         at[phase] = place
@@ -130,7 +130,7 @@ def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_seg
 
 @contextmanager
 def without_collections() -> Iterator[None]:
-    """No garbage collection, which would look through a great many objects of which none is garbage."""
+    """Disable garbage collection, which would traverse a great many objects of which none is garbage."""
     was_on = gc.isenabled()
     gc.disable()
     try:

@@ -1,4 +1,4 @@
-"""Calls of operators as text: which are alike, what they are at other sizes, and the same work when made again."""
+"""Calls of operators as text: their form, their interpolation to other sizes, and the same work when replayed."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from gcbench.simulate.op_work import CACHED_BYTES, CacheAges, of_call
 # Calls as text.
 
 
-def test_calls_that_differ_in_size_alone_are_alike():
+def test_calls_that_differ_in_size_alone_have_one_form():
     def of(batch, heads, tokens):
         transposed = tensor(batch, heads, tokens, 64, strides=(tokens * heads * 64, 64, heads * 64, 1))
         return form(call_text.write("aten::mul.Tensor", [transposed, tensor(batch, 1, tokens, 64)], {}))
 
-    # One sequence, or one head, alone too, whose strides say nothing.
+    # A single sequence or head too, whose strides do not matter.
     assert of(2, 8, 128) == of(16, 12, 77) == of(1, 8, 128)
     dense = call_text.write("aten::mul.Tensor", [tensor(2, 8, 128, 64), tensor(2, 1, 128, 64)], {})
     assert form(dense) != of(2, 8, 128)
@@ -41,7 +41,7 @@ def test_calls_that_differ_in_size_alone_are_alike():
     ],
     ids=["dimension", "broadcasting", "layout", "dtype", "exponent", "gaps"],
 )
-def test_calls_that_take_other_roads_are_not_alike(one, two):
+def test_calls_that_run_other_kernels_have_other_forms(one, two):
     assert form(call_text.write(*one, {})) != form(call_text.write(*two, {}))
 
 
@@ -57,11 +57,11 @@ def test_a_call_is_affine_in_the_batch():
     assert call_text.between(at(2), call_text.write("aten::cat", [[tensor(2)], -1], {"dim": 1}), 3, 2) == ""
 
 
-# Calls made again.
+# Calls replayed.
 
 
 class Reads(TorchDispatchMode):
-    """What every call had the device do."""
+    """Collects the work of every call."""
 
     def __init__(self):
         super().__init__()
@@ -82,7 +82,7 @@ class Reads(TorchDispatchMode):
         ("gpt_neox", {"optim": "adamw_torch_fused"}),
     ],
 )
-def test_every_call_of_a_step_can_be_made_again_and_does_the_same_work(tmp_path, family, changes):
+def test_every_call_of_a_step_can_be_replayed_and_does_the_same_work(tmp_path, family, changes):
     """Indices within bounds, layouts as they were, results in memory of their own: the same bytes and dimensions."""
     replayer = Replayer(torch.device("cpu"), cold_bytes=2**16, most_bytes=2**26)
     works = list(dict.fromkeys(step_of(tmp_path, family, **changes)))
@@ -104,7 +104,7 @@ def test_every_call_of_a_step_can_be_made_again_and_does_the_same_work(tmp_path,
         )
 
 
-def test_arguments_of_a_call_do_not_share_memory_and_cold_ones_come_round_late():
+def test_arguments_of_a_call_do_not_share_memory_and_cold_ones_are_reused_late():
     replayer = Replayer(torch.device("cpu"), cold_bytes=4 * 4096, most_bytes=2**20)
     call = call_text.write("aten::addcmul_", [tensor(1024), tensor(1024), tensor(1024)], {})
     made = replayer.make(call, 0b110)
@@ -123,8 +123,8 @@ def test_memory_for_calls_is_bounded():
         assert replayer._held_bytes <= 2**16
 
 
-def test_memory_for_a_call_goes_with_it():
-    """The trap: held until Python looks for circles, which ran a card out of 80 GiB."""
+def test_memory_of_a_call_is_freed_with_it():
+    """The trap: held until garbage collection, which ran a card out of 80 GiB."""
     gc.collect()
     gc.disable()
     try:
@@ -139,7 +139,7 @@ def test_memory_for_a_call_goes_with_it():
         gc.enable()
 
 
-def test_an_operator_that_this_torch_lacks_is_said_not_to_be_replayable():
+def test_an_operator_that_this_torch_lacks_is_not_replayable():
     replayer = Replayer(torch.device("cpu"), cold_bytes=0, most_bytes=2**20)
     with pytest.raises(NotReplayable):
         replayer.make(call_text.write("aten::no_such_operator.Tensor", [tensor(4)], {}), 0)
@@ -147,7 +147,7 @@ def test_an_operator_that_this_torch_lacks_is_said_not_to_be_replayable():
         replayer.make(call_text.write("aten::silu", [tensor(4, dtype="float3")], {}), 0)
 
 
-def test_works_say_what_calls_them(tmp_path):
+def test_works_have_their_caller(tmp_path):
     def callers(strategy):
         return {work.caller for work in step_of(tmp_path, "llama", strategy)}
 

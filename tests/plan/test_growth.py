@@ -97,8 +97,8 @@ def test_a_step_that_grew_serves_for_all_others_and_not_for_its_own_trace(monkey
     assert [work.call for work in scaled.calls(7) if work.kind != "view"] == [
         work.call for _, works in seven.works for work in works if work.kind != "view"
     ]
-    blocks = [block.shape for _, some in scaled.traced(HIGH).assembly.stretches for block in some]
-    assert blocks == [block.shape for _, some in high.assembly.stretches for block in some]
+    blocks = [block.shape for _, some in scaled.traced(HIGH).assembly.block_ranges for block in some]
+    assert blocks == [block.shape for _, some in high.assembly.block_ranges for block in some]
 
 
 # Kernels for few tokens

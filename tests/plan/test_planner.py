@@ -72,7 +72,9 @@ def predicting(patch, make):
     def predictor(session, optim):
         with torch.device("meta"):
             model = make()
-        return Predictor(model, precision="fp32", optim=optim, road=session.way.road, exact=session.task.exact)
+        return Predictor(
+            model, precision="fp32", optim=optim, trace_mode=session.way.trace_mode, exact=session.task.exact
+        )
 
     patch.setattr(Session, "_predictor", predictor)
 

@@ -218,8 +218,8 @@ def test_behind_cudas_allocator_it_is_the_same(family, spec, layers):
         family,
         strategies.parse(spec).plan_for(layers),
         optim="adamw_torch",
-        road=way.road,
-        standing=way.standing,
+        trace_mode=way.trace_mode,
+        resident=way.resident,
         steps_on_device=False,
     )
     assert seen(composed) == seen(full)
@@ -231,7 +231,13 @@ def test_what_is_offloaded_is_not_on_the_device():
     kept = {}
     for spec in ("per-layer", "offload", "segment:2", "segment:2+offload"):
         one = predictor(
-            "llama", 8, exact=False, road=way.road, standing=way.standing, steps_on_device=False, optim="sgd"
+            "llama",
+            8,
+            exact=False,
+            trace_mode=way.trace_mode,
+            resident=way.resident,
+            steps_on_device=False,
+            optim="sgd",
         )
         line = one.step(strategies.parse(spec).plan_for(8), batch_size=BATCH_SIZE, seq_len=16).timeline
         end = next(end for name, _, end in line.spans() if name == "forward")

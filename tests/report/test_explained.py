@@ -74,7 +74,7 @@ def test_levers_and_kinds_have_the_names_that_the_simulator_gives_them():
     assert predicted.checkpointing_lever(prediction(peaks(1, 1, 1), levers={EVERY: 1})) == Lever(
         name=EVERY, peak_bytes=2**20
     )
-    from gcbench.simulate.compose.whole_step import KIND_NAMES
+    from gcbench.simulate.compose.block_kinds import KIND_NAMES
 
     assert set(explained._SUBJECTS) == set(KIND_NAMES.values())
     assert set(explained._MOVES.values()) | set(predicted._STANDING) <= set(KIND_NAMES.values())

@@ -173,7 +173,7 @@ def test_names_of_phases_do_not_lie_on_each_other_or_in_the_next_panel(case):
 
 
 def test_every_kind_has_a_colour_of_its_own_and_stacks_in_the_simulators_order():
-    from gcbench.simulate.compose.whole_step import KIND_NAMES
+    from gcbench.simulate.compose.block_kinds import KIND_NAMES
 
     assert list(memory_over_step.COLOURS) == list(KIND_NAMES.values())
     assert len(set(memory_over_step.COLOURS.values())) == len(memory_over_step.COLOURS)

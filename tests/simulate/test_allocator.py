@@ -1,4 +1,4 @@
-"""The model of CUDA's caching allocator against sequences worked out by hand from torch's rules."""
+"""The simulated CUDA caching allocator against sequences computed by hand from torch's rules."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def test_sizes_round_up_to_512(nbytes: int, rounded: int) -> None:
 
 
 @BOTH
-def test_zero_bytes_take_nothing(expandable: bool) -> None:
+def test_zero_bytes_allocate_nothing(expandable: bool) -> None:
     """The trap is rounding 0 up to 512."""
     allocator = CachingAllocator(expandable_segments=expandable)
     handle = allocator.malloc(0)
@@ -109,8 +109,8 @@ def test_small_blocks_split_from_512_on() -> None:
     assert held(allocator) == (2, 2)
 
 
-def test_an_unsplit_rest_is_given_back_with_its_block() -> None:
-    """11 MiB hold 12; freed and asked for 12, the same block serves without a new segment."""
+def test_an_unsplit_rest_is_freed_with_its_block() -> None:
+    """11 MiB hold 12; freed and requested as 12, the same block serves without a new segment."""
     allocator = CachingAllocator()
     first = allocator.malloc(11 * MIB)
     allocator.free(first)
@@ -216,7 +216,7 @@ def test_the_limit_may_be_reached_but_not_passed() -> None:
         CachingAllocator(limit_bytes=20 * MIB - 1).malloc(3 * MIB)
 
 
-def test_at_the_limit_the_cache_is_given_back_and_the_request_tried_again() -> None:
+def test_at_the_limit_the_cache_is_released_and_the_request_tried_again() -> None:
     """Reserved 20 (free) + 2 (free, the other pool) + 12 (in use) of 40: 24 more need both free segments back.
 
     12 + 24 = 36. The peak is 36, not 58: the first attempt took nothing.
@@ -240,7 +240,7 @@ def test_a_request_served_from_the_cache_is_no_retry() -> None:
 
 
 def test_out_of_memory_carries_the_sizes_and_leaves_the_allocator_usable() -> None:
-    """A segment of 20 with 4 in use cannot be given back; the free 12 can. 20 + 30 > 45 all the same."""
+    """A segment of 20 with 4 in use cannot be released; the free 12 can. 20 + 30 > 45 all the same."""
     allocator = CachingAllocator(limit_bytes=45 * MIB)
     keeps = allocator.malloc(4 * MIB)
     allocator.free(allocator.malloc(18 * MIB))
@@ -255,7 +255,7 @@ def test_out_of_memory_carries_the_sizes_and_leaves_the_allocator_usable() -> No
 
 
 def test_fragmentation_runs_out_of_memory_below_the_limit() -> None:
-    """Two segments of 20 with 4 in use each: 32 of 40 are free, 17 cannot be had."""
+    """Two segments of 20 with 4 in use each: 32 of 40 are free, 17 do not fit."""
     allocator = CachingAllocator(limit_bytes=40 * MIB)
     handles = [allocator.malloc(n * MIB) for n in (4, 9, 7, 4, 9, 7)]
     assert held(allocator) == (40, 40)

@@ -1,4 +1,4 @@
-"""Expandable segments, and any sequence at all: the books are kept whatever the order."""
+"""Expandable segments, and random sequences: the invariants hold whatever the order."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_emptying_the_cache_unmaps_whole_pages_only() -> None:
 
 
 def test_a_free_block_without_a_whole_page_is_left_alone() -> None:
-    """[10, 30) free spans a page boundary and no page: emptying takes nothing, and 20 still fit there."""
+    """[10, 30) free spans a page boundary and no page: emptying unmaps nothing, and 20 still fit there."""
     allocator = CachingAllocator(expandable_segments=True)
     handles = [allocator.malloc(n * MIB) for n in (10, 20, 10)]
     allocator.free(handles[1])
@@ -107,7 +107,7 @@ def test_a_free_block_without_a_whole_page_is_left_alone() -> None:
     assert held(allocator) == (40, 40)
 
 
-def test_an_expandable_segment_with_nothing_mapped_is_given_up() -> None:
+def test_an_expandable_segment_with_nothing_mapped_is_released() -> None:
     """The next request begins another, at another address."""
     allocator = CachingAllocator(expandable_segments=True)
     first = allocator.malloc(30 * MIB)
@@ -189,7 +189,7 @@ def test_expandable_address_space_ends_at_nine_eighths_of_the_limit() -> None:
 
 
 def check(allocator: CachingAllocator, requested: dict[int, int], *, expandable: bool) -> None:
-    """What must hold between any two calls; `requested` maps live handles to the bytes asked for."""
+    """What must hold between any two calls; `requested` maps live handles to the bytes requested."""
     ranges = layout(allocator)
     pieces = [piece for pieces in ranges for piece in pieces]
     assert allocator.reserved_bytes == sum(piece.size for piece in pieces)
@@ -226,7 +226,7 @@ def expected_address(allocator: CachingAllocator, nbytes: int) -> int | None:
 @BOTH
 @pytest.mark.parametrize("limit_bytes", [None, 300 * MIB], ids=["unlimited", "limited"])
 @pytest.mark.parametrize("seed", range(4))
-def test_any_sequence_keeps_the_books(seed: int, limit_bytes: int | None, expandable: bool) -> None:
+def test_any_sequence_keeps_the_invariants(seed: int, limit_bytes: int | None, expandable: bool) -> None:
     """Random requests of 1 B to 64 MiB: blocks tile segments, neighbours merge, best fit, sums and peaks agree."""
     random_ = random.Random(seed)
     allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable)

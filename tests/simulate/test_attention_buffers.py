@@ -1,4 +1,4 @@
-"""What attention's kernels take inside, worked out by hand from their sources."""
+"""The buffers inside attention's kernels, computed by hand from their sources."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_efficient_backward_workspace_in_half(card, dim, workspace):
 
 
 def test_efficient_backward_in_fp32_multiplies_first():
-    """The trap: fp32 kernels do not compute delta. The product is there before the workspace and as large, by hand:
+    """The trap: fp32 kernels do not compute delta. The product is allocated before the workspace and as large, by hand:
     tiles of 128 x 64 with headers are 2 x 2 for 256 x 128, and 3 x 2 for 300 queries, which is more.
     """
     rows = 16 * 256 * 4
@@ -145,8 +145,8 @@ def test_cudnn_backward_workspace_is_one_block_of_all_that_it_needs():
         ("gemma-3-1b, 12 layers, off", (2, 4, 1024, 256), 4),  # the layers with a window, whose heads are repeated
     ],
 )
-def test_cudnn_backward_workspace_is_what_an_h100_took(case, shape, key_heads):
-    """The history of its allocator, torch 2.11: one block a layer, given back at once."""
+def test_cudnn_backward_workspace_is_what_an_h100_allocated(case, shape, key_heads):
+    """From the history of its allocator, torch 2.11: one block per layer, freed at once."""
     stored = json.loads((ROOT / "results/reference/plain-loop-nvidia-h100.json").read_text(encoding="utf-8"))
     events = stored["cases"][case]["events"]
     query, key = meta(*shape), meta(shape[0], key_heads, *shape[2:])

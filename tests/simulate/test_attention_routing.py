@@ -1,4 +1,4 @@
-"""On fake CPU tensors attention takes the road of the CUDA card, and takes the memory that it takes there."""
+"""On fake CPU tensors attention runs the kernels of the CUDA card, and allocates what they allocate there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def target(card=None):
 
 
 class Ledger(TorchDispatchMode):
-    """What operators take, in order, and the most bytes alive at one time with the buffers inside operators."""
+    """What operators allocate, in order, and the most bytes alive at one time with the buffers inside operators."""
 
     def __init__(self, on=None):
         super().__init__()
@@ -104,8 +104,8 @@ SCORES = BATCH * HEADS * SEQ * SEQ * 4
 ROWS = BATCH * HEADS * SEQ * 4
 
 
-def test_flash_takes_its_output_the_lse_and_three_gradients():
-    """The trap: the CPU's kernel keeps another lse and another layout. 16 and 8 bytes are the random state."""
+def test_flash_allocates_its_output_the_lse_and_three_gradients():
+    """The trap: the CPU's kernel saves another lse and another layout. 16 and 8 bytes are the random state."""
     mode, ledger = attend("a100-80gb", is_causal=True)
     assert mode.chosen == {"flash": 1}
     assert mode.reasons == {}
@@ -123,14 +123,14 @@ def test_flash_does_not_repeat_grouped_heads():
     assert not ledger.named("clone")
 
 
-def test_cudnn_takes_what_flash_takes():
+def test_cudnn_allocates_what_flash_allocates():
     mode, ledger = attend("h200", is_causal=True, kv_heads=2, enable_gqa=True)
     assert mode.chosen == {"cudnn": 1}
     forward = [nbytes for name, nbytes in ledger.of_attention() if name == CUDNN]
     assert sorted(forward) == [8, 8, ROWS, OUT]
 
 
-def test_math_takes_the_scores():
+def test_math_allocates_the_scores():
     """The traps: half is computed in fp32; the mask is added in place, which a dispatch mode prevents in the
     composite; dropout keeps one byte an element, not four.
     """
@@ -145,7 +145,7 @@ def test_math_takes_the_scores():
 
 
 def test_math_repeats_grouped_heads():
-    """The trap: an fp32 Llama on an A100. Memory-efficient attention takes no grouped heads."""
+    """The trap: an fp32 Llama on an A100. Memory-efficient attention does not support grouped heads."""
     mode, ledger = attend("a100-80gb", dtype=torch.float32, kv_heads=2, enable_gqa=True)
     assert mode.chosen == {"math": 1}
     assert mode.reasons == {"flash": {"float32": 1}, "efficient": {"8 query heads on 2 key heads": 1}}
@@ -223,14 +223,14 @@ def test_an_aligned_mask_is_not_copied():
     assert ledger.named("constant_pad_nd") == []
 
 
-def test_the_lse_is_left_out_where_no_gradient_is_wanted():
+def test_the_lse_is_left_out_without_gradients():
     with torch.no_grad():
         _, ledger = attend("a100-80gb", dtype=torch.float32, backward=False)
     assert ledger.of_attention() == [(EFFICIENT, 2 * OUT), (EFFICIENT, 8), (EFFICIENT, 8)]
 
 
-def test_autocast_decides_what_the_rules_see():
-    """The trap: the rules are asked above autocast. fp32 tensors would take the memory-efficient kernel; and the fp32
+def test_autocast_comes_before_the_rules():
+    """The trap: the rules applied above autocast. fp32 tensors would take the memory-efficient kernel; and the fp32
     products inside math would be cast back to half.
     """
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -242,7 +242,7 @@ def test_autocast_decides_what_the_rules_see():
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_recomputation_takes_the_same_road():
+def test_recomputation_runs_the_same_kernel():
     """The trap: a checkpointed layer runs a second time inside the backward pass, where function modes are off."""
     with FakeTensorMode(), CudaAttention(target("a100-80gb")) as mode:
         query = projected()
@@ -252,7 +252,7 @@ def test_recomputation_takes_the_same_road():
     assert mode.chosen == {"flash": 2}
 
 
-def test_multi_head_attention_takes_it_too():
+def test_multi_head_attention_runs_it_too():
     """The trap: a function mode handles the call of torch's module, and is off for what that calls in turn."""
     before = functional.scaled_dot_product_attention
     with FakeTensorMode(), CudaAttention(target("h200")) as mode:
@@ -277,7 +277,7 @@ def test_multi_head_attention_takes_it_too():
         ("gpt2", "v100-16gb", torch.float16, {}, "efficient"),
     ],
 )
-def test_models_take_the_road_of_the_card(family, card, dtype, changes, kernel):
+def test_models_run_the_kernel_of_the_card(family, card, dtype, changes, kernel):
     """The traps: gpt2's dropout sends a CPU to math, and the mask that transformers builds for tracers sends
     everything to the memory-efficient kernel.
     """
@@ -296,8 +296,8 @@ def test_models_take_the_road_of_the_card(family, card, dtype, changes, kernel):
 
 
 @pytest.mark.parametrize("masked", [True, False])
-def test_math_peaks_where_somebody_measured_it(masked, monkeypatch):
-    """2.176 GiB, with a boolean mask and causal alike, for (1, 32, 2048, 128) in bf16, in intel/torch-xpu-ops#2390.
+def test_math_has_the_peak_that_was_measured_elsewhere(masked, monkeypatch):
+    """2.176 GiB, with a boolean mask as with causal, for (1, 32, 2048, 128) in bf16, in intel/torch-xpu-ops#2390.
 
     Their script held the inputs and a boolean mask of (2048, 2048), and matrix products on CUDA take one workspace of
     8,519,680 bytes in each of the two threads. The traps: 0.5 GiB for the product inside the softmax's backward pass,

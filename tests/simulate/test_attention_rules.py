@@ -1,4 +1,4 @@
-"""The kernel that attention takes is the one that PyTorch's rules name, on every card of the catalogue's kinds."""
+"""Attention runs the kernel that PyTorch's rules choose, on every kind of card in the catalogue."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ RULES = [
 
 
 @pytest.mark.parametrize(("card", "made", "kernel"), RULES)
-def test_the_kernel_is_the_one_pytorch_would_take(card, made, kernel):
+def test_the_kernel_is_the_one_that_pytorch_chooses(card, made, kernel):
     """Worked out by hand from sdp_utils.cpp. The traps: grouped heads in fp32, or with a mask, are math on an A100;
     Hopper and Blackwell take cuDNN first, but not with gpt2's dropout of 0.1.
     """
@@ -104,12 +104,12 @@ def test_the_kernel_is_the_one_pytorch_would_take(card, made, kernel):
 
 
 def test_an_older_cudnn_leaves_hopper_to_flash():
-    """Wheels for CUDA 12 bring 9.10; 9.15.0 itself has the fault for which cuDNN was held back."""
+    """Wheels for CUDA 12 bring 9.10; 9.15.0 itself has the fault for which cuDNN was deferred."""
     for version, kernel in ((91002, "flash"), (91500, "flash"), (91501, "cudnn")):
         assert choose(call(), Gpu(capability=(9, 0), cudnn_version=version)).kernel == kernel
 
 
-def test_what_was_passed_over_says_why():
+def test_rejected_kernels_have_a_reason():
     choice = choose(call(100, dropout_p=0.1, mask=MASK), gpu_of(target("h100")))
     assert choice == Choice(
         kernel="math",

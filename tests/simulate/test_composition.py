@@ -1,4 +1,4 @@
-"""A step put together from a few layers is the step traced in full, to the byte, whatever the family and the plan."""
+"""A step composed from a few layers equals the step traced in full, to the byte, whatever the family and the plan."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gcbench.devices.target import Target
 from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
-from gcbench.simulate.compose.whole_step import Kind
+from gcbench.simulate.compose.block_kinds import Kind
 from gcbench.simulate.device_model import device_model_for
 from gcbench.simulate.predictor import Predictor
 from gcbench.training.step import parameter_dtype
@@ -22,7 +22,7 @@ BATCH_SIZE = 2
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
 
-ALIKE = {
+UNIFORM = {
     # Tied weights: one block, one gradient, one state.
     "llama": {**tiny.CONFIGS["llama"], "tie_word_embeddings": True},
     "gpt2": tiny.CONFIGS["gpt2"],
@@ -35,9 +35,9 @@ ALIKE = {
     "qwen3_moe": {"model_type": "qwen3_moe", "num_experts": 4, "head_dim": 8, **EXPERTS, **tiny.LLAMA_LIKE},
     "mamba": tiny.CONFIGS["mamba"],
 }
-"""Families in which one layer is like another."""
+"""Families whose layers are all of one kind."""
 
-IN_TURN = {
+ALTERNATING = {
     # Two kinds of attention, and with them two masks and two rotary tables, each held up to its last layer.
     "gemma2": tiny.CONFIGS["gemma2"],
     # Convolutions and attention.
@@ -53,13 +53,13 @@ IN_TURN = {
         "layer_types": ["mamba", "attention"] * 4,
     },
 }
-"""Families in which two kinds of layers take turns."""
+"""Families in which two kinds of layers alternate."""
 
 LOOPING = ("mamba", "granitemoehybrid")
 """Families that go through the sequence token by token or chunk by chunk: four tokens are enough for them."""
 
 LEAST_LAYERS = {"off": 5, "per-layer": 5, "every:2": 8, "every:3": 12}
-"""So many that some are left out, if all layers are alike."""
+"""Numbers of layers of which some are left out, if all are of one kind."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -72,7 +72,7 @@ def predictor(config, layers, *, lora=None, precision="fp32", **kwargs):
 
 
 def steps(config, strategy, *, layers, seq_len=16, **kwargs):
-    """The step put together and the step in full."""
+    """The composed step and the step traced in full."""
     both = []
     for exact in (False, True):
         one = predictor(config, layers, exact=exact, **kwargs)
@@ -82,7 +82,7 @@ def steps(config, strategy, *, layers, seq_len=16, **kwargs):
 
 
 def assert_composed_is_full(config, strategy, *, layers, **kwargs):
-    """Equal in every phase, with layers left out."""
+    """Check that both are equal in every phase, with layers left out."""
     composed, full = steps(config, strategy, layers=layers, **kwargs)
     assert composed.why_in_full is None
     assert composed.layers_traced < layers == full.layers_traced
@@ -94,57 +94,57 @@ def assert_composed_is_full(config, strategy, *, layers, **kwargs):
 
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
-@pytest.mark.parametrize("family", [*ALIKE, *IN_TURN])
-def test_a_few_layers_stand_for_all(family, strategy):
-    """The traps: a boundary tensor that is held by one layer or by the next, by how that one is treated; what layers of
-    one kind share, which goes with the last of them; gradients that wait for the optimizer in the order of the layers.
+@pytest.mark.parametrize("family", [*UNIFORM, *ALTERNATING])
+def test_a_few_layers_represent_all(family, strategy):
+    """The traps: a layer's input, held by it or by the layer before, by their policies; what layers of one kind share,
+    which the last of them frees; gradients that wait for the optimizer in the order of the layers.
     """
-    layers = LEAST_LAYERS["every:2"] if family in IN_TURN else LEAST_LAYERS[strategy]
-    config = {**ALIKE, **IN_TURN}[family]
+    layers = LEAST_LAYERS["every:2"] if family in ALTERNATING else LEAST_LAYERS[strategy]
+    config = {**UNIFORM, **ALTERNATING}[family]
     assert_composed_is_full(config, strategy, layers=layers, seq_len=4 if family in LOOPING else 16)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_wider_stride_is_composed(family):
-    """Two kinds of neighbours of a layer that keeps everything: before and behind a checkpointed one."""
-    assert_composed_is_full(ALIKE[family], "every:3", layers=LEAST_LAYERS["every:3"])
+    """Two kinds of neighbours of a layer that is not checkpointed: before and behind a checkpointed one."""
+    assert_composed_is_full(UNIFORM[family], "every:3", layers=LEAST_LAYERS["every:3"])
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
 def test_the_update_of_every_layer_follows_the_passes(optim):
     """Optimizers that go through the parameters one after the other, each with its own gradient."""
-    assert_composed_is_full(ALIKE["llama"], "per-layer", layers=5, optim=optim)
+    assert_composed_is_full(UNIFORM["llama"], "per-layer", layers=5, optim=optim)
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
 def test_copies_of_the_weights_of_layers_that_are_left_out_count(precision):
     """The trap: autocast's copies live from a layer's forward pass to the end of the whole model's."""
-    assert_composed_is_full(ALIKE["llama"], "off", layers=5, precision=precision)
+    assert_composed_is_full(UNIFORM["llama"], "off", layers=5, precision=precision)
 
 
 @pytest.mark.parametrize(
     ("family", "strategy"),
     [("llama", "off"), ("llama", "per-layer"), ("llama", "every:2"), ("mixtral", "off"), ("mixtral", "every:2")],
 )
-def test_behind_cudas_allocator_it_is_the_same(family, strategy):
+def test_with_cudas_allocator_the_peaks_are_the_same(family, strategy):
     """Sizes alone are not enough here: what is reserved depends on the order of every event."""
-    way = device_model_for(Target(kind="cuda", name="x"))
+    device = device_model_for(Target(kind="cuda", name="x"))
     composed, full = assert_composed_is_full(
-        ALIKE[family],
+        UNIFORM[family],
         strategy,
         layers=LEAST_LAYERS[strategy],
         optim="adamw_torch",
-        road=way.road,
-        standing=way.standing,
+        trace_mode=device.trace_mode,
+        resident=device.resident,
         steps_on_device=False,
     )
     few, all_of_them = (timeline.cached(step.timeline).memory for step in (composed, full))
     assert few == all_of_them
-    assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in way.standing) > 0
+    assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in device.resident) > 0
 
 
 def bytes_by_kind(step):
-    """What the measured step finds there and what it takes, all of it, whenever."""
+    """Bytes of a kind that the measured step finds allocated or allocates, at any time."""
     kinds, line = step.assembly.kinds, step.timeline
     before, within = np.split(line.events, [line.marks[0][0]])
     there = {*before[before >= 0], *within[within >= 0]} - {*~before[before < 0]}
@@ -169,10 +169,10 @@ def test_tied_weights_are_counted_once(tied):
 
 @pytest.mark.parametrize("strategy", ["off", "per-layer"])
 def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
-    """The trap: adapters lie in every layer, and what they are trained beside gets neither."""
+    """The trap: adapters are in every layer, and the frozen weights beside them get neither."""
     lora = Lora(r=4, target_modules=None)
-    composed, _ = assert_composed_is_full(ALIKE["llama"], strategy, layers=5, lora=lora)
-    params = list(predictor(ALIKE["llama"], 5, lora=lora).fake_model.model.parameters())
+    composed, _ = assert_composed_is_full(UNIFORM["llama"], strategy, layers=5, lora=lora)
+    params = list(predictor(UNIFORM["llama"], 5, lora=lora).fake_model.model.parameters())
     trained = [param for param in params if param.requires_grad]
     nbytes = sum(param.nbytes for param in trained)
     assert 0 < len(trained) < len(params)
@@ -185,7 +185,7 @@ def test_frozen_parameters_have_no_gradient_and_no_state(strategy):
 @pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
 def test_how_many_layers_are_traced_does_not_depend_on_the_depth(strategy):
     traced = [
-        predictor(ALIKE["llama"], layers, optim="sgd")
+        predictor(UNIFORM["llama"], layers, optim="sgd")
         .step(strategies.parse(strategy).plan_for(layers), batch_size=1, seq_len=8)
         .layers_traced
         for layers in (12, 48)
@@ -199,20 +199,20 @@ def test_a_layer_more_costs_what_a_layer_costs():
     plan = strategies.parse("off")
     peaks = []
     for layers in (10, 11, 40, 41):
-        step = predictor(ALIKE["llama"], layers, optim="sgd").step(plan.plan_for(layers), batch_size=2, seq_len=16)
+        step = predictor(UNIFORM["llama"], layers, optim="sgd").step(plan.plan_for(layers), batch_size=2, seq_len=16)
         peaks.append(timeline.exact(step.timeline).memory.backward_bytes)
     assert peaks[1] - peaks[0] == peaks[3] - peaks[2] > 0
     assert peaks[2] - peaks[0] == 30 * (peaks[1] - peaks[0])
 
 
-def test_one_predictor_answers_every_cell_as_a_new_one_would():
-    """The traps: weights that got memory for an earlier cell, hooks and flags that it left on the layers."""
-    shared = predictor(ALIKE["gpt2"], 5)
+def test_one_predictor_predicts_every_cell_as_a_new_one_would():
+    """The traps: weights that were materialized for an earlier cell, hooks and flags that it left on the layers."""
+    shared = predictor(UNIFORM["gpt2"], 5)
     for strategy, batch_size, seq_len in (("off", 1, 8), ("every:2", 2, 16), ("off", 1, 8)):
         plan = strategies.parse(strategy).plan_for(5)
         asked = {"batch_size": batch_size, "seq_len": seq_len}
         again = timeline.exact(shared.step(plan, **asked).timeline)
-        assert again == timeline.exact(predictor(ALIKE["gpt2"], 5).step(plan, **asked).timeline)
+        assert again == timeline.exact(predictor(UNIFORM["gpt2"], 5).step(plan, **asked).timeline)
 
 
 # What memory is called. A large vocabulary and few tokens, so that weights are larger than logits.
@@ -221,13 +221,13 @@ WIDE = {**tiny.CONFIGS["llama"], "vocab_size": 2048}
 
 
 def shapes_of(step, kind, phase):
-    """Of the blocks of a kind that a phase takes."""
+    """Shapes of the blocks of a kind that a phase allocates."""
     start, end = next((start, end) for name, start, end in step.timeline.spans() if name == phase)
     taken = [int(event) for event in step.timeline.events[start:end] if event >= 0]
     return {step.assembly.block(block).shape for block in taken if step.assembly.kinds[block] == kind}
 
 
-def test_logits_are_called_logits():
+def test_logits_are_classified_as_logits():
     """By their tokens: 2 sequences of 3."""
     for step in steps(WIDE, "off", layers=4, seq_len=3, optim="sgd"):
         for phase in ("forward", "backward"):
@@ -240,14 +240,14 @@ def test_the_batch_is_no_state_of_the_optimizer():
     assert bytes_by_kind(full)[Kind.OPTIMIZER] == 0
 
 
-def test_what_the_optimizer_takes_for_an_embedding_is_no_logits():
-    """The trap: a lever that says a loss in chunks would lower the peak of the optimizer step."""
+def test_what_the_optimizer_allocates_for_an_embedding_is_no_logits():
+    """The trap: a hint that a chunked loss would reduce the peak of the optimizer step."""
     composed, full = steps(WIDE, "off", layers=4, seq_len=2, optim="adamw_torch")
     assert shapes_of(composed, Kind.LOGITS, "optimizer") == set()
     assert shapes_of(full, Kind.LOGITS, "optimizer") == set()
 
 
 def test_the_gradients_of_a_tied_embedding_are_no_logits():
-    """Two are made, for the head and for the embedding, and then added: none of it is there per token."""
+    """Two are computed, for the head and for the embedding, and then added: none of them is per token."""
     composed, _ = steps({**WIDE, "tie_word_embeddings": True}, "off", layers=4, seq_len=2, optim="sgd")
     assert (2048, 32) not in shapes_of(composed, Kind.LOGITS, "backward")

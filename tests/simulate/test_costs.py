@@ -1,4 +1,4 @@
-"""What operators have a device do, and how long that takes, against sums made by hand."""
+"""The work of operators and the time it takes, against sums by hand."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FP32, BF16 = 4, 2
 
 
 class Works(TorchDispatchMode):
-    """Notes what each operator has the device do."""
+    """Collects the work of each operator."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ def test_products_of_batches():
 
 
 def test_a_transposed_factor_is_the_same_product():
-    """The trap: dimensions read off the weight as it lies in memory."""
+    """The trap: dimensions read from the weight's layout in memory."""
     a, weight = torch.ones(3, 5), torch.ones(7, 5)
     noted = works_of(lambda: a @ weight.t())
     assert [work.kind for work in noted] == ["view", "matmul"]
@@ -125,7 +125,7 @@ def test_causal_attention_is_half_of_it():
     assert (backward.flops, backward.is_causal) == (flops * 5 // 2, True)
 
 
-def test_element_by_element():
+def test_pointwise_operators():
     a, row = torch.ones(3, 5), torch.ones(5)
     assert seen(work_of(lambda: a + a)) == ("add", "pointwise", "fp32", FP32 * 3 * 15, 0, ())
     assert seen(work_of(lambda: a.add_(row))) == ("add_", "pointwise", "fp32", FP32 * (15 + 5 + 15), 0, ())
@@ -138,8 +138,8 @@ def test_a_list_of_tensors_is_read_whole():
     assert work_of(lambda: torch.cat(parts)).nbytes == FP32 * 2 * 7 * 5
 
 
-def test_what_is_broadcast_is_read_once():
-    """The trap: a row that is stretched over a thousand others counted as a thousand rows."""
+def test_a_broadcast_tensor_is_read_once():
+    """The trap: a row that is broadcast over a thousand others counted as a thousand rows."""
     row = torch.ones(1, 5).expand(1000, 5)
     assert work_of(lambda: row + 1.0).nbytes == FP32 * (5 + 5000)
 
@@ -155,13 +155,13 @@ def test_what_is_broadcast_is_read_once():
         lambda a: a.detach(),
     ],
 )
-def test_looking_another_way_moves_nothing(look):
+def test_views_move_nothing(look):
     a = torch.ones(3, 5)
     assert [(work.kind, work.nbytes, work.flops) for work in works_of(lambda: look(a))] == [("view", 0, 0)]
 
 
 def test_writing_into_a_tensor_is_no_view():
-    """The trap: it returns what it was given, as a view does."""
+    """The trap: it returns its argument, as a view does."""
     a = torch.ones(3, 5)
     assert work_of(lambda: a.mul_(2.0)).kind == "pointwise"
 
@@ -205,7 +205,7 @@ def test_nothing_is_faster_than_a_launch_and_a_view_launches_nothing():
     assert figures.seconds(work("view")) == 0.0
 
 
-def test_what_was_measured_goes_before_the_datasheet():
+def test_measured_rates_take_precedence_over_the_datasheet():
     """Of one precision; the others stay at their share of the datasheet."""
     card = Card(
         name="x",
@@ -251,14 +251,14 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_card_that_is_not_known_is_taken_for_an_a100(name):
-    """The traps: a division by a bandwidth of nothing, and all times 0 for want of figures."""
+def test_an_unknown_card_has_the_rates_of_an_a100(name):
+    """The traps: a division by a bandwidth of 0, and times of 0 without figures."""
     figures, a100 = CardFigures(UNKNOWN[name]), costs._UNKNOWN_CARD
     assert figures.seconds(work(nbytes=10**9)) == pytest.approx(1e9 / (0.85 * a100.bandwidth_bytes_per_s))
     assert figures.seconds(work("matmul", flops=10**12)) == pytest.approx(1e12 / (0.8 * 312e12))
 
 
-def test_where_the_figures_come_from_is_said():
+def test_figures_name_their_source():
     assert CardFigures(find("h100-sxm")).source == f"the published rates of {find('h100-sxm').full_name}"
     assert "A100" in CardFigures(None).source and "not known" in CardFigures(None).source
     assert CardFigures(UNKNOWN["memory alone"]).source == CardFigures(None).source
@@ -272,7 +272,7 @@ def test_every_card_of_the_catalogue_has_positive_times():
                 assert 0 < figures.seconds(work(kind, dtype=dtype, nbytes=10**9, flops=10**12)) < 10
 
 
-def test_a_total_counts_equal_works_as_often_as_they_come():
+def test_a_total_counts_equal_works_as_often_as_they_occur():
     figures = CardFigures(CARD)
     one, other = work(nbytes=10**9), work("matmul", flops=10**12)
     assert total([one, other, one], figures) == pytest.approx(2 * figures.seconds(one) + figures.seconds(other))

@@ -138,7 +138,7 @@ def test_widest_dtype_wins_where_cuda_promotes(autocast):
 
 
 def test_linear_casts_its_weight_once(autocast):
-    """Autocast keeps the cast weight until it is left; a cast a call would take the weight's memory again."""
+    """Autocast caches the cast weight until it is exited; a cast per call would allocate it again."""
     linear = torch.nn.Linear(WIDTH, WIDTH)
     x = tensor()
     with Names() as first:
@@ -150,7 +150,7 @@ def test_linear_casts_its_weight_once(autocast):
 
 
 def test_cross_entropy_of_bf16_logits_keeps_them_bf16(autocast):
-    """Not on CUDA's list: it hands log-softmax the dtype of its logits. Only `nll_loss` casts."""
+    """Not on CUDA's list: it passes log-softmax the dtype of its logits. Only `nll_loss` casts."""
     logits, labels = tensor(), torch.empty(ROWS, dtype=torch.int64)
     with Names() as calls:
         loss = functional.cross_entropy(logits, labels)
@@ -181,8 +181,8 @@ def test_nothing_is_cast_without_autocast(fake):
             assert (tensor() ** 2).dtype is BF16
 
 
-def test_the_cpu_is_its_own_again_afterwards(fake):
-    """The kernels are the process's: the next prediction may be for the CPU."""
+def test_the_cpus_own_autocast_is_restored_afterwards(fake):
+    """The kernels are replaced for the process: the next prediction may be for the CPU."""
 
     def on_cpu():
         with torch.autocast("cpu", BF16):

@@ -1,4 +1,4 @@
-"""What a trace cannot see, worked out by hand from pytorch's sources."""
+"""Workspaces and buffers that a trace cannot see, computed by hand from pytorch's sources."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.reductions import Reduction, workspace
-from gcbench.simulate.cuda.workspaces import internal_buffers, standing_terms
+from gcbench.simulate.cuda.workspaces import internal_buffers, persistent_terms
 
 BF16, FP32 = torch.bfloat16, torch.float32
 MIB = 2**20
@@ -61,7 +61,7 @@ def buffers(op, *args, card="h100", **kwargs):
 def test_cublas_workspaces(capability, version, nbytes, monkeypatch):
     """One for the main thread and one for the backward pass's, which has a handle of its own."""
     monkeypatch.setattr(torch, "__version__", version)
-    inside = [term for term in standing_terms(of_capability(capability)) if term.in_allocator]
+    inside = [term for term in persistent_terms(of_capability(capability)) if term.in_allocator]
     cublas = [term for term in inside if term.name.startswith("cuBLAS workspace")]
     assert [(term.nbytes, term.requested_at) for term in cublas] == [(nbytes, "forward"), (nbytes, "backward")]
     assert all("mm.default" in term.requested_by for term in cublas)
@@ -70,13 +70,13 @@ def test_cublas_workspaces(capability, version, nbytes, monkeypatch):
 
 
 def test_without_a_backward_pass_there_is_one_workspace():
-    assert [term.requested_at for term in standing_terms(target("h100"), trains=False)] == ["forward", "forward"]
+    assert [term.requested_at for term in persistent_terms(target("h100"), trains=False)] == ["forward", "forward"]
 
 
 @pytest.mark.parametrize("card", [card.name for card in cards.cards() if card.vendor == "nvidia"])
 def test_every_card_has_a_context_outside_the_allocator(card):
-    """In the allocator's figures it would be counted twice by who compares with `max_memory_allocated`."""
-    terms = standing_terms(target(card))
+    """In the allocator's figures it would be counted twice when compared with `max_memory_allocated`."""
+    terms = persistent_terms(target(card))
     outside = [term for term in terms if not term.in_allocator]
     assert len(outside) == 1
     assert 100 * MIB < outside[0].nbytes < 1024 * MIB
@@ -85,9 +85,9 @@ def test_every_card_has_a_context_outside_the_allocator(card):
     assert len({term.name for term in terms}) == len(terms)
 
 
-def test_no_terms_are_made_up_for_others():
-    assert standing_terms(target("mi300x")) == ()
-    assert standing_terms(Target(kind="cpu", name="cpu")) == ()
+def test_the_cpu_and_amds_cards_have_no_persistent_terms():
+    assert persistent_terms(target("mi300x")) == ()
+    assert persistent_terms(Target(kind="cpu", name="cpu")) == ()
 
 
 def test_embedding_sorts_its_tokens_and_adds_them_in_fp32():
@@ -121,7 +121,7 @@ def test_few_kinds_of_tokens_are_added_in_one_kernel_since_torch_2_11(monkeypatc
 
 
 def test_layer_norm_of_many_narrow_rows():
-    """131,072 rows in blocks of 32; a model's rows are fewer, and take nothing."""
+    """131,072 rows in blocks of 32; a model's rows are fewer, and need no buffer."""
     rows, columns = 131_072, 128
     weight = meta(columns, dtype=FP32)
     row = meta(rows, 1, dtype=FP32)
@@ -182,7 +182,7 @@ def test_grouped_products_have_their_arguments_on_the_card():
         ("t4", 40 * 8 // 32),
     ],
 )
-def test_column_sums_take_room_for_each_thread(card, blocks):
+def test_column_sums_allocate_partial_results_for_each_thread(card, blocks):
     """The gradient of a bias: partial results as large as the card is wide, 132 MiB for 16 KiB of result."""
     rows, columns = 8192, 4096
     expected = {"partial sums": 4 * columns * blocks * 32 * 4, "semaphores": 32 * 4}
@@ -192,7 +192,7 @@ def test_column_sums_take_room_for_each_thread(card, blocks):
     assert buffers("mean.dim", meta(rows, columns), [0], card=card) == expected
 
 
-def test_sums_that_fill_the_card_by_themselves_take_nothing():
+def test_sums_that_fill_the_card_need_no_buffer():
     """Rows have a block each, 50,257 columns fill more than the card, and 256 rows are too few to be split."""
     assert buffers("sum.dim_IntList", meta(8192, 4096), [1]) == {}
     assert buffers("sum.dim_IntList", meta(8192, 50_257), [0]) == {}
@@ -201,7 +201,7 @@ def test_sums_that_fill_the_card_by_themselves_take_nothing():
     assert buffers("sum", meta(0)) == buffers("sum", meta()) == {}
 
 
-def test_a_sum_of_everything_has_one_number_a_block():
+def test_a_sum_over_all_dimensions_has_one_number_per_block():
     """2**20 numbers, 512 threads and 16 each: 128 blocks."""
     expected = {"partial sums": 128 * 4, "semaphores": 4}
     for found in (buffers("sum", meta(1024, 1024, dtype=FP32)), buffers("mean", meta(2**20, dtype=FP32))):
@@ -224,7 +224,7 @@ def test_sums_beyond_32_bits_go_part_by_part_into_fp32():
     assert "result in fp32" not in buffers("sum.dim_IntList", large, [0], dtype=FP32)
 
 
-def test_what_strides_say_counts_not_what_shapes_do():
+def test_strides_decide_not_shapes():
     """A transposed matrix summed over its last dimension is a column sum."""
     plain = Reduction(shape=(8192, 4096), strides=(4096, 1), reduced=[0], itemsize=2, acc_itemsize=4)
     turned = dataclasses.replace(plain, shape=(4096, 8192), strides=(1, 4096), reduced=[1])
@@ -251,7 +251,7 @@ class Inside(TorchDispatchMode):
         return result
 
 
-def test_operators_are_understood_as_a_trace_meets_them():
+def test_operators_are_recognised_as_a_trace_sees_them():
     """A dispatch mode gets no arguments that have their default, and some by name."""
     with FakeTensorMode(), Inside() as inside:
         embedding = torch.nn.Embedding(1000, 256)

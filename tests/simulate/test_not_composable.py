@@ -1,4 +1,4 @@
-"""Models whose layers do not run one by one are traced in full, with a reason; all others are put together, exactly."""
+"""Models whose layers do not run one by one are traced in full, with a reason; all others are composed, exactly."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def seen(step):
-    """What either kind of device sees of a step."""
+    """The peaks of a step on either kind of device."""
     return timeline.exact(step.timeline).memory, timeline.cached(step.timeline).memory
 
 
 def compared(make, chosen=(), **kwargs):
-    """The step as it is predicted, which must be the step in full."""
+    """The step as predicted, which must equal the step traced in full."""
     predicted, in_full = (toys.step(toys.predictor(make, exact=exact, **kwargs), chosen) for exact in (False, True))
-    assert in_full.why_in_full == "asked for"
+    assert in_full.why_in_full == "requested"
     assert seen(predicted) == seen(in_full)
     return predicted
 
 
 def test_any_layers_under_any_plan_compose():
-    """Kinds and plans without a pattern: whatever is left out, the rest stands for it.
+    """Kinds and plans without a pattern: whatever is left out, the rest represents it.
 
     The trap: a rule that holds for the families at hand, which are all regular.
     """
@@ -132,7 +132,7 @@ class SkipsToTheEnd(Toy):
 
 
 class Raises(Toy):
-    """Code of its own that minds that the layers between hand on the very same tensor."""
+    """Code of its own that depends on the layers between returning the very same tensor."""
 
     def run(self, hidden, masks):
         for layer in self.layers:
@@ -149,21 +149,21 @@ class Raises(Toy):
         (EveryLayerTwice, "layers run several times, or out of order"),
         (AllLayersTwice, "layers run several times, or out of order"),
         (LastLayerFirst, "layers run several times, or out of order"),
-        (ScaledBetweenLayers, "something is done to the hidden states between layers"),
-        (ScaledInPlaceBetweenLayers, "a block is given back twice, or before it was taken"),
+        (ScaledBetweenLayers, "the hidden states change between layers"),
+        (ScaledInPlaceBetweenLayers, "a block is freed twice, or before it is allocated"),
         (FrozenBelow, "the first layers take no part in the backward pass"),
         (KeepsItsState, "the model keeps tensors from one step to the next"),
-        (ReturnsDicts, "layers return something else than hidden states"),
-        (TakesLists, "layers take something else than hidden states"),
-        (SumOfAllLayers, "a block is given back twice, or before it was taken"),
-        (SkipsToTheEnd, "a block is given back twice, or before it was taken"),
+        (ReturnsDicts, "layers return something other than hidden states"),
+        (TakesLists, "layers get something other than hidden states"),
+        (SumOfAllLayers, "a block is freed twice, or before it is allocated"),
+        (SkipsToTheEnd, "a block is freed twice, or before it is allocated"),
         (Raises, "with layers left out, it raises ZeroDivisionError"),
-        (lambda: Toy(""), "there are no layers to tell apart"),
+        (lambda: Toy(""), "the model has no layers"),
     ],
 )
 def test_a_model_that_does_more_than_run_its_layers_is_traced_in_full(make, why):
-    """The traps: a stand-in that the rest of the model looks at, gradients that lie in another layer, a step that is
-    not like the one before it. Each falls back and says why, and no cell is lost."""
+    """The traps: layers left out on which the rest of the model depends, gradients that belong to another layer, a step
+    that differs from the one before. Each falls back and says why, and no cell is lost."""
     step = compared(make, "all")
     assert step.why_in_full == why
     assert step.layers_traced == len(toys.predictor(make).fake_model.layers)
@@ -185,8 +185,8 @@ class SkippedLayers(Toy):
 
 
 @pytest.mark.parametrize(("make", "chosen", "traced"), [(Tower, range(0, 11, 2), 6), (SkippedLayers, "all", 3)])
-def test_layers_that_never_run_are_in_no_ones_neighbourhood(make, chosen, traced):
-    """The trap: a stride counts them, so the layers that run are not checkpointed in the turn that it looks like."""
+def test_layers_that_never_run_are_nobodys_neighbours(make, chosen, traced):
+    """The trap: a stride counts them, so the layers that run are not checkpointed in the order that it suggests."""
     step = compared(make, chosen)
     assert step.why_in_full is None
     assert step.layers_traced == traced
@@ -207,7 +207,7 @@ class ReturnsTuples(Toy):
 
 
 class FrozenEmbedding(Toy):
-    """No backward pass before the layers, and with it no segment for one."""
+    """No backward pass before the layers, and so no section for it."""
 
     def __init__(self):
         super().__init__()
@@ -228,7 +228,7 @@ WIDE = 8
 
 
 class CachesATable(Toy):
-    """Made in the first step and kept, like a table of positions."""
+    """A table computed in the first step and retained, like one of positions."""
 
     def run(self, hidden, masks):
         if not hasattr(self, "table"):
@@ -237,8 +237,8 @@ class CachesATable(Toy):
 
 
 @pytest.mark.parametrize("make", [ReturnsTuples, FrozenEmbedding, Unused, CachesATable])
-def test_what_looks_odd_and_is_not_is_put_together(make):
-    """Tuples, no backward pass before the layers, parameters that are never used, a small table kept."""
+def test_unusual_models_whose_layers_run_one_by_one_are_composed(make):
+    """Tuples, no backward pass before the layers, parameters that are never used, a small table that stays."""
     step = compared(make, "all", optim="adamw_torch")
     assert step.why_in_full is None
     assert step.layers_traced == 3
@@ -261,13 +261,13 @@ class CachesALargeTable(Toy):
 
 @pytest.mark.parametrize("make", [CachesATable, CachesALargeTable])
 def test_what_an_earlier_cell_left_in_the_model_counts_in_the_next(make):
-    """The trap: a table that the first trace made stands there in the second one, and no operator makes it again."""
+    """The trap: a table that the first trace computed exists in the second one, and no operator allocates it again."""
     one = toys.predictor(make)
     toys.step(one)
     assert seen(toys.step(one, "all")) == seen(toys.step(toys.predictor(make, exact=True), "all"))
 
 
-def test_a_family_that_keeps_its_state_is_traced_in_full():
+def test_a_family_that_retains_its_state_is_traced_in_full():
     config = {
         **tiny.CONFIGS["llama"],
         "model_type": "recurrent_gemma",

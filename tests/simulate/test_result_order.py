@@ -24,7 +24,7 @@ from gcbench.strategies import Plan
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SMALL_BYTES = 1 << 20
-"""Below this, transformers' versions differ: the record is of 5.17, which made its rotary tables in another order."""
+"""Below this, transformers' versions differ: the record is of 5.17, which built its rotary tables in another order."""
 
 
 def recorded(case):
@@ -33,8 +33,8 @@ def recorded(case):
 
 
 def traced(case):
-    """The measured step's allocations in bytes, negative where given back, as predicted for an H100."""
-    way = device_model_for(resolve_target(TargetOptions(device="h100"), None))
+    """The measured step's allocations in bytes, negative for frees, as predicted for an H100."""
+    device = device_model_for(resolve_target(TargetOptions(device="h100"), None))
     mixed = case.get("mixed", False)
     dtype = torch.float32 if mixed else torch.bfloat16
     model = models.build_meta(
@@ -47,8 +47,8 @@ def traced(case):
         model,
         precision="bf16-mixed" if mixed else "bf16",
         optim="adamw_torch",
-        road=way.road,
-        standing=way.standing,
+        trace_mode=device.trace_mode,
+        resident=device.resident,
         steps_on_device=False,
     )
     num_layers = len(predictor.fake_model.layers)
@@ -68,15 +68,15 @@ def test_a_step_allocates_what_an_h100_did_in_the_same_order(case):
     assert here == there
 
 
-def test_workspaces_are_asked_for_by_the_first_matrix_product():
+def test_workspaces_are_requested_by_the_first_matrix_product():
     """Of each pass, once its result is there; cuBLASLt's by the first product with a bias, before torch 2.12."""
-    way = device_model_for(resolve_target(TargetOptions(device="h100"), None))
+    device = device_model_for(resolve_target(TargetOptions(device="h100"), None))
     model = models.build_meta(
         models.build_config(sources.resolve("qwen2.5-0.5b"), layers=2, overrides={}),
         dtype=torch.bfloat16,
         trust_remote_code=False,
     )
-    step = Predictor(model, precision="bf16", optim="sgd", road=way.road, standing=way.standing).step(
+    step = Predictor(model, precision="bf16", optim="sgd", trace_mode=device.trace_mode, resident=device.resident).step(
         Plan(num_layers=2, groups=()), batch_size=1, seq_len=64
     )
     line = step.timeline

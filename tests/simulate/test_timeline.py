@@ -1,4 +1,4 @@
-"""A step as events: what the CUDA allocator makes of it, by hand; and pieces of layers that must fit together."""
+"""A step as events: its peaks with CUDA's allocator, by hand; and traces of layers that must fit together."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from gcbench.core.records import PHASES
 from gcbench.core.units import MIB
 from gcbench.simulate import timeline
 from gcbench.simulate.allocator.caching_allocator import OutOfMemory
-from gcbench.simulate.compose import layer_pieces as pieces
-from gcbench.simulate.compose.layer_pieces import Piece, Pieces, put_together
+from gcbench.simulate.compose.layer_traces import LayerTraces, SectionTrace, cut
+from gcbench.simulate.compose.passes import compose_passes
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, LayeredTrace, NotComposable
@@ -29,8 +29,8 @@ def by_phase(peak):
     return [peak.memory.of_phase(phase) for phase in PHASES]
 
 
-# The step of most tests here: 3 MiB of parameters and a small buffer stand, the first step took 30 MiB and gave them
-# back; the measured one takes 12 MiB, then 100 bytes more, gives the 12 back, and in the end takes 1 MiB and a bit.
+# The step of most tests here: 3 MiB of parameters and a small buffer are resident, the first step allocated and freed
+# 30 MiB; the measured one allocates 12 MiB, then 100 bytes more, frees the 12, and at last allocates 1 MiB and a bit.
 PARAMETERS, BUFFER, FIRST_STEP, KEPT, NUMBER, LAST = range(6)
 STEP = line(
     nbytes=[3 * MIB, 700, 30 * MIB, 12 * MIB, 100, MIB + 1],
@@ -42,10 +42,10 @@ STEP = line(
 
 def test_allocated_counts_what_is_handed_out_in_units_of_512_bytes():
     """By hand: 700 bytes are 1024, 100 are 512, 1 MiB and a byte are 1 MiB and 512."""
-    standing = 3 * MIB + 2 * HALF_KIB
-    forward = standing + 12 * MIB + HALF_KIB
+    resident = 3 * MIB + 2 * HALF_KIB
+    forward = resident + 12 * MIB + HALF_KIB
     peak = timeline.cached(STEP)
-    assert by_phase(peak) == [forward, forward, standing + MIB + HALF_KIB]
+    assert by_phase(peak) == [forward, forward, resident + MIB + HALF_KIB]
     assert peak.memory.allocated_bytes == forward
     assert peak.memory.peak_phase == "forward"
     assert peak.at == 5
@@ -54,11 +54,11 @@ def test_allocated_counts_what_is_handed_out_in_units_of_512_bytes():
 
 def test_reserved_counts_segments():
     """By hand: one of 20 MiB for the parameters, 17 MiB of which are left for the 12; one of 2 MiB for all that is
-    small. The 30 MiB of the first step were given back to the device."""
+    small. The 30 MiB of the first step were returned to the device."""
     assert timeline.cached(STEP).memory.reserved_bytes == 22 * MIB
 
 
-def test_what_the_first_step_cached_counts_unless_it_was_given_back():
+def test_what_the_first_step_cached_counts_unless_the_cache_was_emptied():
     """The trap: a measurement empties the cache before the measured step, and a replay that does not reads high."""
     kept = line(STEP.nbytes, STEP.events, (4, 6, 8))
     assert timeline.cached(kept).memory.reserved_bytes == 52 * MIB
@@ -66,7 +66,7 @@ def test_what_the_first_step_cached_counts_unless_it_was_given_back():
 
 
 def test_peaks_begin_with_the_first_mark():
-    """The trap: the first step, which makes the optimizer's states, takes more than any later one."""
+    """The trap: the first step, which creates the optimizer's states, allocates more than any later one."""
     assert timeline.cached(STEP).memory.allocated_bytes < 30 * MIB
     earlier = line(STEP.nbytes, STEP.events, (2, 6, 8), settled_at=(4,))
     memory = timeline.cached(earlier).memory
@@ -75,7 +75,7 @@ def test_peaks_begin_with_the_first_mark():
 
 
 def test_a_rest_of_up_to_1_mib_is_handed_out_and_counted():
-    """11.5 MiB get a segment of 12, whole; 11 MiB less a byte get one of 12, of which more than 1 MiB is split off."""
+    """11.5 MiB get a section of 12, whole; 11 MiB less a byte get one of 12, of which more than 1 MiB is split off."""
     for nbytes, allocated in ((11 * MIB + MIB // 2, 12 * MIB), (11 * MIB - HALF_KIB, 11 * MIB - HALF_KIB)):
         memory = timeline.cached(line([nbytes], [0, ~0], (0, 1, 2))).memory
         assert (memory.allocated_bytes, memory.reserved_bytes) == (allocated, 12 * MIB)
@@ -91,7 +91,7 @@ def test_a_cell_that_needs_more_than_the_limit_runs_out_of_memory():
 
 
 def test_at_the_limit_the_cache_is_flushed_and_the_step_goes_on():
-    """16 MiB given back and cached are no use for 18; without a limit both stay reserved."""
+    """16 MiB freed and cached are no use for 18; without a limit both stay reserved."""
     step = line([16 * MIB, 18 * MIB], [0, ~0, 1, ~1], (0, 2, 3))
     assert timeline.cached(step).memory.reserved_bytes == 34 * MIB
     assert timeline.cached(step).num_alloc_retries == 0
@@ -104,7 +104,7 @@ def test_at_the_limit_the_cache_is_flushed_and_the_step_goes_on():
 
 
 def test_expandable_segments_reserve_pages():
-    """By hand: 16 MiB lie in one page of 20; for 18 one more page joins it, once the 16 are given back."""
+    """By hand: 16 MiB lie in one page of 20; for 18 one more page joins it, once the 16 are freed."""
     step = line([16 * MIB, 18 * MIB, 25 * MIB], [0, ~0, 1, ~1, 2, ~2], (0, 2, 4))
     peak = timeline.cached(step, expandable_segments=True)
     assert by_phase(peak) == [16 * MIB, 18 * MIB, 25 * MIB]
@@ -112,28 +112,28 @@ def test_expandable_segments_reserve_pages():
     assert timeline.cached(step).memory.reserved_bytes == 60 * MIB
 
 
-def test_what_is_alive_when_a_phase_begins_is_its_peak_if_nothing_is_taken():
-    """The trap: a phase that only gives back shows nothing, or the peak of the phase before it."""
+def test_what_is_alive_when_a_phase_begins_is_its_peak_if_nothing_is_allocated():
+    """The trap: a phase that only frees shows nothing, or the peak of the phase before it."""
     step = line([2 * MIB, 4 * MIB], [0, 1, ~1, ~0], (0, 2, 3))
     assert by_phase(timeline.cached(step)) == by_phase(timeline.exact(step)) == [6 * MIB, 6 * MIB, 2 * MIB]
 
 
 def test_the_cpu_counts_bytes_and_caches_nothing():
     peak = timeline.exact(STEP)
-    standing = 3 * MIB + 700
-    assert by_phase(peak) == [standing + 12 * MIB + 100, standing + 12 * MIB + 100, standing + MIB + 1]
+    resident = 3 * MIB + 700
+    assert by_phase(peak) == [resident + 12 * MIB + 100, resident + 12 * MIB + 100, resident + MIB + 1]
     assert peak.memory.reserved_bytes is None
 
 
-def test_a_trace_comes_after_what_stands():
-    """The trap: blocks and marks that are not moved by as many places as there are standing blocks."""
+def test_a_trace_comes_after_the_resident_blocks():
+    """The trap: blocks and marks that are not moved by as many places as there are resident blocks."""
     trace = Trace(
         blocks=[Block(5, None), Block(7, None)],
         events=[0, 1, ~1, ~0],
         marks=[(1, "forward"), (2, "backward"), (3, "optimizer")],
         settled_at=[1],
     )
-    made = timeline.of_trace(trace, standing=[100, 200], settled_at=[0])
+    made = timeline.of_trace(trace, resident=[100, 200], settled_at=[0])
     assert made.nbytes.tolist() == [100, 200, 5, 7]
     assert made.events.tolist() == [0, 1, 2, 3, ~3, ~2]
     assert made.live().tolist() == [100, 300, 305, 312, 305, 300]
@@ -142,12 +142,13 @@ def test_a_trace_comes_after_what_stands():
     assert made.spans() == (("forward", 3, 4), ("backward", 4, 5), ("optimizer", 5, 6))
 
 
-# Pieces. Each layer takes an activation of 10 + its number in the forward pass and gives it back in its backward pass,
-# in which it takes a gradient; the backward pass of the layer behind it gives back what the loss or a layer passed on.
+# Layer traces. Each layer allocates an activation of 10 + its number in the forward pass and frees it in its backward
+# pass, in which it allocates a gradient; the backward pass of the layer behind it frees what the loss or a layer passed
+# on.
 
 
-def piece(*events, here):
-    """A piece by hand, of `("take", bytes)` and `("give", number, where it was taken)`; `here` is its own name."""
+def section_trace(*events, here):
+    """A section by hand, of `("take", bytes)` and `("give", number, where it was taken)`; `here` is its own name."""
     refs: dict[object, int] = {}
     taken, numbers, frees, codes = [], [], [], []
     for action, value, *ref in events:
@@ -158,7 +159,7 @@ def piece(*events, here):
             numbers.append(value)
         frees.append(action == "give")
         codes.append(refs.setdefault(ref[0] if ref else here, len(refs)))
-    return Piece(
+    return SectionTrace(
         blocks=tuple(taken),
         number=np.array(numbers, np.int64),
         frees=np.array(frees, np.bool_),
@@ -167,41 +168,41 @@ def piece(*events, here):
     )
 
 
-def layer_pieces(number: int) -> Mapping[tuple[str, int], Piece]:
+def layer_sections(number: int) -> Mapping[tuple[str, int], SectionTrace]:
     return {
-        ("forward", number): piece(("take", 10 + number), here=("forward", 0)),
-        ("backward", number): piece(("take", 100), ("give", 0, ("forward", 0)), here=("backward", 0)),
+        ("forward", number): section_trace(("take", 10 + number), here=("forward", 0)),
+        ("backward", number): section_trace(("take", 100), ("give", 0, ("forward", 0)), here=("backward", 0)),
     }
 
 
-def three_layers(**changes: Piece | None) -> Pieces:
-    """Layers 0, 1 and 2, with pieces replaced by name (`forward_1`), or taken away by None."""
-    by_segment = {
-        BEFORE: piece(("take", 1), here=BEFORE),
-        **layer_pieces(0),
-        **layer_pieces(1),
-        **layer_pieces(2),
-        HEAD: piece(("take", 2), here=HEAD),
-        LOSS: piece(("take", 3), ("give", 0, HEAD), here=LOSS),
-        REST: piece(("give", 0, BEFORE), ("give", 0, LOSS), here=REST),
+def three_layers(**changes: SectionTrace | None) -> LayerTraces:
+    """Layers 0, 1 and 2, with sections replaced by name (`forward_1`), or removed by None."""
+    by_section = {
+        BEFORE: section_trace(("take", 1), here=BEFORE),
+        **layer_sections(0),
+        **layer_sections(1),
+        **layer_sections(2),
+        HEAD: section_trace(("take", 2), here=HEAD),
+        LOSS: section_trace(("take", 3), ("give", 0, HEAD), here=LOSS),
+        REST: section_trace(("give", 0, BEFORE), ("give", 0, LOSS), here=REST),
     }
     for name, changed in changes.items():
         part, _, number = name.partition("_")
-        segment = (part, int(number)) if number else (part, -1)
-        assert segment in by_segment
+        section = (part, int(number)) if number else (part, -1)
+        assert section in by_section
         if changed is None:
-            del by_segment[segment]
+            del by_section[section]
         else:
-            by_segment[segment] = changed
-    return Pieces(by_segment=by_segment, gradients={}, boundaries={})
+            by_section[section] = changed
+    return LayerTraces(by_section=by_section, gradients={}, layer_inputs={})
 
 
-def five_layers(pieces_of_three: Pieces):
+def five_layers(traces: LayerTraces):
     """Layers 1, 2 and 3 all do what the middle one of three did."""
-    return put_together(pieces_of_three, range(5), [0, 1, 1, 1, 2])
+    return compose_passes(traces, range(5), [0, 1, 1, 1, 2])
 
 
-def test_pieces_that_fit_make_the_passes_of_more_layers():
+def test_layer_traces_that_fit_compose_the_passes_of_more_layers():
     """By hand: three middle layers, each with blocks of its own."""
     passes = five_layers(three_layers())
     sizes = passes.nbytes()
@@ -212,15 +213,15 @@ def test_pieces_that_fit_make_the_passes_of_more_layers():
     rest = [503, 500]
     assert held.tolist() == [*forward, *loss, *backward, *rest]
     assert passes.backward_at == len(forward)
-    assert [segment for segment, _, _ in passes.instances][1:6] == [("forward", layer) for layer in range(5)]
+    assert [section for section, _, _ in passes.instances][1:6] == [("forward", layer) for layer in range(5)]
 
 
-def test_what_the_head_gives_back_of_a_layer_it_gives_back_of_all_that_are_like_it():
-    """The output of every layer kept to the end, as by a model that returns all hidden states."""
+def test_what_the_head_frees_of_a_traced_layer_it_frees_of_all_that_it_represents():
+    """The output of every layer held to the end, as by a model that returns all hidden states."""
     passes = five_layers(
         three_layers(
-            backward_1=piece(("take", 100), here=("backward", 0)),
-            head=piece(("take", 2), ("give", 0, ("forward", 1)), here=HEAD),
+            backward_1=section_trace(("take", 100), here=("backward", 0)),
+            head=section_trace(("take", 2), ("give", 0, ("forward", 1)), here=HEAD),
         )
     )
     given = [~event for event in passes.events[: passes.backward_at] if event < 0]
@@ -232,37 +233,37 @@ def test_what_the_head_gives_back_of_a_layer_it_gives_back_of_all_that_are_like_
     [
         # The middle layer's backward pass is never seen: no gradient passes through it.
         ({"backward_1": None}, "no backward pass"),
-        # The middle layer holds what the first one took: every middle one would give back its neighbour's.
+        # The middle layer holds what the first one took: every middle one would free its neighbour's.
         (
-            {"backward_1": piece(("take", 9), ("give", 0, ("forward", -1)), here=("backward", 0))},
-            "given back twice",
+            {"backward_1": section_trace(("take", 9), ("give", 0, ("forward", -1)), here=("backward", 0))},
+            "freed twice",
         ),
         # A layer gives back what the one behind it takes: in the forward pass that is yet to come.
         (
-            {"forward_1": piece(("take", 11), ("give", 0, ("forward", 1)), here=("forward", 0))},
-            "before it was taken",
+            {"forward_1": section_trace(("take", 11), ("give", 0, ("forward", 1)), here=("forward", 0))},
+            "before it is allocated",
         ),
-        # What lies two layers away does not for the first but one of five, which is played by the same piece.
+        # What lies two layers away does not for the first but one of five, which has the same trace.
         (
-            {"forward_1": piece(("take", 11), ("give", 0, ("forward", -2)), here=("forward", 0))},
+            {"forward_1": section_trace(("take", 11), ("give", 0, ("forward", -2)), here=("forward", 0))},
             "far from each other",
         ),
-        ({"rest": piece(("give", 0, BEFORE), ("give", 0, HEAD), here=REST)}, "given back twice"),
+        ({"rest": section_trace(("give", 0, BEFORE), ("give", 0, HEAD), here=REST)}, "freed twice"),
     ],
 )
-def test_pieces_that_do_not_fit_are_refused(changes, why):
-    """The trap: a sum that comes out, of events that cannot happen."""
+def test_layer_traces_that_do_not_fit_are_refused(changes, why):
+    """The trap: a plausible sum of events that cannot happen."""
     with pytest.raises(NotComposable, match=why):
         five_layers(three_layers(**changes))
 
 
-def layered(segments, events, num_blocks, gradients=()):
+def layered(sections, events, num_blocks, gradients=()):
     return LayeredTrace(
         trace=Trace(blocks=[Block(1, "op")] * num_blocks, events=list(events)),
         batch=(),
-        segments=tuple(segments),
+        sections=tuple(sections),
         gradients=dict(gradients),
-        boundaries={},
+        layer_inputs={},
         called=(0, 1),
     )
 
@@ -270,27 +271,27 @@ def layered(segments, events, num_blocks, gradients=()):
 IN_ORDER = [BEFORE, ("forward", 0), ("forward", 1), HEAD, LOSS, ("backward", 1), ("backward", 0), REST]
 
 
-def test_a_trace_is_cut_where_layers_begin_and_speaks_of_distances():
-    """One block standing; one taken by layer 0 and given back by layer 1, one by layer 1 and given back by the loss."""
+def test_a_trace_is_cut_where_layers_begin_and_refers_by_distance():
+    """One resident block; one that layer 0 allocates and layer 1 frees; one of layer 1 that the loss frees."""
     events = [0, 1, 2, ~1, ~2]
-    cut = pieces.cut(layered(zip([1, 1, 2, 4, 4, 5, 5, 5], IN_ORDER, strict=True), events, 3, {7: 2}))
-    assert cut.by_segment["forward", 1].refs == (("forward", 0), ("forward", -1))
-    assert cut.by_segment["forward", 1].frees.tolist() == [False, True]
-    assert cut.by_segment[LOSS].refs == (("forward", 1),)
-    assert cut.gradients == {7: (("forward", 1), 0)}
+    traces = cut(layered(zip([1, 1, 2, 4, 4, 5, 5, 5], IN_ORDER, strict=True), events, 3, {7: 2}))
+    assert traces.by_section["forward", 1].refs == (("forward", 0), ("forward", -1))
+    assert traces.by_section["forward", 1].frees.tolist() == [False, True]
+    assert traces.by_section[LOSS].refs == (("forward", 1),)
+    assert traces.gradients == {7: (("forward", 1), 0)}
 
 
 @pytest.mark.parametrize(
-    ("segments", "events", "gradients", "why"),
+    ("sections", "events", "gradients", "why"),
     [
         ([*IN_ORDER[:5], ("backward", 0), ("backward", 1), REST], [0], {}, "not in order"),
         ([*IN_ORDER[:3], ("forward", 0), *IN_ORDER[3:]], [0], {}, "not in order"),
         ([BEFORE, HEAD, *IN_ORDER[1:3], *IN_ORDER[4:]], [0], {}, "not in order"),
-        (IN_ORDER, [0, ~0], {}, "was there before it"),
-        (IN_ORDER, [0], {7: 0}, "gradient was there before"),
+        (IN_ORDER, [0, ~0], {}, "was allocated before it"),
+        (IN_ORDER, [0], {7: 0}, "gradient was allocated before"),
     ],
 )
-def test_a_trace_of_layers_that_do_not_run_one_by_one_is_not_cut(segments, events, gradients, why):
-    starts = [1] * len(segments)
+def test_a_trace_of_layers_that_do_not_run_one_by_one_is_not_cut(sections, events, gradients, why):
+    starts = [1] * len(sections)
     with pytest.raises(NotComposable, match=why):
-        pieces.cut(layered(zip(starts, segments, strict=True), events, 1, gradients))
+        cut(layered(zip(starts, sections, strict=True), events, 1, gradients))

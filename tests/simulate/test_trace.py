@@ -1,4 +1,4 @@
-"""The step on fake tensors takes and gives back what the real step does, phase by phase."""
+"""The step on fake tensors allocates and frees what the real step does, phase by phase."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH_SIZE, SEQ_LEN = 8, 64
 LOOPING = {"mamba": 12}
 """Lengths for families whose layers loop over the sequence."""
 SCALARS_BYTES = 128
-"""What is left: single numbers that real operators make and fake ones do not."""
+"""Bytes of the remaining difference: single numbers that real operators allocate and fake ones do not."""
 
 LORA = Lora(r=4, target_modules=None)
 
@@ -68,7 +68,7 @@ def assert_same(family, strategy, precision="fp32", optim="adamw_torch", **kwarg
 @pytest.mark.parametrize("strategy", ["off", "per-layer", "every:2"])
 @pytest.mark.parametrize("family", tiny.CHECKPOINTING)
 def test_a_prediction_is_the_real_step(family, strategy):
-    """The traps: tied weights counted twice, a mask built only for tracers, the random state kept by each layer, and
+    """The traps: tied weights counted twice, a mask built only for tracers, the random state saved by each layer, and
     gradients that the engine adds in place for real tensors only (Mamba's loop over the sequence)."""
     assert_same(family, strategy)
 
@@ -85,7 +85,7 @@ def test_half_precision_is_traced(precision):
 
 
 def test_the_gradient_scaler_is_traced():
-    """The trap: it asks whether a gradient overflowed, and fake tensors have no values to tell."""
+    """The trap: it reads whether a gradient overflowed, and fake tensors have no data."""
     assert_same("llama", "every:2", "fp16-mixed")
 
 
@@ -100,12 +100,12 @@ def test_frozen_parameters_have_no_gradients_and_states(precision, strategy):
     assert_same("llama", strategy, precision, lora=LORA)
 
 
-def test_a_trace_in_full_says_the_same():
+def test_a_full_trace_has_the_same_peaks():
     assert_same("gpt2", "every:2", exact=True)
 
 
 def test_peaks_are_those_of_the_phases():
-    """By hand: 100 held; forward +50 +30, backward −30 +60 −50 −60, optimizer +20 −20."""
+    """By hand: 100 resident; forward +50 +30, backward −30 +60 −50 −60, optimizer +20 −20."""
     line = Timeline(
         nbytes=np.array([100, 50, 30, 60, 20]),
         events=np.array([0, 1, 2, ~2, 3, ~1, ~3, 4, ~4]),

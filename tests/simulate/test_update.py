@@ -1,4 +1,4 @@
-"""The optimizer phase of a few parameters, unrolled to all, is that of all."""
+"""The optimizer phase traced for a few parameters and unrolled to all is that traced for all."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 from gcbench.simulate.trace.optimizer_step import trace_update
 
 FOREACH = TraceMode(patches=optimizer.foreach_on_cpu, notes_random_state=False)
-ROADS = {"cpu": CPU_TRACE, "foreach": FOREACH}
+TRACE_MODES = {"cpu": CPU_TRACE, "foreach": FOREACH}
 CASES = [
     ("cpu", "adamw_torch"),
     ("cpu", "adamw_torch_fused"),
@@ -24,7 +24,7 @@ CASES = [
     ("cpu", "adafactor"),
     ("foreach", "adamw_torch"),
 ]
-"""All that differ: the other optimizers take no other road on CUDA."""
+"""All that differ: the other optimizers take the same dispatch path on CUDA."""
 
 MATRIX, VECTOR, SCALAR = (24, 16), (24,), (1,)
 FP32, BF16 = torch.float32, torch.bfloat16
@@ -56,7 +56,7 @@ LISTS = {
 
 
 def sizes(traced):
-    """What the two phases hold after each of their events, in bytes."""
+    """Bytes allocated after each event of the two phases."""
     signed = [
         [traced.blocks[event].nbytes if event >= 0 else -traced.blocks[~event].nbytes for event in events]
         for events in (traced.first, traced.later)
@@ -64,16 +64,18 @@ def sizes(traced):
     return [list(accumulate(phase)) for phase in signed]
 
 
-def assert_unrolled_is_all(params, road, optim, **kwargs):
-    unrolled = trace_update(params, precision="fp32", optim=optim, road=ROADS[road], **kwargs)
-    in_full = trace_update(params, precision="fp32", optim=optim, road=ROADS[road], every_one=True, **kwargs)
+def assert_unrolled_is_all(params, mode, optim, **kwargs):
+    unrolled = trace_update(params, precision="fp32", optim=optim, trace_mode=TRACE_MODES[mode], **kwargs)
+    in_full = trace_update(
+        params, precision="fp32", optim=optim, trace_mode=TRACE_MODES[mode], every_one=True, **kwargs
+    )
     assert unrolled.num_params == in_full.num_params == len(params)
     assert sizes(unrolled) == sizes(in_full)
-    # Gradients come first, in the order of the parameters: the rest of the step gives them back by that number.
+    # Gradients come first, in the order of the parameters: the rest of the step frees them by that number.
     assert [b.nbytes for b in unrolled.blocks[: len(params)]] == [b.nbytes for b in in_full.blocks[: len(params)]]
-    gradients_given = [[~e for e in events if e < 0 and ~e < len(params)] for events in (unrolled.first, in_full.first)]
-    assert gradients_given[0] == gradients_given[1]
-    assert sorted(gradients_given[0]) == list(range(len(params)))
+    gradients_freed = [[~e for e in events if e < 0 and ~e < len(params)] for events in (unrolled.first, in_full.first)]
+    assert gradients_freed[0] == gradients_freed[1]
+    assert sorted(gradients_freed[0]) == list(range(len(params)))
     assert sum(unrolled.blocks[n].nbytes for n in unrolled.states) == sum(
         in_full.blocks[n].nbytes for n in in_full.states
     )
@@ -97,19 +99,19 @@ def traffic(traced):
 
 
 @pytest.mark.parametrize("looks", LISTS)
-@pytest.mark.parametrize(("road", "optim"), CASES)
-def test_unrolled_is_all(road, optim, looks):
-    """The traps: a loop's variables hold what they got for one parameter until the next one's turn; a foreach operator
-    takes for all before it gives back for any; a temporary of one parameter that is larger than the next one's."""
-    assert_unrolled_is_all(parameters(*LISTS[looks]), road, optim)
+@pytest.mark.parametrize(("mode", "optim"), CASES)
+def test_the_unrolled_trace_equals_the_trace_of_all(mode, optim, looks):
+    """The traps: a loop's variables hold what was assigned for one parameter until the next one's; a foreach operator
+    allocates for all before it frees for any; a temporary of one parameter that is larger than the next one's."""
+    assert_unrolled_is_all(parameters(*LISTS[looks]), mode, optim)
 
 
-@pytest.mark.parametrize(("road", "optim"), CASES)
-def test_any_order_of_any_parameters_unrolls(road, optim):
+@pytest.mark.parametrize(("mode", "optim"), CASES)
+def test_any_order_of_any_parameters_unrolls(mode, optim):
     rng = random.Random(optim)
     for _ in range(4):
         looks = [rng.choice([W, B, HALF_W, HALF_B]) for _ in range(rng.randint(4, 16))]
-        assert_unrolled_is_all(parameters(*looks), road, optim)
+        assert_unrolled_is_all(parameters(*looks), mode, optim)
 
 
 def test_the_order_of_the_parameters_counts():
@@ -123,8 +125,8 @@ def test_the_order_of_the_parameters_counts():
 def test_a_transposed_parameter_is_one_of_its_own():
     """The trap: equal shapes with other strides, for which a foreach operator leaves its fast route."""
     matrix, transposed = torch.empty(24, 16, device="meta"), torch.empty(16, 24, device="meta").t()
-    for road in ROADS:
-        assert_unrolled_is_all([matrix, transposed, matrix, matrix, transposed, matrix], road, "adamw_torch")
+    for mode in TRACE_MODES:
+        assert_unrolled_is_all([matrix, transposed, matrix, matrix, transposed, matrix], mode, "adamw_torch")
 
 
 def test_adam_keeps_two_tensors_and_a_counter_for_each_parameter():
@@ -134,7 +136,7 @@ def test_adam_keeps_two_tensors_and_a_counter_for_each_parameter():
     assert kept == sorted([4, 4, 4, *[24 * 16 * 4] * 4, *[24 * 4] * 2])
 
 
-def test_counters_in_the_hosts_memory_count_nothing():
+def test_counters_in_host_memory_do_not_count():
     traced = assert_unrolled_is_all(parameters(W, B, W), "foreach", "adamw_torch", steps_on_device=False)
     assert sorted(traced.blocks[n].nbytes for n in traced.states) == sorted([*[24 * 16 * 4] * 4, *[24 * 4] * 2])
 
@@ -143,8 +145,8 @@ def test_plain_sgd_keeps_nothing():
     assert assert_unrolled_is_all(parameters(W, B), "cpu", "sgd").states == ()
 
 
-def test_later_phases_make_no_states():
-    """The trap: the states of the first phase taken again in each one."""
+def test_later_phases_create_no_states():
+    """The trap: the states of the first phase allocated again in each one."""
     traced = trace_update(parameters(W, W, B), precision="fp32", optim="adamw_torch")
     first, later = sizes(traced)
     gradients = sum(block.nbytes for block in traced.blocks[:3])
@@ -152,13 +154,15 @@ def test_later_phases_make_no_states():
     assert later[-1] == -gradients
 
 
-def test_foreach_takes_more_at_once_than_a_loop():
-    """The reason for the other road: its temporaries are those of all parameters together."""
+def test_foreach_allocates_more_at_once_than_a_loop():
+    """The reason for a trace mode of its own: its temporaries are those of all parameters together."""
     peaks = {
-        road: max(
-            sizes(trace_update(parameters(*[W] * 20), precision="fp32", optim="adamw_torch", road=ROADS[road]))[1]
+        mode: max(
+            sizes(
+                trace_update(parameters(*[W] * 20), precision="fp32", optim="adamw_torch", trace_mode=TRACE_MODES[mode])
+            )[1]
         )
-        for road in ROADS
+        for mode in TRACE_MODES
     }
     assert peaks["foreach"] > 5 * peaks["cpu"]
 

@@ -107,7 +107,7 @@ class Growth:
 
 def _standing(step: Step) -> tuple[int, ...]:
     assert step.parts is not None
-    return tuple(term.nbytes for term in step.parts.standing)
+    return tuple(term.nbytes for term in step.parts.resident)
 
 
 def _gradients(parts: Parts) -> npt.NDArray[np.bool_]:

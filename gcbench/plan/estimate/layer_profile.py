@@ -60,19 +60,19 @@ def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile |
     Sizes are rounded up to multiples of `rounding` bytes, as the device's allocator does.
     """
     assembly = step.assembly
-    if not assembly.places:
+    if not assembly.sections:
         return None
     line = assembly.timeline
     sizes = -(-line.nbytes // rounding) * rounding
     taken = line.events >= 0
     blocks = np.where(taken, line.events, ~line.events)
     live = np.concatenate([[0], np.cumsum(np.where(taken, sizes[blocks], -sizes[blocks]))])
-    starts = [start for start, _ in assembly.segments]
+    starts = [start for start, _ in assembly.section_starts]
     ends = [*starts[1:], len(line.events)]
     before: dict[tuple[str, int], int] = {}
     after: dict[tuple[str, int], int] = {}
     highest: dict[tuple[str, int], int] = {}
-    for place, start, end in zip(assembly.places, starts, ends, strict=False):
+    for place, start, end in zip(assembly.sections, starts, ends, strict=False):
         before[place], after[place] = int(live[start]), int(live[end])
         highest[place] = int(live[start : end + 1].max())
     seconds: dict[tuple[str, int] | None, float] = {}
@@ -81,9 +81,9 @@ def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile |
         if id(works) not in known:
             known[id(works)] = total(works, figures)
         seconds[segment] = known[id(works)]
-    layers = tuple(layer for part, layer in assembly.places if part == "forward")
-    outside = [place for place in assembly.places if place[1] < 0 and place not in (HEAD, LOSS)]
-    update = starts[len(assembly.places)]
+    layers = tuple(layer for part, layer in assembly.sections if part == "forward")
+    outside = [place for place in assembly.sections if place[1] < 0 and place not in (HEAD, LOSS)]
+    update = starts[len(assembly.sections)]
     return StepProfile(
         layers=layers,
         profiles=tuple(

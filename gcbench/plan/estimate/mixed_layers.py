@@ -13,10 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from gcbench.simulate.compose.whole_step import line_of, requests
+from gcbench.simulate.compose.resident import request_positions
+from gcbench.simulate.compose.step_timeline import step_timeline
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline
-from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, NotComposable, Segment
+from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, NotComposable, Section
 
 Ints = npt.NDArray[np.int64]
 
@@ -58,7 +59,7 @@ class Combiner:
         known = [part for part in parts if part is not None]
         if len(known) < len(parts):
             raise NotComposable("a step was traced in full")
-        self.segments: tuple[Segment, ...] = tuple(segment for segment, _, _ in known[0].passes.instances)
+        self.segments: tuple[Section, ...] = tuple(segment for segment, _, _ in known[0].passes.instances)
         if any(tuple(segment for segment, _, _ in part.passes.instances) != self.segments for part in known):
             raise NotComposable("the steps' segments are not the same")
         self.layers = tuple(layer for part, layer in self.segments if part == "forward")
@@ -90,7 +91,7 @@ class Combiner:
         numbers = np.array([table.gradients[1] for table in self._tables], np.int64)
         of_params = np.arange(len(homes))
         gradients = bases[homes] + numbers[source[homes], of_params]
-        standing = len(part.standing)
+        standing = len(part.resident)
         sizes = [
             lines[step].nbytes[standing + table.bases[number] : standing + table.bases[number] + table.counts[number]]
             for number, step in enumerate(source)
@@ -98,13 +99,13 @@ class Combiner:
         ]
         own = len(step.update.own)
         own_at = standing + part.passes.num_blocks
-        return line_of(
+        return step_timeline(
             events,
             np.concatenate([lines[0].nbytes[:standing], *sizes, lines[0].nbytes[own_at : own_at + own], *sizes]),
             gradients.tolist(),
             num_blocks=int(counts.sum()),
             backward_at=backward_at,
-            requested=[self._moved(at, backward_at) for at in requests(part.standing, part.passes)],
+            requested=[self._moved(at, backward_at) for at in request_positions(part.resident, part.passes)],
             update=step.update,
         )
 

@@ -12,7 +12,8 @@ from gcbench.plan.decision import Candidate, MemoryLever
 from gcbench.plan.search.two_cores import Ahead
 from gcbench.plan.task import PlanTask
 from gcbench.predict.worker import CHUNKS, Session
-from gcbench.simulate.compose.whole_step import Assembly, Ints, Kind
+from gcbench.simulate.compose.block_kinds import Ints, Kind
+from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.explain import without_logits
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline

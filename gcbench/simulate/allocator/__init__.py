@@ -1,1 +1,1 @@
-"""CUDA's caching allocator as arithmetic."""
+"""Simulates CUDA's caching allocator."""

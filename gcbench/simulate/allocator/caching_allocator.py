@@ -1,4 +1,4 @@
-"""CUDA's caching allocator as arithmetic: what a sequence of mallocs and frees allocates and reserves.
+"""Simulates CUDA's caching allocator: what a sequence of mallocs and frees allocates and reserves.
 
 A model of `DeviceCachingAllocator` in pytorch's c10/cuda/CUDACachingAllocator.cpp (constants in
 c10/core/AllocatorConfig.h), torch 2.11 to 2.13, on one stream. Functions named in backquotes without a leading
@@ -7,13 +7,13 @@ underscore are that file's.
 Covered, with the settings torch has by default:
 - sizes in multiples of 512 B (`round_size`); requests up to 1 MiB in the small pool, others in the large (`get_pool`);
 - best fit: the smallest free block, of equal ones that at the lowest address (`BlockComparatorSize`, `get_free_block`).
-  Nothing is too large to be handed out: the two tests on oversize blocks compare with `max_split_size`, by default
+  No block is too large to be handed out: the two tests on oversize blocks compare with `max_split_size`, by default
   infinite;
 - the rest of a block is split off if it is at least 512 B (small pool) or more than 1 MiB (large pool), else it is
   handed out, and counted as allocated, with the block (`should_split`, `alloc_found_block`);
 - segments of 2 MiB, of 20 MiB, or of the size rounded up to 2 MiB (`get_allocation_size`), which stay reserved;
 - freed neighbours within a segment merge (`free_block`, `try_merge_blocks`);
-- at the device's limit every wholly free segment of both pools is given back and the request tried once more
+- at the device's limit every wholly free segment of both pools is released and the request tried once more
   (`release_cached_blocks`), then it is out of memory;
 - `expandable_segments:True`: one growing segment per pool, mapped in pages of 2 MiB (small) or 20 MiB (large); rests
   are split off from 512 B on in both pools.
@@ -22,8 +22,8 @@ Not covered: `roundup_power2_divisions`, `max_split_size_mb`, `garbage_collectio
 private pools and CUDA graphs, blocks used on a second stream.
 
 Two things only the driver knows are assumed. Addresses: every segment lies above all earlier ones, on a multiple of
-2 MiB; which of several free blocks of one size is taken depends on it, and with it, slightly, the fragmentation. The
-limit: a segment or page can be had as long as the reserved total stays within it.
+2 MiB; the choice among free blocks of one size depends on it, and so, slightly, does the fragmentation. The limit: a
+segment or page can be reserved as long as the reserved total stays within it.
 """
 
 from __future__ import annotations
@@ -35,23 +35,23 @@ from gcbench.simulate.allocator.pools import (
     MIN_OWN_SEGMENT_BYTES,
     SEGMENT_ROUNDING_BYTES,
     SMALL_REQUEST_BYTES,
-    Block,
     Pool,
+    PoolBlock,
     by_address,
 )
 
 NULL = 0
-"""The handle of an allocation of zero bytes, which takes nothing."""
+"""The handle of an allocation of zero bytes, which has no block."""
 
 _FIRST_ADDRESS = SEGMENT_ROUNDING_BYTES
 _UNLIMITED_ADDRESS_SPACE_BYTES = 1 << 50
 
 
 class OutOfMemory(Exception):
-    """A request that does not fit even with every free segment given back; the allocator stays usable.
+    """A request that does not fit even with every free segment released; the allocator stays usable.
 
     Attributes:
-        requested_bytes: what was asked for, rounded up as the allocator does.
+        requested_bytes: the request, rounded up as the allocator does.
         allocated_bytes, reserved_bytes, limit_bytes: as the allocator's, at that moment.
     """
 
@@ -72,11 +72,11 @@ class CachingAllocator:
     Handles are the addresses of the blocks. A million events take a few seconds.
 
     Args:
-        limit_bytes: what the allocator may reserve at most: the device's memory less what others hold of it. None is
-            a device without end.
+        limit_bytes: what the allocator may reserve at most: the device's memory less what other processes and
+            libraries hold. None for no limit.
         expandable_segments: as in PYTORCH_ALLOC_CONF. Reserved then counts mapped pages. torch also refuses a request
             if reserved and its `get_allocation_size` exceed a fraction set by `set_per_process_memory_fraction`, even
-            where fewer new pages would do; the limit here is the device's own, which only pages are held against.
+            where fewer new pages would do; the limit here is the device's own, which only pages count against.
     """
 
     def __init__(self, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> None:
@@ -84,7 +84,7 @@ class CachingAllocator:
         self._expandable = expandable_segments
         self._small = Pool(is_small=True, expandable_segments=expandable_segments)
         self._large = Pool(is_small=False, expandable_segments=expandable_segments)
-        self._live: dict[int, Block] = {}
+        self._live: dict[int, PoolBlock] = {}
         self._next_address = _FIRST_ADDRESS
         self._allocated = self._peak_allocated = 0
         self._reserved = self._peak_reserved = 0
@@ -112,11 +112,11 @@ class CachingAllocator:
 
     @property
     def num_alloc_retries(self) -> int:
-        """`num_alloc_retries` of `torch.cuda.memory_stats`: requests tried again after the cache was given back."""
+        """`num_alloc_retries` of `torch.cuda.memory_stats`: requests tried again after the cache was released."""
         return self._num_alloc_retries
 
     def reset_peaks(self) -> None:
-        """`torch.cuda.reset_peak_memory_stats`: peaks start again from what is held now."""
+        """`torch.cuda.reset_peak_memory_stats`: peaks start again from what is allocated and reserved now."""
         self._peak_allocated = self._allocated
         self._peak_reserved = self._reserved
 
@@ -124,37 +124,37 @@ class CachingAllocator:
         """Allocate as `malloc` does; returns the handle, `NULL` for zero bytes.
 
         Raises:
-            OutOfMemory: the limit does not allow it, even with all that is cached given back.
+            OutOfMemory: the limit does not allow it, even with the whole cache released.
         """
         if nbytes == 0:
             return NULL
-        block = self.take(-(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+        block = self.allocate(-(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
         self._live[block.address] = block
         return block.address
 
     def free(self, handle: int) -> None:
-        """Give back what `malloc` returned; its block merges with free neighbours (`free_block`).
+        """Free what `malloc` returned; its block merges with free neighbours (`free_block`).
 
         Raises:
             KeyError: nothing is allocated under this handle.
         """
         if handle != NULL:
-            self.give(self._live.pop(handle))
+            self.release(self._live.pop(handle))
 
-    def take(self, size: int) -> Block:
-        """`malloc` of a size that is rounded already and not zero, for who keeps the block himself."""
+    def allocate(self, size: int) -> PoolBlock:
+        """`malloc` of a size that is rounded already and not zero, for a caller that keeps the block."""
         pool = self._small if size <= SMALL_REQUEST_BYTES else self._large
         block = pool.free.take(size) or self._new_block(pool, size)
         if block.size - size >= pool.min_rest:
-            pool.free.add(block.cut(size))
+            pool.free.add(block.split(size))
         block.allocated = True
         self._allocated += block.size
         if self._allocated > self._peak_allocated:
             self._peak_allocated = self._allocated
         return block
 
-    def give(self, block: Block) -> None:
-        """`free` of a block that `take` returned."""
+    def release(self, block: PoolBlock) -> None:
+        """`free` of a block that `allocate` returned."""
         block.allocated = False
         self._allocated -= block.size
         before, behind = block.prev, block.next
@@ -163,7 +163,7 @@ class CachingAllocator:
         insort(block.pool.free.entries, (block.size, block.address, block))
 
     def empty_cache(self) -> None:
-        """`torch.cuda.empty_cache`: give back every wholly free segment, or page of an expandable one."""
+        """`torch.cuda.empty_cache`: release every wholly free segment, or page of an expandable one."""
         for pool in (self._large, self._small):
             for block in tuple(pool.free):
                 if self._expandable:
@@ -172,14 +172,14 @@ class CachingAllocator:
                     pool.free.drop(block)
                     self._reserved -= block.size
 
-    def _new_block(self, pool: Pool, size: int) -> Block:
-        """A block from the device, if need be after giving back what is cached (the second half of `malloc`)."""
-        take = self._expand if self._expandable else self._new_segment
-        block = take(pool, size)
+    def _new_block(self, pool: Pool, size: int) -> PoolBlock:
+        """A block of newly reserved memory, if need be after emptying the cache (the second half of `malloc`)."""
+        reserve_block = self._expand if self._expandable else self._new_segment
+        block = reserve_block(pool, size)
         if block is None:
             self.empty_cache()
             self._num_alloc_retries += 1
-            block = take(pool, size)
+            block = reserve_block(pool, size)
         if block is None:
             assert self._limit is not None
             raise OutOfMemory(
@@ -191,7 +191,7 @@ class CachingAllocator:
         return block
 
     def _reserve(self, nbytes: int) -> bool:
-        """Take memory from the device; False where the limit forbids it."""
+        """Reserve memory on the device; False if the limit forbids it."""
         if self._limit is not None and self._reserved + nbytes > self._limit:
             return False
         self._reserved += nbytes
@@ -199,19 +199,19 @@ class CachingAllocator:
             self._peak_reserved = self._reserved
         return True
 
-    def _new_range(self, pool: Pool, nbytes: int, *, mapped: bool) -> Block:
-        """Addresses above all earlier ones."""
+    def _new_range(self, pool: Pool, nbytes: int, *, mapped: bool) -> PoolBlock:
+        """A block at addresses above all earlier ones."""
         address = self._next_address
         self._next_address += nbytes
-        return Block(pool, address, nbytes, address, mapped)
+        return PoolBlock(pool, address, nbytes, address, mapped)
 
-    def _new_segment(self, pool: Pool, size: int) -> Block | None:
-        """A segment by cudaMalloc (`alloc_block`, `get_allocation_size`); None where the limit forbids it."""
+    def _new_segment(self, pool: Pool, size: int) -> PoolBlock | None:
+        """A segment by cudaMalloc (`alloc_block`, `get_allocation_size`); None if the limit forbids it."""
         nbytes = pool.page if size < MIN_OWN_SEGMENT_BYTES else _round_up(size, SEGMENT_ROUNDING_BYTES)
         return self._new_range(pool, nbytes, mapped=True) if self._reserve(nbytes) else None
 
-    def _merge_neighbours(self, block: Block) -> None:
-        """Swallow the neighbours that are free, and mapped as the block is (`try_merge_blocks`)."""
+    def _merge_neighbours(self, block: PoolBlock) -> None:
+        """Merge with the neighbours that are free, and mapped or unmapped as the block is (`try_merge_blocks`)."""
         before, behind = block.prev, block.next
         if before is not None and not before.allocated and before.mapped is block.mapped:
             self._forget(before)
@@ -228,16 +228,16 @@ class CachingAllocator:
                 block.next.prev = block
 
     @staticmethod
-    def _forget(block: Block) -> None:
+    def _forget(block: PoolBlock) -> None:
         if block.mapped:
             block.pool.free.drop(block)
         else:
             block.pool.unmapped.remove(block)
 
-    def _expand(self, pool: Pool, size: int) -> Block | None:
-        """Map pages until a block of `size` bytes stands there (`try_allocate_expandable_block`).
+    def _expand(self, pool: Pool, size: int) -> PoolBlock | None:
+        """Map pages until there is a block of `size` bytes (`try_allocate_expandable_block`).
 
-        None where the limit forbids it; pages that were mapped on the way stay, as in the source.
+        None if the limit forbids it; pages that were mapped before that stay, as in the source.
         """
         block = self._expandable_room(pool, size)
         if not block.mapped and not self._map(block, min(block.size, size)):
@@ -247,11 +247,11 @@ class CachingAllocator:
             assert following is not None
             if not self._map(following, min(following.size, size - block.size)):
                 return None
-            block = following  # which swallowed the one before it
+            block = following  # which has merged with the one before it
         pool.free.drop(block)
         return block
 
-    def _expandable_room(self, pool: Pool, size: int) -> Block:
+    def _expandable_room(self, pool: Pool, size: int) -> PoolBlock:
         """The lowest run of free and unmapped blocks with room for `size` (`find_expandable_block`)."""
         for unmapped in pool.unmapped:
             before = unmapped.prev
@@ -272,7 +272,7 @@ class CachingAllocator:
         insort(pool.unmapped, segment, key=by_address)
         return segment
 
-    def _map(self, block: Block, size: int) -> bool:
+    def _map(self, block: PoolBlock, size: int) -> bool:
         """Back the first `size` bytes of an unmapped block with whole pages, all or none (`map_block`)."""
         mapped = _round_up(size, block.pool.page)
         if not self._reserve(mapped):
@@ -280,14 +280,14 @@ class CachingAllocator:
         pool = block.pool
         pool.unmapped.remove(block)
         if mapped < block.size:
-            insort(pool.unmapped, block.cut(mapped), key=by_address)
+            insort(pool.unmapped, block.split(mapped), key=by_address)
         block.mapped = True
         self._merge_neighbours(block)
         pool.free.add(block)
         return True
 
-    def _unmap(self, block: Block) -> None:
-        """Give back the whole pages inside a free block of an expandable segment (`unmap_block`)."""
+    def _unmap(self, block: PoolBlock) -> None:
+        """Unmap the whole pages inside a free block of an expandable segment (`unmap_block`)."""
         pool = block.pool
         begin = block.origin + _round_up(block.address - block.origin, pool.page)
         end = block.origin + (block.address + block.size - block.origin) // pool.page * pool.page
@@ -295,10 +295,10 @@ class CachingAllocator:
             return
         pool.free.drop(block)
         if begin > block.address:
-            front, block = block, block.cut(begin - block.address)
+            front, block = block, block.split(begin - block.address)
             pool.free.add(front)
         if end < block.address + block.size:
-            pool.free.add(block.cut(end - begin))
+            pool.free.add(block.split(end - begin))
         block.mapped = False
         self._reserved -= end - begin
         self._merge_neighbours(block)

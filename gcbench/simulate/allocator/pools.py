@@ -1,4 +1,4 @@
-"""The pools of CUDA's caching allocator: blocks of its segments, and the free ones in order."""
+"""Keeps the pools of CUDA's caching allocator: blocks of its segments, and the free ones in order."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SEGMENT_ROUNDING_BYTES = 2 << 20
 """kMinBlockSize, kSmallSize, kSmallBuffer, large_segment_size_, kMinLargeAlloc and kRoundLarge."""
 
 
-class Block:
-    """A piece of a segment, with its neighbours. `origin` is where the segment begins: its pages are counted thence."""
+class PoolBlock:
+    """A part of a segment, with its neighbours. `origin` is the segment's address, from which its pages are counted."""
 
     __slots__ = ("address", "allocated", "mapped", "next", "origin", "pool", "prev", "size")
 
@@ -27,12 +27,12 @@ class Block:
         self.origin = origin
         self.mapped = mapped
         self.allocated = False
-        self.prev: Block | None = None
-        self.next: Block | None = None
+        self.prev: PoolBlock | None = None
+        self.next: PoolBlock | None = None
 
-    def cut(self, size: int) -> Block:
-        """Keep the first `size` bytes; the rest as a new block, linked in behind."""
-        rest = Block(self.pool, self.address + size, self.size - size, self.origin, self.mapped)
+    def split(self, size: int) -> PoolBlock:
+        """Keep the first `size` bytes; return the rest as a new block, linked in behind."""
+        rest = PoolBlock(self.pool, self.address + size, self.size - size, self.origin, self.mapped)
         self.size = size
         rest.prev = self
         rest.next = self.next
@@ -61,18 +61,18 @@ class FreeBlocks:
 
     def __init__(self, *, can_grow: bool) -> None:
         self._can_grow = can_grow
-        self.entries: list[tuple[int, int, Block]] = []
+        self.entries: list[tuple[int, int, PoolBlock]] = []
 
-    def __iter__(self) -> Iterator[Block]:
+    def __iter__(self) -> Iterator[PoolBlock]:
         return (block for _, _, block in self.entries)
 
-    def add(self, block: Block) -> None:
+    def add(self, block: PoolBlock) -> None:
         insort(self.entries, (block.size, block.address, block))
 
-    def drop(self, block: Block) -> None:
+    def drop(self, block: PoolBlock) -> None:
         del self.entries[bisect_left(self.entries, (block.size, block.address))]
 
-    def take(self, size: int) -> Block | None:
+    def take(self, size: int) -> PoolBlock | None:
         """Remove and return the best fit: the smallest block of at least `size`, of equal ones the lowest.
 
         A block that can grow counts with the address space behind it, so that the growing end of a segment is used
@@ -106,4 +106,4 @@ class Pool:
         # `should_split`: from 512 B on, or strictly more than 1 MiB
         self.min_rest = MIN_BLOCK_BYTES if is_small or expandable_segments else SMALL_REQUEST_BYTES + 1
         self.free = FreeBlocks(can_grow=expandable_segments)
-        self.unmapped: list[Block] = []  # by address
+        self.unmapped: list[PoolBlock] = []  # by address

@@ -1,1 +1,1 @@
-"""A whole step from traced layers."""
+"""Composes a whole step from the traces of a few layers."""

@@ -1,1 +1,1 @@
-"""What a step on a CUDA card runs and allocates, for a step on fake CPU tensors."""
+"""The kernels, buffers and workspaces of a CUDA card, for a step on fake CPU tensors."""

@@ -1,11 +1,11 @@
-"""`scaled_dot_product_attention` on fake CPU tensors, by the road that it would take on a CUDA card.
+"""Dispatches `scaled_dot_product_attention` on fake CPU tensors to the kernel that a CUDA card would run.
 
-Stands where `scaled_dot_product_attention` and `_scaled_dot_product_attention_math` stand in pytorch's
-aten/src/ATen/native/transformers/attention.cpp (torch 2.11 to 2.13): chooses the kernel, prepares its inputs, and
-calls its operator, which allocates the same results, and keeps the same tensors for the backward pass, on a CPU. Those
-operators know shapes on fake tensors only, so nothing is computed.
+Replaces `scaled_dot_product_attention` and `_scaled_dot_product_attention_math` of pytorch's
+aten/src/ATen/native/transformers/attention.cpp (torch 2.11 to 2.13): it chooses the kernel, prepares its inputs, and
+calls its operator, which allocates the same results, and saves the same tensors for the backward pass, on a CPU. For
+fake tensors those operators compute shapes only.
 
-What the kernels take for themselves while they run is in `attention_buffers.py`.
+The buffers inside the kernels are in `attention_buffers.py`.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _EFFICIENT_MASK_MULTIPLE = 8
 
 
 class CudaAttention:
-    """While it is entered, attention is traced as on `target`, forward and backward, recomputation included.
+    """Traces attention as on `target` while it is entered: forward and backward pass, and recomputation.
 
-    It replaces `torch.nn.functional.scaled_dot_product_attention`, where transformers and torch look the function up
-    when they call it. A `TorchFunctionMode` would miss the recomputation of checkpointed layers and
+    It replaces `torch.nn.functional.scaled_dot_product_attention`, which transformers and torch look up at each call. A
+    `TorchFunctionMode` would miss the recomputation of checkpointed layers and
     `nn.MultiheadAttention`: it is off while it handles a call, and `Tensor.backward` is one.
 
     Args:
-        target: a CUDA device. Where its compute capability is unknown, `ASSUMED_CAPABILITY`.
-        cudnn_version: of the target, as cuDNN counts: 92000 is 9.20.0.
+        target: a CUDA device; `ASSUMED_CAPABILITY` if its compute capability is unknown.
+        cudnn_version: of the target, in cuDNN's numbering: 92000 is 9.20.0.
 
     Attributes:
-        gpu: what the rules know of the target.
-        chosen: calls by kernel ("cudnn", "flash", "efficient", "math"), over all that ran while it was entered.
-        reasons: kernel passed over -> why -> calls.
+        gpu: the properties of the target that the rules read.
+        chosen: calls by kernel ("cudnn", "flash", "efficient", "math"), over all calls while it was entered.
+        reasons: rejected kernel -> reason -> calls.
     """
 
     def __init__(self, target: Target, *, cudnn_version: int = CUDNN_VERSION) -> None:
@@ -98,17 +98,19 @@ def describe(
     is_causal: bool,
     enable_gqa: bool,
 ) -> AttentionCall:
-    """What the rules look at in these tensors, of shape (batch, heads, sequence, head dimension)."""
+    """The properties of these tensors, of shape (batch, heads, sequence, head dimension), that the rules read."""
     tensors = (query, key, value)
-    seen = None
+    mask_properties = None
     if mask is not None:
-        seen = Mask(shape=tuple(mask.shape), requires_grad=mask.requires_grad, last_dim_is_dense=mask.stride(-1) == 1)
+        mask_properties = Mask(
+            shape=tuple(mask.shape), requires_grad=mask.requires_grad, last_dim_is_dense=mask.stride(-1) == 1
+        )
     return AttentionCall(
         dtype=str(query.dtype).removeprefix("torch."),
         query=tuple(query.shape),
         key=tuple(key.shape),
         value=tuple(value.shape),
-        mask=seen,
+        mask=mask_properties,
         dropout_p=dropout_p,
         is_causal=is_causal,
         needs_grad=torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors),
@@ -119,7 +121,7 @@ def describe(
 
 
 def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """As autocast casts what goes into attention, which is on its list of operators for the lower precision."""
+    """Cast an input of attention as autocast does, which lists it for the lower precision."""
     device_type = tensor.device.type
     if not torch.is_autocast_enabled(device_type) or not tensor.is_floating_point() or tensor.dtype is torch.float64:
         return tensor
@@ -127,14 +129,14 @@ def _autocast(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Below autocast, as the composite runs: its matrix products keep the precision it gave them."""
+    """Run below autocast, as the composite does: its matrix products keep their precision."""
     if not torch.is_autocast_enabled(device_type):
         return nullcontext()
     return torch.autocast(device_type, enabled=False)
 
 
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
-    """A boolean mask as 0 and -inf, a copy of its own shape in `dtype` (`convert_boolean_attn_mask`)."""
+    """Convert a boolean mask to 0 and -inf, in a copy of its own shape in `dtype` (`convert_boolean_attn_mask`)."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     minus_infinity = torch.scalar_tensor(-math.inf, dtype=dtype, device=mask.device)
@@ -149,7 +151,7 @@ def flash(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    """Head dimensions padded to a multiple of 8 and cut off again (`pad_last_dim`, `post_process_flash_output`)."""
+    """Run it with head dimensions padded to a multiple of 8 (`pad_last_dim`, `post_process_flash_output`)."""
     head_dim = query.shape[-1]
     padding = -head_dim % _FLASH_HEAD_DIM_MULTIPLE
     if padding:
@@ -180,9 +182,9 @@ def _efficient(
 
 
 def _aligned(mask: torch.Tensor) -> torch.Tensor:
-    """A copy with longer rows where a stride is no multiple of 8 elements (`preprocess_mask`, `pad_bias`).
+    """Copy to longer rows if a stride is no multiple of 8 elements (`preprocess_mask`, `pad_bias`).
 
-    As in the source, rows that are a multiple already become 8 longer when it is another stride that is at fault.
+    As in the source, rows that are a multiple already become 8 longer if another stride is not.
     """
     if mask.stride(-1) == 1 and all(stride % _EFFICIENT_MASK_MULTIPLE == 0 for stride in mask.stride()[:-1]):
         return mask
@@ -217,12 +219,12 @@ def math_attention(
     scale: float | None,
     enable_gqa: bool,
 ) -> torch.Tensor:
-    """Attention in single operators, with scores of shape (batch, heads, queries, keys), in fp32 where half came in.
+    """Run attention as single operators, with scores of shape (batch, heads, queries, keys), in fp32 for half inputs.
 
-    `_scaled_dot_product_attention_math` itself would not do: under a dispatch mode, and for fake tensors, it adds the
-    mask out of place, and on a CPU its dropout keeps a mask in the scores' dtype. Names stay bound to the end here
+    `_scaled_dot_product_attention_math` itself does not fit: under a dispatch mode, and for fake tensors, it adds the
+    mask out of place, and on a CPU its dropout saves a mask in the scores' dtype. Names stay bound to the end here
     because the variables of the original do. It also converts the weights to the input's dtype, for a second result
-    that nobody reads.
+    that is not read.
     """
     dtype = query.dtype
     mask = _additive(mask, dtype)
@@ -232,9 +234,9 @@ def math_attention(
     root = math.sqrt(abs(factor))
     scaled = query_acc * (-root if factor < 0 else root)
     if is_causal:
-        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = _additive(seen, scaled.dtype)
-        del seen
+        visible = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = _additive(visible, scaled.dtype)
+        del visible
     key_expanded, value_expanded = key_acc, value_acc
     if enable_gqa and query.shape[-3] != key.shape[-3]:
         key_expanded = key_acc.repeat_interleave(query.shape[-3] // key.shape[-3], -3)

@@ -1,13 +1,13 @@
-"""What attention's operators take for themselves on a card while they run, which a trace of operators cannot see.
+"""Lists the buffers that attention's operators allocate inside on a card, which a trace of operators cannot see.
 
-From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers given for one call are alive at
-the same time, together with the operator's results and inputs, and given back when it returns; where an operator has
-two phases, they are those of the larger one. Deterministic algorithms, which take more, are not covered.
+From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers of one call are alive at the same
+time, together with the operator's results and inputs, and freed when it returns; if an operator has two phases, they
+are those of the larger one. Deterministic algorithms, which need more, are not covered.
 
-What cuDNN takes beyond the tensors that its front end names was measured on an H100, in one block with them, and is
-taken to be the same on other cards. What cannot be known from source is assumed: a card's shared memory, which decides
-between tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one
-row sum per query.
+What cuDNN allocates beyond the tensors that its front end names was measured on an H100, in one block with them, and is
+assumed to be the same on other cards. What sources do not say is assumed: a card's shared memory, which decides between
+tiles of the memory-efficient kernel, follows from its compute capability; and AOTriton on AMD's cards needs one row sum
+per query.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import Gpu, gpu_of
 
 ASSUMED_NUM_SMS = 108
-"""Of a card of which only the memory is known: an A100's."""
+"""Multiprocessors of a card of which only the memory is known: an A100's."""
 
 _FP32_BYTES = 4
 _FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
@@ -47,35 +47,37 @@ _SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cud
 
 
 @dataclass(frozen=True, kw_only=True)
-class Internal:
-    """A buffer inside an operator: what it holds, its size, and where that is written, or that it is assumed."""
+class KernelBuffer:
+    """A buffer inside an operator: what it holds, its size in bytes, and the source of that, or that it is assumed."""
 
     name: str
     nbytes: int
     source: str
 
 
-def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target) -> tuple[Internal, ...]:
+def internal_buffers(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], target: Target
+) -> tuple[KernelBuffer, ...]:
     """The buffers of one call of an aten operator on `target`, from the shapes and strides of its arguments.
 
-    `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it. Empty for operators that are not attention's,
-    or take nothing.
+    `func` is a `torch._ops.OpOverload`, as in `__torch_dispatch__`. Empty for operators that are not attention's, or
+    have no buffers.
     """
     buffers = _BUFFERS.get(func)
     if buffers is None:
         return ()
     card = target.card
     num_sms = card.num_sms if card is not None and card.num_sms is not None else ASSUMED_NUM_SMS
-    # A dispatch mode is not handed trailing arguments that have their default.
+    # A dispatch mode does not get trailing arguments that have their default.
     arguments = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = zip((argument.name for argument in arguments), args, strict=False)
-    inputs = {**defaults, **dict(given), **kwargs}
-    return tuple(found for found in buffers(inputs, gpu_of(target), num_sms) if found.nbytes)
+    by_name = zip((argument.name for argument in arguments), args, strict=False)
+    inputs = {**defaults, **dict(by_name), **kwargs}
+    return tuple(buffer for buffer in buffers(inputs, gpu_of(target), num_sms) if buffer.nbytes)
 
 
 class _Sizes(NamedTuple):
-    """Of one call; `key_heads` is less than `heads` where heads are grouped."""
+    """The sizes of one call; `key_heads` is less than `heads` if heads are grouped."""
 
     batch: int
     heads: int
@@ -88,22 +90,22 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(inputs: dict[str, Any]) -> _Sizes:
-    """From query, key and value of shape (batch, heads, sequence, head dimension)."""
+    """Read the sizes from query, key and value of shape (batch, heads, sequence, head dimension)."""
     query, key, value = inputs["query"], inputs["key"], inputs["value"]
     batch, heads, queries, head_dim = query.shape
     return _Sizes(batch, heads, key.shape[1], queries, key.shape[2], head_dim, value.shape[3], query.element_size())
 
 
-def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
-    """Partial results of each split, where so few blocks are to be run that the keys are split among processors."""
+def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    """Partial results of each split, if there are so few blocks that the keys are split among multiprocessors."""
     s = _sizes(inputs)
     if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
         return
     splits = _num_splits(s, num_sms)
     if splits > 1:
         rows = splits * s.batch * s.heads * s.queries
-        yield Internal(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
-        yield Internal(
+        yield KernelBuffer(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
+        yield KernelBuffer(
             name="partial out", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_FORWARD
         )
 
@@ -125,53 +127,55 @@ def _num_splits(s: _Sizes, num_sms: int) -> int:
     return next((splits for splits, full in fullness.items() if full >= enough), 1)
 
 
-def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     yield from _bshd_copy(inputs["grad_out"], "contiguous grad_out", _COPIES)
     yield from _bshd_copy(inputs["out"], "contiguous out", _COPIES)
     if gpu.vendor == "amd":
-        yield Internal(name="delta", nbytes=s.batch * s.heads * s.queries * _FP32_BYTES, source=_AOTRITON)
+        yield KernelBuffer(name="delta", nbytes=s.batch * s.heads * s.queries * _FP32_BYTES, source=_AOTRITON)
         return
     rows = s.batch * s.heads * _round_up(s.queries, 128)
-    yield Internal(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_BACKWARD)
-    yield Internal(name="dq_accum", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_BACKWARD)
+    yield KernelBuffer(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_BACKWARD)
+    yield KernelBuffer(
+        name="dq_accum", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_BACKWARD
+    )
     if s.key_heads != s.heads:
         nbytes = s.batch * s.keys * s.heads * s.head_dim * s.itemsize
-        yield Internal(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
-        yield Internal(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+        yield KernelBuffer(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+        yield KernelBuffer(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
 
 
 def _rounded_head_dim(head_dim: int) -> int:
-    """As flash attention rounds it, from a multiple of 8."""
+    """Round up a multiple of 8 as flash attention does."""
     return _round_up(head_dim, 32 if head_dim <= 128 else 64)
 
 
-def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
-    """Only kernels for head dimensions over 128 keep the output in memory, and only half needs it in fp32 there."""
+def _efficient_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    """The output in fp32: only kernels for head dimensions over 128 accumulate it in memory, and half needs a copy."""
     s = _sizes(inputs)
     if gpu.vendor == "nvidia" and max(s.head_dim, s.value_dim) > 128 and s.itemsize < _FP32_BYTES:
         nbytes = s.batch * s.queries * s.heads * s.value_dim * _FP32_BYTES
-        yield Internal(name="output_accum", nbytes=nbytes, source=_EFFICIENT_FORWARD)
+        yield KernelBuffer(name="output_accum", nbytes=nbytes, source=_EFFICIENT_FORWARD)
 
 
-def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     yield from _bshd_copy(inputs["grad_out_"], "contiguous grad_out", _EFFICIENT_BACKWARD)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
-    delta = Internal(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
+    delta = KernelBuffer(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
     if gpu.vendor == "amd":
         yield delta
         return
     tile = _tile(s, gpu, has_dropout=inputs["dropout_p"] > 0)
-    workspace = Internal(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
+    workspace = KernelBuffer(name="workspace", nbytes=_workspace_bytes(s, gpu, tile), source=_WORKSPACE)
     # `kKernelComputesDelta`; otherwise delta is the sum of an elementwise product, in fp32.
     is_half = s.itemsize < _FP32_BYTES
-    if is_half and (tile.keeps_gradients or not _is_volta(gpu)):
+    if is_half and (tile.gradients_in_registers or not _is_volta(gpu)):
         yield delta
         yield workspace
         return
     fp32_tensors = 3 if is_half else 1
-    product = Internal(
+    product = KernelBuffer(
         name="grad_out * out", nbytes=rows_bytes * (fp32_tensors * s.value_dim + 1), source=_EFFICIENT_BACKWARD
     )
     yield delta
@@ -179,11 +183,11 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
 
 
 class _Tile(NamedTuple):
-    """A memory-efficient backward kernel: block sizes, and whether it keeps dK and dV in registers."""
+    """A memory-efficient backward kernel: block sizes, and whether dK and dV stay in registers."""
 
     queries: int
     keys: int
-    keeps_gradients: bool
+    gradients_in_registers: bool
 
 
 def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
@@ -202,24 +206,24 @@ def _tile(s: _Sizes, gpu: Gpu, *, has_dropout: bool) -> _Tile:
 
 
 def _has_large_shared_memory(gpu: Gpu) -> bool:
-    """96 KB a block on Volta, 163 KB and more on the others named here; the rest have 64 or 99 KB.
+    """Whether a block has 96 KB of shared memory, as on Volta, or 163 KB and more; other cards have 64 or 99 KB.
 
     From the technical specifications in the CUDA programming guide. Which kernels fit is assumed; pytorch's source
-    has one for sm86 and sm89 alone, because the larger does not.
+    has one for sm86 and sm89 alone, because the larger one does not fit.
     """
     return gpu.capability in ((7, 0), (8, 0), (8, 7)) or gpu.capability[0] in (9, 10)
 
 
 def _is_volta(gpu: Gpu) -> bool:
-    """`dispatch_cutlassB`: which cards run the kernels built for sm70."""
+    """Whether the card runs the kernels built for sm70 (`dispatch_cutlassB`)."""
     return (7, 0) <= gpu.capability < (7, 5)
 
 
 def _workspace_bytes(s: _Sizes, gpu: Gpu, tile: _Tile) -> int:
-    """fp32 accumulators: of dQ, with a 16-byte header a tile, and of dK and dV where registers do not keep them."""
+    """fp32 accumulators: of dQ, with a 16-byte header per tile, and of dK and dV unless they stay in registers."""
     splits_keys = gpu.capability >= (7, 0)
     is_half = s.itemsize < _FP32_BYTES
-    in_memory = is_half and not tile.keeps_gradients
+    in_memory = is_half and not tile.gradients_in_registers
     splits = math.ceil(s.keys / tile.keys)
     if s.batch * s.heads >= 256 and s.keys <= 2 * tile.keys:
         splits = 1
@@ -237,43 +241,43 @@ def _workspace_bytes(s: _Sizes, gpu: Gpu, tile: _Tile) -> int:
     return s.batch * s.heads * _round_up(words, 4) * _FP32_BYTES
 
 
-def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _cudnn_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     s = _sizes(inputs)
     grad_out = inputs["grad_out"]
     if grad_out.stride(-1) != 1:
-        yield Internal(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
+        yield KernelBuffer(name="dense grad_out", nbytes=_nbytes(grad_out), source=_CUDNN_COPY)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
     nbytes = rows_bytes * s.head_dim + rows_bytes + _CUDNN_PLAN_BYTES  # dQ_accum and softmax_sum, in fp32
     if s.key_heads != s.heads:  # dK and dV of all heads, before those of a group are added up
         nbytes += s.batch * s.heads * s.keys * s.itemsize * (s.head_dim + s.value_dim)
-    yield Internal(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
+    yield KernelBuffer(name="cuDNN's workspace", nbytes=nbytes, source=_CUDNN_WORKSPACE)
 
 
-def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
-    yield Internal(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
+def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    yield KernelBuffer(name="cuDNN's workspace", nbytes=_CUDNN_PLAN_BYTES, source=_CUDNN_WORKSPACE)
 
 
-def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
-    """Where the scores are -inf, as booleans, and which rows are so throughout."""
+def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    """Booleans that say where the scores are -inf, and which rows are so throughout."""
     scores = inputs["self"]
     count = scores.numel()
-    yield Internal(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
-    yield Internal(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
+    yield KernelBuffer(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
+    yield KernelBuffer(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
 
 
-def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[Internal]:
+def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
     """A product of the size of the scores, in eager attention too."""
-    yield Internal(name="grad * output", nbytes=_nbytes(inputs["grad_output"]), source=_SOFTMAX_BACKWARD)
+    yield KernelBuffer(name="grad * output", nbytes=_nbytes(inputs["grad_output"]), source=_SOFTMAX_BACKWARD)
 
 
-def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[Internal]:
-    """A tensor (batch, heads, sequence, dim) that the kernel wants dense as (batch, sequence, heads, dim)."""
+def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[KernelBuffer]:
+    """A copy of a (batch, heads, sequence, dim) tensor unless it is dense as (batch, sequence, heads, dim)."""
     if not tensor.transpose(1, 2).is_contiguous():
-        yield Internal(name=name, nbytes=_nbytes(tensor), source=source)
+        yield KernelBuffer(name=name, nbytes=_nbytes(tensor), source=source)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:
-    """As a dense tensor."""
+    """The tensor's bytes if it were dense."""
     return tensor.numel() * tensor.element_size()
 
 
@@ -282,7 +286,7 @@ def _round_up(number: int, multiple: int) -> int:
 
 
 _aten = torch.ops.aten
-_BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[Internal]]] = {
+_BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[KernelBuffer]]] = {
     _aten._scaled_dot_product_flash_attention.default: _flash_forward,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention.default: _efficient_forward,

@@ -1,14 +1,14 @@
-"""Which kernel `scaled_dot_product_attention` takes on a card, by PyTorch's own rules. No torch.
+"""Chooses the kernel that `scaled_dot_product_attention` runs on a card, by PyTorch's own rules.
 
 From `select_sdp_backend` and what it calls in pytorch's aten/src/ATen/native/transformers/cuda/sdp_utils.cpp and
-aten/src/ATen/native/transformers/sdp_utils_cpp.h, torch 2.11 to 2.13; functions named in backquotes are theirs. For
-dense tensors, with every kernel allowed, no environment variable set and deterministic algorithms off.
+aten/src/ATen/native/transformers/sdp_utils_cpp.h, torch 2.11 to 2.13; functions named in backquotes are in these
+files. Holds for dense tensors, with every kernel allowed, no environment variable set and deterministic algorithms off.
 
-The rules move with the version. Before 2.11 the wheels bring a cuDNN that is too old to be preferred. The check of
+The rules change with the version. Before 2.11 the wheels bring a cuDNN that is too old to be preferred. The check of
 storage offsets and cuDNN's limit on batch and heads came after 2.11, where such calls failed. From 2.14 on the
-memory-efficient kernel takes grouped heads (pytorch#191085), and cuDNN other head dimensions (pytorch#185553).
+memory-efficient kernel accepts grouped heads (pytorch#191085), and cuDNN other head dimensions (pytorch#185553).
 
-AMD's cards are assumed to run AOTriton 0.9 or later, which serves flash and memory-efficient attention alike.
+AMD's cards are assumed to run AOTriton 0.9 or later, which serves both flash and memory-efficient attention.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ import torch
 
 from gcbench.devices.target import Target
 
-Kernel = Literal["cudnn", "flash", "efficient", "math"]
+AttentionKernel = Literal["cudnn", "flash", "efficient", "math"]
 
 CUDNN_VERSION = 92000
-"""9.20.0, as cuDNN counts. Assumed: what PyPI's wheels of torch 2.12 and 2.13 require (2.11: 9.19.0).
+"""9.20.0, in cuDNN's numbering. Assumed: what PyPI's wheels of torch 2.12 and 2.13 require (2.11: 9.19.0).
 
 Wheels built for CUDA 12 bring one from before 9.15.1, with which flash comes first on every card.
 """
 TORCH_VERSION = (int(torch.__version__.split(".")[0]), int(torch.__version__.split(".")[1]))
-"""The target is taken to run the torch that is installed here."""
+"""The target is assumed to run the torch that is installed here."""
 ASSUMED_CAPABILITY = (8, 0)
-"""Of an NVIDIA card of which only the memory is known: an A100, whose kernels every later card has too."""
+"""Compute capability of an NVIDIA card of which only the memory is known: an A100's, whose kernels later cards have."""
 
 _HALF = ("float16", "bfloat16")
 _CUDNN_PREFERRED_AFTER = 91500
@@ -51,7 +51,7 @@ class Mask:
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCall:
-    """What the rules look at in one call.
+    """The properties of one call that the rules read.
 
     Attributes:
         dtype: of query, key and value after autocast, as in `str(torch.bfloat16)` without "torch.".
@@ -75,13 +75,13 @@ class AttentionCall:
 
     @property
     def head_dims(self) -> tuple[int, int, int]:
-        """Of query, key and value."""
+        """The head dimensions of query, key and value."""
         return self.query[-1], self.key[-1], self.value[-1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gpu:
-    """What the rules look at in a card; `capability` is NVIDIA's, (9, 0) for an H100, and means nothing for AMD."""
+    """The properties of a card that the rules read; `capability` is NVIDIA's, (9, 0) for an H100, unused for AMD."""
 
     capability: tuple[int, int] = ASSUMED_CAPABILITY
     vendor: str = "nvidia"
@@ -94,12 +94,12 @@ class Gpu:
 
     @property
     def prefers_cudnn(self) -> bool:
-        """`check_prefer_cudnn_attention`, built for CUDA 13. Elsewhere cuDNN comes after math, which takes anything."""
+        """`check_prefer_cudnn_attention`, built for CUDA 13. Otherwise cuDNN comes after math, which takes any call."""
         return self.vendor == "nvidia" and self.cudnn_version > _CUDNN_PREFERRED_AFTER and self.capability[0] in (9, 10)
 
 
 def gpu_of(target: Target, *, cudnn_version: int = CUDNN_VERSION) -> Gpu:
-    """What the rules look at in a target; one without a vendor is taken for NVIDIA's."""
+    """The properties of a target that the rules read; one without a vendor counts as NVIDIA's."""
     vendor = target.card.vendor if target.card is not None else None
     return Gpu(
         capability=target.capability or ASSUMED_CAPABILITY, vendor=vendor or "nvidia", cudnn_version=cudnn_version
@@ -108,16 +108,16 @@ def gpu_of(target: Target, *, cudnn_version: int = CUDNN_VERSION) -> Gpu:
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The kernel taken, and why each of those tried before it was not."""
+    """The chosen kernel, and why each of those tried before it was rejected."""
 
-    kernel: Kernel
-    passed_over: Mapping[Kernel, str] = field(default_factory=dict)
+    kernel: AttentionKernel
+    passed_over: Mapping[AttentionKernel, str] = field(default_factory=dict)
 
 
 def choose(call: AttentionCall, gpu: Gpu) -> Choice:
-    """The first kernel, in the order of preference, that has no objection to the call; math has none."""
+    """Choose the first kernel, in the order of preference, that supports the call; math always does."""
     tried = _NVIDIA if gpu.vendor == "nvidia" else _AMD
-    passed_over: dict[Kernel, str] = {}
+    passed_over: dict[AttentionKernel, str] = {}
     for kernel, objections in tried.items():
         if kernel == "cudnn" and not gpu.prefers_cudnn:
             continue
@@ -141,7 +141,7 @@ def _cudnn(call: AttentionCall, gpu: Gpu) -> Iterator[str]:
         yield f"dropout {call.dropout_p:g} is no multiple of 1/16"
     yield from _empty_sequence(call)
     yield from _strided(call, ignore_single=True)
-    yield from _unequal_heads(call, takes_gqa=True, key_and_value_alike=False)
+    yield from _unequal_heads(call, supports_gqa=True, equal_key_and_value=False)
     yield from _cudnn_shapes(call, gpu)
 
 
@@ -150,9 +150,9 @@ def _cudnn_mask(call: AttentionCall, mask: Mask) -> Iterator[str]:
     if mask.requires_grad:
         yield "the mask requires a gradient"
     batch, heads, queries, _ = call.query
-    wanted = (batch, heads, queries, call.key[2])[-len(mask.shape) :]
+    expected = (batch, heads, queries, call.key[2])[-len(mask.shape) :]
     if len(mask.shape) not in (2, 4) or any(
-        have not in (1, want) for have, want in zip(mask.shape, wanted, strict=True)
+        size not in (1, full) for size, full in zip(mask.shape, expected, strict=True)
     ):
         yield f"a mask of shape {mask.shape}"
 
@@ -194,7 +194,7 @@ def _flash(call: AttentionCall, gpu: Gpu) -> Iterator[str]:
     if call.is_causal and call.query[2] != call.key[2]:
         yield "causal with unequal sequence lengths"
     yield from _not_half(call, gpu)
-    yield from _unequal_heads(call, takes_gqa=True)
+    yield from _unequal_heads(call, supports_gqa=True)
     yield from _empty_sequence(call)
     yield from _strided(call, ignore_single=True)
 
@@ -219,7 +219,7 @@ def _efficient(call: AttentionCall, gpu: Gpu) -> Iterator[str]:
             yield f"a tensor does not begin on a multiple of {alignment_bytes} bytes"
     yield from _empty_sequence(call)
     yield from _strided(call, ignore_single=False)
-    yield from _unequal_heads(call, takes_gqa=False)
+    yield from _unequal_heads(call, supports_gqa=False)
     if call.dtype not in (*_HALF, "float32"):
         yield call.dtype
     yield from _old_bf16(call, gpu)
@@ -266,16 +266,16 @@ def _unequal_head_dims(call: AttentionCall, most: int) -> Iterator[str]:
         yield f"head dimension {call.head_dims[0]} over {most}"
 
 
-def _unequal_heads(call: AttentionCall, *, takes_gqa: bool, key_and_value_alike: bool = True) -> Iterator[str]:
+def _unequal_heads(call: AttentionCall, *, supports_gqa: bool, equal_key_and_value: bool = True) -> Iterator[str]:
     """`check_batch_size_and_num_heads_dense` and `check_grouped_query_attention`."""
     if len({call.query[0], call.key[0], call.value[0]}) > 1:
         yield "unequal batch sizes"
     heads, key_heads, value_heads = call.query[1], call.key[1], call.value[1]
-    if not (call.enable_gqa and takes_gqa):
+    if not (call.enable_gqa and supports_gqa):
         if heads != key_heads or heads != value_heads:
             yield f"{heads} query heads on {key_heads} key heads"
         return
-    if key_and_value_alike and key_heads != value_heads:
+    if equal_key_and_value and key_heads != value_heads:
         yield f"{key_heads} key heads and {value_heads} value heads"
     if heads % key_heads or heads % value_heads:
         yield f"{heads} query heads on {key_heads} key heads"
@@ -296,6 +296,6 @@ def _strided(call: AttentionCall, *, ignore_single: bool) -> Iterator[str]:
 
 
 _Objections = Callable[[AttentionCall, Gpu], Iterator[str]]
-_NVIDIA: dict[Kernel, _Objections] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
-_AMD: dict[Kernel, _Objections] = {"flash": _flash, "efficient": _efficient}
-"""In the order in which they are tried (`priority_order`)."""
+_NVIDIA: dict[AttentionKernel, _Objections] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
+_AMD: dict[AttentionKernel, _Objections] = {"flash": _flash, "efficient": _efficient}
+"""Kernels in the order in which they are tried (`priority_order`), with the reasons against each."""

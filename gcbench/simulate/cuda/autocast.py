@@ -1,18 +1,18 @@
-"""Autocast as CUDA has it, on fake CPU tensors: the same operators, cast by the same policies.
+"""Runs CUDA's autocast on fake CPU tensors: it casts the same operators by the same policies.
 
-A step on fake tensors runs under `torch.autocast("cpu")`, whose list of operators is another than CUDA's: on CUDA a
-norm, a power or an exponential computes in fp32, on the CPU in what it is given. While `cuda_autocast` is entered,
-the CPU's kernels of autocast are those of CUDA. It works where autocast itself does, in torch's dispatcher, so that
-every spelling of an operator is met (`F.softmax`, `tensor.softmax`, `**`), and those that torch's own C++ code calls:
-`F.cross_entropy` is cast inside, or not, as on CUDA. Without autocast, nothing happens.
+A step on fake tensors runs under `torch.autocast("cpu")`, whose list of operators differs from CUDA's: on CUDA a norm,
+a power or an exponential computes in fp32, on the CPU in the dtype of its input. While `cuda_autocast` is entered, the
+CPU's autocast kernels are those of CUDA. They are replaced where autocast itself works, in torch's dispatcher, so that
+every spelling of an operator is covered (`F.softmax`, `tensor.softmax`, `**`), and so are calls from torch's own C++
+code: `F.cross_entropy` is cast inside, or not, as on CUDA. Without autocast, nothing changes.
 
-Which operators CUDA casts is asked of the installed torch, which knows it without CUDA. How each is cast is written in
-pytorch's aten/src/ATen/autocast_mode.h (AT_FORALL_…, torch 2.11 to 2.13) and repeated here; a test holds the two
-against each other. Operators that only the CPU casts are left alone, and those that both cast to the lower precision
+The operators that CUDA casts are read from the installed torch, which lists them even without CUDA. How each is cast
+is copied from pytorch's aten/src/ATen/autocast_mode.h (AT_FORALL_…, torch 2.11 to 2.13); a test compares the two
+lists. Operators that only the CPU casts are left alone, and those that both cast to the lower precision
 keep the CPU's kernel, with its cache of cast weights.
 
-Left out: the cache for operators that only CUDA casts to the lower precision. A weight given to `einsum` is cast anew
-by each call, where CUDA keeps the first cast until the forward pass ends (in transformers, XLNet alone does so).
+Not covered: the cache for operators that only CUDA casts to the lower precision. A weight passed to `einsum` is cast
+again by each call, where CUDA keeps the first cast until the forward pass ends (in transformers, XLNet alone does so).
 
 Not yet measured by gcbench on a card.
 """
@@ -53,7 +53,7 @@ FP32_SET_OPT_DTYPE = _names(
 """Called with dtype=float32, unless the caller chose a dtype."""
 
 FP32_APPEND_DTYPE = {"norm.Scalar": "norm.ScalarOpt_dtype", "norm.ScalarOpt_dim": "norm.ScalarOpt_dim_dtype"}
-"""Replaced by the overload that takes a dtype."""
+"""Replaced by the overload with a dtype."""
 
 PROMOTE = _names("addcdiv addcmul atan2 bilinear cross dot vdot grid_sampler index_put tensordot scatter_add")
 """Arguments are cast to the widest dtype among them."""
@@ -67,7 +67,7 @@ _FP32_APPEND_DEFAULTS: dict[str, tuple[Any, ...]] = {
 
 
 def cuda_autocast() -> AbstractContextManager[None]:
-    """Let autocast on the CPU cast as CUDA's does; for the whole process, until it is left."""
+    """Let autocast on the CPU cast as CUDA's does, in the whole process, until it is exited."""
     return kernels_replaced("AutocastCPU", _kernels())
 
 
@@ -81,7 +81,7 @@ def cast_by(device: str) -> frozenset[str]:
 
 @cache
 def _kernels() -> dict[str, Kernel]:
-    """Operator -> what autocast on the CPU is to do with it."""
+    """Operator -> the kernel that replaces its autocast kernel on the CPU."""
     on_cpu, on_cuda = cast_by("CPU"), cast_by("CUDA")
     kernels: dict[str, Kernel] = dict.fromkeys(on_cpu - on_cuda, FALLTHROUGH)
     for name in on_cuda:
@@ -124,8 +124,8 @@ def _setting_dtype(op: Any) -> Kernel:
     place = next(number for number, argument in enumerate(arguments) if argument.name == "dtype")
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
-        given = args[place] if len(args) > place else kwargs.get("dtype")
-        if given is None and _is_eligible(args[0]):
+        dtype = args[place] if len(args) > place else kwargs.get("dtype")
+        if dtype is None and _is_eligible(args[0]):
             args, kwargs = args[:place], {**kwargs, "dtype": torch.float32}
         with _without_autocast():
             return op(*args, **kwargs)

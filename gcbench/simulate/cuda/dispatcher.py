@@ -1,4 +1,4 @@
-"""Kernels of torch's own operators replaced for a while, in torch's dispatcher."""
+"""Replaces kernels of torch's own operators for a while, in torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 Kernel = Callable[..., Any]
 
 FALLTHROUGH: Kernel = torch.library.fallthrough_kernel
-"""The kernel that stands for none: the dispatcher goes on to the next key."""
+"""The kernel that means none: the dispatcher goes on to the next key."""
 
 _OVERRIDES = "Warning only once for all operators"
 
 
 @contextmanager
 def kernels_replaced(key: str, kernels: Mapping[str, Kernel]) -> Iterator[None]:
-    """Let aten operators ("softmax.int") run these kernels where they come by the dispatch key (`"AutocastCPU"`).
+    """Let aten operators ("softmax.int") run these kernels at a dispatch key (`"AutocastCPU"`).
 
-    For the whole process; what was there before is back afterwards.
+    Holds for the whole process; the former kernels are restored afterwards.
     """
     library: Any = torch.library.Library("aten", "IMPL", key)  # type: ignore[no-untyped-call]
     try:

@@ -1,4 +1,4 @@
-"""transformers' flash_attention_2 on fake tensors, without its package: torch's flash kernel with the same inputs."""
+"""Replaces transformers' flash_attention_2 on fake tensors by torch's flash kernel, without its package."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As `flash_attention_forward` in transformers/integrations/flash_attention.py prepares a call without padding.
+    """Prepare a call without padding as `flash_attention_forward` in transformers/integrations/flash_attention.py does.
 
     Query, key and value have shape (batch, heads, sequence, head dimension), key and value with their own number of
-    heads, which the kernel takes as they are; a sliding window changes no buffer. Returns (batch, sequence, heads,
+    heads, which the kernel accepts; a sliding window changes no buffer. Returns (batch, sequence, heads,
     head dimension).
     """
     head_dim, value_dim = query.shape[-1], value.shape[-1]

@@ -1,24 +1,24 @@
-"""The road that a training step takes on CUDA, for a step on fake CPU tensors: other kernels, other memory.
+"""Dispatches a training step on fake CPU tensors to the kernels that CUDA runs, with the memory that they allocate.
 
-`as_on_cuda` puts together what is known to differ, attention excepted (`attention.py`):
+`as_on_cuda` combines what is known to differ, except attention (`attention.py`):
 
-- autocast casts other operators (`cuda_autocast.py`);
-- optimizers are foreach, and a gradient scaler needs no values (`cuda_update.py`);
-- dropout keeps a mask of one byte an element, not of the element's size;
+- autocast casts other operators (`autocast.py`);
+- optimizers are foreach (`optimizer.py`), and a gradient scaler reads no values (`trace/grad_scaler.py`);
+- dropout saves a mask of one byte an element, not of the element's size;
 - softmax and log-softmax of fp16 into fp32 need no fp32 copy of their input (of bf16 they do, as on the CPU);
-- layer norm keeps its statistics in fp32 whatever its input;
-- RMS norm is one kernel that keeps one statistic a row, not a chain of operators;
+- layer norm saves its statistics in fp32 whatever its input;
+- RMS norm is one kernel that saves one statistic per row, not a chain of operators;
 - before Ampere, experts have no grouped matrix product.
 
-The operators are replaced in torch's dispatcher, at the key that CPU tensors come by (AutogradCPU), where torch itself
-chooses between the roads of devices: every spelling is met, and so are calls from torch's own C++ code.
+The operators are replaced in torch's dispatcher, at the key of CPU tensors (AutogradCPU), where torch itself chooses
+between devices' kernels: every spelling is covered, and so are calls from torch's own C++ code.
 
-Looked at and found alike in what it allocates, so that nothing is done: cross-entropy (`cross_entropy_loss` hands
+Checked and found to allocate the same, so that nothing is replaced: cross-entropy (`cross_entropy_loss` passes
 log-softmax the dtype of the logits, also under autocast; the two results of `nll_loss`), embedding, `index_add`,
 `cumsum`, `linear`, in-place and alpha and feature dropout (never fused), the histogram of the experts (fp32 on the
-CPU, int32 on CUDA). What CUDA's kernels take for themselves while they run is in `hidden.py`.
+CPU, int32 on CUDA). The buffers inside CUDA's kernels are in `workspaces.py`.
 
-From pytorch's sources, torch 2.11 to 2.13, named beside each piece. Not yet measured by gcbench on a card.
+From pytorch's sources, torch 2.11 to 2.13, named beside each function. Not yet measured by gcbench on a card.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from gcbench.devices.target import Target
 from gcbench.simulate.cuda.autocast import cuda_autocast
 from gcbench.simulate.cuda.dispatcher import Kernel, kernels_replaced
 from gcbench.simulate.cuda.optimizer import foreach_on_cpu
-from gcbench.simulate.trace.grad_scaler import scaler_without_values
+from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 
 _GROUPED_MM_SINCE = (8, 0)
 _HALVES = (torch.float16, torch.bfloat16)
@@ -46,29 +46,29 @@ _aten = torch.ops.aten
 
 @contextmanager
 def as_on_cuda(target: Target) -> Iterator[None]:
-    """Steps on fake CPU tensors take the road of `target`, a CUDA card; any other target changes nothing.
+    """Run steps on fake CPU tensors with the kernels of `target`, a CUDA card; any other target changes nothing.
 
-    For the whole process, until it is left: no real tensor should train meanwhile.
+    Holds for the whole process until it is exited: no real tensor should train meanwhile.
     """
     with ExitStack() as stack:
         if target.kind == "cuda":
-            for road in (cuda_autocast(), cuda_operators(), foreach_on_cpu(), scaler_without_values()):
-                stack.enter_context(road)
+            for context in (cuda_autocast(), cuda_operators(), foreach_on_cpu(), scaler_for_fake_tensors()):
+                stack.enter_context(context)
             stack.enter_context(experts_of(target.capability))
         yield
 
 
 def cuda_operators() -> AbstractContextManager[None]:
-    """Dropout, softmax, log-softmax, layer norm and RMS norm as CUDA's, for fake CPU tensors."""
+    """Replace dropout, softmax, log-softmax, layer norm and RMS norm on fake CPU tensors by CUDA's."""
     return kernels_replaced("AutogradCPU", _KERNELS)
 
 
 @contextmanager
 def experts_of(capability: tuple[int, int] | None) -> Iterator[None]:
-    """Experts multiply one group at a time where the card has no grouped matrix product.
+    """Let experts multiply one group at a time if the card has no grouped matrix product.
 
-    `_can_use_grouped_mm` in transformers' integrations/moe.py asks a card for its compute capability and takes every
-    CPU for able. A capability of None is taken for able, too.
+    `_can_use_grouped_mm` in transformers' integrations/moe.py checks a card's compute capability, and treats every CPU
+    as able. A capability of None counts as able, too.
     """
     if capability is None or capability >= _GROUPED_MM_SINCE or not hasattr(moe, "_can_use_grouped_mm"):
         yield
@@ -115,7 +115,7 @@ def _layer_norm(
 ) -> torch.Tensor:
     """`layer_norm_symint` in pytorch's aten/src/ATen/native/layer_norm.cpp.
 
-    On the CPU, halves keep their statistics in halves unless the weight is fp32: `param_scalar_type` in
+    On the CPU, statistics of half inputs are in half precision unless the weight is fp32: `param_scalar_type` in
     aten/src/ATen/native/cpu/mixed_data_type.h.
     """
     result: torch.Tensor
@@ -162,9 +162,9 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         tensor, mean, rstd, weight, bias = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
+        output_mask = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
         of_tensor, of_weight, of_bias = _aten.native_layer_norm_backward.default(
-            gradients[0], tensor, ctx.shape, mean, rstd, weight, bias, wanted
+            gradients[0], tensor, ctx.shape, mean, rstd, weight, bias, output_mask
         )
         return of_tensor, None, of_weight, of_bias
 
@@ -172,7 +172,7 @@ class _LayerNorm(torch.autograd.Function):
 class _RMSNorm(torch.autograd.Function):
     """`_fused_rms_norm_cuda` and `_fused_rms_norm_backward_cuda` in the same file.
 
-    torch has shapes for both operators on fake tensors, and no gradient for the first on a CPU.
+    torch has shape functions of both operators for fake tensors, but no gradient of the first on a CPU.
     """
 
     @staticmethod
@@ -183,15 +183,15 @@ class _RMSNorm(torch.autograd.Function):
             result, rstd = _aten._fused_rms_norm.default(tensor, shape, weight, eps)
         ctx.shape = shape
         ctx.save_for_backward(tensor, rstd, weight)
-        kept: torch.Tensor = result
-        return kept
+        normalized: torch.Tensor = result
+        return normalized
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         tensor, rstd, weight = ctx.saved_tensors
-        wanted = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
+        output_mask = [ctx.needs_input_grad[0], ctx.needs_input_grad[2]]
         of_tensor, of_weight = _aten._fused_rms_norm_backward.default(
-            gradients[0], tensor, ctx.shape, rstd, weight, wanted
+            gradients[0], tensor, ctx.shape, rstd, weight, output_mask
         )
         return of_tensor, None, of_weight, None
 

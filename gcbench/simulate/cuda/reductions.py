@@ -1,4 +1,4 @@
-"""What CUDA's reductions take while they run: partial results of blocks that share an output. No torch.
+"""Computes the workspace of CUDA's reductions: partial results of blocks that share an output. No torch.
 
 A sum over the rows of a matrix, as in the gradient of every bias and of every norm's weight, is split among so many
 blocks that the card is full. Their partial results lie in a buffer with room for each output in each thread of a
@@ -7,8 +7,8 @@ block's width, more than is used: about 130 MiB on an H100, whatever the matrix.
 `reorder_dimensions` and `coalesce_dimensions` in aten/src/ATen/TensorIterator.cpp, torch 2.11 to 2.13. Not yet measured
 by gcbench on a card.
 
-Left out: that a thread may read several neighbouring inputs at once, which changes nothing for inputs long enough to
-be split. NVIDIA's cards only: other constants hold for AMD's.
+Not covered: that a thread may read several neighbouring inputs at once, which changes nothing for inputs long enough to
+be split; and AMD's cards, for which other constants hold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Reduction:
         acc_itemsize: bytes of a partial result.
         offset: of the input in its storage, in elements.
         keeps_dtype_in_half: whether input and output have the same half-precision dtype, so that partial results cannot
-            be kept in the output.
+            be stored in the output.
     """
 
     shape: tuple[int, ...]
@@ -69,31 +69,31 @@ class _Dim:
 
 
 def workspace(reduction: Reduction, *, num_sms: int, threads_per_sm: int) -> Workspace:
-    """What a card with so many multiprocessors, and so many resident threads in each, takes for a reduction."""
+    """The workspace of a reduction on a card with so many multiprocessors, and so many resident threads in each."""
     if not reduction.shape or 0 in reduction.shape:
         return Workspace()
     dims = _coalesced(_ordered(_dims(reduction)))
     parts = _within_32_bits(dims, reduction.itemsize)
-    found = _of_one_launch(parts, reduction, num_sms=num_sms, threads_per_sm=threads_per_sm)
+    of_launch = _of_one_launch(parts, reduction, num_sms=num_sms, threads_per_sm=threads_per_sm)
     if parts is dims or not reduction.keeps_dtype_in_half:
-        return found
-    return replace(found, output_bytes=_num_outputs(dims) * reduction.acc_itemsize)
+        return of_launch
+    return replace(of_launch, output_bytes=_num_outputs(dims) * reduction.acc_itemsize)
 
 
 def _dims(reduction: Reduction) -> list[_Dim]:
-    """The output has the input's dimensions, those that are reduced with stride 0."""
-    found: list[_Dim] = []
+    """Pair the input's dimensions with the output's strides, which are 0 for those that are reduced."""
+    dims: list[_Dim] = []
     out_stride = 1
     for place in reversed(range(len(reduction.shape))):
         is_reduced = place in reduction.reduced
         size = reduction.shape[place]
-        found.append(_Dim(size=size, stride=reduction.strides[place], out_stride=0 if is_reduced else out_stride))
+        dims.append(_Dim(size=size, stride=reduction.strides[place], out_stride=0 if is_reduced else out_stride))
         out_stride *= 1 if is_reduced else size
-    return found
+    return dims
 
 
 def _ordered(dims: list[_Dim]) -> list[_Dim]:
-    """Reduced dimensions first, then by stride: an insertion sort, since not every two dimensions compare."""
+    """Sort reduced dimensions first, then by stride: an insertion sort, since not every two dimensions compare."""
     dims = list(dims)
     for place in range(1, len(dims)):
         current = place
@@ -108,7 +108,7 @@ def _ordered(dims: list[_Dim]) -> list[_Dim]:
 
 
 def _compare(first: _Dim, second: _Dim) -> int:
-    """Above 0 when the second dimension is to come before the first."""
+    """Above 0 if the second dimension comes before the first."""
     if (first.out_stride == 0) != (second.out_stride == 0):
         return 1 if second.out_stride == 0 else -1
     for one, other in ((first.out_stride, second.out_stride), (first.stride, second.stride)):
@@ -136,7 +136,7 @@ def _coalesced(dims: list[_Dim]) -> list[_Dim]:
 
 
 def _within_32_bits(dims: list[_Dim], itemsize: int) -> list[_Dim]:
-    """`dims`, or their largest part after the dimension of the largest extent was halved as often as is needed."""
+    """`dims`, or their largest part after halving the dimension of the largest extent as often as needed."""
     parts = dims
     while prod(dim.size for dim in parts) > _MAX_32_BIT or _extent_bytes(parts, itemsize) > _MAX_32_BIT:
         widest = max(range(len(parts)), key=lambda place: (parts[place].size - 1) * parts[place].stride)
@@ -186,7 +186,7 @@ def _of_one_launch(dims: Sequence[_Dim], reduction: Reduction, *, num_sms: int, 
 
 
 def _output_vector(dims: Sequence[_Dim], num_reduced: int, offset: int) -> int:
-    """Neighbouring outputs that a thread computes together: as many as divide whatever they step over."""
+    """How many neighbouring outputs a thread computes together: at most 4, and a divisor of all offsets and strides."""
     vector = _OUTPUT_VECTOR
     others = [dim.stride for place, dim in enumerate(dims) if place != num_reduced]
     for number in (offset, dims[num_reduced].size, *others):

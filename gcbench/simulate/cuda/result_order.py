@@ -1,8 +1,8 @@
-"""In which order CUDA's operators allocate their results, where that is not the order in which they return them.
+"""Lists CUDA's operators that allocate their results in another order than they return them in.
 
-Read in the allocator's history of an H100 (torch 2.11) and of the CUDA builds of torch 2.11 and 2.13, and in pytorch's
-sources, named beside each. The order decides which free block each result takes, so it moves the reserved peak and,
-through blocks that are not split, the allocated one.
+Read from the allocator's history of an H100 (torch 2.11) and of the CUDA builds of torch 2.11 and 2.13, and from
+pytorch's sources, named beside each. The order decides which free block each result gets, so it moves the reserved
+peak and, through blocks that are not split, the allocated one.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ON_CUDA: Mapping[Any, tuple[int, ...]] = {
     _aten.native_dropout.default: (1, 0),
     # seed and offset of dropout, the output, the log-sum-exp (aten/src/ATen/native/transformers/cuda/attention.cu)
     _aten._scaled_dot_product_cudnn_attention.default: (6, 7, 0, 1),
-    # the same file: seed and offset are numbers in the host's memory, except while a graph is captured
+    # the same file: seed and offset are numbers in host memory, except while a graph is captured
     _aten._scaled_dot_product_efficient_attention.default: (0, 1),
 }
-"""Operator -> the places of its results, in the order of allocation. What is not named lies in the host's memory."""
+"""Operator -> the places of its results, in the order of allocation. Results not listed are in host memory."""

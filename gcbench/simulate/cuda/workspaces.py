@@ -1,23 +1,23 @@
-"""What a card's memory holds that a trace of operators cannot see: libraries' shares, and buffers inside kernels.
+"""Lists memory on a card that a trace of operators cannot see: libraries' workspaces, and buffers inside kernels.
 
 Persistent terms are in `workspaces.toml`, each with its source; buffers are derived here and in `reductions.py` from
 pytorch's sources, torch 2.11 to 2.13. None of them was measured by gcbench yet; figures that others measured say so.
 Attention's buffers are in `attention_buffers.py`.
 
-Not modelled, because no source tells the size closely enough, with what bounds it where something does:
+Not modelled, because no source gives the size closely enough, with an upper bound if there is one:
 
-- reductions other than sums and means (`amax`, `var`, norms), which take what a sum of the same shape does where they
-  go through the same kernel, and all reductions on AMD's cards;
+- reductions other than sums and means (`amax`, `var`, norms), which need as much as a sum of the same shape if they run
+  the same kernel, and all reductions on AMD's cards;
 - CUB's temporary storage, except the second copies of keys and values: a few KiB and less than 1 % of the data for
   sorts, less for `cumsum` and `nonzero`;
-- `topk` and sorts of several rows (routers of experts sort rows of fewer than 4,096, which takes nothing);
-- CUTLASS's workspace in a grouped matrix product, which holds descriptors of tensors: some hundred bytes a
+- `topk` and sorts of several rows (routers of experts sort rows of fewer than 4,096, which needs no buffer);
+- CUTLASS's workspace in a grouped matrix product, which holds descriptors of tensors: some hundred bytes per
   multiprocessor;
 - cuDNN's workspaces for convolutions, which its heuristics choose;
-- copies of operands whose strides cuBLAS does not take (`prepare_matrix_for_cublas`, pytorch
+- copies of operands whose strides cuBLAS does not accept (`prepare_matrix_for_cublas`, pytorch
   aten/src/ATen/native/cuda/Blas.cpp), at most the operand;
-- 1 MiB that cuBLASLt keeps beside cuBLAS's workspace before torch 2.12, where a linear layer has a bias;
-- AMD's libraries: between 32 and 204 MiB a thread for hipBLAS and hipBLASLt, whichever are used, and the context.
+- 1 MiB that cuBLASLt retains beside cuBLAS's workspace before torch 2.12, if a linear layer has a bias;
+- AMD's libraries: between 32 and 204 MiB per thread for hipBLAS and hipBLASLt, whichever are used, and the context.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ import torch
 
 from gcbench.core.units import parse_bytes
 from gcbench.devices.target import Target
-from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS, Internal
+from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS, KernelBuffer
 from gcbench.simulate.cuda.attention_rules import gpu_of
 from gcbench.simulate.cuda.reductions import Reduction, workspace
 
@@ -43,7 +43,7 @@ _INT64_BYTES = 8
 _POINTER_BYTES = 8
 _HALVES = (torch.float16, torch.bfloat16)
 _THREADS_PER_SM = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "11": 1536, "12": 1536}
-"""By compute capability, 2048 for others.
+"""Resident threads per multiprocessor by compute capability, 2048 for others.
 
 From https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html.
 """
@@ -56,7 +56,7 @@ _EMBEDDING_SORT = "embedding_dense_backward_cuda, pytorch aten/src/ATen/native/c
 _NORM = "LaunchGammaBetaBackwardCUDAKernel, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
 _INDEX_PUT = "index_put_with_sort_kernel, pytorch aten/src/ATen/native/cuda/Indexing.cu"
 _SORT = "segmented_sort_large_segments, pytorch aten/src/ATen/native/cuda/SortStable.cu"
-_RADIX_SORT = "radix_sort_pairs, pytorch aten/src/ATen/cuda/cub-RadixSortPairs.cuh, which hands CUB no double buffers"
+_RADIX_SORT = "radix_sort_pairs, pytorch aten/src/ATen/cuda/cub-RadixSortPairs.cuh, which passes CUB no double buffers"
 _REDUCTION = "gpu_reduce_kernel, pytorch aten/src/ATen/native/cuda/Reduce.cuh"
 _CAST_SUM = "make_reduction_from_out_ty, pytorch aten/src/ATen/native/ReduceOpsUtils.h"
 _CUMSUM = "impl_func_cum_ops, pytorch aten/src/ATen/native/ReduceOps.cpp"
@@ -64,15 +64,15 @@ _GROUPED = "bf16bf16_grouped_gemm_impl_sm90_sm100, pytorch aten/src/ATen/native/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing:
-    """What a library takes of the card and keeps until the process ends.
+class PersistentTerm:
+    """Memory that a library allocates on the card and retains until the process ends.
 
     Attributes:
         in_allocator: whether torch's caching allocator holds it; if not, it counts for the process alone.
-        requested_at: the phase of the first step that asks for it first. What is outside the allocator is there
+        requested_at: the phase of the first step that first requests it. What is outside the allocator is allocated
             before any phase.
-        requested_by: operators, the first of which in that phase asks for it; without any, the phase's beginning does.
-        source: where the figure is written, and by whom it was measured if it was.
+        requested_by: operators, the first of which in that phase requests it; if empty, the phase's beginning does.
+        source: where the figure is published, and who measured it if anyone did.
     """
 
     name: str
@@ -83,48 +83,47 @@ class Standing:
     requested_by: tuple[str, ...] = ()
 
 
-def standing_terms(target: Target, *, trains: bool = True) -> tuple[Standing, ...]:
-    """The persistent terms of `target`, in the order in which they are asked for; none for the CPU and for AMD's cards.
+def persistent_terms(target: Target, *, trains: bool = True) -> tuple[PersistentTerm, ...]:
+    """The persistent terms of `target`, in the order in which they are requested; none for the CPU and for AMD's cards.
 
-    A card whose compute capability is unknown has that of `attention_rules.ASSUMED_CAPABILITY`. Without `trains` there
-    is no backward pass. Versions are those of the torch installed here.
+    A card whose compute capability is unknown has `attention_rules.ASSUMED_CAPABILITY`. If not `trains`, there is no
+    backward pass. Versions are those of the torch installed here.
     """
     gpu = gpu_of(target)
     if target.kind != "cuda" or gpu.vendor != "nvidia":
         return ()
-    terms: dict[str, tuple[Standing, ...]] = {}
+    terms: dict[str, tuple[PersistentTerm, ...]] = {}
     for entry in _table():
         if entry["name"] not in terms and _applies(entry, gpu.capability):
             terms[entry["name"]] = tuple(_of_entry(entry, trains=trains))
-    found = [term for group in terms.values() for term in group]
-    return tuple(sorted(found, key=lambda term: (term.in_allocator, term.requested_at == "backward")))
+    applicable = [term for group in terms.values() for term in group]
+    return tuple(sorted(applicable, key=lambda term: (term.in_allocator, term.requested_at == "backward")))
 
 
 def internal_buffers(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: Any, target: Target
-) -> tuple[Internal, ...]:
-    """What the kernel of one call of an aten operator takes for itself on `target`, alive until it returns.
+) -> tuple[KernelBuffer, ...]:
+    """The buffers inside the kernel of one call of an aten operator on `target`, alive until it returns.
 
-    `func` is a `torch._ops.OpOverload`, as `__torch_dispatch__` gets it; `outputs` is its result. All buffers given are
-    alive at one time, together with the result: those of the kernel's largest moment. Empty for operators that take
-    nothing or are not known here. AMD's cards are taken to do as NVIDIA's, reductions
-    excepted.
+    `func` is a `torch._ops.OpOverload`, as in `__torch_dispatch__`; `outputs` is its result. All buffers returned are
+    alive at one time, together with the result: those of the kernel's peak. Empty for operators that have none or are
+    not covered here. AMD's cards are assumed to need as much as NVIDIA's, except in reductions.
     """
     buffers = _BUFFERS.get(func)
     if buffers is None or target.kind != "cuda":
         return ()
-    # A dispatch mode is not handed trailing arguments that have their default.
+    # A dispatch mode does not get trailing arguments that have their default.
     arguments = func._schema.arguments
     defaults = {argument.name: argument.default_value for argument in arguments if argument.has_default_value()}
-    given = zip((argument.name for argument in arguments), args, strict=False)
-    return tuple(found for found in buffers({**defaults, **dict(given), **kwargs}, target) if found.nbytes)
+    by_name = zip((argument.name for argument in arguments), args, strict=False)
+    return tuple(buffer for buffer in buffers({**defaults, **dict(by_name), **kwargs}, target) if buffer.nbytes)
 
 
-def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """Gradients of equal tokens are summed in fp32, ten rows at a time, after the tokens were sorted.
+def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Sort the tokens, and sum the gradients of equal tokens in fp32, ten rows at a time.
 
-    Few tokens are summed without sorting. Where few embeddings get many gradients each, rows are added up in one
-    kernel (since torch 2.11), into an fp32 copy of the result if that is in half precision.
+    Few tokens are summed without sorting. If few embeddings get many gradients each, rows are added up in one kernel
+    (since torch 2.11), into an fp32 copy of the result if that is in half precision.
     """
     gradient, indices = inputs["grad_output"], inputs["indices"]
     num_weights, by_frequency = inputs["num_weights"], inputs["scale_grad_by_freq"]
@@ -159,16 +158,16 @@ def _adds_in_one_kernel(segments: int, partial_segments: int, width: int, num_sm
     return _torch_version() >= (2, 11) and blocks < 4 * num_sms and partial_segments > 4 * blocks
 
 
-def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """Where there are very many rows and few columns, the weight's gradient is summed 32 rows at a time."""
+def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Sum the weight's gradient 32 rows at a time, if there are very many rows and few columns."""
     columns = prod(inputs["normalized_shape"])
     rows = inputs["input"].numel() // columns
     if rows <= 64 * 1024 or columns // 32 >= _num_sms(target) // 2:
         return
     blocks = min(32 * 1024 // ceil(columns / 32), ceil(rows / 32))
     itemsize = 0
-    for name, wanted in zip(("weight", "bias"), inputs["output_mask"][1:], strict=False):
-        if wanted and inputs[name] is not None:
+    for name, is_required in zip(("weight", "bias"), inputs["output_mask"][1:], strict=False):
+        if is_required and inputs[name] is not None:
             itemsize = inputs[name].element_size()
             yield _buffer(f"partial gradients of the {name}", blocks * columns * itemsize, _NORM)
     if itemsize:
@@ -179,8 +178,8 @@ def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[Internal]
         yield from _reduction(partials, target)
 
 
-def _sum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """Sums and means; an input of another dtype than the result is cast first, unless a half is summed in fp32."""
+def _sum(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Sum or average; an input of another dtype than the result is cast first, unless a half is summed in fp32."""
     tensor, dtype = inputs["self"], inputs["dtype"] or _dtype_of_sum(inputs["self"].dtype)
     dims = inputs.get("dim")
     itemsize, offset = tensor.element_size(), tensor.storage_offset()
@@ -203,20 +202,20 @@ def _dtype_of_sum(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype.is_floating_point or dtype.is_complex else torch.int64
 
 
-def _reduction(reduction: Reduction, target: Target) -> Iterator[Internal]:
+def _reduction(reduction: Reduction, target: Target) -> Iterator[KernelBuffer]:
     gpu = gpu_of(target)
     if gpu.vendor != "nvidia":
         return
     major, minor = gpu.capability
     threads = _THREADS_PER_SM.get(f"{major}.{minor}", _THREADS_PER_SM.get(f"{major}", 2048))
-    found = workspace(reduction, num_sms=_num_sms(target), threads_per_sm=threads)
-    yield _buffer("result in fp32", found.output_bytes, _REDUCTION)
-    yield _buffer("partial sums", found.partials_bytes, _REDUCTION)
-    yield _buffer("semaphores", found.semaphores_bytes, _REDUCTION)
+    needed = workspace(reduction, num_sms=_num_sms(target), threads_per_sm=threads)
+    yield _buffer("result in fp32", needed.output_bytes, _REDUCTION)
+    yield _buffer("partial sums", needed.partials_bytes, _REDUCTION)
+    yield _buffer("semaphores", needed.semaphores_bytes, _REDUCTION)
 
 
-def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """Places are sorted before values are added; values that do not fill their places one by one are copied."""
+def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Sort the places before values are added; values that do not fill their places one by one are copied."""
     tensor, values = inputs.get("self"), inputs["values"]
     indices = [index for index in inputs["indices"] if index is not None]
     if not inputs["accumulate"] or tensor is None or not indices:
@@ -231,8 +230,8 @@ def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
     yield from _second_copies(count, _INT64_BYTES)
 
 
-def _sort(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """A single row too long to be sorted in place."""
+def _sort(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Sort a single row too long to be sorted in place."""
     tensor, dim = inputs["self"], inputs["dim"]
     count = tensor.shape[dim] if tensor.dim() else 1
     if count > 4096 and count == tensor.numel():
@@ -240,22 +239,22 @@ def _sort(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
         yield from _second_copies(count, tensor.element_size())
 
 
-def _second_copies(count: int, key_bytes: int) -> Iterator[Internal]:
-    """Between the passes of a radix sort of keys with 8-byte values. A few thousand keys, sorted at once, need none."""
+def _second_copies(count: int, key_bytes: int) -> Iterator[KernelBuffer]:
+    """Copies between the passes of a radix sort of keys with 8-byte values; a few thousand keys need none."""
     yield _buffer("second copy of the keys", count * key_bytes, _RADIX_SORT)
     yield _buffer("second copy of the values", count * _INT64_BYTES, _RADIX_SORT)
 
 
-def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """A copy of the input in the result's dtype, where that is another: booleans and short integers."""
+def _cumsum(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """A copy of the input in the result's dtype, if that is another: for booleans and short integers."""
     tensor = inputs["self"]
     dtype = inputs.get("dtype") or (torch.int64 if not tensor.dtype.is_floating_point else tensor.dtype)
     if not tensor.is_complex() and dtype is not tensor.dtype:
         yield _buffer("input in the result's dtype", tensor.numel() * dtype.itemsize, _CUMSUM)
 
 
-def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
-    """Three pointers, three strides and one shape for each group, on Hopper and datacenter Blackwell in bf16."""
+def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Three pointers, three strides and one shape per group, on Hopper and datacenter Blackwell in bf16."""
     gpu = gpu_of(target)
     left, right = inputs["self"], inputs["mat2"]
     is_fast = gpu.vendor == "nvidia" and (gpu.capability == (9, 0) or gpu.capability[0] == 10)
@@ -267,7 +266,7 @@ def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[Internal]:
     yield _buffer("arguments of the groups", nbytes, _GROUPED)
 
 
-_BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[Internal]]] = {
+_BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] = {
     _aten.embedding_dense_backward.default: _embedding_backward,
     _aten.native_layer_norm_backward.default: _norm_backward,
     _aten._fused_rms_norm_backward.default: _norm_backward,
@@ -286,8 +285,8 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[Internal]]] = {
 }
 
 
-def _buffer(name: str, nbytes: int, source: str) -> Internal:
-    return Internal(name=name, nbytes=nbytes, source=source)
+def _buffer(name: str, nbytes: int, source: str) -> KernelBuffer:
+    return KernelBuffer(name=name, nbytes=nbytes, source=source)
 
 
 def _num_sms(target: Target) -> int:
@@ -298,7 +297,7 @@ def _num_sms(target: Target) -> int:
 @cache
 def _table() -> tuple[dict[str, Any], ...]:
     text = resources.files("gcbench.simulate.cuda").joinpath("workspaces.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["standing"])
+    return tuple(tomllib.loads(text)["persistent"])
 
 
 def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
@@ -310,11 +309,11 @@ def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
     return (f"{major}" in named or f"{major}.{minor}" in named) and is_of_version
 
 
-def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[Standing]:
+def _of_entry(entry: dict[str, Any], *, trains: bool) -> Iterator[PersistentTerm]:
     phases = [phase for phase in entry["requested_at"] if trains or phase != "backward"]
     measured = entry.get("measured")
     for phase in phases:
-        yield Standing(
+        yield PersistentTerm(
             name=entry["name"] if len(entry["requested_at"]) == 1 else f"{entry['name']} ({phase})",
             nbytes=parse_bytes(str(entry["nbytes"])),
             in_allocator=entry["in_allocator"],

@@ -1,11 +1,11 @@
-"""What CPU operators take for themselves while they run, out of a trace's sight.
+"""Buffers that CPU operators allocate inside while they run, which a trace of operators cannot see.
 
-Numbers are a few bytes, which decide only where two phases' peaks are equal: `x * 0.9` makes a tensor of the number
+Numbers are a few bytes, which matter only when two phases' peaks are equal: `x * 0.9` makes a tensor of the number
 (double or int64), and the kernel another one of the dtype it computes in (`wrapped_scalar_tensor` in pytorch's
-aten/src/ATen/ScalarOps.h, and the casts of TensorIterator); both go when the operator returns. Seen in the allocator's
-events of torch 2.13. On CUDA, numbers stay in the host's memory.
+aten/src/ATen/ScalarOps.h, and the casts of TensorIterator); both are freed when the operator returns. Seen in the
+allocator's events of torch 2.13. On CUDA, numbers stay in host memory.
 
-Not here: what oneDNN takes for a product of bf16 matrices (a copy of one of them in a layout of its own, where it
+Not covered: the buffers of oneDNN in a product of bf16 matrices (a copy of one of them in a layout of its own, if it
 chooses to make one).
 """
 
@@ -25,13 +25,13 @@ _WRAPPING = frozenset(
     for name in ("add", "sub", "mul", "div", "rsub", "remainder", "eq", "ne", "lt", "le", "gt", "ge")
     for inplace in ("", "_")
 )
-"""Operators that take a number as such and wrap it themselves."""
+"""Operators whose argument is a number, which they wrap themselves."""
 
 
 def internal_buffers(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
 ) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of what the operator takes for itself while it runs on the CPU."""
+    """(name, bytes) of each buffer that the operator allocates inside while it runs on the CPU."""
     if func is _SAFE_SOFTMAX:
         yield from _safe_softmax(result)
     if func is _CUMSUM and args[0].dtype is not result.dtype:  # `impl_func_cum_ops` in native/ReduceOps.cpp
@@ -52,7 +52,7 @@ def _safe_softmax(result: torch.Tensor) -> Iterator[tuple[str, int]]:
 
 @cache
 def _places(func: Any) -> tuple[int, ...]:
-    """Where the operator takes a tensor, or a number that it makes into one."""
+    """Places of the arguments that are tensors, or numbers that the operator makes into one."""
     name = f"{func._schema.name.rpartition('::')[2]}.{func._schema.overload_name}"
-    wanted = ("Tensor", "number") if name in _WRAPPING else ("Tensor",)
-    return tuple(place for place, arg in enumerate(func._schema.arguments) if str(arg.type) in wanted)
+    types = ("Tensor", "number") if name in _WRAPPING else ("Tensor",)
+    return tuple(place for place, arg in enumerate(func._schema.arguments) if str(arg.type) in types)

@@ -1,8 +1,8 @@
 """Marks what a model's own PyTorch code allocates where a card, with a package installed, would run a fused kernel.
 
-transformers gives the scans and convolutions of recurrent layers (Mamba, gated delta rule and their kin) a kernel from
-a package such as mamba-ssm, and a reference implementation in PyTorch for where that cannot be had. A trace on fake CPU
-tensors always takes the reference, which keeps far more for the backward pass.
+For the scans and convolutions of recurrent layers (Mamba, gated delta rule and the like) transformers has a kernel from
+a package such as mamba-ssm, and a reference implementation in PyTorch for when that is not installed. A trace on fake
+CPU tensors always runs the reference, which saves far more for the backward pass.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BY_NAME = {"rwkv_linear_attention_cpu": "kernels"}
 
 @contextmanager
 def marked(modules: Iterable[torch.nn.Module], recorder: Recorder) -> Iterator[None]:
-    """Tell the recorder, while it is entered, of every reference implementation that runs in place of a kernel."""
+    """Mark for the recorder, while entered, every reference implementation that runs in place of a kernel."""
     with ExitStack() as stack:
         for name in dict.fromkeys(type(module).__module__ for module in modules):
             module = sys.modules.get(name)
@@ -39,7 +39,7 @@ def marked(modules: Iterable[torch.nn.Module], recorder: Recorder) -> Iterator[N
 
 
 def package_of(name: str, function: object) -> str | None:
-    """The package whose kernel this function is the reference for; None where it is no such function."""
+    """The package whose kernel this function is the reference for; None if it is no such function."""
     if name in _BY_NAME:
         return _BY_NAME[name]
     code = getattr(function, "__code__", None)

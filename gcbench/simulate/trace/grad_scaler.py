@@ -1,4 +1,4 @@
-"""A gradient scaler without values, for steps on fake tensors."""
+"""Lets a gradient scaler run on fake tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 
 
 @contextmanager
-def scaler_without_values() -> Iterator[None]:
-    """Let a gradient scaler step its optimizer without asking whether a gradient overflowed: as if none did.
+def scaler_for_fake_tensors() -> Iterator[None]:
+    """Let a gradient scaler step its optimizer without reading whether a gradient overflowed: as if none did.
 
-    `GradScaler._maybe_opt_step` in torch/amp/grad_scaler.py reads one number, which fake tensors do not have. All
-    that the scaler allocates stays: scale and growth tracker, their copies for the device, `found_inf`, and the check
-    itself, which works in place. For devices other than CUDA, too.
+    `GradScaler._maybe_opt_step` in torch/amp/grad_scaler.py reads one number, which fake tensors do not have. What the
+    scaler allocates is recorded: scale and growth tracker, their copies for the device, `found_inf`, and the check
+    itself, which works in place. Holds for devices other than CUDA, too.
     """
 
     def step(scaler: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a model is made of: kinds of layers, and the memory that its tensors take."""
+"""Describes a model on the meta device: the kind of each layer, and the memory of its tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def kind(layer: torch.nn.Module) -> Hashable:
-    """All that tells two layers apart: modules, shapes, dtypes, what is trained, plain attributes but the number."""
+    """A key equal for layers that do the same: modules, shapes, dtypes, what is trained, attributes but the number."""
     return tuple(
         (
             path,

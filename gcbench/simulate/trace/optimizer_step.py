@@ -1,13 +1,13 @@
-"""The optimizer phase on its own: what it takes and keeps for a list of parameters. It knows nothing of layers.
+"""Traces the optimizer phase by itself: what it allocates and keeps for a list of parameters, whatever their layers.
 
-Optimizers treat parameters of one shape and dtype alike, either one after the other or all in one operator (foreach).
-So a few are traced, chosen such that every neighbourhood is among them, and the trace is unrolled to all of them.
+Optimizers do the same for every parameter of one shape and dtype, either one after the other or all in one operator
+(foreach). So a few are traced, chosen such that every neighbourhood is among them, and the trace is unrolled to all.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,17 +28,17 @@ from gcbench.training.step import Update
 class UpdateTrace:
     """The first optimizer phase, which makes the states, and every later one.
 
-    Blocks are numbered from 0: the gradients, one for each parameter, then what the phases take. Both phases end with
-    the gradients given back.
+    Blocks are numbered from 0: the gradients, one for each parameter, then what the phases allocate. Both phases end
+    by freeing the gradients.
 
     Attributes:
         owners: for each block, the parameter it serves; -1 for none.
-        is_loop: whether parameters are handled one after the other. A loop's variables hold what they were given for
-            one parameter until they are set for the next.
+        is_loop: whether parameters are handled one after the other. A loop's variables hold what was assigned for one
+            parameter until they are assigned for the next.
         first, later: events; `n` for the allocation of block n, `~n` for its release.
-        works: what the operators of a later phase have the device do, for the parameters that were traced.
-        times: for each of the works, how often it is done for all parameters: in a loop, once for each that is like
-            the traced one; done for a list of them at once, as many times as all have more bytes.
+        works: the work of a later phase's operators, for the parameters that were traced.
+        times: for each of the works, how often it is done for all parameters: in a loop, once for each that the traced
+            one represents; in an operator on lists, the ratio of all bytes to the traced ones.
     """
 
     num_params: int
@@ -52,18 +52,18 @@ class UpdateTrace:
 
     @property
     def own(self) -> tuple[Block, ...]:
-        """The blocks that the phases take themselves: all but the gradients."""
+        """The blocks that the phases allocate: all but the gradients."""
         return self.blocks[self.num_params :]
 
     def seconds(self, figures: Figures) -> float:
-        """How long a later phase takes; an estimate."""
+        """Estimate the time of a later phase."""
         return sum(times * figures.seconds(work) for work, times in zip(self.works, self.times, strict=True))
 
     @property
     def states(self) -> tuple[int, ...]:
-        """Blocks that the first phase takes and keeps."""
-        given = {~event for event in self.first if event < 0}
-        return tuple(event for event in self.first if event >= 0 and event not in given)
+        """Blocks that the first phase allocates and keeps."""
+        freed = {~event for event in self.first if event < 0}
+        return tuple(event for event in self.first if event >= 0 and event not in freed)
 
 
 def trace_update(
@@ -71,35 +71,35 @@ def trace_update(
     *,
     precision: str,
     optim: str,
-    road: TraceMode = CPU_TRACE,
+    trace_mode: TraceMode = CPU_TRACE,
     steps_on_device: bool = True,
     every_one: bool = False,
 ) -> UpdateTrace:
-    """The optimizer phase for trained parameters of these shapes and dtypes, which all have a gradient.
+    """Trace the optimizer phase for trained parameters of these shapes and dtypes, which all have a gradient.
 
-    With `steps_on_device` False the optimizer's step counters lie in the host's memory and are left out. With
-    `every_one` every parameter is traced, which takes milliseconds each.
+    If not `steps_on_device`, the optimizer's step counters are in host memory and are left out. With `every_one`,
+    every parameter is traced, which takes milliseconds each.
     """
     chosen = sample([] if every_one else [(p.shape, p.stride(), p.dtype) for p in params])
     traced, served = _trace(
-        params if every_one else [params[number] for number in chosen.kept],
+        params if every_one else [params[number] for number in chosen.representatives],
         precision=precision,
         optim=optim,
-        road=road,
+        trace_mode=trace_mode,
         steps_on_device=steps_on_device,
     )
     if every_one:
         return traced
-    position = {number: place for place, number in enumerate(chosen.kept)}
-    stand_in = [position[number] for number in chosen.stand_in]
-    some = sum(params[number].nbytes for number in chosen.kept)
-    times = {_ALL: sum(param.nbytes for param in params) / some if some else 1.0, _NONE: 1.0, **Counter(stand_in)}
-    # One that stands for none was traced for what it is beside.
-    return replace(_unrolled(traced, stand_in), times=tuple(float(times.get(owner, 0)) for owner in served))
+    position = {number: place for place, number in enumerate(chosen.representatives)}
+    represented_by = [position[number] for number in chosen.represented_by]
+    some = sum(params[number].nbytes for number in chosen.representatives)
+    times = {_ALL: sum(param.nbytes for param in params) / some if some else 1.0, _NONE: 1.0, **Counter(represented_by)}
+    # One that represents none was traced as a neighbour.
+    return replace(_unrolled(traced, represented_by), times=tuple(float(times.get(owner, 0)) for owner in served))
 
 
 _NONE, _ALL = -1, -2
-"""What serves no parameter, or more than one; and what is done for a list of all of them."""
+"""Owners of what serves no parameter, or more than one; and of what is done for a list of all of them."""
 
 
 class _Attributing(Recorder):  # type: ignore[no-untyped-call]
@@ -108,14 +108,14 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
     A foreach operator makes one result for each tensor in its first list.
     """
 
-    def __init__(self, road: TraceMode) -> None:
-        super().__init__(road.internals)
+    def __init__(self, trace_mode: TraceMode) -> None:
+        super().__init__(trace_mode.kernel_buffers)
         self.owners: dict[int, int] = {}
         self.is_loop = True
         self.served: list[int] = []
         """For each of the works, the parameter it serves, or `_NONE`, or `_ALL`."""
         self.states: Callable[[], Iterable[tuple[torch.Tensor, int]]] = tuple
-        """The optimizer's states and their parameters: made from nothing, they serve whom they were made for."""
+        """The optimizer's states and their parameters: created from no tensor, each serves its own parameter."""
 
     def own(self, tensor: torch.Tensor, owner: int) -> int:
         number = self.number(tensor)
@@ -128,15 +128,15 @@ class _Attributing(Recorder):  # type: ignore[no-untyped-call]
         if func.__name__.startswith("_foreach"):
             self.is_loop = False
         result = super().__torch_dispatch__(func, types, args, kwargs)
-        made = range(before, len(self.trace.blocks))
-        given = (*args, *(kwargs or {}).values())
-        for number in made:
-            each = (args[0][(number - before) % len(args[0])],) if args and _are_tensors(args[0]) else given
+        allocated = range(before, len(self.trace.blocks))
+        inputs = (*args, *(kwargs or {}).values())
+        for number in allocated:
+            each = (args[0][(number - before) % len(args[0])],) if args and _are_tensors(args[0]) else inputs
             owner = self._owner(each)
             if owner >= 0:
                 self.owners[number] = owner
         if len(self.works) > worked:
-            self.served.append(_ALL if any(map(_are_tensors, args)) else self._owner(given))
+            self.served.append(_ALL if any(map(_are_tensors, args)) else self._owner(inputs))
         return result
 
     def _owner(self, sources: Iterable[Any]) -> int:
@@ -156,69 +156,93 @@ def _are_tensors(value: Any) -> bool:
 
 
 def _trace(
-    params: Sequence[torch.Tensor], *, precision: str, optim: str, road: TraceMode, steps_on_device: bool
+    params: Sequence[torch.Tensor], *, precision: str, optim: str, trace_mode: TraceMode, steps_on_device: bool
 ) -> tuple[UpdateTrace, list[int]]:
     """The trace, and for each of its works the parameter that it serves."""
-    recorder = _Attributing(road)
-    numbers: dict[int, int] = {}
-    spans: list[tuple[int, int]] = []
+    recorder = _Attributing(trace_mode)
     with ExitStack() as stack:
-        stack.enter_context(as_in_a_real_run(recorder, notes_random_state=road.notes_random_state))
-        stack.enter_context(road.patches())
+        stack.enter_context(as_in_a_real_run(recorder, notes_random_state=trace_mode.notes_random_state))
+        stack.enter_context(trace_mode.patches())
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         own = [torch.nn.Parameter(torch.empty_strided(p.size(), p.stride(), dtype=p.dtype)) for p in params]
         update = Update(own, precision=precision, optim=optim, device_type="cpu")
-        states = update.optimizer.state
-        recorder.states = lambda: (
-            (value, position)
-            for position, param in enumerate(own)
-            for value in states.get(param, {}).values()
-            if isinstance(value, torch.Tensor)
-        )
+        recorder.states = lambda: ((value, place) for _, value, place in _states(own, update.optimizer))
         stack.enter_context(recorder)
-        for position, param in enumerate(own):
-            recorder.note(param, None)
-            recorder.own(param, position)
-        for _ in range(2):
-            update.scaled(torch.zeros(()))
-            for position, param in enumerate(own):
-                param.grad = torch.empty_like(param)
-                numbers[recorder.own(param.grad, position)] = position
-            start = len(recorder.trace.events)
-            recorder.works.clear()
-            recorder.served.clear()
-            recorder.cool()  # the passes lie between
-            update()
-            spans.append((start, len(recorder.trace.events)))
+        gradients, spans = _two_updates(recorder, own, update)
         recorder.close()
     counters: set[int] = set()
-    for position, param in enumerate(own):
-        for name, value in states.get(param, {}).items():
-            if isinstance(value, torch.Tensor) and recorder.number(value) is not None:
-                number = recorder.own(value, position)
-                counters |= {number} if name == "step" else set()
-    blocks = [Block(0, None)] * len(own)
-    owners = list(range(len(own)))
-    for block, position in numbers.items():
+    for name, value, position in _states(own, update.optimizer):
+        if recorder.number(value) is not None:
+            number = recorder.own(value, position)
+            counters |= {number} if name == "step" else set()
+    omitted = set() if steps_on_device else counters
+    return _phases(recorder, gradients, spans, omitted), recorder.served
+
+
+def _states(
+    params: Sequence[torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Iterator[tuple[str, torch.Tensor, int]]:
+    """(name, tensor, position of its parameter) for each tensor in the optimizer's state."""
+    for position, param in enumerate(params):
+        for name, value in optimizer.state.get(param, {}).items():
+            if isinstance(value, torch.Tensor):
+                yield name, value, position
+
+
+def _two_updates(
+    recorder: _Attributing, params: Sequence[torch.nn.Parameter], update: Update
+) -> tuple[dict[int, int], list[range]]:
+    """Run the first optimizer phase and a later one.
+
+    Returns block of a gradient -> position of its parameter, and for each phase the events that it consists of.
+    """
+    gradients: dict[int, int] = {}
+    spans: list[range] = []
+    for position, param in enumerate(params):
+        recorder.note(param, None)
+        recorder.own(param, position)
+    for _ in range(2):
+        update.scaled(torch.zeros(()))
+        for position, param in enumerate(params):
+            param.grad = torch.empty_like(param)
+            gradients[recorder.own(param.grad, position)] = position
+        start = len(recorder.trace.events)
+        recorder.works.clear()
+        recorder.served.clear()
+        recorder.cool()  # the passes lie between
+        update()
+        spans.append(range(start, len(recorder.trace.events)))
+    return gradients, spans
+
+
+def _phases(
+    recorder: _Attributing, gradients: Mapping[int, int], spans: Sequence[range], omitted: Collection[int]
+) -> UpdateTrace:
+    """The phases with their blocks numbered as `UpdateTrace` has them, the gradients first, without those `omitted`."""
+    numbers = dict(gradients)
+    num_params = len(set(gradients.values()))
+    blocks = [Block(0, None)] * num_params
+    owners = list(range(num_params))
+    for block, position in gradients.items():
         blocks[position] = recorder.trace.blocks[block]
     phases: list[tuple[int, ...]] = []
-    for start, end in spans:
+    for span in spans:
         events: list[int] = []
-        for event in recorder.trace.events[start:end]:
+        for event in recorder.trace.events[span.start : span.stop]:
             block = event if event >= 0 else ~event
-            if block in counters and not steps_on_device:
+            if block in omitted:
                 continue
             if block not in numbers:
                 if event < 0:
-                    continue  # what stood there before the phase, like the scaler's own tensors
+                    continue  # allocated before the phase, like the scaler's own tensors
                 numbers[block] = len(blocks)
                 blocks.append(recorder.trace.blocks[block])
                 owners.append(recorder.owners.get(block, -1))
             events.append(numbers[block] if event >= 0 else ~numbers[block])
         phases.append(tuple(events))
     first, later = phases
-    traced = UpdateTrace(
-        num_params=len(own),
+    return UpdateTrace(
+        num_params=num_params,
         blocks=tuple(blocks),
         owners=tuple(owners),
         is_loop=recorder.is_loop,
@@ -227,41 +251,40 @@ def _trace(
         works=tuple(recorder.works),
         times=(1.0,) * len(recorder.works),
     )
-    return traced, recorder.served
 
 
 @dataclass(frozen=True, slots=True)
 class _Event:
-    """One event of a wave: the n-th block of a parameter, or of the one `before` it, is taken or given back."""
+    """One event of a wave: the n-th block of a parameter, or of the one `before` it, is allocated or freed."""
 
     ordinal: int
     frees: bool
     before: bool
 
 
-def _unrolled(traced: UpdateTrace, stand_in: Sequence[int]) -> UpdateTrace:
-    """The trace for parameters of which the n-th behaves as `stand_in[n]` of the traced ones."""
+def _unrolled(traced: UpdateTrace, represented_by: Sequence[int]) -> UpdateTrace:
+    """The trace for parameters of which the n-th is represented by the traced one `represented_by[n]`."""
     ordinals, members = _ordinals(traced)
-    blocks = [traced.blocks[kept] for kept in stand_in]
-    owners = list(range(len(stand_in)))
-    numbers: dict[tuple[int, int], int] = {(n, 0): n for n in range(len(stand_in))}
+    blocks = [traced.blocks[param] for param in represented_by]
+    owners = list(range(len(represented_by)))
+    numbers: dict[tuple[int, int], int] = {(n, 0): n for n in range(len(represented_by))}
     phases: list[tuple[int, ...]] = []
     for events in (traced.first, traced.later):
         unrolled: list[int] = []
         for wave in _waves(traced, events, ordinals):
-            for param, kept in _order(wave, stand_in):
-                for event in wave.get(kept, ()):
+            for param, like in _order(wave, represented_by):
+                for event in wave.get(like, ()):
                     owner = param - event.before
                     number = numbers.get((owner, event.ordinal))
                     if number is None:
                         number = numbers[owner, event.ordinal] = len(blocks)
-                        blocks.append(traced.blocks[members[kept][event.ordinal]])
+                        blocks.append(traced.blocks[members[like][event.ordinal]])
                         owners.append(owner)
                     unrolled.append(~number if event.frees else number)
         phases.append(tuple(unrolled))
     first, later = phases
     return UpdateTrace(
-        num_params=len(stand_in),
+        num_params=len(represented_by),
         blocks=tuple(blocks),
         owners=tuple(owners),
         is_loop=traced.is_loop,
@@ -271,11 +294,11 @@ def _unrolled(traced: UpdateTrace, stand_in: Sequence[int]) -> UpdateTrace:
     )
 
 
-def _order(wave: Mapping[int, Sequence[object]], stand_in: Sequence[int]) -> Iterable[tuple[int, int]]:
-    """The parameters that a wave goes through, with what they behave as."""
+def _order(wave: Mapping[int, Sequence[object]], represented_by: Sequence[int]) -> Iterable[tuple[int, int]]:
+    """The parameters that a wave goes through, with those that represent them."""
     if -1 in wave:
         return [(-1, -1)]
-    all_of_them = list(enumerate(stand_in))
+    all_of_them = list(enumerate(represented_by))
     order = list(wave)
     return all_of_them if order[0] <= order[-1] else reversed(all_of_them)
 
@@ -292,9 +315,9 @@ def _ordinals(traced: UpdateTrace) -> tuple[list[int], dict[int, list[int]]]:
 
 
 def _waves(traced: UpdateTrace, events: Sequence[int], ordinals: Sequence[int]) -> Iterator[dict[int, list[_Event]]]:
-    """Events by parameter, in stretches that go through the parameters once, in order or in reverse.
+    """Events by parameter, in waves that go through the parameters once, in order or in reverse.
 
-    A loop over parameters is one wave, a foreach operator is one for itself; what serves no parameter is one alone. The
+    A loop over parameters is one wave, and so is a foreach operator, and a run of events that serve no parameter. The
     parameters of a wave are in the order in which it goes through them.
     """
     wave: dict[int, list[_Event]] = {}

@@ -1,4 +1,4 @@
-"""Notes every block of memory that operators on fake tensors take and give back, computing nothing."""
+"""Records every block of memory that operators on fake tensors allocate and free, computing nothing."""
 
 from __future__ import annotations
 
@@ -19,21 +19,23 @@ from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
 
-Internals = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
-"""(operator, arguments, keyword arguments, result) -> (name, bytes) of what its kernel takes while it runs."""
+KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
+"""(operator, arguments, keyword arguments, result) -> (name, bytes) of each buffer inside its kernel."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each storage when an operator first returns it, and again when the last reference to it goes.
+    """Records each storage when an operator first returns it, and again when the last reference to it goes.
 
-    What the recorder sees of an operator are its results; what its kernel takes for itself on the target device comes
-    from `internals`.
+    A dispatch mode sees an operator's results only; the buffers inside its kernel on the target device come from
+    `kernel_buffers`.
     """
 
-    def __init__(self, internals: Internals | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}) -> None:
+    def __init__(
+        self, kernel_buffers: KernelBuffers | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
-        self._internals = internals
+        self._kernel_buffers = kernel_buffers
         self._result_order = result_order
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._open = True
@@ -41,35 +43,35 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._held_once = _counts_when_held_once()
         self._ages = CacheAges()
         self.fallbacks: set[str] = set()
-        """Packages whose kernels were stood in for."""
+        """Packages whose kernels a reference implementation replaced."""
         self._fallback_depth = 0
         self.works: list[Work] = []
-        """What each call has the device do, in order."""
+        """The work of each call, in order."""
 
     def note(self, tensor: torch.Tensor, op: str | None) -> None:
-        """A tensor whose storage may be new."""
+        """Record the allocation of a tensor's storage if it is new."""
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
-            return  # on meta lies what a layer does not compute again
+            return  # what a recomputation skips is on meta
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._alive:
-            number = self._take(storage.nbytes(), op, tensor.shape)
+            number = self._allocate(storage.nbytes(), op, tensor.shape)
             self._watch(storage, key, number)
 
     def number(self, tensor: torch.Tensor) -> int | None:
-        """The block that holds the tensor; None when it was never noted."""
-        found = self._alive.get(tensor.untyped_storage()._cdata)
-        return None if found is None else found[1]
+        """The block that holds the tensor; None if it was never recorded."""
+        alive = self._alive.get(tensor.untyped_storage()._cdata)
+        return None if alive is None else alive[1]
 
     def forget(self, tensors: Iterable[object]) -> None:
-        """Tensors that are not in the device's memory after all: their blocks shrink to nothing."""
+        """Make the blocks of tensors that are not in the device's memory empty."""
         for tensor in tensors:
             number = self.number(tensor) if isinstance(tensor, torch.Tensor) else None
             if number is not None:
                 self.trace.blocks[number] = Block(0, None)
 
     def _hide(self, values: Iterable[object]) -> None:
-        """Results that do not lie in the device's memory."""
+        """Record results that are not in the device's memory, as empty blocks."""
         for value in values:
             if isinstance(value, torch.Tensor):
                 self.note(value, None)
@@ -77,7 +79,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @contextmanager
     def in_fallback(self, package: str) -> Iterator[None]:
-        """What is taken inside stands for a kernel of `package`."""
+        """Mark what is allocated inside as that of a reference for a kernel of `package`."""
         self.fallbacks.add(package)
         self._fallback_depth += 1
         try:
@@ -86,22 +88,23 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._fallback_depth -= 1
 
     def note_backward(self, phase: Phase) -> None:
-        """For a step that is not the measured one."""
+        """Note whether the backward pass runs, in a step that is not the measured one."""
         self._in_backward = phase == "backward"
 
     def on_phase(self, phase: Phase) -> None:
+        """Mark a phase of the measured step."""
         self.note_backward(phase)
         self.trace.marks.append((len(self.trace.events), phase))
 
     def cool(self) -> None:
-        """What was touched so far is out of the caches."""
+        """Treat all memory touched so far as out of the caches."""
         self._ages = CacheAges()
 
     def close(self) -> None:
-        """What is released from here on belongs to taking the trace down, not to the step."""
+        """Stop recording frees: from here on they belong to the teardown, not to the step."""
         self._open = False
 
-    def _take(self, nbytes: int, op: str | None, shape: Iterable[int] = ()) -> int:
+    def _allocate(self, nbytes: int, op: str | None, shape: Iterable[int] = ()) -> int:
         number = len(self.trace.blocks)
         # Only a recomputation builds a graph in the backward pass.
         again = self._in_backward and torch.is_grad_enabled()
@@ -110,19 +113,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return number
 
     def _watch(self, storage: torch.UntypedStorage, key: int, number: int) -> None:
-        def released(reference: object) -> None:
+        def on_free(reference: object) -> None:
             self._alive.pop(key, None)
             if self._open:
                 self.trace.events.append(~number)
 
-        self._alive[key] = (weakref.ref(storage, released), number)
+        self._alive[key] = (weakref.ref(storage, on_free), number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
-        if func.namespace != "prim" and not _is_skipped(result):  # questions, like prim::device, are no work
+        if func.namespace != "prim" and not _is_skipped(result):  # queries, like prim::device, are no work
             self.works.append(self._ages.aged(of_call(func, args, kwargs, result), args, kwargs, result))
-        if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_formula()):
+        if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_derivative()):
             self._hand_over(args[0], result)
             return result
         name = func.__name__
@@ -138,17 +141,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 elif isinstance(value, (tuple, list)):
                     for inner in value:
                         self.note(inner, name)
-        if self._internals is not None:
+        if self._kernel_buffers is not None:
             inside = [
-                self._take(nbytes, f"{name}: {part}")
-                for part, nbytes in self._internals(func, args, kwargs, result)
+                self._allocate(nbytes, f"{name}: {part}")
+                for part, nbytes in self._kernel_buffers(func, args, kwargs, result)
                 if nbytes
             ]
-            self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys what a function holds
+            self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys locals
         return result
 
     def _adds_in_place(self, args: Any, kwargs: Any) -> bool:
-        """Whether this is the autograd engine adding two gradients into a buffer that nobody else holds.
+        """Whether the autograd engine is adding two gradients into a buffer that nothing else references.
 
         For real tensors it then adds in place (`accumulate` and `can_accumulate_inplace` in pytorch's
         torch/csrc/autograd/input_buffer.cpp), for tensor subclasses, which fake tensors are, it never does.
@@ -158,11 +161,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         old, new = args
         if not isinstance(new, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
             return False
-        held = (old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata))
-        return held == self._held_once and _is_dense(old)
+        counts = (old._use_count(), torch._C._storage_Use_Count(old.untyped_storage()._cdata))
+        return counts == self._held_once and _is_dense(old)
 
-    def _is_of_a_formula(self) -> bool:
-        """Whether the backward pass calls this, and not a recomputation.
+    def _is_of_a_derivative(self) -> bool:
+        """Whether the backward pass itself calls this, not a recomputation.
 
         `index_backward` in pytorch's torch/csrc/autograd/FunctionsManual.cpp puts gradients into its zeros in place for
         real tensors, out of place for tensor subclasses.
@@ -170,24 +173,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return self._in_backward and not torch.is_grad_enabled()
 
     def _hand_over(self, old: torch.Tensor, result: torch.Tensor) -> None:
-        """Let the block of `old` live on as that of `result`."""
-        found = self._alive.pop(old.untyped_storage()._cdata, None)
-        if found is None:
+        """Reuse the block of `old` for `result`."""
+        alive = self._alive.pop(old.untyped_storage()._cdata, None)
+        if alive is None:
             self.note(result, "handed over")
             return
-        # The weak reference went with `found`, so that the end of `old` is not noted.
+        # The weak reference went with `alive`, so that the end of `old` is not recorded.
         storage = result.untyped_storage()
-        self._watch(storage, storage._cdata, found[1])
+        self._watch(storage, storage._cdata, alive[1])
 
 
 _ADD = torch.ops.aten.add.Tensor
 _INDEX_PUT = torch.ops.aten.index_put.default
 _REFUSED_BY_FAKE_TENSORS = {torch.ops.aten._grouped_mm.default}
-"""Operators whose shape function demands bf16 although the real CPU kernel takes fp32 too."""
+"""Operators whose shape function demands bf16 although the real CPU kernel accepts fp32 too."""
 
 
 def _is_skipped(result: Any) -> bool:
-    """Whether nothing was computed: what a layer does not run again lies on the meta device."""
+    """Whether nothing was computed: what a recomputation skips is on the meta device."""
     first = result[0] if isinstance(result, (tuple, list)) and result else result
     return isinstance(first, torch.Tensor) and first.device.type == "meta"
 
@@ -209,8 +212,8 @@ def _without_kernel(func: Any, args: tuple[torch.Tensor, ...]) -> torch.Tensor:
 def _counts_when_held_once() -> tuple[int, int] | None:
     """References to a tensor and to its storage, as seen by a dispatch mode, when only the engine's buffer holds it.
 
-    Read off a case where that is known: the sum of two gradients made for nothing else. None where this torch does
-    not tell.
+    Read from a case in which that is known: the sum of two gradients with no other use. None if this torch does not
+    expose them.
     """
     if not hasattr(torch.Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
         return None
@@ -235,10 +238,10 @@ def _counts_when_held_once() -> tuple[int, int] | None:
 
 @contextmanager
 def as_in_a_real_run(recorder: Recorder, *, notes_random_state: bool) -> Iterator[None]:
-    """Undo what differs only because tensors are fake, and show what real runs do out of an operator's sight.
+    """Undo what differs only because tensors are fake, and record what real runs allocate outside of operators.
 
-    `notes_random_state` where the random state that checkpointing keeps lies in the device's memory: on the CPU. CUDA's
-    is kept as a CPU tensor.
+    `notes_random_state` is set if the random state that checkpointing saves is in the device's memory: on the CPU.
+    CUDA's is saved as a CPU tensor.
     """
     real_state = torch.get_rng_state
 
@@ -249,47 +252,47 @@ def as_in_a_real_run(recorder: Recorder, *, notes_random_state: bool) -> Iterato
         return state
 
     with ExitStack() as stack:
-        # transformers takes fake tensors for tracing by a compiler, and would build an explicit mask.
+        # transformers mistakes fake tensors for tracing by a compiler, and would build an explicit mask.
         if hasattr(masking_utils, "find_packed_sequence_indices"):
-            look = partial(_nothing_is_packed, masking_utils.find_packed_sequence_indices)
-            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", look))
-        # Checkpointing keeps the random state of each layer: 5 KB, made without an operator.
+            find = partial(_nothing_is_packed, masking_utils.find_packed_sequence_indices)
+            stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", find))
+        # Checkpointing saves the random state of each layer: 5 KB, allocated without an operator.
         stack.enter_context(mock.patch.object(torch, "get_rng_state", noted_state))
         stack.enter_context(mock.patch.object(torch.random, "get_rng_state", noted_state))
         yield
 
 
-def _nothing_is_packed(look: Callable[..., object], *args: Any, **kwargs: Any) -> None:
-    """Let transformers look for packed sequences, for what that allocates, and find none, as in a batch of full ones.
+def _nothing_is_packed(find: Callable[..., object], *args: Any, **kwargs: Any) -> None:
+    """Let transformers search for packed sequences, for what that allocates, and find none, as in a batch of full ones.
 
-    It asks `.all()` whether every position follows on the one before, which a tensor without values cannot answer.
+    It calls `.all()` to see whether every position follows the one before, which fake tensors cannot answer.
     """
-    ask = torch.Tensor.all
+    real_all = torch.Tensor.all
 
     def yes(tensor: torch.Tensor, *rest: Any, **more: Any) -> bool:
-        ask(tensor, *rest, **more)
+        real_all(tensor, *rest, **more)
         return True
 
     with (
         mock.patch.object(masking_utils, "is_tracing", lambda *a, **k: False),
         mock.patch.object(torch.Tensor, "all", yes),
-        suppress(Exception),  # another version may look in another way; none is found either way
+        suppress(Exception),  # another version may search in another way; none is found either way
     ):
-        look(*args, **kwargs)
+        find(*args, **kwargs)
 
 
 def saved_on_host(recorder: Recorder) -> AbstractContextManager[Any]:
-    """What is saved for the backward pass inside lies in memory that is not the device's, and comes back when needed.
+    """Save what is saved for the backward pass in host memory, and copy it back when it is unpacked.
 
-    As torch's `save_on_cpu` does it: a copy away when it is saved, a copy back for whoever unpacks it.
+    Does as torch's `save_on_cpu`: a copy to the host for each pack, a copy back for each unpack.
     """
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        away = torch.empty_like(tensor)
-        recorder.forget([away])
-        return away
+        on_host = torch.empty_like(tensor)
+        recorder.forget([on_host])
+        return on_host
 
-    def unpack(away: torch.Tensor) -> torch.Tensor:
-        return torch.empty_like(away)
+    def unpack(on_host: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(on_host)
 
     return torch.autograd.graph.saved_tensors_hooks(pack, unpack)

@@ -1,7 +1,7 @@
-"""Which layers of a model stand for which others, so that few need to be traced. No torch.
+"""Chooses layers of a model that represent the others, so that few need to be traced. No torch.
 
-A layer's events depend on what it is, how it is treated, and how the layers beside it are treated (a boundary tensor is
-held by one or the other). Layers that agree in all three are interchangeable.
+A layer's events depend on its kind, its policy, and the policies of the layers beside it (a layer's input is held by
+one or the other). Layers that agree in all three are interchangeable.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ RADIUS = 1
 """How many neighbours on each side a layer's events depend on."""
 
 _EDGE = object()
-"""Beyond the first and the last layer."""
+"""What lies beyond the first and the last layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """A few layers that stand for all.
+    """A few layers that represent all.
 
     Attributes:
-        kept: numbers of the layers to trace, ascending; the first and the last are among them.
-        stand_in: for each layer, the number of the kept layer that behaves as it does.
+        representatives: numbers of the layers to trace, ascending; the first and the last are among them.
+        represented_by: for each layer, the number of the representative that behaves as it does.
     """
 
-    kept: tuple[int, ...]
-    stand_in: tuple[int, ...]
+    representatives: tuple[int, ...]
+    represented_by: tuple[int, ...]
 
 
 def sample(labels: Sequence[Hashable], *, beside: Sequence[Hashable] | None = None, radius: int = RADIUS) -> Sample:
-    """The layers to keep so that, run one after the other, they show every neighbourhood that `labels` has.
+    """Choose layers that, run one after the other, show every neighbourhood that `labels` has.
 
-    `labels` tells of each layer all that it depends on by itself, `beside` what of it its neighbours depend on (the
-    same if not given). Stretches whose beginning and end look alike, and in which nothing happens that does not happen
-    elsewhere, are cut out.
+    `labels` has for each layer all that its own events depend on, `beside` what its neighbours' events depend on (by
+    default the same). Ranges whose beginning and end have the same neighbourhood, and which contain none that does not
+    occur elsewhere, are cut out.
     """
     places = list(range(len(labels)))
     views = _views(labels, labels if beside is None else beside, radius)
@@ -47,7 +47,7 @@ def sample(labels: Sequence[Hashable], *, beside: Sequence[Hashable] | None = No
             del places[start:end]
             start = 0
     by_view = {views[place]: place for place in reversed(places)}
-    return Sample(kept=tuple(places), stand_in=tuple(by_view[view] for view in views))
+    return Sample(representatives=tuple(places), represented_by=tuple(by_view[view] for view in views))
 
 
 def _views(labels: Sequence[Hashable], beside: Sequence[Hashable], radius: int) -> list[int]:
@@ -61,7 +61,7 @@ def _views(labels: Sequence[Hashable], beside: Sequence[Hashable], radius: int) 
 
 
 def _last_return(views: Sequence[int], places: Sequence[int], start: int) -> int | None:
-    """The furthest place that looks like `start`, such that all between them can go; None when there is none."""
+    """The furthest place with the neighbourhood of `start` such that all between can be cut out; None without one."""
     for end in range(len(places) - 1, start, -1):
         if views[places[end]] == views[places[start]]:
             cut = {views[place] for place in places[start:end]}

@@ -1,4 +1,4 @@
-"""Gives the tensors of a model on meta storage that is fake, and puts a model's modules back to how they were."""
+"""Replaces the meta tensors of a model by fake ones, and restores a model's modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 @contextmanager
 def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Undo what becomes of the modules' attributes and buffers."""
+    """Restore the modules' attributes and buffers afterwards."""
     before = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     try:
         yield
@@ -22,25 +22,24 @@ def unchanged(modules: Iterable[torch.nn.Module]) -> Iterator[None]:
                 now.update(then)
 
 
-def give_storage(
-    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, made: dict[int, tuple[torch.Tensor, torch.Tensor]]
+def materialize(
+    modules: Iterable[torch.nn.Module], fake: FakeTensorMode, replaced: dict[int, tuple[torch.Tensor, torch.Tensor]]
 ) -> None:
     """Replace the modules' own meta parameters and buffers by fake CPU tensors, each once: tied weights stay tied.
 
-    `made` remembers, under the id of the tensor that was replaced, that tensor (so that its id is given to no other)
-    and what took its place.
+    `replaced` has, by id, each replaced tensor (so that no other gets its id) and its replacement.
     """
 
     def replacement(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device.type != "meta":
             return tensor
-        if id(tensor) not in made:
+        if id(tensor) not in replaced:
             with fake:
                 empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
             is_parameter = isinstance(tensor, torch.nn.Parameter)
-            given = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
-            made[id(tensor)] = (tensor, given)
-        return made[id(tensor)][1]
+            fake_tensor = torch.nn.Parameter(empty, requires_grad=tensor.requires_grad) if is_parameter else empty
+            replaced[id(tensor)] = (tensor, fake_tensor)
+        return replaced[id(tensor)][1]
 
     for module in modules:
         for named in (module._parameters, module._buffers):
