@@ -248,8 +248,8 @@ def test_a_compiled_layer_that_another_graph_recomputes():
 
 @pytest.mark.parametrize("own", [False, True], ids=["transformers", "own code"])
 def test_a_cache_that_the_recomputation_fills_again(own):
-    """transformers drops the cache when its own checkpointing is on, so this needs a user's `checkpoint` around its layers,
-    or a user's own cache, where torch finds saved sizes doubled."""
+    """transformers drops the cache when its own checkpointing is on, so this needs a user's `checkpoint` around its
+    layers, or a user's own cache, where torch finds saved sizes doubled."""
     if own:
         model, kept = linear(), [torch.zeros(0, 8)]
 

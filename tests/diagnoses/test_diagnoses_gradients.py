@@ -75,8 +75,8 @@ def test_model_code_that_leaves_use_reentrant_to_torch():
 
 
 def test_a_quantised_base_that_was_not_prepared_for_training():
-    """Simulated: bitsandbytes needs a GPU. A frozen fp32 model replaces its quantised one, with the flag that makes peft's
-    real preparation treat it as a 4-bit model."""
+    """Simulated: bitsandbytes needs a GPU. A frozen fp32 model replaces its quantised one, with the flag that makes
+    peft's real preparation treat it as a 4-bit model."""
     peft = pytest.importorskip("peft")
 
     def adapted(*, prepare: bool) -> nn.Module:

@@ -39,7 +39,7 @@ def test_the_emitted_program_makes_the_model_that_was_planned(tmp_path, family, 
     of = source(folder, family)
     changed = changed_config.of(of, layers=layers, overrides=overrides)
     assert changed.keeps_weights == keeps
-    told = model_changes.told(layers, overrides)
+    told = model_changes.describe(layers, overrides)
     given = handover("off", model=family, hub_id=str(folder), precision="fp32", model_changes=told, config=changed)
     wanted = models.build_config(of, layers=layers, overrides=overrides)
     expected = {name: p.shape for name, p in models.build_meta(wanted).named_parameters()}
