@@ -10,7 +10,7 @@ from gcbench.core.units import GIB, MIB
 from gcbench.devices import cards
 from gcbench.devices.cards import PRECISIONS, Card
 
-# What the box says, in the binary units that it means.
+# Marketed memory sizes, in GiB.
 MARKETED_GIB = {
     "t4": 16,
     "v100-16gb": 16,
@@ -190,12 +190,12 @@ def test_the_cards_people_use_are_there_by_vendor_and_memory() -> None:
 
 
 @by_name
-def test_usable_memory_is_a_little_less_than_the_box_says(card: Card) -> None:
+def test_usable_memory_is_a_little_less_than_the_marketed_size(card: Card) -> None:
     assert 0.90 <= card.memory_bytes / (MARKETED_GIB[card.name] * GIB) <= 1.01
 
 
 @by_name
-def test_every_figure_has_its_source_and_no_source_is_left_over(card: Card) -> None:
+def test_every_figure_has_a_source_and_every_source_a_figure(card: Card) -> None:
     given = {f.name for f in fields(card) if f.name not in TEXTS and getattr(card, f.name) not in (None, {})}
     assert set(card.sources) == given
     for key, source in card.sources.items():
@@ -220,7 +220,7 @@ def test_bf16_peaks_are_the_dense_ones(name: str, tflops: float) -> None:
 
 
 @by_name
-def test_the_precisions_stand_in_the_ratios_of_the_hardware(card: Card) -> None:
+def test_the_precisions_have_the_ratios_of_the_hardware(card: Card) -> None:
     """One sparse figure among dense ones breaks a ratio."""
     peak = card.matmul_flops
     if "bf16" in peak:
@@ -233,7 +233,7 @@ def test_the_precisions_stand_in_the_ratios_of_the_hardware(card: Card) -> None:
 
 @pytest.mark.parametrize(("name", "per_clock", "ghz"), [(n, *rate) for n, rate in FP32_PER_SM_CLOCK.items()])
 def test_fp32_peak_is_sms_times_clock(name: str, per_clock: int, ghz: float) -> None:
-    """A wrong SM count, or a peak with tensor cores under fp32, does not survive this."""
+    """A wrong SM count, or a peak with tensor cores under fp32, fails this."""
     card = cards.find(name)
     assert card.num_sms is not None
     assert card.matmul_flops["fp32"] == pytest.approx(card.num_sms * per_clock * ghz * 1e9, rel=0.02)

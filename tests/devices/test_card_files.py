@@ -53,7 +53,7 @@ def test_a_users_card_may_have_everything_and_replaces_a_built_in_one(tmp_path: 
     assert cards.find("t4").name == "t4"
 
 
-def test_all_mistakes_of_a_users_file_are_told_at_once(tmp_path: Path) -> None:
+def test_all_mistakes_of_a_users_file_are_reported_at_once(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         """
@@ -99,7 +99,7 @@ def test_all_mistakes_of_a_users_file_are_told_at_once(tmp_path: Path) -> None:
         "(fp32, tf32, bf16, fp16); write it like { bf16 = 312e12 }",
         ", card 1 (one): achievable_matmul_flops: True is not a number of operations per second; write it like 312e12",
         """, card 1 (one): aliases: 'uno' is not a list; write it like ["name", "other name"]""",
-        ", card 1 (one): sources: 'me' is not a table from a key to where its figure was published",
+        ", card 1 (one): sources: 'me' is not a table; write it like { memory_bytes = \"its source\" }",
         ", card 2: memory_bytes: 'lots' is not an amount of memory; write it like 8GiB, 512MiB or 24GB",
         ', card 2: name is missing; write it like "my-card"',
         ", card 4 (four): 'three' also names card 3; rename one of them",
@@ -121,7 +121,7 @@ def test_a_file_of_the_wrong_shape_is_one_sentence(tmp_path: Path, text: str, me
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_is_not_there_or_no_text_is_told(tmp_path: Path) -> None:
+def test_a_file_that_is_missing_or_not_text_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="there is no device file"):
         cards.read(tmp_path / "none.toml")
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")

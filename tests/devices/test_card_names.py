@@ -13,7 +13,7 @@ from gcbench.devices import cards
 from gcbench.devices.cards import Card
 
 WITHOUT_A_NAME_OF_ITS_OWN = ("a800-40gb", "rtx-3080-12gb", "rtx-4060-ti-16gb", "rtx-5060-ti-16gb")
-"""Two sizes of them have one name in torch, or it is not known."""
+"""Cards whose name in torch is unknown or shared by two sizes."""
 
 by_name = pytest.mark.parametrize("card", cards.cards(), ids=lambda card: card.name)
 
@@ -32,30 +32,30 @@ def test_any_spelling_finds_the_card(spelling: str) -> None:
 
 
 @by_name
-def test_what_torch_calls_the_card_finds_it(card: Card) -> None:
+def test_torch_s_name_of_the_card_finds_it(card: Card) -> None:
     assert (card.full_name is None) == (card.name in WITHOUT_A_NAME_OF_ITS_OWN)
     assert cards.find(card.title) is card
 
 
 @pytest.mark.parametrize(
-    ("asked", "near"),
+    ("typed", "near"),
     [
         ("a100", "'a100' comes in several sizes; near names: a100-40gb, a100-40gb-pcie, a100-80gb-pcie, a100-80gb;"),
         ("V100", "'V100' comes in several sizes; near names: v100-16gb, v100-32gb;"),
         ("4060ti", "near names: rtx-4060-ti-16gb;"),
         ("rtx 4090 ti", "near names: rtx-4090;"),
         ("rtx-4900", "near names: rtx-4090, "),
-        ("xyzzy", "gcbench devices lists all that are known;"),
+        ("xyzzy", "gcbench devices lists all known devices;"),
     ],
 )
-def test_an_unknown_or_ambiguous_name_gets_near_ones(asked: str, near: str) -> None:
+def test_an_unknown_or_ambiguous_name_gets_near_ones(typed: str, near: str) -> None:
     """The trap: a100 alone could be 40 or 80 GB, so it must not be guessed."""
     with pytest.raises(UnavailableError) as raised:
-        cards.find(asked)
+        cards.find(typed)
     message = str(raised.value)
-    assert near in message and repr(asked) in message
+    assert near in message and repr(typed) in message
     assert message.endswith(
-        "or give its memory alone, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
+        "or set only its memory, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
         "with its name and memory_bytes"
     )
 
@@ -80,7 +80,7 @@ def test_an_unknown_or_ambiguous_name_gets_near_ones(asked: str, near: str) -> N
     ],
 )
 def test_a_name_as_people_write_it_finds_the_card(typed: str, name: str) -> None:
-    """With or without the vendor's words, in any case, with the size on the box or without."""
+    """With or without the vendor's words, in any case, with or without the marketed size."""
     assert cards.find(typed).name == name
 
 
@@ -91,17 +91,17 @@ def test_a_size_that_a_card_does_not_have_finds_none() -> None:
 
 
 @pytest.mark.parametrize("typed", ["m3-max", "mps", "Apple M2 Ultra", "M1", "tpu-v4", "gaudi2"])
-def test_a_processor_without_cuda_is_told_what_to_take(typed: str) -> None:
-    with pytest.raises(UnavailableError, match="take --device cpu with --device-memory 36GiB"):
+def test_a_processor_without_cuda_is_refused_with_a_remedy(typed: str) -> None:
+    with pytest.raises(UnavailableError, match="use --device cpu with --device-memory 36GiB"):
         cards.find(typed)
 
 
-def test_a_quadro_m4000_is_no_apple() -> None:
+def test_a_quadro_m4000_is_not_an_apple_gpu() -> None:
     with pytest.raises(UnavailableError, match="there is no device 'M4000'"):
         cards.find("M4000")
 
 
-def test_a_card_travels_to_another_process() -> None:
+def test_a_card_can_be_pickled() -> None:
     card = cards.find("h100")
     assert pickle.loads(pickle.dumps(card)) == card
     assert hash(card) == hash(pickle.loads(pickle.dumps(card)))

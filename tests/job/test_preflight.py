@@ -35,7 +35,7 @@ def examined(config, **wanted):
         (("run", *GPT2, "--set", "hidden_sise=8"), 2, "--set hidden_sise: the model's config has no such field"),
         (("check", "-m", "gpt2", "--set", "n_layr=8"), 2, "did you mean n_layer"),
         (("predict", *GPT2, "--strategies", "off,every:13"), 2, "every:13 needs at least 13 layers"),
-        (("plan", "-m", "gpt2", "--strategies", "first:2", "--layers", 1), 2, "the model has 1; take first:1"),
+        (("plan", "-m", "gpt2", "--strategies", "first:2", "--layers", 1), 2, "the model has 1; use first:1"),
         (("check", "-m", "gpt2", "--strategies", "segment:13"), 2, "use groups of 1 to 12"),
         (("predict", *GPT2, *LORA, "--lora-target-modules", "c_attn,c_prjo"), 2, "did you mean c_proj?"),
         (("run", "-m", "mamba-130m", "-b", 1, *LORA), 2, "add --lora-target-modules in_proj,x_proj,dt_proj"),
