@@ -92,7 +92,7 @@ def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool
         if is_partial:
             raise Interrupted(_kept(done, store))
         try:
-            with streams.kept_in(store.folder) if store is not None else nullcontext():
+            with streams.stored_in(store.folder) if store is not None else nullcontext():
                 if as_json:
                     streams.print_json(document(asdict(row) for row in checks.rows(done)))
                 else:
@@ -204,7 +204,7 @@ def run(
         steps_s=steps_s,
         wall_s=wall_s,
         notices=tuple(notices),
-        model_changes=model_changes.told(wanted.layers, wanted.overrides),
+        model_changes=model_changes.describe(wanted.layers, wanted.overrides),
     )
 
 

@@ -345,7 +345,7 @@ def _code(work: Callable[[], int | None]) -> int:
         ignore_more()
     with suppress(ReaderGone):  # of standard error
         if not isinstance(ended, ReaderGone):
-            streams.tell(ended)
+            streams.print_error(ended)
     return ended.exit_code
 
 

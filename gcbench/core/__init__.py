@@ -1,1 +1,1 @@
-"""What every other package speaks in: records, errors, units, files."""
+"""Shared by every other package: records, errors, units, files."""

@@ -1,50 +1,50 @@
-"""What can go wrong in a way the user can mend, each with its exit code.
+"""Errors that the user can fix, each with its exit code.
 
 GcbenchError
-├── ThresholdBroken     1   a cell crashed, nothing fits, a --fail-on threshold was broken, or a check is bad
+├── ThresholdBroken     1   a cell crashed, nothing fits, a --fail-on threshold was exceeded, or a check failed
 ├── UsageError          2   wrong flags, config file or output folder
-├── OutputError         2   standard output that cannot be written
-├── UnavailableError    3   a model or device that cannot be had
+├── OutputError         2   standard output cannot be written
+├── UnavailableError    3   a model or device is unavailable
 │   └── MissingLibrary  3   a package that the model's code needs is not installed
-├── ResultsError        4   stored results that cannot be read
-├── Interrupted       130   Ctrl-C; what was measured is kept
-└── ReaderGone        141   the reader of standard output has gone; nothing is said
+├── ResultsError        4   stored results cannot be read
+├── Interrupted       130   Ctrl-C; measured results are stored
+└── ReaderGone        141   the reader of standard output has closed it; no message
 """
 
 from __future__ import annotations
 
 
 class GcbenchError(Exception):
-    """One sentence that says what was wrong and what to do; `cli.main` prints it and exits with `exit_code`."""
+    """One sentence with what was wrong and what to do; `cli.main` prints it and exits with `exit_code`."""
 
     exit_code = 1
 
 
 class ThresholdBroken(GcbenchError):
-    """Nothing fits, `compare --fail-on` found something worse, or a `check` is wrong or shows nothing."""
+    """Nothing fits, `compare --fail-on` found a regression, or a `check` failed or proved nothing."""
 
     exit_code = 1
 
 
 class UsageError(GcbenchError):
-    """Flags, a config file or a folder that cannot be used as given."""
+    """Flags, a config file or a folder are invalid."""
 
     exit_code = 2
 
     @classmethod
     def of(cls, mistakes: list[str]) -> UsageError:
-        """All mistakes found at the edge, as one error."""
+        """Return one error that lists all mistakes."""
         return cls(mistakes[0] if len(mistakes) == 1 else "\n".join(f"- {mistake}" for mistake in mistakes))
 
 
 class OutputError(GcbenchError):
-    """Standard output that is closed, or on a disk that is full."""
+    """Standard output is closed, or its disk is full."""
 
     exit_code = 2
 
 
 class UnavailableError(GcbenchError):
-    """A model or device that is not there."""
+    """A model or device is unavailable."""
 
     exit_code = 3
 
@@ -54,25 +54,25 @@ class MissingLibrary(UnavailableError):
 
 
 class ResultsError(GcbenchError):
-    """A stored run that cannot be read."""
+    """A stored run cannot be read."""
 
     exit_code = 4
 
 
 class Interrupted(GcbenchError):
-    """Ctrl-C or SIGTERM."""
+    """The user or the system stopped the command (Ctrl-C, SIGTERM)."""
 
     exit_code = 130
 
 
 class ReaderGone(GcbenchError):
-    """The reader of our output has gone (`gcbench … | head`); ends as the signal for it would have ended us."""
+    """The reader has closed our output (`gcbench … | head`); the exit code is that of SIGPIPE."""
 
     exit_code = 141
 
 
 def first_sentence(err: BaseException) -> str:
-    """What another library's error says first, with the next line where its line ends in a colon."""
+    """Return the first sentence of another library's error, with the next line if the first one ends in a colon."""
     lines = [line.strip() for line in str(err).splitlines() if line.strip()] or [type(err).__name__]
-    told = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    return told.partition(". ")[0][:300].rstrip(".:")
+    text = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    return text.partition(". ")[0][:300].rstrip(".:")

@@ -1,4 +1,4 @@
-"""Writes a file as one step. No torch."""
+"""Write a file atomically. No torch."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace `path` by `text` as one step; raises OSError and leaves the old content on failure.
+    """Replace the content of `path` atomically; raises OSError and leaves the old content on failure.
 
-    Bytes of a path that are no text are written as they were, in JSON as escapes.
+    Bytes of file names that are not valid text are written unchanged, in JSON as escapes.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")

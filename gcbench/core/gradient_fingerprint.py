@@ -1,12 +1,12 @@
-"""Fingerprints of gradients: small enough to keep, exact on equality, and a fair estimate of a difference.
+"""Fingerprints of gradients: small enough to store, exact on equality, with an estimate of any difference.
 
-Gradients of a large model cannot be shipped between processes. Per parameter there is an exact checksum (equal for
-bit-identical gradients) and a seeded random projection to `SKETCH_SIZE` numbers. The projection is linear and keeps
+Gradients of a large model are too large to send between processes. Per parameter there is an exact checksum (equal for
+bit-identical gradients) and a seeded random projection to `SKETCH_SIZE` numbers. The projection is linear and preserves
 squared norms in expectation (Johnson and Lindenstrauss 1984; the sign construction is Achlioptas 2003), so the norm
-of the difference of two sketches estimates the norm of the difference of the gradients, within some 6 % for one
+of the difference of two sketches estimates the norm of the difference of the gradients, within about 6 % for one
 parameter (relative standard deviation sqrt(1 / (2 * SKETCH_SIZE))) and better over many.
 
-This module needs no torch: the parent compares what `sketch.py` made in the child.
+This module needs no torch: the parent process compares the fingerprints that the child computed.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Fingerprint:
     """All gradients of one training step.
 
     Attributes:
-        step: the 0-based step they were taken in.
-        parameters: those that had a gradient, in the model's order.
+        step: the 0-based training step.
+        parameters: those that have a gradient, in the model's order.
         missing: trainable parameters whose gradient was None.
     """
 
@@ -46,7 +46,7 @@ class Fingerprint:
 
     @property
     def checksum(self) -> str:
-        """Equal for two fingerprints exactly when every gradient is bit-identical (up to 64-bit collisions)."""
+        """A checksum, equal for two fingerprints if and only if every gradient is bit-identical (up to collisions)."""
         total = self.step
         for place, parameter in enumerate(self.parameters):
             total = (total * 0x100000001B3 + place + int(parameter.checksum, 16)) % 2**64
@@ -54,7 +54,7 @@ class Fingerprint:
 
     @property
     def is_finite(self) -> bool:
-        """False when a gradient holds a NaN or an infinity."""
+        """False when a gradient contains a NaN or an infinity."""
         return all(math.isfinite(x) for p in self.parameters for x in unpack(p.sketch))
 
 
@@ -62,7 +62,7 @@ class Fingerprint:
 class Difference:
     """How far gradients are from a reference: `relative` is the L2 norm of the difference over the reference's.
 
-    `worst` names the parameter with the largest part in it; None when nothing differs. `relative` is NaN when
+    `worst` names the parameter that contributes most; None when nothing differs. `relative` is NaN when
     either side has a NaN or infinite gradient, and infinite when the reference is zero or other parameters have
     gradients.
     """
@@ -72,19 +72,19 @@ class Difference:
 
 
 def pack(values: list[float]) -> str:
-    """A sketch as text, without loss."""
+    """Encode a sketch as text, without loss."""
     return base64.b64encode(_little(array.array("d", values)).tobytes()).decode("ascii")
 
 
 def unpack(text: str) -> array.array[float]:
-    """The sketch that `pack` wrote."""
+    """Decode the sketch that `pack` encoded."""
     values = array.array("d")
     values.frombytes(base64.b64decode(text))
     return _little(values)
 
 
 def difference(prints: Fingerprint, reference: Fingerprint) -> Difference:
-    """The difference of two fingerprints of the same model and step."""
+    """Return the difference between two fingerprints of the same model and step."""
     if prints.checksum == reference.checksum:
         return Difference(relative=0.0 if prints.is_finite else math.nan, worst=None)
     ours, theirs = ({p.name: p for p in f.parameters} for f in (prints, reference))

@@ -1,6 +1,6 @@
-"""How much of a device may be used, and how sure it is that what is predicted fits there: one place for these figures.
+"""Define how much of a device's memory may be used, and how certain a prediction is to fit.
 
-`run` measures and holds nothing back; `predict` and `plan` hold back the same reserve.
+`run` measures without a reserve; `predict` and `plan` hold back the same reserve.
 """
 
 from __future__ import annotations
@@ -11,18 +11,18 @@ from gcbench.core.errors import UsageError
 from gcbench.core.units import MIB, format_bytes, format_percent, parse_fraction
 
 RESERVE_FRAC = {"cpu": 0.0, "cuda": 0.05}
-"""Of the device's memory. On a CPU what is limited is what is predicted, to the byte; a card also serves others, and
-what its libraries take has not been measured on every one."""
+"""Reserve by device type, as a fraction of its memory. On a CPU the limit applies to exactly the predicted bytes; a GPU
+may be shared, and the memory of its libraries has not been measured on every model of card."""
 CONTEXT_UNCERTAIN_BYTES = 267 * MIB
-"""By how much the context, kernels and handles of a process may exceed what is predicted: the spread of what was seen
-of one kind of card, 676 MiB in a message from an H100 NVL and at most 943 in 71 cells on an H100 with torch 2.11 (767
+"""By how much the context, kernels and handles of a process may exceed the prediction: the observed spread on one kind
+of card, 676 MiB in a message from an H100 NVL and at most 943 in 71 cells on an H100 with torch 2.11 (767
 in the median), from results/reference/truth-nvidia-h100-80gb-hbm3.json. Messages from other cards differ among each
 other by up to 0.3 GiB (simulate/cuda/workspaces.toml)."""
 RESERVED_UNCERTAIN_FRAC = 0.022
-"""Of the allocator's memory: the most by which a reserved peak was above its prediction in the same cells, 1.9 % with
-the order of allocations as it is now and 2.2 % before (median error 0.03 %)."""
+"""By how much a reserved peak may exceed its prediction, as a fraction: the largest error in the same cells, 1.9 % with
+the present order of allocations and 2.2 % before (median error 0.03 %)."""
 SMALL_RESERVES = (0.02, 0.01, 0.0)
-"""What is suggested where only the reserve stands in the way, the first that is enough."""
+"""Reserves to suggest where only the reserve prevents a fit; the first that is small enough is used."""
 
 Fit = Literal["yes", "too close to tell", "in the reserve", "no"]
 YES: Fit = "yes"
@@ -32,39 +32,39 @@ NO: Fit = "no"
 
 
 def usable_bytes(limit_bytes: int, reserve_frac: float) -> int:
-    """What of a device's memory may be used."""
+    """Return the device's memory less the reserve, in bytes."""
     return int(limit_bytes * (1 - reserve_frac))
 
 
 def uncertain_bytes(reserved_bytes: int | None) -> int:
-    """By how much a predicted process may be too small; 0 without a caching allocator, on a CPU."""
+    """Return by how many bytes a process may exceed its prediction; 0 on a CPU, which has no caching allocator."""
     return 0 if reserved_bytes is None else CONTEXT_UNCERTAIN_BYTES + int(RESERVED_UNCERTAIN_FRAC * reserved_bytes)
 
 
-def judged(needed_bytes: int, *, limit_bytes: int, reserve_frac: float, reserved_bytes: int | None) -> Fit:
-    """Whether a predicted step fits; `reserved_bytes` is what of it the caching allocator holds."""
-    spare = limit_bytes - needed_bytes
-    if spare < 0:
+def classify_fit(needed_bytes: int, *, limit_bytes: int, reserve_frac: float, reserved_bytes: int | None) -> Fit:
+    """Return whether a predicted step fits; `reserved_bytes` is the part reserved by the caching allocator."""
+    headroom_bytes = limit_bytes - needed_bytes
+    if headroom_bytes < 0:
         return NO
-    if spare < uncertain_bytes(reserved_bytes):
+    if headroom_bytes < uncertain_bytes(reserved_bytes):
         return CLOSE
     return YES if needed_bytes <= usable_bytes(limit_bytes, reserve_frac) else RESERVED
 
 
 def smaller_reserve(needed_bytes: int, *, limit_bytes: int, reserve_frac: float) -> float | None:
-    """A reserve with which it would fit; None where it fits already, or needs more than the device has."""
+    """Return a reserve with which the step would fit; None when it fits already or exceeds the device."""
     if needed_bytes <= usable_bytes(limit_bytes, reserve_frac):
         return None
     return next((frac for frac in SMALL_RESERVES if needed_bytes <= usable_bytes(limit_bytes, frac)), None)
 
 
 def reserve_flag(reserve_frac: float) -> str:
-    """`--reserve 2%`."""
+    """Return the flag that sets a reserve: `--reserve 2%`."""
     return f"--reserve {100 * reserve_frac:g}%"
 
 
 def held_back(limit_bytes: int, reserve_frac: float) -> str:
-    """`37.42 GiB (5.0 % of 39.39 GiB held back)`, or the memory alone where nothing is."""
+    """Return `37.42 GiB (5.0 % of 39.39 GiB held back)`, or the memory alone without a reserve."""
     if not reserve_frac:
         return format_bytes(limit_bytes)
     usable = format_bytes(usable_bytes(limit_bytes, reserve_frac))
@@ -72,7 +72,7 @@ def held_back(limit_bytes: int, reserve_frac: float) -> str:
 
 
 def parse_reserve(raw: object) -> float | None:
-    """The share that `--reserve` names; None where it is not given; raises UsageError."""
+    """Parse `--reserve` into a fraction; None when the flag is absent; raises UsageError."""
     if raw is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill: both end a command with a sentence and what was measured kept."""
+"""Handle Ctrl-C and SIGTERM: both end a command with a sentence, and measured results stay stored."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """Within the block SIGTERM is what Ctrl-C is; afterwards both are as before, unless `ignore_more` was called."""
+    """Treat SIGTERM like Ctrl-C inside the block; restore both handlers after it, unless `ignore_more` was called."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may say what a signal does
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield
         return
     before = {number: signal.getsignal(number) for number in _SIGNALS}
@@ -32,7 +32,7 @@ def interruptible() -> Iterator[None]:
 
 
 def ignore_more() -> None:
-    """From now on let neither cut short what is left to do, up to the end of the process."""
+    """Ignore both signals from now on, so that the process can finish."""
     if threading.current_thread() is threading.main_thread():
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Records to plain JSON values and back, checked against the records' own annotations."""
+"""Encode records as plain JSON values and decode them, checked against the records' type annotations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def encode(value: Any) -> Any:
-    """A record as dicts, lists and scalars, in field order."""
+    """Encode a record as dicts, lists and scalars, in field order."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, (list, tuple)):
@@ -23,11 +23,11 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: type[T], value: object) -> T:
-    """The record of type `kind` that `encode` made `value` from.
+    """Decode `value` into the record of type `kind` that it encodes.
 
-    A field that older versions stored under another name is read under both: a record names these in a class variable
-    `FORMERLY`, old name -> field. Raises ValueError, naming the place, when a field is missing, unknown or of another
-    type.
+    A field that older versions stored under another name is read under both names: a record lists them in a class
+    variable `FORMERLY`, old name -> field. Raises ValueError with the path of the field when one is missing, unknown or
+    of the wrong type.
     """
     decoded: T = _decode(kind, value, kind.__name__)
     return decoded

@@ -1,4 +1,4 @@
-"""What a training step takes at its highest: the figures that measurements and predictions share."""
+"""Peak memory of a training step: the figures that measurements and predictions share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPeaks:
-    """Peaks of one training step after the first optimizer step, in bytes.
+    """Peak memory of one training step, in bytes. The step is not the first, so optimizer states already exist.
 
     Attributes:
-        allocated_bytes: most bytes that tensors held at one time.
-        reserved_bytes: most bytes the caching allocator took from the device; None on the CPU.
-        process_bytes: most bytes the process held (resident set on the CPU); None where it cannot be read.
-        forward_bytes, backward_bytes, optimizer_bytes: the allocated peak within each phase.
+        allocated_bytes: peak memory allocated to tensors.
+        reserved_bytes: peak memory that the caching allocator reserved on the device; None on the CPU.
+        process_bytes: peak memory of the process (resident set on the CPU); None when it cannot be read.
+        forward_bytes, backward_bytes, optimizer_bytes: peak allocated memory within each phase.
     """
 
     allocated_bytes: int
@@ -36,5 +36,5 @@ class MemoryPeaks:
 
     @property
     def peak_phase(self) -> Phase:
-        """The phase that sets the peak; the earliest where several reach it."""
+        """The phase with the highest peak; the earliest of them on a tie."""
         return max(PHASES, key=self.of_phase)

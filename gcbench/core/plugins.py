@@ -1,4 +1,4 @@
-"""Finds the modules of a package, so that adding a strategy, optimizer or format is adding one file."""
+"""Find the modules of a package, so that a new strategy, optimizer or format is one new file."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 
 @cache
 def modules(package: str) -> tuple[ModuleType, ...]:
-    """Every module directly in `package` that is not private, imported, in name order."""
+    """Import and return every module directly in `package` that is not private, sorted by name."""
     path = importlib.import_module(package).__path__
     names = sorted(info.name for info in pkgutil.iter_modules(path) if not info.name.startswith("_"))
     return tuple(importlib.import_module(f"{package}.{name}") for name in names)

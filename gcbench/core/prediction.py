@@ -1,4 +1,4 @@
-"""The vocabulary of a prediction: what a cell would take, why, and what would change it."""
+"""Records of a prediction: the memory of a cell, what it consists of, and what would change it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from gcbench.core.memory_peaks import MemoryPeaks, Phase
 
 @dataclass(frozen=True, kw_only=True)
 class Term:
-    """Memory that the training step's own operators do not show.
+    """Memory that is not in the trace of the training step's operators, such as the CUDA context.
 
     Attributes:
-        in_allocator: whether it is part of the allocated and reserved bytes, or only of the process's.
+        in_allocator: whether it counts as allocated and reserved memory, or only as memory of the process.
         source: where its size was published or read.
     """
 
@@ -25,7 +25,7 @@ class Term:
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """What one kind of memory holds at the peak."""
+    """Bytes of one kind of memory at the peak."""
 
     kind: str
     nbytes: int
@@ -33,7 +33,7 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerShare:
-    """Consecutive layers that hold the same number of bytes each at the peak, kept for the backward pass."""
+    """Consecutive layers, each with the same number of bytes saved for the backward pass at the peak."""
 
     first: int
     last: int
@@ -42,7 +42,7 @@ class LayerShare:
 
 @dataclass(frozen=True, kw_only=True)
 class Lever:
-    """A change, and the allocated peak with it, from the same step replayed with that change."""
+    """A change of settings, and the allocated peak with it, from the same step replayed with that change."""
 
     name: str
     peak_bytes: int
@@ -54,11 +54,11 @@ KEPT_OUTPUTS = "a loop that keeps `outputs`"
 
 @dataclass(frozen=True, kw_only=True)
 class Addition:
-    """Something that a real run may have and the predicted step has not, from the same step replayed with it.
+    """Something that a real run may do and the predicted step does not, from the same step replayed with it.
 
     Attributes:
-        nbytes: what it adds to what tensors take at the peak.
-        peak_bytes: the bytes that count against the device's memory with it.
+        nbytes: bytes that it adds to the allocated peak.
+        peak_bytes: bytes that count against the device's memory with it.
     """
 
     name: str
@@ -68,11 +68,11 @@ class Addition:
 
 @dataclass(frozen=True, kw_only=True)
 class Fallback:
-    """What PyTorch code took in the trace where the device, with packages installed, would run fused kernels.
+    """Memory of PyTorch code that was traced where packages, when installed, run fused kernels on the device.
 
     Attributes:
-        packages: names to install.
-        nbytes: what of the allocated peak it made: at most that much less is needed with the kernels.
+        packages: names of the packages to install.
+        nbytes: bytes of the allocated peak that this code accounts for: the kernels save at most that much.
     """
 
     packages: tuple[str, ...]
@@ -85,8 +85,8 @@ class Curve:
 
     Attributes:
         kinds: names, in stacking order.
-        nbytes: for each kind, bytes at each of the points in turn; a point is the highest of a stretch of the step.
-        phases: (phase, first point).
+        nbytes: per kind, bytes at each point; a point is the maximum over an interval of the step.
+        phases: (phase, index of its first point).
     """
 
     kinds: tuple[str, ...]
@@ -96,15 +96,15 @@ class Curve:
 
 @dataclass(frozen=True, kw_only=True)
 class Explanation:
-    """Where the peak is and what is alive there.
+    """Where the peak is and which memory is allocated there.
 
     Attributes:
-        op: the operator whose memory made the peak; None where the peak is what a phase began with.
-        layer: number of the layer in which it happened; None outside the layers.
-        part: where in the step, in words.
-        shares: by kind, largest first; they add up to the allocated peak.
-        kept: by layers, in order; empty where nothing kept is alive.
-        levers: what would move the peak.
+        op: the operator whose allocation reaches the peak; None when a phase begins at the peak.
+        layer: 0-based number of its layer; None outside the layers.
+        part: its place in the step, in words.
+        shares: bytes by kind, largest first; they add up to the allocated peak.
+        kept: bytes saved for the backward pass, by layers in order; empty when there are none.
+        levers: changes that would reduce the peak.
     """
 
     op: str | None
@@ -117,19 +117,19 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What one cell would take on the target device.
+    """Predicted memory of one cell on the target device.
 
     Attributes:
-        memory: as a measurement of it would report.
-        limit_bytes: memory of the device; None where there is no bound.
-        spare_bytes: what would be left of it; negative where the cell does not fit.
-        reserve_frac: the part of the device's memory that is held back.
-        num_alloc_retries: times the allocator would have to flush its cache to go on; None on the CPU.
+        memory: the peaks that a measurement would report.
+        limit_bytes: memory of the device; None without a limit.
+        spare_bytes: headroom on the device; negative when the cell does not fit.
+        reserve_frac: the fraction of the device's memory that is held back.
+        num_alloc_retries: times the allocator would have to flush its cache and retry; None on the CPU.
         attention: kernel -> number of calls in a forward and backward pass of the traced layers.
-        layers_traced: layers that stood for all.
-        why_in_full: why every layer was traced; None where a few were.
+        layers_traced: number of layers traced, from which the others are composed.
+        why_in_full: why every layer was traced; None when only some were.
         additions: what a real run may add; small ones are left out.
-        fallback: None where no kernel was stood in for, and on the CPU, where there is none.
+        fallback: None when no PyTorch code was traced in place of a kernel, and on the CPU, which has no such kernels.
     """
 
     memory: MemoryPeaks
@@ -148,20 +148,20 @@ class Prediction:
 
     @property
     def needed_bytes(self) -> int:
-        """What counts against the device's memory: on CUDA all that the process holds, on a CPU what tensors hold."""
+        """Bytes that count against the device's memory: of the whole process on CUDA, of tensors on a CPU."""
         return self.memory.allocated_bytes if self.memory.process_bytes is None else self.memory.process_bytes
 
     @property
     def usable_bytes(self) -> int | None:
-        """The device's memory less the reserve; None where there is no bound."""
+        """The device's memory less the reserve; None without a limit."""
         return None if self.limit_bytes is None else headroom.usable_bytes(self.limit_bytes, self.reserve_frac)
 
     @property
     def fit(self) -> headroom.Fit | None:
-        """Whether the cell fits; None where there is no bound."""
+        """Whether the cell fits; None without a limit."""
         if self.limit_bytes is None:
             return None
-        return headroom.judged(
+        return headroom.classify_fit(
             self.needed_bytes,
             limit_bytes=self.limit_bytes,
             reserve_frac=self.reserve_frac,

@@ -1,4 +1,4 @@
-"""The vocabulary: what a cell is, what it ended in, and the row that is made of it."""
+"""Records shared by all packages: a cell, its outcome, the report of a run, and the row that tables show."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Everything but the strategy that decides memory and time."""
+    """All settings that determine memory and time, except the strategy."""
 
     model: str
     device: str
@@ -29,24 +29,24 @@ class Workload:
     precision: str
     optim: str
     attn_implementation: str | None = None
-    """The attention kernel in use; None for a model without attention."""
+    """The attention implementation in use; None for a model without attention."""
     lora_r: int | None = None
-    """Rank of the adapters that are trained in place of the model's parameters; None when those are trained."""
+    """Rank of the LoRA adapters; None when the model's own parameters are trained."""
     model_changes: str | None = None
-    """What `--layers` and `--set` changed about the model, such as `num_hidden_layers=6`; None for the model itself."""
+    """What `--layers` and `--set` changed, such as `num_hidden_layers=6`; None for the unchanged model."""
 
 
 ALL_LINEAR = "all-linear"
-"""In place of target modules: every linear layer but the output layer."""
+"""Value of `target_modules` for every linear layer except the output layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
-    """Adapters that are trained while the model's own parameters are frozen.
+    """LoRA adapters, trained while the model's own parameters are frozen.
 
     Attributes:
-        r: their rank.
-        target_modules: names of the modules that get one, or `all-linear` alone; None for peft's choice.
+        r: rank of the adapters.
+        target_modules: names of the adapted modules, or `all-linear` alone; None for peft's default.
     """
 
     r: int
@@ -55,43 +55,44 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One workload and one strategy: what gets one row."""
+    """One workload with one strategy, which is one row of a table."""
 
     workload: Workload
     strategy: str
 
     @property
     def key(self) -> str:
-        """Names the cell within a run, and in file names."""
+        """Identifier of the cell within a run and in file names."""
         w = self.workload
         return f"b{w.batch_size}-s{w.seq_len}-{re.sub('[^a-zA-Z0-9_.+#]', '-', self.strategy)}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundResult:
-    """What one child process measured: one round of one cell.
+    """The measurements of one child process: one round of one cell.
 
     Attributes:
         round: 0-based.
-        memory: None in rounds that only time.
-        step_times_s: raw samples of the timed steps, in order.
-        layers_run: layers that can be checkpointed and that the forward pass ran (a multimodal model owns layers
-            that training on text never calls).
-        layers_planned: those of them in the plan's groups that a gradient passes back through (below the lowest LoRA
-            adapter none does).
-        layers_recomputed: layers run a second time in the same step; None where they are compiled and nobody sees.
-        params_without_grad: trainable parameters whose gradient was None after the first backward.
-        grad_checksum: exact checksum of all gradients of the first step; equal means bit-identical.
-        grad_rel_diff: L2 norm of the difference of these gradients from `off` in round 0, relative to its norm;
-            0.0 when the checksums agree; None without a reference.
-        grad_worst_param: the parameter with the largest part in that difference; None when there is none.
-        num_alloc_retries: times the caching allocator had to flush and retry; None on the CPU.
-        num_steps: training steps run, warm-up and memory step included.
-        steps_s: seconds spent in them.
-        wall_s: seconds from the parent's start of the child to its end.
-        draws_other_dropout: layers are compiled and drop activations, by other random numbers than those of `off`, so
-            that their gradients cannot be compared.
-        draws_outside_torch: the forward pass of the first step draws from Python's or NumPy's generator.
+        memory: memory peaks; None in rounds that only measure time.
+        step_times_s: seconds of each timed step, in order.
+        layers_run: number of layers that can be checkpointed and that the forward pass ran (a multimodal model has
+            layers that training on text never calls).
+        layers_planned: how many of them are in the plan's groups and get a gradient (below the lowest LoRA adapter
+            none does).
+        layers_recomputed: number of layers run a second time in the same step; None for compiled layers, whose runs
+            cannot be counted.
+        params_without_grad: number of trainable parameters whose gradient was None after the first backward pass.
+        grad_checksum: exact checksum of all gradients of the first step; equal checksums mean bit-identical gradients.
+        grad_rel_diff: L2 norm of the difference between these gradients and those of `off` in round 0, relative to the
+            norm of the latter; 0.0 when the checksums are equal; None without a reference.
+        grad_worst_param: the parameter that contributes most to that difference; None when there is none.
+        num_alloc_retries: times the caching allocator had to flush its cache and retry; None on the CPU.
+        num_steps: training steps run, including warm-up and memory steps.
+        steps_s: seconds spent in these steps.
+        wall_s: seconds from the start of the child process to its end.
+        draws_other_dropout: whether layers are compiled and have dropout, which draws other masks than in `off`, so
+            their gradients cannot be compared.
+        draws_outside_torch: whether the forward pass of the first step draws from Python's or NumPy's generator.
     """
 
     round: int
@@ -114,46 +115,46 @@ class RoundResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Failure:
-    """Why a cell has no full measurement, and the next thing to try."""
+    """Why a cell has no complete measurement, and what to try next."""
 
     kind: FailureKind
     message: str
     detail: str = ""
-    """The end of what the child printed, for a bug report."""
+    """The end of the child process's output, for a bug report."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a cell ended in, or has come to so far: its rounds, and a failure if one stopped it."""
+    """The result of a cell so far: its rounds, and the failure that stopped it, if any."""
 
     cell: Cell
     layers_checkpointed: int
-    """Layers in the plan's groups, before it is known which of them the model runs."""
+    """Number of layers in the plan's groups, including those that the model turns out not to run."""
     rounds: tuple[RoundResult, ...] = ()
     failure: Failure | None = None
     repeat_rel_diffs: tuple[float, ...] = ()
-    """Of `off` alone: `grad_rel_diff` of runs that were neither timed nor probed; made where a verdict depends on the
-    noise of `off`, and one round does not tell it."""
+    """For `off` only: `grad_rel_diff` of extra runs, made when a verdict depends on the noise of `off` and one round
+    cannot show it."""
     prediction: Prediction | None = None
-    """In place of rounds, in a report of predictions; with the failure `oom` where the cell does not fit."""
+    """Replaces rounds in a report of predictions; comes with the failure `oom` when the cell does not fit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What the model is, read off the built model (on the meta device).
+    """Facts about the model, read from the model built on the meta device.
 
     Attributes:
-        num_params: distinct parameters, tied weights once, adapters included.
-        num_layers: layers that can be checkpointed, in `modules()` order.
-        max_seq_len: the model's own maximum length; None where it has none.
-        attn_implementation: the kernel the model uses unless told otherwise.
+        num_params: number of distinct parameters, tied weights counted once, adapters included.
+        num_layers: number of layers that can be checkpointed, in `modules()` order.
+        max_seq_len: the model's maximum length in tokens; None without one.
+        attn_implementation: the attention implementation that the model uses by default.
         checkpointing_refusal: why the model cannot checkpoint; None when it can.
-        only_own: why no layers can be chosen, and what can be done, for a model that checkpoints in its own way alone.
-        own_groups: the layers that its own way recomputes, those that are recomputed together in one group; None where
-            nobody looked, or no look was possible.
-        num_trainable_params: those that are not frozen; None in a report from before there was LoRA.
-        layers_in_order: numbers of the layers that training runs, in the order in which it does; None where that is all
-            of them in `modules()` order, or where nobody asked.
+        only_own: why no layers can be chosen, with a remedy, for a model that has only its own checkpointing.
+        own_groups: the layers that its own checkpointing recomputes, grouped by joint recomputation; None when this was
+            not or cannot be determined.
+        num_trainable_params: number of parameters that are not frozen; None in reports from before LoRA was supported.
+        layers_in_order: numbers of the layers that training runs, in execution order; None when these are all layers in
+            `modules()` order, or when this was not determined.
     """
 
     model: str
@@ -171,14 +172,14 @@ class ModelFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """What the figures were made on.
+    """The machine on which the figures were measured.
 
     Attributes:
         device: "cpu" or "cuda:N".
-        device_name: the processor's or the card's own name.
+        device_name: product name of the processor or card.
         device_memory_bytes: memory of that device.
         versions: package or driver -> version.
-        settings: what else moves figures: threads, allocator settings, TF32, environment variables.
+        settings: other settings that affect figures: threads, allocator settings, TF32, environment variables.
     """
 
     device: str
@@ -191,7 +192,7 @@ class Machine:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """A run: a set of cells with everything needed to read and repeat them."""
+    """A run: its cells, with everything needed to interpret and repeat them."""
 
     schema: int
     gcbench_version: str
@@ -199,24 +200,24 @@ class Report:
     created: str
     """ISO 8601, UTC."""
     settings: dict[str, Json]
-    """The resolved settings, under the names of the TOML keys."""
+    """The resolved settings, named like the TOML keys."""
     machine: Machine
     model: ModelFacts
     outcomes: tuple[Outcome, ...]
     notices: tuple[str, ...] = ()
-    """What the run decided for the user, in sentences: defaults taken, strategies left out."""
+    """Sentences on what the run decided for the user: defaults used, strategies left out."""
     source: Literal["measured", "predicted"] = "measured"
     plan_files: dict[str, str] = field(default_factory=dict)
-    """Strategy -> the content of the file that it was read from."""
+    """Strategy -> content of its plan file."""
     model_notices: tuple[str, ...] = ()
-    """In what the model differs from what its config says, in sentences: full weights in place of quantised ones."""
+    """Sentences on how the model differs from its config, such as full weights instead of quantised ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One cell as it appears in every table, CSV and JSON; the field order is the column order.
+    """One cell as a row of every table, CSV and JSON; the field order is the column order.
 
-    Unknown is None. New columns go at the end.
+    Unknown values are None. New columns are added at the end.
     """
 
     model: str
@@ -252,29 +253,29 @@ class Row:
     time_overhead_low_frac: float | None = None
     time_overhead_high_frac: float | None = None
     grad_noise_floor: float | None = None
-    """Largest difference between the gradients of two `off` rounds; 0.0 where kernels are deterministic."""
+    """Largest relative difference between the gradients of two `off` rounds; 0.0 when kernels are deterministic."""
     proof: str | None = None
-    """`identical`, `within noise`, `no reference` or, where a saving must not be shown, `FAILED: why` or
-    `not repeatable`, where `off` differs from itself by more than roundoff explains."""
+    """`identical`, `within noise` or `no reference`; or, with the saving withheld, `FAILED: why` or `not repeatable`,
+    when two runs of `off` differ by more than roundoff explains."""
     lora_r: int | None = None
-    """Rank of the LoRA adapters; None where all parameters are trained."""
+    """Rank of the LoRA adapters; None when all parameters are trained."""
     peak_op: str | None = None
-    """The operator whose memory made the peak; of predictions alone, as are the columns after it."""
+    """The operator whose allocation reaches the peak. This column and those after it are for predictions only."""
     peak_layer: int | None = None
     attention_kernel: str | None = None
-    """`flash`, `efficient`, `cudnn` or `math` on CUDA; several joined by a plus sign."""
+    """`flash`, `efficient`, `cudnn` or `math` on CUDA; several are joined by a plus sign."""
     device_memory_bytes: int | None = None
     spare_bytes: int | None = None
-    """What the cell leaves of the device's memory; negative where it does not fit."""
+    """Headroom: device memory less the cell's; negative when the cell does not fit."""
     usable_bytes: int | None = None
     """The device's memory less the reserve."""
     fits: str | None = None
     """`yes`, `too close to tell`, `in the reserve` or `no`."""
     model_changes: str | None = None
-    """What `--layers` and `--set` changed about the model."""
+    """What `--layers` and `--set` changed in the model's config."""
     accumulation_adds_bytes: int | None = None
-    """What gradient accumulation adds to a predicted peak; None where it is below 0.5 % of it, or not predicted."""
+    """Bytes that gradient accumulation adds to a predicted peak; None when below 0.5 % of it, or not predicted."""
     kept_outputs_add_bytes: int | None = None
-    """The same of a loop that keeps the model's outputs in a variable."""
+    """The same for a training loop that retains the model's outputs in a variable."""
     model_notice: str | None = None
-    """In what the model differs from what its config says."""
+    """How the model differs from its config."""

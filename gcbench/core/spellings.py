@@ -1,6 +1,6 @@
-"""What other tools call a precision, an optimizer, an attention kernel, a strategy or a device, in gcbench's words.
+"""Translate other tools' names of precisions, optimizers, attention kernels, strategies and devices into gcbench's.
 
-A name that can mean one thing only is taken as that. One that cannot is refused with what was probably meant. No torch.
+An unambiguous name is translated; an ambiguous one is refused with the likely intended names. No torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 TOKENS_PER_K = 1024
-"""`4k` in the name of a context length."""
+"""Tokens per k in a context length such as `4k`."""
 
 _PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "fp32": ("float32", "float", "32", "32-true", "fp32-true", "full", "single", "no"),
@@ -18,20 +18,20 @@ _PRECISIONS: Mapping[str, tuple[str, ...]] = {
     "fp16-mixed": ("16-mixed", "float16-mixed", "mixed-fp16", "mixed-float16", "amp-fp16", "fp16-amp", "fp16mixed"),
 }
 _HALF = ("float16", "fp16", "half", "16")
-"""Taken as fp16-mixed: weights that are fp16 themselves are trained by nobody."""
+"""Read as fp16-mixed, because nobody trains weights that are themselves fp16."""
 _NO_PRECISIONS: Mapping[str, str] = {
     **dict.fromkeys(
         ("16-true", "fp16-true", "full-fp16", "pure-fp16", "fp16-full"),
-        "weights in fp16 are not offered; did you mean fp16-mixed (weights in fp32, computed in fp16)?",
+        "fp16 weights are not supported; did you mean fp16-mixed (weights in fp32, computation in fp16)?",
     ),
     **dict.fromkeys(
         ("amp", "mixed", "auto", "automatic", "mixed-precision"),
-        "the word leaves open which; did you mean bf16-mixed or fp16-mixed?",
+        "it is ambiguous; did you mean bf16-mixed or fp16-mixed?",
     ),
-    "tf32": "it changes how fp32 is multiplied and none of the memory; did you mean fp32?",
+    "tf32": "it changes fp32 matrix products and not the memory; did you mean fp32?",
     **dict.fromkeys(
         ("fp8", "float8", "int8", "8bit", "8-bit", "int4", "4bit", "4-bit", "nf4", "fp4", "nvfp4", "mxfp8"),
-        "quantised weights are not offered; legal are fp32, bf16, bf16-mixed, fp16-mixed",
+        "quantised weights are not supported; legal are fp32, bf16, bf16-mixed, fp16-mixed",
     ),
 }
 _OPTIMIZERS: Mapping[str, tuple[str, ...]] = {
@@ -51,10 +51,10 @@ _ATTENTION: Mapping[str, tuple[str, ...]] = {
     "eager": ("vanilla", "naive"),
 }
 _NO_ATTENTION: Mapping[str, str] = {
-    "math": "it is a kernel that sdpa chooses by itself; did you mean eager or sdpa?",
+    "math": "sdpa selects this kernel automatically; did you mean eager or sdpa?",
     **dict.fromkeys(
         ("xformers", "efficient", "memory-efficient", "mem-efficient", "cudnn"),
-        "it is a kernel that sdpa chooses by itself where it can; did you mean sdpa?",
+        "sdpa selects this kernel automatically where it can; did you mean sdpa?",
     ),
 }
 _OFF = ("none", "no", "false", "disabled", "disable", "baseline", "no-checkpointing")
@@ -76,7 +76,7 @@ _AS = {"uniform": "segment"}
 
 
 def precision(text: str) -> str:
-    """The precision that `text` means, or `text` where it is no other tool's name for one; raises ValueError."""
+    """Return the precision that `text` means, or `text` if it is no other tool's name of one; raises ValueError."""
     plain = _plain(text)
     if plain in _NO_PRECISIONS:
         raise ValueError(f"{text!r} is unknown: {_NO_PRECISIONS[plain]}")
@@ -86,15 +86,15 @@ def precision(text: str) -> str:
 
 
 def optimizer(text: str, legal: Sequence[str]) -> str:
-    """The optimizer that `text` means, or `text`; raises ValueError for one that is known and not offered."""
+    """Return the optimizer that `text` means, or `text`; raises ValueError for a known one that is not supported."""
     plain = _plain(text)
     found = _found(plain, _OPTIMIZERS)
     if found is not None:
         return found
     if re.search(r"8-?bit|4-?bit|paged|bnb|bitsandbytes|galore|apollo|lomo|grokadamw|ademamix", plain):
         raise ValueError(
-            f"{text!r} is not among the optimizers that are measured here; legal are {', '.join(legal)}, and gcbench "
-            "plan says what an 8-bit AdamW would free"
+            f"gcbench does not support the optimizer {text!r}; legal are {', '.join(legal)}, and gcbench plan reports "
+            "how much memory an 8-bit AdamW would free"
         )
     if plain in (
         "adam",
@@ -111,16 +111,16 @@ def optimizer(text: str, legal: Sequence[str]) -> str:
 
 
 def attention(text: str) -> str:
-    """The attention implementation that `text` means, or `text`, which transformers then judges; raises ValueError."""
+    """Return the attention implementation that `text` means, or `text` for transformers to check; raises ValueError."""
     plain = _plain(text)
     if plain in _NO_ATTENTION:
-        raise ValueError(f"{text!r} is no implementation of transformers: {_NO_ATTENTION[plain]}")
+        raise ValueError(f"{text!r} is not an attention implementation of transformers: {_NO_ATTENTION[plain]}")
     named = {name.replace("_", "-"): name for name in _ATTENTION}
     return named.get(plain) or _found(plain, _ATTENTION) or text
 
 
 def strategy(text: str) -> str:
-    """The spec of a strategy with its parts in gcbench's spelling; what is unknown stays as it is."""
+    """Return the spec of a strategy with its parts in gcbench's spelling; unknown parts stay unchanged."""
     if text.strip().lower().startswith("plan:"):
         return text
     return "+".join(_part(part.strip()) for part in text.split("+"))
@@ -139,7 +139,7 @@ def _part(text: str) -> str:
 
 
 def device(text: str) -> str:
-    """`gpu`, `cuda0` and the like as torch writes them; every other name as it is."""
+    """Return `gpu`, `cuda0` and the like in torch's spelling; other names stay unchanged."""
     plain = _plain(text).replace("-", "")
     match = re.fullmatch(r"(?:gpu|cuda)(?::?(\d+))?", plain) or re.fullmatch(r"(\d)", plain)
     if match is None:
@@ -148,7 +148,7 @@ def device(text: str) -> str:
 
 
 def no_cuda_device(text: str) -> str | None:
-    """What `text` is, for a processor that is neither a CUDA card nor the CPU: Apple's GPUs, TPUs and the like."""
+    """Describe a processor that is neither a CUDA card nor the CPU, such as an Apple GPU or a TPU; None for others."""
     plain = _plain(text).replace("-", "")
     if re.fullmatch(
         r"mps|metal|apple.*|(?:mac(?:book)?(?:pro|air|mini|studio)?)?m[1-9](?:pro|max|ultra)?(?:\d+gb?)?", plain
@@ -164,7 +164,7 @@ def no_cuda_device(text: str) -> str | None:
 
 
 def count(text: str) -> str:
-    """A number as people type it: `16.0` is 16 and `4_096` is 4096; what is unclear stays as it is."""
+    """Return a number in plain digits: `16.0` is 16 and `4_096` is 4096; anything else stays unchanged."""
     plain = text.strip()
     if re.fullmatch(r"\d+\.0+", plain):
         return plain.partition(".")[0]
@@ -172,22 +172,22 @@ def count(text: str) -> str:
 
 
 def tokens(text: str) -> str:
-    """A length in tokens: as `count`, and `4k` is 4096."""
+    """Return a length in tokens in plain digits: as `count`, and `4k` is 4096."""
     match = re.fullmatch(r"(\d+)\s*[kK]", text.strip())
     return str(int(match[1]) * TOKENS_PER_K) if match is not None else count(text)
 
 
 def notices(precisions: Sequence[str], lengths: Sequence[str]) -> tuple[str, ...]:
-    """What was taken in another sense than it may have been meant, in sentences."""
-    said = [
-        f"--precision {text} is taken as fp16-mixed: weights in fp32, computed in fp16."
+    """Return sentences on values that may have been meant differently."""
+    sentences = [
+        f"--precision {text} is read as fp16-mixed: weights in fp32, computation in fp16."
         for text in precisions
         if _plain(text) in _HALF
     ]
-    said += [
-        f"--seq-len {text} is taken as {tokens(text)} tokens." for text in lengths if text.strip()[-1:] in ("k", "K")
+    sentences += [
+        f"--seq-len {text} is read as {tokens(text)} tokens." for text in lengths if text.strip()[-1:] in ("k", "K")
     ]
-    return tuple(dict.fromkeys(said))
+    return tuple(dict.fromkeys(sentences))
 
 
 def _plain(text: str) -> str:

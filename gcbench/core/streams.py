@@ -1,4 +1,4 @@
-"""Standard output and error that end in a sentence, never a traceback: other encodings, full disks, closed pipes."""
+"""Write to standard output and error without tracebacks: other encodings, full disks, closed pipes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from gcbench.core.errors import GcbenchError
 
 SPELLED = "gcbench-spelled"
-"""The name of the handler of characters that an encoding lacks."""
+"""Name of the error handler for characters that an encoding lacks."""
 
 _SPELLINGS = {
     "…": "...",
@@ -51,7 +51,7 @@ _BOX_LINES = {"─": "-", "━": "-", "│": "|", "┃": "|", "╸": "-", "╺":
 
 
 def spelled(text: str, encoding: str) -> str:
-    """The text with what `encoding` lacks in ASCII: `...` for an ellipsis, `\\u6a21` where nothing is like it."""
+    """Replace characters that `encoding` lacks by ASCII: `...` for an ellipsis, `\\u6a21` without a similar one."""
     try:
         text.encode(encoding)
     except (UnicodeEncodeError, LookupError):
@@ -68,7 +68,7 @@ def _has(encoding: str, char: str) -> bool:
 
 
 def _spelling(char: str) -> str:
-    """One character in ASCII."""
+    """Return the ASCII replacement of a character."""
     if char in _SPELLINGS or char in _BOX_LINES:
         return _SPELLINGS.get(char) or _BOX_LINES[char]
     if "\u2500" <= char <= "\u257f":  # corners and crossings of boxes
@@ -85,13 +85,13 @@ def _spell(err: UnicodeError) -> tuple[str | bytes, int]:
     if not isinstance(err, UnicodeEncodeError):
         raise err
     char = err.object[err.start]
-    if "\udc80" <= char <= "\udcff":  # a byte of a path that is no text: as it was
+    if "\udc80" <= char <= "\udcff":  # a byte of a path that is not valid text: unchanged
         return bytes([ord(char) - 0xDC00]), err.start + 1
     return _spelling(char), err.start + 1
 
 
 def print_json(text: str) -> None:
-    """Print a JSON document: UTF-8 as it is, escapes where standard output has another encoding."""
+    """Print a JSON document: as UTF-8, or with escapes when standard output has another encoding."""
     encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     is_utf8 = codecs.lookup(encoding).name == "utf-8"
     beyond = r"[\ud800-\udfff]" if is_utf8 else r"[^\x00-\x7f]"
@@ -99,7 +99,7 @@ def print_json(text: str) -> None:
 
 
 class _Guarded:
-    """A text stream that raises a GcbenchError, once, when it cannot be written; all else is the stream's own."""
+    """A text stream that raises a GcbenchError, once, when writing fails; other attributes are the stream's own."""
 
     def __init__(self, stream: TextIO | None, *, is_forgiving: bool) -> None:
         self.is_closed = stream is None
@@ -112,17 +112,17 @@ class _Guarded:
 
     def write(self, text: str) -> int:
         if not self._has_failed:
-            with self._told():
+            with self._errors_converted():
                 self._stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         if not self._has_failed:
-            with self._told():
+            with self._errors_converted():
                 self._stream.flush()
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _errors_converted(self) -> Iterator[None]:
         try:
             yield
         except BrokenPipeError:
@@ -132,11 +132,11 @@ class _Guarded:
             self._silence()
             if not self._is_forgiving:
                 raise OutputError(
-                    f"standard output cannot be written ({err.strerror or err}); send it to another place"
+                    f"standard output cannot be written ({err.strerror or err}); redirect it to another file"
                 ) from None
 
     def _silence(self) -> None:
-        """Send what is still to come nowhere: the interpreter writes once more as it ends."""
+        """Discard later output: the interpreter writes once more as it exits."""
         self._has_failed = True
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -146,9 +146,9 @@ class _Guarded:
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Guard both streams within the block: they write in any encoding, and a failure is a GcbenchError.
+    """Guard both streams inside the block: they write in any encoding, and a failure is a GcbenchError.
 
-    What cannot be said on standard error is not said; where its reader has gone, that is ReaderGone as well.
+    Errors of standard error are ignored, except a closed pipe, which raises ReaderGone as well.
     """
     _open_closed_descriptors()
     codecs.register_error(SPELLED, _spell)
@@ -170,9 +170,9 @@ def guarded() -> Iterator[None]:
 
 
 def require_output() -> None:
-    """Raise OutputError where standard output is closed, which nobody wants to learn after an hour of measuring."""
+    """Raise OutputError when standard output is closed, before an hour of measuring and not after it."""
     if getattr(sys.stdout, "is_closed", False):
-        raise OutputError("standard output is closed; send it to a file, or to /dev/null")
+        raise OutputError("standard output is closed; redirect it to a file, or to /dev/null")
 
 
 def _nowhere() -> TextIO:
@@ -180,7 +180,7 @@ def _nowhere() -> TextIO:
 
 
 def _open_closed_descriptors() -> None:
-    """Open the null device as 0, 1 and 2 where they are closed: the next file to be opened would be one of them."""
+    """Open the null device as 0, 1 and 2 if these are closed; otherwise the next open file would get such a number."""
     for number in (0, 1, 2):
         try:
             os.fstat(number)
@@ -194,14 +194,14 @@ def _open_closed_descriptors() -> None:
 
 
 @contextmanager
-def kept_in(folder: object) -> Iterator[None]:
-    """A block that shows what `folder` holds already: where it cannot be shown, the error says where it is."""
+def stored_in(folder: object) -> Iterator[None]:
+    """Add `folder`, where the results are already stored, to an OutputError of the block that prints them."""
     try:
         yield
     except OutputError as err:
-        raise OutputError(f"{err}; everything is in {folder}") from None
+        raise OutputError(f"{err}; the results are in {folder}") from None
 
 
-def tell(err: GcbenchError) -> None:
-    """The error on standard error: a sentence, or a list of them."""
+def print_error(err: GcbenchError) -> None:
+    """Print an error on standard error: a sentence, or a list of sentences."""
     print(f"error: {err}" if "\n" not in str(err) else f"error:\n{err}", file=sys.stderr)

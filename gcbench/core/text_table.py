@@ -1,4 +1,4 @@
-"""A table that a screen of any width can show: columns that shorten or go, a title, notes and a paragraph."""
+"""Render tables for a screen of any width: columns are shortened or left out, with a title, notes and a paragraph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 UNKNOWN = "–"
 _GAP = 2
 _LEAST_NAME = 18
-"""Characters that the first column keeps where it folds; where there is less room, rows are stacked."""
+"""Least width of the first column when it folds; on narrower screens rows are stacked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Column:
     """A column of text.
 
     Attributes:
-        short: the same in less space, under `short_header`; None where there is no shorter form.
-        shorten, drop: its turn to be shortened and to be left out when the screen is narrow, lowest first; None never.
+        short: shorter cells, under `short_header`; None without a shorter form.
+        shorten, drop: rank at which it is shortened or left out on a narrow screen, lowest first; None for never.
     """
 
     header: str
@@ -38,15 +38,15 @@ class Column:
 
     @property
     def width(self) -> int:
-        """Characters needed when the header may take several lines."""
+        """Characters needed when the header may wrap."""
         return max(len(part) for part in (*self.header.split(), *self.cells, ""))
 
     def shortened(self) -> Column:
-        """The shorter form, where there is one."""
+        """Return the shorter form, if there is one."""
         return replace(self, header=self.short_header or self.header, cells=self.short or self.cells)
 
     def spelled(self, encoding: str) -> Column:
-        """The same in characters that an encoding has."""
+        """Return the column with characters that an encoding lacks replaced by ASCII."""
         spell = partial(spelled, encoding=encoding)
         return replace(
             self,
@@ -58,7 +58,7 @@ class Column:
 
 
 def fit(columns: Sequence[Column], width: int) -> tuple[Column, ...]:
-    """The columns that a screen of `width` characters has room for, shortened or left out in their order."""
+    """Return the columns that fit in `width` characters, shortened or left out by rank."""
     kept = list(columns)
     for turn in sorted({turn for c in columns for turn in (c.shorten, c.drop) if turn is not None}):
         if _total(kept) <= width:
@@ -72,20 +72,20 @@ def _total(columns: Sequence[Column]) -> int:
 
 
 def _widths(columns: Sequence[Column], width: int) -> list[int]:
-    """What each column gets: headers on one line while there is room, and the first column folds when there is none."""
-    widths, spare = [], width - _total(columns)
+    """Return column widths: headers stay on one line while there is room; without room the first column folds."""
+    widths, room = [], width - _total(columns)
     for column in columns:
-        target_options = len(column.header) - column.width
-        granted = target_options if 0 < target_options <= spare else 0
-        widths.append(column.width + granted)
-        spare -= granted
-    if spare < 0:
-        widths[0] += spare
+        missing = len(column.header) - column.width
+        extra = missing if 0 < missing <= room else 0
+        widths.append(column.width + extra)
+        room -= extra
+    if room < 0:
+        widths[0] += room
     return widths
 
 
 def _folded(name: str, width: int) -> str:
-    """A name in lines of at most `width`, broken behind its joints where it has any."""
+    """Wrap a name to lines of at most `width`, broken after its separators if it has any."""
     lines = [""]
     for part in re.findall(r"[^+:/,\s-]*[+:/,\s-]*", name):
         if lines[-1] and len(lines[-1]) + len(part.rstrip()) > width:
@@ -98,8 +98,8 @@ def _folded(name: str, width: int) -> str:
 class Table:
     """A rich renderable: titles, the columns that fit, notes on single rows and a paragraph.
 
-    Where not even the columns that never go have room, each row is stacked: its name, and below it all its cells with
-    their headers. `bold` holds (row, header) of the cells to stress.
+    When even the columns that are never left out do not fit, each row is stacked: its name, and below it all its cells
+    with their headers. `bold` is the set of (row, header) of emphasised cells.
     """
 
     title: str = ""
@@ -136,9 +136,9 @@ class Table:
 
         table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="")
         widths = _widths(columns, width)
-        for column, granted in zip(columns, widths, strict=True):
+        for column, column_width in zip(columns, widths, strict=True):
             side: Literal["left", "right"] = "right" if column.right else "left"
-            table.add_column(Text(column.header), justify=side, width=granted, overflow="fold")
+            table.add_column(Text(column.header), justify=side, width=column_width, overflow="fold")
         for number in range(len(columns[0].cells)):
             cells = [column.cells[number] for column in columns]
             cells[0] = _folded(cells[0], widths[0])
@@ -169,36 +169,36 @@ class Table:
 
 
 def _filled(pairs: Iterable[tuple[str, str]], width: int, *, gap: int) -> list[list[tuple[str, str]]]:
-    """As many of the (text, header) on each line as there is room for."""
+    """Split (text, header) pairs into lines of at most `width` characters."""
     lines: list[list[tuple[str, str]]] = [[]]
     for pair in pairs:
-        taken = sum(len(text) + gap for text, _ in lines[-1])
-        if lines[-1] and taken + len(pair[0]) > width:
+        used = sum(len(text) + gap for text, _ in lines[-1])
+        if lines[-1] and used + len(pair[0]) > width:
             lines.append([])
         lines[-1].append(pair)
     return [line for line in lines if line]
 
 
 def unbroken(text: str) -> RenderableType:
-    """A line that is to be pasted: on one line however narrow the screen is, if it is printed by `show` or `plain`."""
+    """Return a line for copying, which `show` and `plain` never wrap, however narrow the screen is."""
     from rich.text import Text
 
     return Text(text, no_wrap=True, overflow="ignore")
 
 
 def show(renderables: Iterable[RenderableType], console: Console | None = None) -> None:
-    """Print on standard output or the console, as wide as the screen is; lines that are `unbroken` go beyond it."""
+    """Print on standard output or the console at the screen's width; `unbroken` lines may exceed it."""
     from rich.console import Console as RichConsole
 
     console = RichConsole() if console is None else console
     for renderable in renderables:
-        # Said again here, because a text that is printed by itself is made anew.
-        as_it_is = bool(getattr(renderable, "no_wrap", False))
-        console.print(renderable, crop=False, no_wrap=as_it_is or None, overflow="ignore" if as_it_is else None)
+        # Repeated here, because rich copies a text that is printed by itself.
+        is_unbroken = bool(getattr(renderable, "no_wrap", False))
+        console.print(renderable, crop=False, no_wrap=is_unbroken or None, overflow="ignore" if is_unbroken else None)
 
 
 def plain(renderables: Sequence[RenderableType], *, width: int) -> str:
-    """Renderables as text without styles or trailing blanks."""
+    """Render as text without styles or trailing blanks."""
     import io
 
     from rich.console import Console

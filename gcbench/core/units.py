@@ -1,4 +1,4 @@
-"""Bytes, seconds and fractions, to and from the forms that people read and type."""
+"""Parse and format bytes, seconds and fractions."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _FACTORS = {
 }
 
 LEAST_BARE_BYTES = MIB
-"""A number without a unit below this was meant in another one: no device has so few bytes."""
+"""A number without a unit below this is not in bytes: no device has so little memory."""
 MOST_MEMORY_BYTES = 16 * TIB
 _MOST_BARE_GIB = 1024
 
 
 def parse_bytes(text: str) -> int:
-    """`"8GiB"`, `"24 GB"`, `"512MiB"` or a plain number of bytes; raises ValueError on anything else."""
+    """Parse `"8GiB"`, `"24 GB"`, `"512MiB"` or a plain number of bytes; raises ValueError on anything else."""
     match = re.fullmatch(r"\s*(\d{1,20}(?:\.\d{1,20})?)\s*([a-zA-Z]*)\s*", text)
     factor = _FACTORS.get(match[2].lower()) if match else None
     if match is None or factor is None:
@@ -34,10 +34,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_memory(raw: object) -> int:
-    """The size of a device's memory in bytes, from text or from a number in a file.
+    """Parse the size of a device's memory, from text or from a number in a file, into bytes.
 
-    A number without a unit counts bytes; one that no device has as bytes is refused, with the unit that was meant.
-    Raises ValueError for all else that is no amount of memory.
+    A number without a unit is in bytes; one too small or too large for a device is refused, with the likely unit.
+    Raises ValueError for anything else that is not an amount of memory.
     """
     if isinstance(raw, bool) or not isinstance(raw, (str, int, float)):
         raise ValueError(f"{raw!r} is not an amount of memory; write it like 8GiB, 512MiB or 24GB")
@@ -69,7 +69,7 @@ def _positive(raw: object, count: int) -> int:
 
 
 def parse_fraction(text: str) -> float:
-    """`"5%"` or `"0.05"` as 0.05; raises ValueError on anything else or below zero."""
+    """Parse `"5%"` or `"0.05"` as 0.05; raises ValueError on anything else or below zero."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(%?)\s*", text)
     if match is None:
         raise ValueError(f"{text!r} is not a share; write it like 5% or 0.05")
@@ -77,7 +77,7 @@ def parse_fraction(text: str) -> float:
 
 
 def format_bytes(count: int | None) -> str:
-    """Binary units with three or four significant digits: `"2.31 GiB"`; `"–"` for unknown."""
+    """Format bytes in binary units with three or four significant digits: `"2.31 GiB"`; `"–"` for unknown."""
     if count is None:
         return "–"
     for unit, factor in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
@@ -87,7 +87,7 @@ def format_bytes(count: int | None) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`"843 µs"`, `"84.3 ms"`, `"1.24 s"`, `"3 min 05 s"`; `"–"` for unknown."""
+    """Format as `"843 µs"`, `"84.3 ms"`, `"1.24 s"` or `"3 min 05 s"`; `"–"` for unknown."""
     if seconds is None:
         return "–"
     if seconds < 1e-3:
@@ -101,7 +101,7 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_percent(fraction: float | None, *, sign: bool = False) -> str:
-    """0.413 as `"41 %"` (`"+41 %"` with sign); below 10 % one decimal; `"–"` for unknown."""
+    """Format 0.413 as `"41 %"` (`"+41 %"` with sign); below 10 % with one decimal; `"–"` for unknown."""
     if fraction is None:
         return "–"
     percent = 100 * fraction
@@ -113,12 +113,12 @@ def format_percent(fraction: float | None, *, sign: bool = False) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """`"1 layer"`, `"12 layers"`, `"1,024 tokens"`: a number with a noun that takes an s."""
+    """Format a number with its noun: `"1 layer"`, `"12 layers"`, `"1,024 tokens"`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def format_count(count: int | None) -> str:
-    """124439808 as `"124 M"`, 8030261248 as `"8.03 B"`; `"–"` for unknown."""
+    """Format 124439808 as `"124 M"`, 8030261248 as `"8.03 B"`; `"–"` for unknown."""
     if count is None:
         return "–"
     for unit, factor in (("B", 10**9), ("M", 10**6), ("K", 10**3)):

@@ -1,1 +1,1 @@
-"""Devices: cards by name, what a step is simulated for, and what runs here."""
+"""Devices: the catalogue of cards, the target of a prediction, and the backends that run a step."""

@@ -1,4 +1,4 @@
-"""The cards that a prediction can be made for: the built-in catalogue and a user's own file. No torch."""
+"""Find the card that a prediction is for, in the built-in catalogue or a user's own file. No torch."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.units import GIB, MIB, parse_memory
 
 PRECISIONS = ("fp32", "tf32", "bf16", "fp16")
-"""The number formats of a matrix multiplication, as `matmul_flops` names them."""
+"""Number formats of a matrix multiplication, the keys of `matmul_flops`."""
 VENDORS = ("nvidia", "amd")
 _LEAST_MEMORY_BYTES = 256 * MIB
 _MOST_MEMORY_BYTES = 16 * 1024 * GIB
 _LEAST_RATE = 1e9
 _MOST_NEAR_NAMES = 4
 _LEAST_OF_BOX, _MOST_OF_BOX = 0.88, 1.02
-"""Total memory as torch finds it, of the size on the box in GiB."""
+"""Range of the total memory that torch reports, relative to the marketed size in GiB."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Card:
-    """One card; None, or a missing precision, where no figure is published.
+    """One card; a field is None, or a precision missing, when no figure is published.
 
     Attributes:
-        memory_bytes: what torch reports as total memory, less than the size on the box.
-        full_name: what torch reports as the device's name.
+        memory_bytes: total memory that torch reports, less than the marketed size.
+        full_name: device name that torch reports.
         compute_capability: like "9.0", or like "gfx942" for AMD.
-        num_sms: streaming multiprocessors, AMD's compute units.
-        bandwidth_bytes_per_s: of the card's memory, by its datasheet.
-        matmul_flops: dense peak by the datasheet, operations per second by precision.
+        num_sms: number of streaming multiprocessors, or of AMD's compute units.
+        bandwidth_bytes_per_s: memory bandwidth in the datasheet.
+        matmul_flops: precision -> dense peak in the datasheet, operations per second.
         achievable_matmul_flops: the same as measured; GeForce cards exceed their datasheet.
-        sources: field name to where its figure was published.
+        sources: field name -> where its figure was published.
     """
 
     name: str
@@ -57,7 +57,7 @@ class Card:
 
     @property
     def title(self) -> str:
-        """The name to show: torch's own where it is known."""
+        """The name to show: the one that torch reports, if it is known."""
         return self.full_name or self.name
 
     @property
@@ -67,46 +67,46 @@ class Card:
 
 
 def cards() -> tuple[Card, ...]:
-    """The built-in cards, by vendor and memory."""
+    """Return the built-in cards, sorted by vendor and memory."""
     return _built_in()
 
 
 def find(name: str, extra: Path | None = None) -> Card:
-    """The card called `name`, from the file `extra` or else the catalogue.
+    """Return the card called `name`, from the file `extra` or else the catalogue.
 
-    Case, spaces, hyphens, underscores and the vendor's words ("NVIDIA", "GeForce", "RTX") do not matter, and the size
-    on the box may be added ("a40-48gb"). Raises UnavailableError, with near names, when there is none or more than one,
-    and UsageError when `extra` cannot be read.
+    Case, spaces, hyphens, underscores and the vendor's words ("NVIDIA", "GeForce", "RTX") do not matter, and the
+    marketed size may be added ("a40-48gb"). Raises UnavailableError, with near names, when none or several match, and
+    UsageError when `extra` cannot be read.
     """
     own = read(extra) if extra is not None else ()
     found = _found(name, own)
     if found is not None:
         return found
     remedy = (
-        "or give its memory alone, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
+        "or set only its memory, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
         "with its name and memory_bytes"
     )
     other = spellings.no_cuda_device(name)
     if other is not None:
         raise UnavailableError(
-            f"{name!r} is {other}, and predictions are for CUDA cards and CPUs; take --device cpu with --device-memory "
-            "36GiB, or --device-memory 36GiB alone for a CUDA card of that size"
+            f"{name!r} is {other}, and predictions are for CUDA cards and CPUs; use --device cpu with --device-memory "
+            "36GiB, or only --device-memory 36GiB for a CUDA card of that size"
         )
     sizes = _sizes(name, own)
     if sizes:
         raise UnavailableError(f"{name!r} comes in several sizes; near names: {', '.join(sizes)}; {remedy}")
     near = _near(name, _by_key(own))
-    hint = f"near names: {', '.join(near)}" if near else "gcbench devices lists all that are known"
+    hint = f"near names: {', '.join(near)}" if near else "gcbench devices lists all known devices"
     raise UnavailableError(f"there is no device {name!r} in the catalogue; {hint}; {remedy}")
 
 
 def known(name: str) -> Card | None:
-    """The card of the catalogue called `name`; None where there is none."""
+    """Return the card of the catalogue called `name`; None when there is none."""
     return _found(name, ())
 
 
 def _by_key(own: Sequence[Card]) -> dict[str, Card]:
-    """Spelling -> card; the user's own come last, so that they replace built-in ones of the same name."""
+    """Return spelling -> card; the user's own cards replace built-in ones of the same name."""
     return {_plain(spelling): card for card in (*cards(), *own) for spelling in card.spellings}
 
 
@@ -115,41 +115,41 @@ def _found(name: str, own: Sequence[Card]) -> Card | None:
     exact = by_key.get(_plain(name))
     if exact is not None:
         return exact
-    wanted = _core(name)
-    alike = {card.name: card for key, card in by_key.items() if _core(key) == wanted}
-    if not alike:  # "a40-48gb": the size on the box, of which torch finds a little less
-        size = re.fullmatch(r"(.*[a-z0-9]*?[a-z].*?|\d{4}(?:ti|super)*)(\d{2,3})gb", wanted)
-        alike = {
+    core = _core(name)
+    matches = {card.name: card for key, card in by_key.items() if _core(key) == core}
+    if not matches:  # "a40-48gb": the marketed size, of which torch reports a little less
+        size = re.fullmatch(r"(.*[a-z0-9]*?[a-z].*?|\d{4}(?:ti|super)*)(\d{2,3})gb", core)
+        matches = {
             card.name: card
             for key, card in by_key.items()
             if size is not None
             and _core(key) == size[1]
             and _LEAST_OF_BOX <= card.memory_bytes / (int(size[2]) * GIB) <= _MOST_OF_BOX
         }
-    return next(iter(alike.values())) if len(alike) == 1 else None
+    return next(iter(matches.values())) if len(matches) == 1 else None
 
 
 def _sizes(name: str, own: Sequence[Card]) -> list[str]:
-    """Names of the cards that are `name` with a size or a form after it."""
-    wanted = _core(name)
-    if not wanted:
+    """Return the names of cards that are `name` followed by a size or form factor."""
+    core = _core(name)
+    if not core:
         return []
     found = {
-        card.name: card for card in (*cards(), *own) if re.fullmatch(rf"{re.escape(wanted)}\d+gb.*", _core(card.name))
+        card.name: card for card in (*cards(), *own) if re.fullmatch(rf"{re.escape(core)}\d+gb.*", _core(card.name))
     }
     return list(found) if len(found) > 1 else []
 
 
 def among(needed_bytes: int, limit_bytes: int) -> int | None:
-    """Over how many devices of `limit_bytes` something would have to be divided that no card of the catalogue holds;
-    None where one does."""
+    """Return how many devices of `limit_bytes` are needed for `needed_bytes`; None when one card of the catalogue has
+    enough memory."""
     if needed_bytes <= max(card.memory_bytes for card in cards()):
         return None
     return -(-needed_bytes // limit_bytes)
 
 
 def read(path: Path) -> tuple[Card, ...]:
-    """The cards in a user's TOML file, in its order; raises UsageError with every mistake found."""
+    """Read the cards in a user's TOML file, in its order; raises UsageError with all mistakes."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -170,17 +170,17 @@ def _plain(name: str) -> str:
 
 
 def _core(name: str) -> str:
-    """A name without the words that every card of its vendor has; "80g" is "80gb"."""
+    """Return a name without the words that all cards of a vendor share; "80g" becomes "80gb"."""
     plain = re.sub(r"nvidia|geforce|tesla|quadro|instinct|radeon|generation|amd|^rx|rtx|gpu", "", _plain(name))
     return re.sub(r"(?<=\d)g$|(?<=\d)gib$", "gb", plain)
 
 
 def _near(name: str, by_key: Mapping[str, Card]) -> list[str]:
-    """Short names like `name`: those that contain it, those that it contains, or those spelled alike."""
-    wanted = _core(name)
-    keys = [key for key in by_key if len(wanted) > 1 and wanted in key]
-    keys = keys or [key for key in by_key if len(_core(key)) > 2 and _core(key) in wanted]
-    keys = keys or difflib.get_close_matches(wanted, by_key, n=2 * _MOST_NEAR_NAMES)
+    """Return short names near `name`: those that contain it, those that it contains, or those spelled similarly."""
+    core = _core(name)
+    keys = [key for key in by_key if len(core) > 1 and core in key]
+    keys = keys or [key for key in by_key if len(_core(key)) > 2 and _core(key) in core]
+    keys = keys or difflib.get_close_matches(core, by_key, n=2 * _MOST_NEAR_NAMES)
     return list(dict.fromkeys(by_key[key].name for key in keys))[:_MOST_NEAR_NAMES]
 
 
@@ -188,7 +188,7 @@ def _parse(text: str, origin: str) -> tuple[Card, ...]:
     try:
         raw = tomllib.loads(text)
     except tomllib.TOMLDecodeError as err:
-        raise UsageError(f"device file {origin} is not valid TOML ({err}); mend that line") from None
+        raise UsageError(f"device file {origin} is not valid TOML ({err}); fix that line") from None
     stray = [key for key in raw if key != "card"]
     mistakes = [f"{origin}: there is no key {key!r}; write each device as a [[card]] table" for key in stray]
     tables = raw.get("card", [])
@@ -207,8 +207,10 @@ def _parse(text: str, origin: str) -> tuple[Card, ...]:
                 values[key] = _parser(key)(value)
             except ValueError as err:
                 mistakes.append(f"{where}: {raw_key}: {err}")
-        given = {_KEY_ALIASES.get(key, key) for key in table}
-        mistakes += [f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in given]
+        present = {_KEY_ALIASES.get(key, key) for key in table}
+        mistakes += [
+            f"{where}: {key} is missing; write it like {like}" for key, like in _REQUIRED if key not in present
+        ]
         if all(key in values for key, _ in _REQUIRED):
             card = Card(**values)
             for spelling in dict.fromkeys(map(_plain, card.spellings)):
@@ -284,7 +286,7 @@ def _by_precision(raw: object) -> Mapping[str, float]:
 
 def _sources(raw: object) -> Mapping[str, str]:
     if not isinstance(raw, dict):
-        raise ValueError(f"{raw!r} is not a table from a key to where its figure was published")
+        raise ValueError(f'{raw!r} is not a table; write it like {{ memory_bytes = "its source" }}')
     return {key: _text(value) for key, value in raw.items()}
 
 

@@ -1,4 +1,4 @@
-"""The device that a step is simulated for, from what the user calls it. No torch."""
+"""Resolve the name of a device into the target of a prediction. No torch."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from gcbench.devices import cards
 from gcbench.devices.cards import Card
 
 HERE = ("auto", "cuda")
-"""Devices that mean what this machine has; `cuda:1` too."""
+"""Names that mean a device of this machine, as does `cuda:1`."""
 CPU = "cpu"
 _UNNAMED = "cuda"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """What decides which kernels run and what the allocator may take.
+    """The device that a step is predicted for: it determines the kernels and the memory limit.
 
     Attributes:
-        kind: "cpu" or "cuda" (AMD's cards are "cuda" to torch).
-        name: as the user wrote it, for tables.
-        memory_bytes: memory of the device, or what the user says it has; None where there is no bound.
+        kind: "cpu" or "cuda" (torch calls AMD's cards "cuda" too).
+        name: the name that tables show.
+        memory_bytes: memory of the device, or the size that the user set; None without a limit.
         card: its entry in the catalogue; None for the CPU and for a card of which only the memory is known.
         expandable_segments: whether PYTORCH_ALLOC_CONF has `expandable_segments:True`.
     """
@@ -35,7 +35,7 @@ class Target:
 
     @property
     def capability(self) -> tuple[int, int] | None:
-        """NVIDIA's compute capability, (9, 0) for an H100; None for other devices and where it is unknown."""
+        """NVIDIA's compute capability, (9, 0) for an H100; None for other devices and when it is unknown."""
         text = self.card.compute_capability if self.card else None
         if text is None or text.startswith("gfx"):
             return None
@@ -45,13 +45,13 @@ class Target:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetOptions:
-    """What `predict` takes besides the settings of a run.
+    """Options of `predict` besides the settings of a run.
 
     Attributes:
-        device: a name from the catalogue, `cpu`, or what this machine has; None for a card of `device_memory` bytes, or
-            where that is None too, for what this machine has.
-        device_file: a TOML file with cards of the user's own.
-        reserve_frac: the part of the device's memory that is held back; None for the default of its kind.
+        device: a name from the catalogue, `cpu`, or a device of this machine; None for a card of `device_memory` bytes
+            or, when that is None too, for the device of this machine.
+        device_file: a TOML file with the user's own cards.
+        reserve_frac: the fraction of the device's memory that is held back; None for the default of its kind.
     """
 
     device: str | None = None
@@ -63,7 +63,7 @@ class TargetOptions:
     reserve_frac: float | None = None
 
     def as_json(self) -> dict[str, Json]:
-        """As a report stores it, beside the settings."""
+        """Return the options as a report stores them, beside the settings."""
         return {
             "device_memory": self.device_memory,
             "device_file": str(self.device_file) if self.device_file else None,
@@ -74,32 +74,30 @@ class TargetOptions:
         }
 
 
-def resolve_target(target_options: TargetOptions, machine: Machine | None) -> Target | None:
-    """The device to predict for; None when only a look at this machine (`machine`) can tell.
+def resolve_target(options: TargetOptions, machine: Machine | None) -> Target | None:
+    """Return the device to predict for; None when it depends on this machine and `machine` is None.
 
     Raises UnavailableError for a name that is not in the catalogue, UsageError for a device file that cannot be read.
     """
-    name = (target_options.device or "").lower()
-    segments = target_options.expandable_segments
+    name = (options.device or "").lower()
+    segments = options.expandable_segments
     if name == CPU:
-        return Target(kind=CPU, name=CPU, memory_bytes=target_options.device_memory)
-    if not name and target_options.device_memory is not None:
-        return Target(
-            kind="cuda", name=_UNNAMED, memory_bytes=target_options.device_memory, expandable_segments=segments
-        )
+        return Target(kind=CPU, name=CPU, memory_bytes=options.device_memory)
+    if not name and options.device_memory is not None:
+        return Target(kind="cuda", name=_UNNAMED, memory_bytes=options.device_memory, expandable_segments=segments)
     if name and name not in HERE and not name.startswith("cuda:"):
-        card = cards.find(target_options.device or "", target_options.device_file)
+        card = cards.find(options.device or "", options.device_file)
         return Target(
             kind="cuda",
             name=card.name,
-            memory_bytes=target_options.device_memory or card.memory_bytes,
+            memory_bytes=options.device_memory or card.memory_bytes,
             card=card,
             expandable_segments=segments,
         )
     if machine is None:
         return None
     if machine.device == CPU:
-        return Target(kind=CPU, name=CPU, memory_bytes=target_options.device_memory)
+        return Target(kind=CPU, name=CPU, memory_bytes=options.device_memory)
     card = Card(
         name=machine.device,
         full_name=machine.device_name,
@@ -111,7 +109,7 @@ def resolve_target(target_options: TargetOptions, machine: Machine | None) -> Ta
     return Target(
         kind="cuda",
         name=machine.device,
-        memory_bytes=target_options.device_memory or card.memory_bytes,
+        memory_bytes=options.device_memory or card.memory_bytes,
         card=card,
         expandable_segments=segments,
     )

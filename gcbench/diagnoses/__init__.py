@@ -1,1 +1,1 @@
-"""Names the cause of what went wrong, where it is known."""
+"""Find the known cause of a failure or of wrong gradients, with its remedy."""

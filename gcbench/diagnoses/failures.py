@@ -1,4 +1,4 @@
-"""What an exception means that no measurement expects: the known cause, or the trace. No torch."""
+"""Turn an unexpected exception into a failure with its known cause, or with its traceback. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gcbench.diagnoses.known_causes import Observation, diagnose
 
 
 def crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Failure:
-    """The failure of a cell whose code raised something unexpected."""
+    """Return the failure of a cell whose code raised an unexpected exception."""
     text = str(err).strip() or type(err).__name__
     known = diagnose(
         Observation.of_strategy(
@@ -19,7 +19,7 @@ def crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Fail
             frozen_base=lora,
         )
     )
-    advice = f". {known.cause} {known.remedy} See {known.link}" if known else "; the whole trace is in report.json"
+    advice = f". {known.cause} {known.remedy} See {known.link}" if known else "; the full traceback is in report.json"
     return Failure(
         kind="crash",
         message=f"{type(err).__name__}: {text.splitlines()[0][:300].rstrip('.')}{advice}",

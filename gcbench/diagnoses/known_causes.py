@@ -1,4 +1,4 @@
-"""Names the cause of what went wrong in one combination of settings, and the remedy, where both are known."""
+"""Find the known cause of what went wrong in one combination of settings, and its remedy."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class Observation:
-    """What was seen of one combination.
+    """What was observed of one combination of settings.
 
     `off` is the same combination without checkpointing, compiled if this one is: compiled dropout draws other masks.
 
     Attributes:
-        error_type, error_text: the exception that ended it, with the whole of its text.
-        grad_rel_diff: the difference of the gradients from those of `off`, relative to them.
+        error_type, error_text: class name and full text of the exception that ended the step.
+        grad_rel_diff: L2 norm of the difference from the gradients of `off`, relative to theirs.
         is_wrong: whether that difference is beyond noise.
-        loss_identical: whether the loss was that of `off`; None when it was not compared.
-        layers_expected, layers_recomputed: the layers that the strategy checkpoints, and those that ran again.
-        num_layers: the layers that the model has.
-        params_without_grad: names of trained parameters without a gradient that have one in `off`.
-        buffers_differ: whether buffers were others than after the same steps of `off`.
+        loss_identical: whether the loss equals that of `off`; None when it was not compared.
+        layers_expected, layers_recomputed: number of layers that the strategy checkpoints, and that were recomputed.
+        num_layers: number of layers of the model.
+        params_without_grad: names of trained parameters that have a gradient in `off` and none here.
+        buffers_differ: whether buffers differ from those after the same steps of `off`.
         memory_budget: torch.compile's activation_memory_budget; None when it was not set.
         training: whether the model was in training mode.
         draws_outside_torch: whether the forward pass draws from Python's or NumPy's generator.
-        frozen_base: whether parameters of the model, the embedding among them, are not trained.
-        steps_in_backward: whether the optimizer updates a parameter as soon as it has its gradient.
-        sharded: whether FSDP holds the parameters.
-        warnings: the texts of all warnings, Python's and those that were logged.
+        frozen_base: whether parameters of the model, including the embedding, are frozen.
+        steps_in_backward: whether the optimizer updates each parameter as soon as its gradient is complete.
+        sharded: whether the parameters are sharded by FSDP.
+        warnings: texts of all warnings, Python's and logged ones.
     """
 
     error_type: str | None = None
@@ -65,7 +65,7 @@ class Observation:
 
     @classmethod
     def of_strategy(cls, strategy: str, **more: Any) -> Observation:
-        """An observation that takes from the strategy's name what it tells."""
+        """Return an observation with the fields that the strategy's name determines filled in."""
         parts = strategy.split("+")
         budget = next((float(part.partition(":")[2]) for part in parts if part.startswith("compile:")), None)
         return cls(
@@ -77,7 +77,7 @@ class Observation:
         )
 
     def failed_with(self, *texts: str) -> bool:
-        """Whether an exception whose text holds one of `texts` ended it."""
+        """Whether the step ended in an exception whose text contains one of `texts`."""
         return self.error_text is not None and any(text in self.error_text for text in texts)
 
     def warned_of(self, text: str) -> bool:
@@ -85,7 +85,7 @@ class Observation:
 
     @property
     def is_silent(self) -> bool:
-        """Gradients are there, and wrong, and nothing else shows it."""
+        """Whether gradients are wrong without an error or missing gradients."""
         return self.is_wrong and self.error_text is None and not self.params_without_grad
 
     @property
@@ -94,7 +94,7 @@ class Observation:
 
     @property
     def lost_gradients(self) -> bool:
-        """Gradients are missing, or all of them are, which ends in an error."""
+        """Whether gradients are missing; when all are, the backward pass raises an error."""
         return bool(self.params_without_grad) or self.failed_with(
             "does not require grad and does not have a grad_fn", "none of output has requires_grad=True"
         )
@@ -105,11 +105,11 @@ class Diagnosis:
     """A known cause.
 
     Attributes:
-        symptom: a sentence that says what one sees.
-        cause: a sentence that says why.
-        remedy: a sentence that says what to do.
-        link: the address of a public thread about it.
-        fits: whether an observation is of this kind.
+        symptom: a sentence on what the user sees.
+        cause: a sentence on why it happens.
+        remedy: a sentence on what to do.
+        link: URL of a public thread about it.
+        fits: observation -> whether it has this cause.
     """
 
     name: str
@@ -121,18 +121,18 @@ class Diagnosis:
 
 
 def diagnose(seen: Observation) -> Diagnosis | None:
-    """The most specific known cause of what was seen; None when nothing is wrong, or nothing is known of it."""
+    """Return the most specific known cause of an observation; None when nothing is wrong or the cause is unknown."""
     return next((diagnosis for diagnosis in known() if diagnosis.fits(seen)), None)
 
 
 @cache
 def known() -> tuple[Diagnosis, ...]:
-    """All causes that are known, the most specific first."""
+    """Return all known causes, the most specific first."""
     text = resources.files("gcbench.diagnoses").joinpath("known_causes.toml").read_text(encoding="utf-8")
     return tuple(Diagnosis(**entry, fits=_FITS[entry["name"]]) for entry in tomllib.loads(text)["diagnosis"])
 
 
-# How the errors of torch and transformers read
+# Patterns in the error messages of torch and transformers
 
 _SAVED = re.compile(
     r"saved metadata: \{'shape': torch\.Size\(\[(?P<saved>[\d, ]*)\]\), 'dtype': (?P<saved_dtype>[\w.]+).*?\n"
@@ -152,13 +152,13 @@ def _is_checkpoint_error(seen: Observation) -> bool:
 
 
 def _differs_in_dtype(seen: Observation) -> bool:
-    """Every mismatched tensor has the shape it had, and another dtype."""
+    """Whether every mismatched tensor has the same shape and a different dtype."""
     pairs = list(_SAVED.finditer(seen.error_text or ""))
     return bool(pairs) and all(p["saved"] == p["again"] and p["saved_dtype"] != p["again_dtype"] for p in pairs)
 
 
 def _doubles(seen: Observation) -> bool:
-    """One size is twice what it was, and all others are what they were."""
+    """Whether one size has doubled and all others are unchanged."""
     sizes = _SIZES.search(seen.error_text or "")
     if sizes:
         small, large = sorted(map(int, sizes.groups()))
@@ -173,13 +173,13 @@ def _doubles(seen: Observation) -> bool:
 
 
 def _only_in_last_layer(seen: Observation) -> bool:
-    """The parameters without gradient are in one layer, and it is the model's last."""
+    """Whether all parameters without a gradient are in the model's last layer."""
     numbers = {match[1] if (match := _LAYER.search(name)) else None for name in seen.params_without_grad}
     return seen.num_layers is not None and numbers == {str(seen.num_layers - 1)}
 
 
-def _is_silently_other(seen: Observation) -> bool:
-    """The forward pass was that of `off`, and the recomputation, which eager code ran, was not."""
+def _recompute_differs_silently(seen: Observation) -> bool:
+    """Whether the forward pass was the same as in `off` and the recomputation, in eager code, was not."""
     return seen.is_checkpointed and seen.is_silent and not seen.compiled and seen.loss_identical is not False
 
 
@@ -231,15 +231,17 @@ _FITS: dict[str, Callable[[Observation], bool]] = {
     "cache-grows-in-recompute": lambda seen: seen.use_cache and seen.is_checkpointed and _doubles(seen),
     "sharded-cast-skipped": lambda seen: seen.sharded and _is_checkpoint_error(seen) and _differs_in_dtype(seen),
     "autocast-differs": lambda seen: _is_checkpoint_error(seen) and _differs_in_dtype(seen),
-    "rng-not-preserved": lambda seen: _is_silently_other(seen) and seen.has_dropout and not seen.preserve_rng_state,
+    "rng-not-preserved": lambda seen: (
+        _recompute_differs_silently(seen) and seen.has_dropout and not seen.preserve_rng_state
+    ),
     "optimizer-in-backward": lambda seen: (
         _steps_in_backward(seen)
         and seen.is_checkpointed
         and (seen.is_silent or seen.failed_with("has been modified by an inplace operation"))
     ),
-    "moe-router-flips": lambda seen: seen.is_moe and (_is_checkpoint_error(seen) or _is_silently_other(seen)),
+    "moe-router-flips": lambda seen: seen.is_moe and (_is_checkpoint_error(seen) or _recompute_differs_silently(seen)),
     "recompute-took-another-branch": _is_checkpoint_error,
-    "state-gone-in-recompute": _is_silently_other,
+    "state-gone-in-recompute": _recompute_differs_silently,
     "statistics-updated-twice": lambda seen: seen.is_checkpointed and seen.buffers_differ,
     "cache-left-on": lambda seen: seen.use_cache and seen.training and seen.error_text is None and not seen.is_wrong,
 }

@@ -1,8 +1,8 @@
-"""Settings in the words of the tool that trains: a choice of `gcbench plan` as text. One file per target.
+"""Write the choice of `gcbench plan` as settings of a training tool. One file per target.
 
-Every module has `NAME`, `TOOL` (what sentences call it), `refusal(training)` (why it cannot run this workload at all,
-with the remedy), `why_not(plan, handover)` (what it cannot say of a plan, after its name in a sentence) and
-`render(rival, handover)`. What a tool can say was read in its source; each module names the version.
+Every module has `NAME`, `TOOL` (its name in sentences), `refusal(training)` (why it cannot run this workload at all,
+with the remedy), `why_not(plan, handover)` (what of a plan it cannot express, worded to follow its name) and
+`render(rival, handover)`. What a tool can express was read in its source; each module names the version.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from gcbench.export._handover import Handover, Rival, Training
 
 @dataclass(frozen=True, kw_only=True)
 class Emitted:
-    """What is printed.
+    """Settings of a tool, ready to print.
 
     Attributes:
         text: a config file, command or program, newline included.
-        expressed: what the text says: the choice, or the best of its rivals that the tool can be told.
-        notice: why that is not the choice, and what it costs; None where it is.
+        expressed: the setting in the text: the choice, or the best of its rivals that the tool can express.
+        notice: why that is not the choice, and what it costs; None when it is the choice.
     """
 
     text: str
@@ -32,12 +32,12 @@ class Emitted:
 
 
 def names() -> tuple[str, ...]:
-    """Every target's name."""
+    """Return the name of every target."""
     return tuple(module.NAME for module in modules(__name__))
 
 
 def check(target: str, training: Training) -> None:
-    """Raise UsageError when the tool cannot run this workload, whatever is planned for it."""
+    """Raise UsageError when the tool cannot run this workload with any plan."""
     tool = _tool(target)
     refusal = tool.refusal(training)
     if refusal is not None:
@@ -49,9 +49,9 @@ def _tool(target: str) -> ModuleType:
 
 
 def emit(target: str, handover: Handover) -> Emitted:
-    """The choice as settings of `target`, or the best of its rivals that can be said there.
+    """Return the choice as settings of `target`, or the best of its rivals that the tool can express.
 
-    Raises KeyError when there is no such target; UsageError when the tool cannot run this workload, or can be told
+    Raises KeyError when there is no such target; UsageError when the tool cannot run this workload, or can express
     none of the settings that fit.
     """
     check(target, handover)
@@ -65,7 +65,7 @@ def emit(target: str, handover: Handover) -> Emitted:
             notice = f"{tool.TOOL} {why}; the nearest it can express is {nearest}."
             return Emitted(text=tool.render(rival, handover), expressed=rival, notice=notice)
     raise UsageError(
-        f"--emit {target}: {tool.TOOL} {why}, and nothing else that it can express fits; take --emit python, which "
+        f"--emit {target}: {tool.TOOL} {why}, and nothing else that it can express fits; use --emit python, which "
         "expresses every plan"
     )
 

@@ -1,4 +1,4 @@
-"""What targets share: how far a tool's settings reach, and the lines that several of them write alike."""
+"""Shared by all targets: what a tool's settings can express, and the lines that several targets write."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LORA_ALPHA = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reach:
-    """What a tool's settings can say of a plan, beyond checkpointing all layers or none.
+class Capabilities:
+    """What a tool's settings can express, beyond checkpointing all layers or none.
 
     Attributes:
-        stride: every k-th layer, from the first on.
-        keep: operators whose outputs are kept, by name.
-        offload: what layers keep of their inputs lies in the host's memory.
-        reentrant: torch's old variant.
+        stride: checkpoint every k-th layer, from the first on.
+        keep: save the outputs of operators, chosen by name.
+        offload: move layer inputs to host memory.
+        reentrant: torch's old variant (use_reentrant=True).
         compiled: `torch.compile` layer by layer, with or without a memory budget.
     """
 
@@ -37,7 +37,7 @@ class Reach:
     compiled: bool = False
 
     def why_not(self, plan: Plan) -> str | None:
-        """What cannot be said of `plan`, in the words after the tool's name; None where all can."""
+        """Return what of `plan` cannot be expressed, worded to follow the tool's name; None when all can."""
         if any(len(group) > 1 for group in plan.groups) and not plan.own:
             return "cannot recompute several layers as one"
         if len({policy for _, policy in plan.treated()}) > 1:
@@ -51,22 +51,22 @@ class Reach:
             return "cannot compile layer by layer"
         policy = policy_of(plan)
         if any("#" in name for name in policy.keep):
-            return "cannot say which call of an operator is kept"
+            return "cannot choose which calls of an operator are saved"
         if policy.keep and not self.keep:
-            return "cannot say which operators are kept"
+            return "cannot choose which operators are saved"
         if policy.offload and not self.offload:
-            return "cannot hold what layers keep in the host's memory"
+            return "cannot offload layer inputs to host memory"
         if policy.reentrant and not self.reentrant:
             return "cannot use torch's reentrant variant"
         if policy != Policy(keep=policy.keep, offload=policy.offload, reentrant=policy.reentrant):
-            return "cannot say all that this plan does inside a layer"
+            return "cannot express all that this plan does inside a layer"
         return None
 
 
 def stride_of(plan: Plan) -> int | None:
-    """k where the plan checkpoints layers 0, k, 2k, …, each on its own, and no others; else None.
+    """Return k when the plan checkpoints exactly layers 0, k, 2k, …, one at a time; else None.
 
-    The number of layers for the first layer alone, as transformers' `every_n_layers` has it.
+    For layer 0 alone k is the number of layers, as in transformers' `every_n_layers`.
     """
     if plan.own:
         return 1  # the tool's own switch is the model's
@@ -78,31 +78,31 @@ def stride_of(plan: Plan) -> int | None:
 
 
 def policy_of(plan: Plan) -> Policy:
-    """How the groups of a plan that treats all of them alike are recomputed."""
+    """Return the policy of the groups, for a plan that has the same one for all of them."""
     return next((policy for _, policy in plan.treated()), Policy())
 
 
 def qualified(keep: tuple[str, ...]) -> tuple[str, ...]:
-    """Operators as torch's own `name()` has them: `aten::mm`."""
+    """Return operators as torch's own `name()` spells them: `aten::mm`."""
     return tuple(name if "::" in name else f"aten::{name}" for name in keep)
 
 
 def cannot_change(tool: str, training: Training) -> str:
-    """Why a tool that loads a model by its name alone has no settings for one that `--layers` or `--set` changed."""
+    """Return why a tool that loads a model by name cannot train one that `--layers` or `--set` changed."""
     model = model_changes.named(training.model, training.model_changes)
     return (
-        f"{tool} loads the model as it is, and this plan is for {model}; "
-        "save that model into a folder and plan with --model FOLDER, or take --emit trainer, trl or python"
+        f"{tool} loads the unchanged model, and this plan is for {model}; "
+        "save that model into a folder and plan with --model FOLDER, or use --emit trainer, trl or python"
     )
 
 
-_ADDED = "Gradient accumulation, and a loop that keeps `outputs`, add to this peak; gcbench predict says how much."
+_ADDED = "Gradient accumulation and a loop that retains `outputs` add to this peak; gcbench predict reports how much."
 
 
 def described(rival: Rival, handover: Handover) -> str:
-    """The comment that begins every text: what it is, for which workload, and what its model is not."""
+    """Return the comment at the top of every text: the setting, the workload, and how the planned model differs."""
     lora = "" if handover.lora_r is None else f", LoRA of rank {handover.lora_r}"
-    told = (
+    header = (
         f"# gcbench plan: {rival.strategy} at batch {rival.batch_size} × {handover.seq_len} tokens, "
         f"{handover.precision}, {handover.optim}{lora}; peak {format_bytes(rival.peak_bytes)}"
     )
@@ -111,18 +111,18 @@ def described(rival: Rival, handover: Handover) -> str:
     )
     notes += handover.notes if rival == handover.choice else [_ADDED] if handover.notes else ()
     notes += _of_the_plan(handover)
-    return "\n".join([told, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])
+    return "\n".join([header, *(f"# {line}" for note in notes for line in textwrap.wrap(note, width=_WIDTH))])
 
 
 def _of_the_plan(handover: Handover) -> list[str]:
-    """In what the planned model is not the one that the text loads."""
+    """Return how the planned model differs from the one that the text loads."""
     if not handover.model_notices:
         return []
-    return [*handover.model_notices, "The plan is for that model; where the one loaded below is another, plan it anew."]
+    return [*handover.model_notices, "The plan is for that model; if the one loaded below differs, plan again."]
 
 
 def targets_of(handover: Handover) -> list[str] | str | None:
-    """LoRA's targets as peft takes them."""
+    """Return LoRA's target modules in peft's form."""
     modules = handover.lora_target_modules
     if modules is None or modules == (ALL_LINEAR,):
         return modules and ALL_LINEAR
@@ -130,9 +130,9 @@ def targets_of(handover: Handover) -> list[str] | str | None:
 
 
 def yaml(settings: Mapping[str, object], indent: str = "") -> str:
-    """Settings as YAML: a mapping or list is a block of its own, all else as JSON has it, so that "no" is a text.
+    """Return settings as YAML: mappings and lists as blocks, scalars as JSON, so that "no" stays a string.
 
-    A key that begins with # is a comment line.
+    A key that begins with # becomes a comment line.
     """
     lines = []
     for key, value in settings.items():

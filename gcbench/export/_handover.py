@@ -1,4 +1,4 @@
-"""What `gcbench plan` hands over to a training tool: the choice, all else that fits, and the run it is for."""
+"""What `gcbench plan` passes to an exporter: the choice, all other settings that fit, and the training run."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Rival:
 
     Attributes:
         strategy: its spec, such as `every:2+offload` or `plan:FILE.json`; `FOUND` for a plan that has none.
-        plan: what the spec is for this model, over all its layers in `modules()` order.
+        plan: the plan of that spec for this model, over all its layers in `modules()` order.
         batch_size: sequences per step and device.
-        tokens_per_s_frac: its tokens per second over those of the choice; 1.0 is as fast.
+        tokens_per_s_frac: its tokens per second relative to the choice's; 1.0 is as fast.
     """
 
     strategy: str
@@ -31,16 +31,16 @@ class Rival:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What is known of the run before anything is planned.
+    """The training run, as far as it is known before planning.
 
     Attributes:
         model: as the user named it.
-        model_changes: what `--layers` and `--set` changed about it, in words; None for the model itself.
+        model_changes: what `--layers` and `--set` changed, as `num_hidden_layers=6`; None for the unchanged model.
         precision: `fp32`, `bf16`, `bf16-mixed` or `fp16-mixed`.
-        optim: a name of transformers' `TrainingArguments.optim`, of those in `gcbench.training.optimizers`.
-        attn_implementation: None where the model chooses.
-        model_notices: in what the model that was planned differs from what its config says, in sentences.
-        lora_target_modules: None where peft chooses; `("all-linear",)` for all linear layers.
+        optim: a name in `gcbench.training.optimizers`, as in transformers' `TrainingArguments.optim`.
+        attn_implementation: None when the model chooses.
+        model_notices: sentences on how the planned model differs from its config.
+        lora_target_modules: None when peft chooses; `("all-linear",)` for all linear layers.
     """
 
     model: str
@@ -55,14 +55,14 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Handover(Training):
-    """A choice to be written down as a tool's settings.
+    """A choice to be written as a tool's settings.
 
     Attributes:
-        hub_id: under which `from_pretrained` finds the model, where that is another name.
-        rivals: all others that fit, best first.
-        plan_file: where the choice's plan is stored as JSON, if it is.
-        config: what was changed about the model's config; None for the model itself.
-        notes: what a real run may add to the choice's peak, a sentence each.
+        hub_id: the name for `from_pretrained`, when it differs from `model`.
+        rivals: all other settings that fit, best first.
+        plan_file: path of the JSON file with the choice's plan; None when it is not stored.
+        config: the changes of the model's config; None for the unchanged model.
+        notes: sentences on what a real run may add to the choice's peak.
     """
 
     hub_id: str | None
@@ -75,5 +75,5 @@ class Handover(Training):
 
     @property
     def source(self) -> str:
-        """What a tool loads the model from."""
+        """The name or path that a tool loads the model from."""
         return self.hub_id or self.model

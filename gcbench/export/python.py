@@ -1,4 +1,4 @@
-"""`python`: a training loop of one's own, in which gcbench itself applies the plan. It expresses every plan."""
+"""`python`: write a plain training loop in which gcbench applies the plan. It can express every plan."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _AUTOCAST = {"bf16-mixed": "torch.bfloat16", "fp16-mixed": "torch.float16"}
 
 
 def refusal(training: Training) -> str | None:
-    """It runs every workload."""
+    """Return None: every workload can run."""
     return None
 
 
 def why_not(plan: Plan, handover: Handover) -> str | None:
-    """Nothing."""
+    """Return None: every plan can be expressed."""
     return None
 
 
 def render(rival: Rival, handover: Handover) -> str:
-    """A program, with the data left to the user."""
+    """Return a program without the data, which the user adds."""
     lora = _program.lora(handover)
     dtype = _AUTOCAST.get(handover.precision)
     forward = "loss = model(**batch).loss"
@@ -48,9 +48,9 @@ def render(rival: Rival, handover: Handover) -> str:
         _program.model(handover),
         lora and f"model = get_peft_model(model, {lora})",
         "model.to(device).train()",
-        "# With a trainer instead of the loop below, leave its own checkpointing off.",
+        "# If you use a trainer instead of the loop below, leave its own checkpointing off.",
         _plan(rival, handover),
-        "# The learning rate is yours.",
+        "# Set your own learning rate.",
         f"optimizer = {_OPTIMIZERS[handover.optim]}",
         "scaler = torch.amp.GradScaler(device)" if scaled else "",
         f"for batch in batches:  # your data: input_ids and labels, shape ({rival.batch_size}, {handover.seq_len})",
@@ -62,20 +62,24 @@ def render(rival: Rival, handover: Handover) -> str:
 
 
 def _plan(rival: Rival, handover: Handover) -> str:
-    """What applies the plan: its spec, the file it is stored in, or all of it."""
+    """Return the call that applies the plan: by its spec, its file, or the whole plan."""
     spec = f"plan:{handover.plan_file}" if rival.strategy == FOUND and handover.plan_file else rival.strategy
     if spec != FOUND:
         return f"gcbench.apply(model, {literal(spec)})"
     named = {field.name: getattr(rival.plan, field.name) for field in fields(rival.plan)}
     policies = [Code(f"\n        {_policy(policy)}") for policy in named.pop("policies")]
     default = Plan(num_layers=rival.plan.num_layers)
-    given = {name: value for name, value in named.items() if name == "num_layers" or value != getattr(default, name)}
+    arguments = {
+        name: value for name, value in named.items() if name == "num_layers" or value != getattr(default, name)
+    }
     if policies:
-        given["policies"] = Code("(" + ",".join(policies) + ",\n    )")
-    return f"{call('plan = gcbench.Plan', **given)}\ngcbench.apply(model, plan)"
+        arguments["policies"] = Code("(" + ",".join(policies) + ",\n    )")
+    return f"{call('plan = gcbench.Plan', **arguments)}\ngcbench.apply(model, plan)"
 
 
 def _policy(policy: Policy) -> str:
-    given = {field.name: getattr(policy, field.name) for field in fields(policy)}
-    said = ", ".join(f"{name}={literal(value)}" for name, value in given.items() if value != getattr(Policy(), name))
-    return f"gcbench.Policy({said})"
+    values = {field.name: getattr(policy, field.name) for field in fields(policy)}
+    changed = ", ".join(
+        f"{name}={literal(value)}" for name, value in values.items() if value != getattr(Policy(), name)
+    )
+    return f"gcbench.Policy({changed})"

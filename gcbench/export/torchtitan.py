@@ -1,47 +1,47 @@
-"""`torchtitan`: the command line of torchtitan.
+"""`torchtitan`: write a command line for torchtitan.
 
 Read in torchtitan 0.3.0 (`distributed/activation_checkpoint.py`, `config/`): all blocks are checkpointed (`full`), or
-none, or each is compiled with a memory budget. `selective` keeps every second matrix product, which no strategy here
-does, and by a list of its own. The layer frequency of 0.2 (which took layers k-1, 2k-1, … and not 0, k, …) is gone.
+none, or each is compiled with a memory budget. `selective` saves every second matrix product and a list of
+its own, which no strategy here does. The layer frequency of 0.2 (which chose layers k-1, 2k-1, …, not 0, k, …) is gone.
 """
 
 from __future__ import annotations
 
 import shlex
 
-from gcbench.export._base import Reach, cannot_change, described
+from gcbench.export._base import Capabilities, cannot_change, described
 from gcbench.export._handover import Handover, Rival, Training
 from gcbench.strategies import Plan
 
 NAME = "torchtitan"
 TOOL = "torchtitan"
-REACH = Reach(compiled=True)
+CAPABILITIES = Capabilities(compiled=True)
 _DTYPES = {"fp32": ("float32", "float32"), "bf16": ("bfloat16", "bfloat16"), "bf16-mixed": ("float32", "bfloat16")}
 """precision -> --training.dtype, --training.mixed_precision_param."""
 _OPTIMIZERS = {"adamw_torch": "foreach", "adamw_torch_fused": "fused"}
 
 
 def refusal(training: Training) -> str | None:
-    """Workloads that it cannot run."""
+    """Return why a workload cannot run, with the remedy; None when it can."""
     if training.model_changes is not None:
         return cannot_change(TOOL, training)
     if training.lora_r is not None:
-        return "torchtitan has LoRA in its models' Python configs alone; take --emit trainer, trl, axolotl or python"
+        return "torchtitan has LoRA only in its models' Python configs; use --emit trainer, trl, axolotl or python"
     if training.precision not in _DTYPES:
         precision = training.precision
-        return f"torchtitan does not train in {precision}; plan with --precision bf16-mixed, or take --emit python"
+        return f"torchtitan does not train in {precision}; plan with --precision bf16-mixed, or use --emit python"
     if training.optim not in _OPTIMIZERS:
-        return f"torchtitan has no {training.optim}; plan with --optim adamw_torch, or take --emit python"
+        return f"torchtitan has no {training.optim}; plan with --optim adamw_torch, or use --emit python"
     return None
 
 
 def why_not(plan: Plan, handover: Handover) -> str | None:
-    """What cannot be said of a plan."""
-    return "does not use a model's own way to checkpoint" if plan.own else REACH.why_not(plan)
+    """Return what of a plan cannot be expressed."""
+    return "does not use a model's own checkpointing" if plan.own else CAPABILITIES.why_not(plan)
 
 
 def render(rival: Rival, handover: Handover) -> str:
-    """A shell command."""
+    """Return a shell command."""
     plan = rival.plan
     dtype, computed = _DTYPES[handover.precision]
     mode, old = ("full", "full") if plan.groups else ("none", "none")
@@ -66,8 +66,8 @@ def render(rival: Rival, handover: Handover) -> str:
         f"{described(rival, handover)}\n"
         f'# torchtitan 0.3; in the TOML file of 0.2: [activation_checkpoint] mode = "{old}".\n'
         "# Add --hf_assets_path, your data and learning rate.\n"
-        "# Its backend for transformers' models takes their layers, with attention of its own and no tied weights, so\n"
-        "# that the peak is another one. For a model of torchtitan's own, give that one's --module and --config.\n"
+        "# Its backend for transformers' models replaces attention and unties weights, so its peak differs from the\n"
+        "# plan's. For a model of torchtitan's own, use that model's --module and --config.\n"
         + " \\\n    ".join(parts)
         + "\n"
     )

@@ -156,7 +156,7 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
                 optim=settings.optim,
                 attn_implementation=facts.attn_implementation,
                 lora_r=settings.lora_r,
-                model_changes=model_changes.told(settings.layers, settings.set),
+                model_changes=model_changes.describe(settings.layers, settings.set),
             ),
             strategy=strategy,
         )

@@ -8,7 +8,7 @@ from contextlib import suppress
 import torch
 from transformers import PreTrainedConfig
 
-from gcbench.core.model_changes import ChangedConfig, made
+from gcbench.core.model_changes import ChangedConfig, changed_fields
 from gcbench.core.records import Json
 from gcbench.models import build as models
 from gcbench.models import quantized
@@ -24,7 +24,7 @@ def of(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]
     """
     new = models.build_config(source, layers=layers, overrides=overrides)
     old = models.build_config(source, layers=None, overrides=quantized.taken_out(overrides))
-    fields = dict(_differences(old, new)) or made(layers, overrides)
+    fields = dict(_differences(old, new)) or changed_fields(layers, overrides)
     keeps = False
     with suppress(Exception):  # a model's own code; what cannot be built cannot be loaded either
         before, after = _shapes(source, old), _shapes(source, new)

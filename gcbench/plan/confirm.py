@@ -183,7 +183,7 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
                 optim=settings.optim,
                 attn_implementation=planned.facts.attn_implementation,
                 lora_r=settings.lora_r,
-                model_changes=model_changes.told(settings.layers, settings.set),
+                model_changes=model_changes.describe(settings.layers, settings.set),
             ),
             strategy=spec,
         )

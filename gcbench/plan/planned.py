@@ -70,7 +70,7 @@ class PlanResult:
     @property
     def changes(self) -> str | None:
         """What `--layers` and `--set` changed about the model, in words."""
-        return changes.told(self.settings.layers, self.settings.set)
+        return changes.describe(self.settings.layers, self.settings.set)
 
     @property
     def name(self) -> str:

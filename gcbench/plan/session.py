@@ -49,7 +49,7 @@ def check_emit(tool: str | None, settings: Settings) -> None:
             attn_implementation=settings.attn_implementation,
             lora_r=settings.lora_r,
             lora_target_modules=settings.lora_target_modules,
-            model_changes=model_changes.told(settings.layers, settings.set),
+            model_changes=model_changes.describe(settings.layers, settings.set),
         ),
     )
 
@@ -159,7 +159,7 @@ def finish(
             emitted = export.emit(asked.emit, planned.handover)
     folder = None if store is None else store.folder
     try:
-        with streams.kept_in(folder) if folder is not None else nullcontext():
+        with streams.stored_in(folder) if folder is not None else nullcontext():
             view.show(
                 planned,
                 emitted,

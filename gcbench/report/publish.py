@@ -29,7 +29,7 @@ def show(
     report: Report, folder: Path | None, *, explain: bool = False, as_json: bool, quiet: bool, err: Console
 ) -> None:
     """Print the report, and on standard error what was decided for the user and where everything is."""
-    with streams.kept_in(folder) if folder is not None else nullcontext():
+    with streams.stored_in(folder) if folder is not None else nullcontext():
         if as_json:
             streams.print_json(formats.get("json").render(report))
         else:

@@ -65,7 +65,7 @@ def parsed(path: Path, writer: str) -> object:
 
 def _with_changes(report: Report) -> Report:
     """The report with what was changed about the model in every cell, for one that was stored before cells told it."""
-    told = model_changes.told(report.settings.get("layers"), report.settings.get("set"))
+    told = model_changes.describe(report.settings.get("layers"), report.settings.get("set"))
     if told is None:
         return report
     return replace(

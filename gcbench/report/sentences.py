@@ -51,7 +51,7 @@ def title(workload: Workload, *, model: bool = True, device: bool = True) -> str
 def model_of(report: Report) -> str:
     """The model of a report, with what was changed about it."""
     return model_changes.named(
-        report.model.model, model_changes.told(report.settings.get("layers"), report.settings.get("set"))
+        report.model.model, model_changes.describe(report.settings.get("layers"), report.settings.get("set"))
     )
 
 

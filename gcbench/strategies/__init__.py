@@ -1,4 +1,4 @@
-"""Strategies: from the name a person types to the plan a model gets. One file per kind."""
+"""Parse a strategy's name, such as `every:2+offload`, into the plan it makes for a model. One file per kind."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ OWN = "own"
 _FILE = "plan:"
 _OFFLOAD = "offload:"
 _ORDER = ("selective", "offload", "reentrant", "compile")
-"""In which changes stand in a spec and are made."""
+"""Order in which changes are written in a spec and applied."""
 
 
 def kinds() -> tuple[Kind, ...]:
-    """Every kind of strategy: choices of layers first, `off` before all, then what changes a choice."""
+    """Return every kind of strategy: choices of layers (`off` first), then changes of a choice."""
     found: list[Kind] = [module.KIND for module in modules(__name__)]
     return tuple(sorted(found, key=lambda kind: (kind.name in _ORDER, kind.name != OFF, kind.syntax)))
 
 
 def parse(spec: str) -> Strategy:
-    """The strategy that a spec such as `off`, `every:2` or `every:2+selective:matmul` names.
+    """Return the strategy that a spec such as `off`, `every:2` or `every:2+selective:matmul` names.
 
     Raises ValueError, with the legal forms, when there is no such strategy, its argument is malformed, or its parts
-    make no sense together.
+    contradict each other.
     """
     text = spec.strip()
     if text.lower().startswith(_FILE):
@@ -43,11 +43,11 @@ def parse(spec: str) -> Strategy:
     choices = [part for part in parts if isinstance(part, Strategy)]
     changes = [part for part in parts if isinstance(part, Change)]
     if len(choices) > 1:
-        raise ValueError(f"{spec!r} chooses layers twice ({choices[0].spec} and {choices[1].spec}); keep one of them")
+        raise ValueError(f"{spec!r} chooses layers twice ({choices[0].spec} and {choices[1].spec}); leave one out")
     names = [_name(change.spec) for change in changes]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
-        raise ValueError(f"{spec!r} says {twice} twice; keep one of them")
+        raise ValueError(f"{spec!r} names {twice} twice; leave one out")
     if not changes:
         return choices[0]
     changes.sort(key=lambda change: _ORDER.index(_name(change.spec)))
@@ -79,21 +79,23 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
     base = choice or _as_strategy(_part(default))
     if base.spec == OFF and default != OFF:
         raise ValueError(
-            f"{spec!r} makes no sense: off recomputes nothing; join {changes[0].spec} to a choice of layers"
+            f"{spec!r} is contradictory: off recomputes nothing; combine {changes[0].spec} with a choice of layers"
         )
     if base.is_own:
         raise ValueError(
-            f"{spec!r} makes no sense: own is the model's own way, as it is; join {changes[0].spec} to another choice "
-            "of layers"
+            f"{spec!r} is contradictory: own runs the model's own checkpointing unchanged; combine {changes[0].spec} "
+            "with another choice of layers"
         )
     if base.content is not None:
-        raise ValueError(f"{spec!r} makes no sense: {base.spec} says all of how layers are treated; write it there")
+        raise ValueError(
+            f"{spec!r} is contradictory: {base.spec} sets the policy of every layer; change it in that file"
+        )
     to: Callable[[Plan], Plan] = lambda plan: reduce(lambda changed, change: change.to(changed), changes, plan)  # noqa: E731
     try:
-        to(base.plan_for(_enough_layers(base.spec)))  # whether its parts go together does not depend on the model
+        to(base.plan_for(_enough_layers(base.spec)))  # whether the parts can be combined does not depend on the model
     except ValueError as err:
-        raise ValueError(f"{spec!r} makes no sense: {err}") from None
-    # A choice that its changes imply is not named.
+        raise ValueError(f"{spec!r} is contradictory: {err}") from None
+    # The choice of layers that the changes imply is left out of the name.
     named = [] if base.spec == default else [base.spec]
     return Strategy(
         spec="+".join([*named, *(change.spec for change in changes)]),
@@ -104,5 +106,5 @@ def _changed(spec: str, choice: Strategy | None, changes: list[Change]) -> Strat
 
 
 def _enough_layers(spec: str) -> int:
-    """Layers that a model needs for a strategy: as many as the largest number in it."""
+    """Return a number of layers that is enough for a strategy: the largest number in its spec, 2 at least."""
     return max([2, *map(int, re.findall(r"\d+", spec))])

@@ -1,4 +1,4 @@
-"""What a strategy becomes for a model, and why a model or a device cannot have it."""
+"""Resolve a strategy into the plan for a model, and report why a model or device does not support it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from gcbench.strategies import Plan, Strategy
 
 
 def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:
-    """What a strategy becomes for a model; raises ValueError when it cannot be had for it."""
+    """Return the plan that a strategy makes for a model; raises ValueError when the model is too shallow for it."""
     if strategy.is_own and facts.own_groups is not None:
         return replace(strategy.plan_for(facts.num_layers), groups=facts.own_groups)
     order = facts.layers_in_order
@@ -19,18 +19,18 @@ def plan_of(strategy: Strategy, facts: ModelFacts) -> Plan:
 
 
 def not_for(plan: Plan, facts: ModelFacts) -> str | None:
-    """Why a model cannot have a plan, with what to do; None when it can, or can have none at all."""
+    """Return why a model does not support a plan, with the remedy; None when it does, or supports none at all."""
     if plan.groups and not plan.own:
         return facts.only_own
     if plan.own and not plan.groups and facts.num_layers:
-        return "the model's own flag for checkpointing changes nothing: no layer runs again; take off"
+        return "the model's own flag for checkpointing has no effect: no layer is recomputed; use off"
     return None
 
 
 def unsupported(plan: Plan, kind: str, *, is_predicted: bool = False) -> str | None:
-    """Why a plan cannot be had on a kind of device, with what to do; None when it can."""
+    """Return why a kind of device does not support a plan, with the remedy; None when it does."""
     if plan.any_policy("offload") and kind == "cpu":
-        return "offload moves what layers keep to the host's memory, and on a CPU it is there already; leave it out"
+        return "offload moves layer inputs to host memory, and on a CPU they are there already; leave it out"
     if is_predicted and plan.compiled:
-        return "what a compiler keeps is known once it has compiled; measure it with gcbench run"
+        return "which activations a compiler saves is known only after it has compiled; measure it with gcbench run"
     return None

@@ -1,4 +1,4 @@
-"""`compile` and `compile:BUDGET`: each layer through `torch.compile`, which recomputes what it chooses to."""
+"""`compile` and `compile:BUDGET`: compile each layer with `torch.compile`, which chooses what to recompute."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def _parse(argument: str | None) -> Change:
 
 KIND = Kind(
     syntax="compile[:BUDGET]",
-    kept="what the compiler's min-cut keeps; with a budget, about that share of it",
-    recomputed="what fuses into the backward pass; with a budget below 1, more (per-layer+compile checkpoints as well)",
+    kept="the activations that the compiler's min-cut saves; with a budget, about that share of them",
+    recomputed="operators that fuse into the backward pass; with a budget below 1, more (per-layer+compile also "
+    "checkpoints)",
     elsewhere="torch.compile of each layer, torch._functorch.config.activation_memory_budget",
     parse=_parse,
 )

@@ -1,4 +1,4 @@
-"""`every:K`: a stride over the layers, as transformers' `every_n_layers` counts it."""
+"""`every:K`: checkpoint every K-th layer, counted as transformers' `every_n_layers` does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _parse(argument: str | None) -> Strategy:
     stride = number("every", argument, example="every:2")
 
     def plan_for(num_layers: int) -> Plan:
-        check_depth(f"every:{stride}", stride, num_layers, take="a stride from")
+        check_depth(f"every:{stride}", stride, num_layers, use="a stride from")
         return Plan(num_layers=num_layers, groups=singles(range(0, num_layers, stride)))
 
     return Strategy(spec=f"every:{stride}", plan_for=plan_for)
@@ -17,8 +17,8 @@ def _parse(argument: str | None) -> Strategy:
 
 KIND = Kind(
     syntax="every:K",
-    kept="the inputs of layers 0, K, 2K, …; everything in the layers between",
-    recomputed="layers 0, K, 2K, …, each on its own (a larger K saves less and costs less)",
+    kept="the inputs of layers 0, K, 2K, …; all activations of the layers between",
+    recomputed="layers 0, K, 2K, …, one at a time (a larger K saves less memory and costs less time)",
     elsewhere="transformers every_n_layers=K, torchtitan selective with a layer frequency",
     parse=_parse,
 )

@@ -1,10 +1,10 @@
-"""`off`: no checkpointing, the reference for everything else."""
+"""`off`: no checkpointing, the reference that every other strategy is compared with."""
 
 from gcbench.strategies._base import Kind, Plan, without_argument
 
 KIND = Kind(
     syntax="off",
-    kept="every layer's activations",
+    kept="all activations of every layer",
     recomputed="nothing",
     elsewhere="the default of every trainer",
     parse=without_argument("off", lambda num_layers: Plan(num_layers=num_layers)),

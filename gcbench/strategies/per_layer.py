@@ -1,4 +1,4 @@
-"""`per-layer`: every layer recomputed on its own, keeping only its input."""
+"""`per-layer`: checkpoint every layer separately, saving only its input."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from gcbench.strategies._base import Kind, Plan, singles, without_argument
 KIND = Kind(
     syntax="per-layer",
     kept="each layer's input",
-    recomputed="every layer, on its own",
+    recomputed="every layer, one at a time",
     elsewhere="transformers activation_checkpointing=True (gradient_checkpointing before 5.23), "
     "torchtitan 'full', Megatron 'uniform' with 1 layer",
     parse=without_argument(

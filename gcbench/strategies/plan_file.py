@@ -1,4 +1,4 @@
-"""`plan:FILE.json`: any plan, hand-written or made by another program."""
+"""`plan:FILE.json`: read any plan, hand-written or made by another program, from a JSON file."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _TOP = {"num_layers", "groups", "compiled", "memory_budget", "own"}
 
 
 def read(path: Path) -> tuple[str, Plan]:
-    """The text of a plan file and its plan (for the model it names, or one just deep enough).
+    """Return the text of a plan file and its plan (for the number of layers it names, or the fewest it needs).
 
     Raises ValueError with the mistake and its remedy.
     """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as err:
-        why = getattr(err, "strerror", None) or "it is no text"
+        why = getattr(err, "strerror", None) or "it is not text"
         raise ValueError(f"plan file {path} cannot be read ({why}); give the path of a JSON file") from None
     try:
         return text, of_json(json.loads(text))
@@ -35,18 +35,18 @@ def read(path: Path) -> tuple[str, Plan]:
 
 
 def of_json(value: object) -> Plan:
-    """The plan that a JSON document describes; raises ValueError."""
+    """Return the plan that a JSON document describes; raises ValueError."""
     if not isinstance(value, dict) or not isinstance(value.get("groups", []), list):
         raise ValueError(f"a plan is an object with a list of groups; write it like {_EXAMPLE}")
     _known(value, _TOP, "a plan")
     groups, policies = [], []
     for group in value.get("groups", []):
         if not isinstance(group, dict):
-            raise ValueError(f"{group!r} is no group; write it like {_EXAMPLE}")
+            raise ValueError(f"{group!r} is not a group; write it like {_EXAMPLE}")
         _known(group, _GROUP, "a group")
         layers = group.get("layers")
         if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
-            raise ValueError(f"layers {layers!r} are no list of numbers; write them like [0, 1]")
+            raise ValueError(f"layers {layers!r} is not a list of numbers; write it like [0, 1]")
         groups.append(tuple(layers))
         policies.append(
             Policy(
@@ -59,9 +59,9 @@ def of_json(value: object) -> Plan:
     deepest = max((layer for group in groups for layer in group), default=-1) + 1
     num_layers, budget = value.get("num_layers", deepest), value.get("memory_budget")
     if type(num_layers) is not int or num_layers < 0:
-        raise ValueError(f"num_layers {num_layers!r} is no number of layers; write it like 32, or leave it out")
+        raise ValueError(f"num_layers {num_layers!r} is not a number of layers; write it like 32, or leave it out")
     if budget is not None and (type(budget) not in (int, float) or not 0 <= budget <= 1):
-        raise ValueError(f"memory_budget {budget!r} is no share of memory; write one from 0 to 1")
+        raise ValueError(f"memory_budget {budget!r} is not a share of memory; write one from 0 to 1")
     return Plan(
         num_layers=num_layers,
         groups=tuple(groups),
@@ -73,7 +73,7 @@ def of_json(value: object) -> Plan:
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
-    """The document that `of_json` reads the plan from."""
+    """Return the document that `of_json` reads back as the plan."""
     groups = []
     for layers, policy in plan.treated():
         group: dict[str, Any] = {"layers": list(layers)}
@@ -93,7 +93,7 @@ def _known(value: dict[str, Any], legal: set[str], what: str) -> None:
 def _operators(group: dict[str, Any], field: str) -> tuple[str, ...]:
     names = group.get(field, [])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError(f"{field} {names!r} is no list of operators; write it like ['mm']")
+        raise ValueError(f"{field} {names!r} is not a list of operators; write it like ['mm']")
     return tuple(names)
 
 
@@ -108,7 +108,7 @@ def _parse(argument: str | None) -> Strategy:
     if not argument:
         raise ValueError("'plan' needs a file; write it like plan:my-plan.json")
     text, stored = read(Path(argument))
-    kept = tuple(dict.fromkeys(name for policy in stored.policies for name in (*policy.keep, *policy.skip)))
+    operators = tuple(dict.fromkeys(name for policy in stored.policies for name in (*policy.keep, *policy.skip)))
     named = "num_layers" in json.loads(text)
 
     def plan_for(num_layers: int) -> Plan:
@@ -126,13 +126,13 @@ def _parse(argument: str | None) -> Strategy:
             own=stored.own,
         )
 
-    return Strategy(spec=f"plan:{argument}", plan_for=plan_for, counts_run=True, content=text, operators=kept)
+    return Strategy(spec=f"plan:{argument}", plan_for=plan_for, counts_run=True, content=text, operators=operators)
 
 
 KIND = Kind(
     syntax="plan:FILE.json",
-    kept="what the file says",
-    recomputed="the groups in the file, each with its own policy; layers are counted in the order in which they run",
-    elsewhere="gcbench alone",
+    kept="the layer inputs, and the outputs of the operators that the file names",
+    recomputed="the groups in the file, each with its own policy; layers are numbered in the order in which they run",
+    elsewhere="none (only in gcbench)",
     parse=_parse,
 )

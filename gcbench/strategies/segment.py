@@ -1,4 +1,4 @@
-"""`segment:K`: groups of K layers, each recomputed as one."""
+"""`segment:K`: checkpoint groups of K consecutive layers, each recomputed as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ def _parse(argument: str | None) -> Strategy:
     size = number("segment", argument, example="segment:4")
 
     def plan_for(num_layers: int) -> Plan:
-        check_depth(f"segment:{size}", size, num_layers, take="groups of")
+        check_depth(f"segment:{size}", size, num_layers, use="groups of")
         starts = range(0, num_layers, size)
         groups = tuple(tuple(range(start, min(start + size, num_layers))) for start in starts)
         return Plan(num_layers=num_layers, groups=groups)
@@ -20,7 +20,8 @@ def _parse(argument: str | None) -> Strategy:
 KIND = Kind(
     syntax="segment:K",
     kept="the input of each group of K consecutive layers",
-    recomputed="every group, as one: all K layers are alive at once while it is (worse than per-layer for most models)",
+    recomputed="every group as one, with the activations of all K layers in memory at once (for most models worse than "
+    "per-layer)",
     elsewhere="Megatron 'uniform' with K layers, torch checkpoint_sequential, Chen et al. 2016",
     parse=_parse,
 )

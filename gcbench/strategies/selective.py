@@ -1,4 +1,4 @@
-"""`selective:…`: recompute inside each checkpointed layer, but keep the outputs of some operators."""
+"""`selective:OPS`: in each checkpointed layer, save the outputs of some operators and recompute the rest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ATTENTION = (
     "_flash_attention_forward",
     "_efficient_attention_forward",
 )
-"""Fused attention kernels. Eager attention has none: it is made of matrix products and a softmax."""
+"""Fused attention operators. Eager attention calls none of them: it runs matrix products and a softmax."""
 MATMUL = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_grouped_mm")
 NAMED = {"attention": ATTENTION, "matmul": (*MATMUL, *ATTENTION)}
 
@@ -27,8 +27,8 @@ def _parse(argument: str | None) -> Change:
     if not names or not all(_OPERATOR.fullmatch(name) for name in names):
         shown = "selective" if argument is None else f"selective:{argument}"
         raise ValueError(
-            f"{shown!r} does not say what to keep; write selective:attention, selective:matmul or operators joined by "
-            "slashes, like selective:mm/addmm"
+            f"{shown!r} does not name the operators to save; write selective:attention, selective:matmul or "
+            "operators joined by slashes, like selective:mm/addmm"
         )
     names = list(dict.fromkeys(names))
     keep = tuple(dict.fromkeys(op for name in names for op in NAMED.get(name, (name,))))
@@ -37,9 +37,10 @@ def _parse(argument: str | None) -> Change:
 
 KIND = Kind(
     syntax="selective:OPS",
-    kept="each layer's input and, inside it, the outputs of attention (selective:attention), of matrix products and "
-    "attention (selective:matmul) or of named operators (selective:mm/_softmax; mm#2 is the third call of mm)",
-    recomputed="all else in every layer; with a choice of layers, in those: every:2+selective:matmul",
+    kept="each layer's input and, inside the layer, the outputs of attention (selective:attention), of matrix "
+    "products and attention (selective:matmul) or of named operators (selective:mm/_softmax; mm#2 is the third call "
+    "of mm)",
+    recomputed="the rest of every layer; with a choice of layers (every:2+selective:matmul), the rest of those",
     elsewhere="torch create_selective_checkpoint_contexts, torchtitan selective 'op', Megatron selective "
     "(Korthikanti et al. 2022)",
     parse=_parse,

@@ -1,4 +1,4 @@
-"""A model that `--layers` or `--set` changed is not called by the name of the whole one, wherever it is shown."""
+"""A model that `--layers` or `--set` changed is never shown under the name of the unchanged one."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ TOLD = "num_hidden_layers=2, hidden_size=64"
 SMALL = ("--layers", 2, "--set", "hidden_size=64", "--seq-len", 16, "-b", 2)
 
 
-def test_changes_in_words():
-    assert model_changes.told(None, None) is None and model_changes.told(None, {}) is None
-    assert model_changes.told(6, None) == "num_hidden_layers=6"
-    assert model_changes.told(2, {"hidden_size": 64, "tie": True, "act": "gelu"}) == (
+def test_changes_are_described():
+    assert model_changes.describe(None, None) is None and model_changes.describe(None, {}) is None
+    assert model_changes.describe(6, None) == "num_hidden_layers=6"
+    assert model_changes.describe(2, {"hidden_size": 64, "tie": True, "act": "gelu"}) == (
         "num_hidden_layers=2, hidden_size=64, tie=true, act=gelu"
     )
     assert model_changes.named("llama", None) == "llama"
@@ -54,8 +54,8 @@ def stored(changed):
     return document
 
 
-def test_a_report_from_before_is_named_too(tmp_path):
-    """Its cells do not tell what was changed; its settings do."""
+def test_the_model_of_an_older_report_is_described_too(tmp_path):
+    """Its cells do not record the changes, but its settings do."""
     (tmp_path / "report.json").write_text(json.dumps(stored(changed=True)))
     loaded = report_file.load(tmp_path)
     assert {row.model_changes for row in tables.rows(loaded)} == {"num_hidden_layers=4"}

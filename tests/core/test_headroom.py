@@ -1,4 +1,4 @@
-"""What may be used of a device and what is too close to tell: the same reserve, figures and words in every command."""
+"""Usable memory and predictions too close to call: the same reserve, figures and words in every command."""
 
 from __future__ import annotations
 
@@ -47,16 +47,16 @@ def summary(*cells):
 )
 def test_whether_a_step_fits_a_card(needed, reserve, fit):
     given = {"limit_bytes": 40 * GIB, "reserve_frac": reserve, "reserved_bytes": int((needed - 0.5) * GIB)}
-    assert headroom.judged(int(needed * GIB), **given) == fit
+    assert headroom.classify_fit(int(needed * GIB), **given) == fit
 
 
-def test_what_is_uncertain_is_the_context_and_a_share_of_the_allocator():
+def test_the_uncertainty_is_the_context_and_a_share_of_reserved_memory():
     assert headroom.uncertain_bytes(100 * GIB) == 267 * MIB + int(2.2 * GIB)
     assert headroom.uncertain_bytes(None) == 0, "on a CPU what is limited is what is predicted, to the byte"
-    assert headroom.judged(GIB, limit_bytes=GIB, reserve_frac=0.0, reserved_bytes=None) == "yes"
+    assert headroom.classify_fit(GIB, limit_bytes=GIB, reserve_frac=0.0, reserved_bytes=None) == "yes"
 
 
-def test_a_cell_that_only_the_reserve_keeps_out_is_told_so_with_what_would_fit():
+def test_a_cell_that_only_the_reserve_excludes_is_reported_with_a_reserve_that_fits():
     """The trap: `predict` says it fits, `plan` that nothing does, and nobody names the reserve."""
     said = summary(fitting("off", -9000), fitting("per-layer", 1946))
     assert said.startswith(
@@ -70,7 +70,7 @@ def test_a_cell_that_only_the_reserve_keeps_out_is_told_so_with_what_would_fit()
     assert "with --reserve 2% per-layer fits" in predicted.nothing_fits(report)
 
 
-def test_the_suggested_reserve_lets_it_in():
+def test_the_cell_fits_with_the_suggested_reserve():
     for spare in (0, 1, 300, 500, 900, 1500, 2000):
         frac = headroom.smaller_reserve((LIMIT - spare) * MIB, limit_bytes=LIMIT * MIB, reserve_frac=0.05)
         assert frac is not None
@@ -80,8 +80,8 @@ def test_the_suggested_reserve_lets_it_in():
 
 
 @pytest.mark.parametrize("spare_mib", [0, 8, 700])
-def test_what_no_one_has_measured_is_not_called_enough(spare_mib):
-    """The trap: "fits … nothing has to be recomputed" with 8 MiB to spare, where the context alone may take more."""
+def test_headroom_below_the_uncertainty_is_not_called_enough(spare_mib):
+    """The trap: "fits … nothing has to be recomputed" with 8 MiB of headroom, where the context alone may take more."""
     said = summary(fitting("off", spare_mib, reserve=0.0), fitting("per-layer", 8000, reserve=0.0))
     assert said.startswith("per-layer fits in 40.00 GiB, with 7.81 GiB to spare.")
     assert "off is too close to tell, with" in said and "nothing has to be recomputed" not in said
@@ -91,12 +91,12 @@ def test_what_no_one_has_measured_is_not_called_enough(spare_mib):
     assert rows(fitting("off", spare_mib, reserve=0.0))["off"].fits == "too close to tell"
 
 
-def test_one_that_would_fit_without_the_reserve_is_told_beside_one_that_fits():
+def test_a_cell_that_fits_without_the_reserve_is_reported_beside_one_that_fits():
     said = summary(fitting("off", 1700), fitting("per-layer", 8000))
     assert "off fits only without the reserve (5.0 % of 40.00 GiB)." in said
 
 
-def test_nothing_fits_has_a_remedy_and_one_that_fits_is_no_nothing():
+def test_nothing_fits_has_a_remedy_and_is_not_said_when_something_fits():
     report = predicted_report(fitting("off", -9000), fitting("per-layer", -100))
     told = predicted.nothing_fits(report)
     assert told.startswith("nothing fits into 38.00 GiB (5.0 % of 40.00 GiB held back), the nearest is per-layer with ")
@@ -109,13 +109,13 @@ def test_nothing_fits_has_a_remedy_and_one_that_fits_is_no_nothing():
 
 
 @pytest.mark.parametrize("text", ["110%", "1", "lots", "-1%"])
-def test_a_reserve_that_is_none_is_refused(text):
+def test_an_invalid_reserve_is_refused(text):
     with pytest.raises(UsageError, match=r"--reserve: .*; write"):
         headroom.parse_reserve(text)
 
 
 def test_predict_takes_the_reserve_from_the_flag_or_the_file(cli, model, tmp_path):
-    """On a CPU nothing is held back, unless it is asked for."""
+    """On a CPU nothing is held back unless --reserve is set."""
     work = ("-m", model(), "--seq-len", 16, "--device", "cpu", "--strategies", "off", "-b", 2)
     peak = cli("predict", *work, "--json").rows["off"]["peak_allocated_bytes"]
     memory = ("--device-memory", f"{peak + 10}B")

@@ -1,4 +1,4 @@
-"""Names that other tools have for a setting: what is clear is taken, what is not gets one helpful sentence."""
+"""Other tools' names of settings: unambiguous ones are translated, ambiguous ones are refused with a hint."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def test_a_precision_of_another_tool(typed, name):
         (True, "write it as text"),
     ],
 )
-def test_a_precision_that_leaves_something_open(typed, said):
+def test_an_ambiguous_precision_is_refused(typed, said):
     assert said in refused("precision", typed)
 
 
-def test_what_was_taken_in_another_sense_is_said_once():
-    """Weights in fp16 are what the word says, and what nobody trains with."""
+def test_a_value_that_may_mean_something_else_is_reported_once():
+    """`float16` literally means fp16 weights, which nobody trains."""
     said = config.notices({"precision": "float16", "seq_len": "4k,512"})
     assert said == (
-        "--precision float16 is taken as fp16-mixed: weights in fp32, computed in fp16.",
-        "--seq-len 4k is taken as 4096 tokens.",
+        "--precision float16 is read as fp16-mixed: weights in fp32, computation in fp16.",
+        "--seq-len 4k is read as 4096 tokens.",
     )
     assert config.notices({"precision": "fp16-mixed", "seq_len": (4096,)}) == ()
     assert config.notices({"precision": ["half", "bf16"]})[0].startswith("--precision half")
@@ -91,7 +91,7 @@ def test_an_optimizer_of_another_tool(typed, name):
         ("lion", "is unknown; legal are"),
     ],
 )
-def test_an_optimizer_that_is_not_there(typed, said):
+def test_an_unsupported_optimizer_is_refused(typed, said):
     assert said in refused("optim", typed)
 
 
@@ -114,7 +114,7 @@ def test_an_attention_of_another_tool(typed, name):
     assert taken("attn_implementation", typed) == name
 
 
-def test_a_kernel_is_no_implementation():
+def test_a_kernel_of_sdpa_is_not_an_implementation():
     assert "did you mean eager or sdpa?" in refused("attn_implementation", "math")
     assert "did you mean sdpa?" in refused("attn_implementation", "xformers")
 
@@ -147,7 +147,7 @@ def test_a_device_of_this_machine(typed, name):
     assert taken("device", typed) == name
 
 
-def test_a_card_is_no_device_of_this_machine():
+def test_a_card_of_the_catalogue_is_not_a_device_of_this_machine():
     assert "gcbench predict --device h100 and gcbench plan --device h100 tell" in refused("device", "H100-SXM")
     assert "is an Apple GPU" in refused("device", "mps")
 
@@ -164,13 +164,13 @@ def test_a_length_in_k(typed, values):
     assert taken("seq_len", typed) == values
 
 
-def test_a_comma_for_thousands_is_no_list():
+def test_a_thousands_separator_is_not_a_list():
     assert "did you mean 4096?" in refused("seq_len", "4,096")
     assert taken("seq_len", "512,128") == (512, 128)
 
 
 @pytest.mark.parametrize("typed", ["16.0", 16.0, "16"])
-def test_a_rank_as_other_configs_have_it(typed):
+def test_a_rank_in_the_form_of_other_configs(typed):
     assert taken("lora_r", typed) == 16
 
 
@@ -194,7 +194,7 @@ def test_a_rank_as_other_configs_have_it(typed):
         ([8], "write it like 8GiB"),
     ],
 )
-def test_memory_without_a_unit_is_asked_about(raw, said):
+def test_memory_without_a_unit_is_refused_with_the_likely_unit(raw, said):
     """The trap: a card of 24 bytes, into which nothing fits."""
     with pytest.raises(ValueError, match=r".") as caught:
         parse_memory(raw)
@@ -212,5 +212,5 @@ def test_memory_without_a_unit_is_asked_about(raw, said):
         ("0.5GiB", GIB // 2),
     ],
 )
-def test_memory_that_is_clear(raw, count):
+def test_unambiguous_memory_sizes(raw, count):
     assert parse_memory(raw) == count

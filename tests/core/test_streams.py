@@ -47,7 +47,7 @@ def test_every_command_writes_in_every_encoding(tmp_path, monkeypatch, command, 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("command", ["report run --json", "compare run run --json", "devices --json"])
-def test_json_says_the_same_in_every_encoding(tmp_path, monkeypatch, command, encoding):
+def test_json_is_equal_in_every_encoding(tmp_path, monkeypatch, command, encoding):
     """The traps: `...` in the place of a name, `\\U0001f600`, which JSON does not know, and bytes that are no UTF-8."""
     report = mixed_report()
     name = "模型 … é 😀"
@@ -59,15 +59,15 @@ def test_json_says_the_same_in_every_encoding(tmp_path, monkeypatch, command, en
     assert (name in utf8) is not command.startswith("devices")
 
 
-def test_what_an_encoding_lacks_is_spelled_readably():
+def test_characters_that_an_encoding_lacks_are_replaced_readably():
     text = "gpt2 · batch 2 × 64 · −3 % ±1 … ≈ Δ ✗ 模 é ─┼ ▇"
     assert streams.spelled(text, "ascii") == "gpt2 - batch 2 x 64 - -3 % +-1 ... ~ d x \\u6a21 e -+ #"
     assert streams.spelled(text, "utf-8") == text
     assert streams.spelled("84 ms ±2 % · × …", "cp1252") == "84 ms ±2 % · × …"
 
 
-def test_a_table_keeps_its_columns_where_characters_are_spelled(tmp_path, monkeypatch):
-    """The trap: `±` becomes two characters after the widths were found."""
+def test_a_table_keeps_its_columns_when_characters_are_replaced(tmp_path, monkeypatch):
+    """The trap: `±` becomes two characters after the widths were computed."""
     reports.save(mixed_report(), tmp_path / "run")
     _, out, _ = called(monkeypatch, tmp_path, ["report", "run"], "ascii")
     lines = out.splitlines()
@@ -78,7 +78,7 @@ def test_a_table_keeps_its_columns_where_characters_are_spelled(tmp_path, monkey
     assert places[0] == places[1] == places[2]
 
 
-def test_bytes_of_a_path_that_are_no_text_come_out_as_they_were(monkeypatch):
+def test_bytes_of_a_path_that_are_not_text_are_unchanged(monkeypatch):
     out = bytes_stream("utf-8")
     monkeypatch.setattr(sys, "stdout", out)
     with streams.guarded():
@@ -88,7 +88,7 @@ def test_bytes_of_a_path_that_are_no_text_come_out_as_they_were(monkeypatch):
     assert out.buffer.getvalue() == b'b\xffd\n"b\\udcffd"'
 
 
-def test_files_have_such_bytes_as_well(tmp_path):
+def test_files_contain_such_bytes_too(tmp_path):
     write_text(tmp_path / "a.md", "b\udcffd")
     write_text(tmp_path / "a.json", '"b\udcffd"')
     assert (tmp_path / "a.md").read_bytes() == b"b\xffd"
@@ -123,10 +123,10 @@ def test_a_full_disk_below_standard_output_is_a_sentence(tmp_path, monkeypatch, 
         command_line.main()
     assert ended.value.code == 2
     err = capsys.readouterr().err
-    assert err == ("error: standard output cannot be written (No space left on device); send it to another place\n")
+    assert err == ("error: standard output cannot be written (No space left on device); redirect it to another file\n")
 
 
-def test_a_reader_that_has_gone_is_no_error_to_be_told(tmp_path, monkeypatch, capsys):
+def test_a_closed_pipe_is_not_reported_as_an_error(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gcbench", "models"])
     monkeypatch.setattr(sys, "stdout", Full(errno.EPIPE))
     with pytest.raises(SystemExit) as ended:
@@ -135,7 +135,7 @@ def test_a_reader_that_has_gone_is_no_error_to_be_told(tmp_path, monkeypatch, ca
     assert capsys.readouterr().err == ""
 
 
-def test_what_cannot_be_said_on_standard_error_is_not_said(monkeypatch, capsys):
+def test_errors_of_standard_error_are_ignored(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["gcbench", "nonsense"])
     monkeypatch.setattr(sys, "stderr", Full(errno.ENOSPC))
     with pytest.raises(SystemExit) as ended:
@@ -144,10 +144,10 @@ def test_what_cannot_be_said_on_standard_error_is_not_said(monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_where_the_results_are_is_said_with_what_could_not_be_shown():
-    with pytest.raises(OutputError, match="everything is in results/x"), streams.kept_in("results/x"):
+def test_an_output_error_names_the_folder_of_the_results():
+    with pytest.raises(OutputError, match="the results are in results/x"), streams.stored_in("results/x"):
         raise OutputError("standard output cannot be written")
-    with pytest.raises(ReaderGone), streams.kept_in("results/x"):
+    with pytest.raises(ReaderGone), streams.stored_in("results/x"):
         raise ReaderGone
 
 

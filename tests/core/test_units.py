@@ -1,4 +1,4 @@
-"""Figures as a person reads them."""
+"""Formatting of figures."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ from gcbench.core.units import format_percent
     ],
 )
 def test_a_share_has_the_digits_that_matter(fraction, text, signed):
-    """The trap: "−0.0 %" for a difference that is none."""
+    """The trap: "−0.0 %" for no difference."""
     assert format_percent(fraction) == text
     assert format_percent(fraction, sign=True) == signed

@@ -1,4 +1,4 @@
-"""The CPU's peaks are exact: to the byte what an account kept from before the model's birth says."""
+"""The CPU's peaks are exact to the byte, compared with all allocations since before the model was built."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_the_peak_of_each_phase_is_exact(tmp_path, family, precision, optim, str
 
 
 def account(source: sources.ModelSource, precision: str, optim: str, strategy: str) -> dict[Phase, int]:
-    """The truth: every allocation and release since before the model was built, and what was there already."""
+    """The reference: every allocation and release since before the model was built, and the memory before it."""
     gc.collect()
     live = bytes_of_all_tensors()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -76,7 +76,7 @@ def account(source: sources.ModelSource, precision: str, optim: str, strategy: s
 
 
 def bytes_of_all_tensors() -> int:
-    """What real tensors hold: a fake one that another test left alive holds nothing."""
+    """Bytes of real tensors: a fake tensor left alive by another test has no storage."""
     tensors = [
         thing
         for thing in gc.get_objects()
@@ -86,7 +86,7 @@ def bytes_of_all_tensors() -> int:
 
 
 def test_a_storage_counts_once_and_whole():
-    """The traps: two views of one storage, a view of a part of it, and tensors that hold nothing here."""
+    """The traps: two views of one storage, a view of a part of it, and tensors without CPU storage."""
     gc.collect()
     before = tensor_bytes()
     base = torch.zeros(1000, dtype=torch.float64)
@@ -116,7 +116,7 @@ def test_the_optimizer_phase_by_hand(tmp_path):
 
 @pytest.mark.parametrize("family", ["gpt2", "mixtral"])
 def test_two_runs_of_one_config_have_the_same_peaks(cli, model, tmp_path, family):
-    """Each in a process of its own, with dropout or routing at work: to the byte, and so are the gradients."""
+    """Each in its own process, with dropout or routing: identical to the byte, as are the gradients."""
     found = []
     for name in ("first", "second"):
         result = cli(
@@ -135,7 +135,7 @@ def test_two_runs_of_one_config_have_the_same_peaks(cli, model, tmp_path, family
 
 
 def test_a_run_reports_the_exact_peak(cli, model, tmp_path):
-    """The whole way from the child to the table, against the same account."""
+    """From the child process to the table, compared with the same reference."""
     folder = model("gpt2")
     result = cli(
         *("run", "-m", folder, "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--strategies", "off,per-layer"),

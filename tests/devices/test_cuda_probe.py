@@ -1,4 +1,4 @@
-"""The bookkeeping of the CUDA device, against a scripted allocator: what can be held fast without a card."""
+"""The bookkeeping of the CUDA device, tested with a scripted allocator and no GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gcbench.devices.backends import cuda
 
 
 class ScriptedAllocator:
-    """Stands for torch.cuda's statistics: peaks count from the last reset, as in the caching allocator."""
+    """Fakes torch.cuda's statistics: peaks count from the last reset, as in the caching allocator."""
 
     def __init__(self, monkeypatch):
         self.allocated = self.peak = 0
@@ -47,7 +47,7 @@ def test_each_phase_has_its_own_peak(allocator):
     assert peaks.peak_phase == "backward"
 
 
-def test_a_phase_counts_what_was_alive_when_it_began(allocator):
+def test_a_phase_counts_memory_allocated_before_it(allocator):
     probe = cuda.CudaMemoryProbe(0)
     for phase, peak, then in (("forward", 400, 350), ("backward", 320, 100), ("optimizer", 120, 100)):
         probe.on_phase(phase)
@@ -56,7 +56,7 @@ def test_a_phase_counts_what_was_alive_when_it_began(allocator):
     assert probe.peaks().backward_bytes == 350
 
 
-def test_reserved_is_that_of_the_step_alone(allocator):
+def test_reserved_memory_is_that_of_the_step_alone(allocator):
     """The trap: building the model may have reserved more than any step does."""
     allocator.reach(0, then=0, reserved=5000)
     allocator.reserved = 1000
@@ -78,7 +78,7 @@ def test_reserved_is_that_of_the_step_alone(allocator):
         (ValueError("out of memory"), False),
     ],
 )
-def test_out_of_memory_is_told_from_other_errors(error, verdict):
+def test_out_of_memory_is_distinguished_from_other_errors(error, verdict):
     assert cuda.CudaDevice.is_out_of_memory(None, error) is verdict
 
 
@@ -94,7 +94,7 @@ def test_the_memory_limit_is_a_fraction_of_the_card(monkeypatch):
     assert said == [(0.25, 0), (1.0, 0)]
 
 
-def test_the_process_is_what_the_card_holds_beyond_the_others(monkeypatch):
+def test_process_memory_is_the_card_s_used_memory_less_that_of_others(monkeypatch):
     answers = iter(["512", "4608", "[N/A]"])
     monkeypatch.setattr(cuda, "_nvidia_smi", lambda index, field: next(answers))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)

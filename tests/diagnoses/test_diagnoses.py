@@ -1,4 +1,4 @@
-"""The table of causes: every one is provoked by a test, and what is right or unknown has none."""
+"""The table of causes: a test provokes each one, and sound or unknown observations have no cause."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def test_every_cause_is_provoked_and_named_by_a_test():
 
 
 IMPERATIVES = (
-    *("Add", "Call", "Compile", "Decide", "Detach", "Enter", "Keep", "Leave"),
-    *("Pass", "Replace", "Set", "Upgrade"),
+    *("Add", "Call", "Compile", "Compute", "Detach", "Do", "Enter", "Keep"),
+    *("Pass", "Replace", "Save", "Set", "Upgrade"),
 )
 
 
@@ -39,7 +39,7 @@ def test_a_cause_reads_as_sentences_with_a_remedy_and_a_thread(diagnosis):
     assert re.fullmatch(r"https://github\.com/[\w-]+/[\w-]+/(issues|pull)/\d+", diagnosis.link)
 
 
-def test_every_entry_says_what_its_thread_tells():
+def test_every_entry_summarises_its_thread():
     text = Path(known_causes.__file__).with_suffix(".toml").read_text(encoding="utf-8")
     assert len(re.findall(r"\n\n# [^\n]+\n\[\[diagnosis\]\]\n", text)) == len(known_causes.known())
 
@@ -54,8 +54,8 @@ def test_the_table_needs_no_torch():
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_what_went_right_has_no_cause(family, frozen, reentrant):
-    """The trap: a cause that is told from the settings alone."""
+def test_a_sound_step_has_no_cause(family, frozen, reentrant):
+    """The trap: a cause inferred from the settings alone."""
     model = build(family)
     if frozen:
         model = with_lora(model)
@@ -83,6 +83,6 @@ def test_what_went_right_has_no_cause(family, frozen, reentrant):
         Observation(strategy="per-layer", training=False, layers_expected=0, layers_recomputed=0),
     ],
 )
-def test_what_is_not_known_gets_no_cause(seen):
-    """Among them differences in the forward pass, where recomputing is not to blame."""
+def test_an_unknown_problem_has_no_cause(seen):
+    """Including differences in the forward pass, which recomputation does not cause."""
     assert told(seen) is None

@@ -1,7 +1,7 @@
-"""Causes of errors, and of nothing gained, provoked by real code on models of four layers or toys.
+"""Causes of errors and of no saving, provoked by real code on models of four layers or toys.
 
-Simulated, because a CPU does not do it by itself: FSDP's casts, and a compiled layer that is recomputed by another
-graph. Each such test says what stands for what.
+Simulated, because they do not happen on a CPU: FSDP's casts, and a compiled layer that is recomputed by another graph.
+Each such test says what it substitutes.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def test_ddp_and_a_backward_pass_inside_the_backward_pass():
             assert told(trial) is None, trial.seen
 
 
-def test_gradients_asked_for_by_name():
+def test_a_backward_pass_with_named_inputs():
     layer = linear()
 
     def step(*, reentrant: bool) -> torch.Tensor:
@@ -121,7 +121,7 @@ def test_tensors_in_a_tuple():
     assert told(Trial(model, train_toy(step))) is None
 
 
-def test_a_state_that_keeps_its_graph_from_step_to_step():
+def test_a_state_that_retains_its_graph_between_steps():
     class Recurrent(nn.Module):
         def __init__(self, *, detach: bool) -> None:
             super().__init__()
@@ -142,7 +142,7 @@ def test_a_state_that_keeps_its_graph_from_step_to_step():
     assert told(trials[True]) is None
 
 
-def test_a_kept_output_that_is_changed_in_place():
+def test_a_saved_output_that_is_changed_in_place():
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     layer = linear()
 
@@ -154,8 +154,8 @@ def test_a_kept_output_that_is_changed_in_place():
     assert told(Trial(layer, train_toy(partial(step, torch.relu)), strategy="selective")) is None
 
 
-def test_a_cast_that_autocast_had_in_its_cache():
-    """The trap: it makes no difference whether the policy keeps casts."""
+def test_a_cast_that_autocast_had_cached():
+    """The trap: it makes no difference whether the policy saves casts."""
     layer = linear()
     contexts = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
     run = partial(checkpoint, lambda x: layer(x).sin(), use_reentrant=False, context_fn=contexts)
@@ -191,7 +191,7 @@ def test_autocast_that_is_off_in_the_recomputation():
 
 
 def test_a_cast_of_inputs_that_the_recomputation_skips():
-    """Simulated: FSDP2 casts again from PyTorch 2.13 on. A cast in the first pass only stands for it."""
+    """Simulated: FSDP2 casts again from PyTorch 2.13 on. A cast only in the first pass reproduces it."""
     model = nn.Sequential(linear(), nn.GELU(), linear()).bfloat16()
     trials = {}
     for skip in (True, False):
@@ -228,7 +228,7 @@ def test_a_layer_that_takes_another_branch():
 
 
 def test_a_compiled_layer_that_another_graph_recomputes():
-    """Simulated: that the recomputation runs without any graph stands for one that picks another graph."""
+    """Simulated: the recomputation runs without any graph, in place of a different graph."""
     torch._dynamo.reset()
     model = nn.Sequential(linear(), nn.GELU(), linear(), nn.Tanh())
     compiled = torch.compile(model, backend="aot_eager_decomp_partition")
@@ -248,8 +248,8 @@ def test_a_compiled_layer_that_another_graph_recomputes():
 
 @pytest.mark.parametrize("own", [False, True], ids=["transformers", "own code"])
 def test_a_cache_that_the_recomputation_fills_again(own):
-    """transformers drops the cache itself where its own checkpointing is on, so a user's `checkpoint` around its layers
-    is what still does this; or a cache of one's own, where torch sees sizes double that it saved."""
+    """transformers drops the cache when its own checkpointing is on, so this needs a user's `checkpoint` around its
+    layers, or a user's own cache, where torch finds saved sizes doubled."""
     if own:
         model, kept = linear(), [torch.zeros(0, 8)]
 

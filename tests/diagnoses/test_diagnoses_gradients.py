@@ -1,7 +1,7 @@
 """Causes of gradients that are lost or wrong, provoked by real code on models of four layers or toys.
 
-Simulated, because a CPU does not do it by itself: a quantised base (bitsandbytes), and a router whose scores change.
-Each such test says what stands for what.
+Simulated, because they do not happen on a CPU: a quantised base (bitsandbytes), and a router whose scores change.
+Each such test says what it substitutes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_lora_behind_a_frozen_embedding_and_reentrant_checkpointing():
     assert told(Trial(model, train(model), off, checkpointed(model, use_reentrant=False), **facts)) is None
 
 
-def test_code_of_a_model_s_own_that_leaves_the_variant_to_torch():
+def test_model_code_that_leaves_use_reentrant_to_torch():
     """The trap: trained layers behind a frozen embedding, no error, and a warning that names transformers' settings."""
     for way, cause in (("old-setter", "own-way-reentrant"), ("function", None)):
         model = own_ways.build(way)
@@ -74,9 +74,9 @@ def test_code_of_a_model_s_own_that_leaves_the_variant_to_torch():
             assert told(trial) == "own-way-reentrant"
 
 
-def test_a_base_that_was_not_prepared_for_training_in_few_bits():
-    """Simulated: bitsandbytes needs a GPU. A frozen fp32 model stands for its quantised one, and peft's preparation,
-    which is run for real, is told that it is in 4 bits."""
+def test_a_quantised_base_that_was_not_prepared_for_training():
+    """Simulated: bitsandbytes needs a GPU. A frozen fp32 model replaces its quantised one, with the flag that makes
+    peft's real preparation treat it as a 4-bit model."""
     peft = pytest.importorskip("peft")
 
     def adapted(*, prepare: bool) -> nn.Module:
@@ -170,8 +170,8 @@ def test_keys_that_later_layers_share():
     assert told(Trial(model, partial(step, False), off)) is None
 
 
-def test_kwargs_that_do_not_say_which_variant():
-    """The trap: one kwarg of one's own, and transformers no longer fills in use_reentrant=False."""
+def test_kwargs_without_use_reentrant():
+    """The trap: with one kwarg passed, transformers no longer fills in use_reentrant=False."""
     model = build("llama")
     off = Trial(model, train(model), strategy="off")
     for kwargs in ({"preserve_rng_state": True}, {"preserve_rng_state": True, "use_reentrant": False}):
@@ -199,7 +199,7 @@ def test_a_warning_does_not_hide_wrong_gradients():
 # Gradients that are wrong
 
 
-def test_dropout_masks_that_are_drawn_anew():
+def test_dropout_masks_that_are_drawn_again():
     model = build("gpt2")
     off = Trial(model, train(model), strategy="off")
     for preserve in (False, True):
@@ -215,8 +215,8 @@ def test_dropout_masks_that_are_drawn_anew():
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
 def test_a_router_that_picks_other_experts_in_the_recomputation(experts):
-    """Simulated: a hook adds noise to the router's input in the recomputation, as kernels that are not deterministic do
-    on a GPU to less extent. A loop over experts ends in an error, a grouped product in silence."""
+    """Simulated: a hook adds noise to the router's input in the recomputation, as nondeterministic
+    kernels do on a GPU to a lesser extent. A loop over experts raises an error, a grouped product does not."""
     model = build("mixtral")
     model.set_experts_implementation(experts)
     off = Trial(model, train(model), strategy="off")
@@ -255,7 +255,7 @@ def test_a_memory_budget_that_recomputes_dropout():
 
 
 def test_what_a_hook_sets_for_the_forward_pass_only():
-    """The trap: no error, and a loss that is right."""
+    """The trap: no error, and the right loss."""
     model = build("llama")
 
     def step(*, early: bool) -> torch.Tensor:
@@ -318,7 +318,7 @@ def test_an_optimizer_that_steps_before_a_shared_layer_is_recomputed(mixed):
     assert told(attempt(off, use_reentrant=False)) is None
 
 
-def test_running_statistics_move_twice():
+def test_running_statistics_are_updated_twice():
     """The trap: loss and gradients are identical, and what the model evaluates with is not."""
 
     def attempt(function: Callable[..., torch.Tensor], off: Trial | None = None) -> tuple[Trial, dict[str, object]]:

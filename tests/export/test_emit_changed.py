@@ -1,4 +1,4 @@
-"""`--emit` after `--layers` or `--set`: code for the model that was planned, or a refusal before any planning."""
+"""`--emit` with `--layers` or `--set` writes code for the planned model, or is refused before any planning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_emitted_program_makes_the_model_that_was_planned(tmp_path, family, 
     of = source(folder, family)
     changed = changed_config.of(of, layers=layers, overrides=overrides)
     assert changed.keeps_weights == keeps
-    told = model_changes.told(layers, overrides)
+    told = model_changes.describe(layers, overrides)
     given = handover("off", model=family, hub_id=str(folder), precision="fp32", model_changes=told, config=changed)
     wanted = models.build_config(of, layers=layers, overrides=overrides)
     expected = {name: p.shape for name, p in models.build_meta(wanted).named_parameters()}
@@ -58,7 +58,7 @@ def test_the_emitted_program_makes_the_model_that_was_planned(tmp_path, family, 
             assert "model = AutoModelForCausalLM.from_config(\n    config," in text
 
 
-def test_what_did_not_change_is_not_written():
+def test_only_changed_fields_are_written():
     told = changed_config.of(planned.source_of("llama"), layers=2, overrides={})
     assert told.fields == {"num_hidden_layers": 2}
     grown = changed_config.of(planned.source_of("qwen3"), layers=3, overrides={})
@@ -82,18 +82,18 @@ def test_tools_that_load_a_model_by_its_name_refuse_and_others_write_it(target):
 
 
 REFUSED = [
-    (("--emit", "axolotl", "--layers", 2), "--emit axolotl: axolotl loads the model as it is"),
+    (("--emit", "axolotl", "--layers", 2), "--emit axolotl: axolotl loads the unchanged model"),
     (("--emit", "llama-factory", "--set", "hidden_size=64"), "with hidden_size=64"),
     (("--emit", "axolotl", "--precision", "bf16-mixed"), "axolotl has no bf16-mixed"),
     (("--emit", "torchtitan", "--optim", "sgd"), "torchtitan has no sgd"),
-    (("--emit", "torchtitan", "--lora-r", 4), "torchtitan has LoRA in its models' Python configs alone"),
+    (("--emit", "torchtitan", "--lora-r", 4), "torchtitan has LoRA only in its models' Python configs"),
     (("--emit", "llama-factory", "--attn-implementation", "flex_attention"), "does not know the attention"),
     (("--emit", "axolotl", "--lora-r", 4), "plan with --lora-target-modules"),
 ]
 
 
 @pytest.mark.parametrize(("flags", "said"), REFUSED)
-def test_what_a_tool_cannot_run_is_refused_before_anything_is_planned(cli, monkeypatch, tmp_path, flags, said):
+def test_a_workload_that_a_tool_cannot_run_is_refused_before_planning(cli, monkeypatch, tmp_path, flags, said):
     """The trap: 24 seconds of planning, and then the sentence."""
     monkeypatch.setattr(
         "gcbench.models.sources.resolve", lambda *args, **kwargs: pytest.fail("the model was looked for")
@@ -102,7 +102,7 @@ def test_what_a_tool_cannot_run_is_refused_before_anything_is_planned(cli, monke
     assert not list(tmp_path.iterdir())
 
 
-def test_a_plan_of_a_changed_model_is_handed_over_whole(cli, model, tmp_path):
+def test_a_plan_of_a_changed_model_is_exported_with_all_changes(cli, model, tmp_path):
     done = cli(
         *("plan", "-m", model(), "--layers", 2, "--seq-len", 16, "--device", "rtx-4090", "-b", 2),
         *("--strategies", "off", "--emit", "trainer", "--out", "p", "-q"),
@@ -111,6 +111,6 @@ def test_a_plan_of_a_changed_model_is_handed_over_whole(cli, model, tmp_path):
     assert "config.num_hidden_layers = 2" in done.out and "num_hidden_layers=2" in done.out
     again = cli("plan", "--from", "p", "--emit", "python", "-q")
     assert "config.num_hidden_layers = 2" in again.out
-    cli("plan", "--from", "p", "--emit", "axolotl").refused(2, "loads the model as it is")
+    cli("plan", "--from", "p", "--emit", "axolotl").refused(2, "loads the unchanged model")
     stored = json.loads((tmp_path / "p" / "planned.json").read_text())
     assert stored["changed"] == {"fields": {"num_hidden_layers": 2}, "keeps_weights": True}

@@ -1,7 +1,7 @@
-"""What `gcbench plan --emit` prints for each tool: the choice in the tool's words, or the best rival it can be told.
+"""`gcbench plan --emit` prints the choice as settings of each tool, or the best rival that the tool can express.
 
-GCBENCH_REWRITE_GOLDEN=1 writes the golden texts again, for review in the diff. test_export_words.py holds the texts
-against each tool's settings, and test_export_real.py gives them to the libraries, which recompute what they say.
+GCBENCH_REWRITE_GOLDEN=1 rewrites the golden texts, for review in the diff. test_export_words.py checks the texts
+against each tool's settings, and test_export_real.py runs them with the libraries and counts what is recomputed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from processes import PROCESS_TIMEOUT_S
 from gcbench import export, strategies
 from gcbench.core.errors import UsageError
 from gcbench.core.model_changes import ChangedConfig
-from gcbench.export._base import Reach, stride_of
+from gcbench.export._base import Capabilities, stride_of
 from gcbench.export._handover import FOUND, Handover, Rival
 from gcbench.strategies import Plan, Policy
 
@@ -118,30 +118,35 @@ def test_there_is_no_other_target():
 
 # What is expressed, and what that costs
 
-SAID = {
+EXPRESSED = {
     "accelerate-fsdp": {"off", "per-layer", "offload"},
     "llama-factory": {"off", "per-layer", "offload", "reentrant"},
     "torchtitan": {"off", "per-layer", "compile", "compile:0.5", "per-layer+compile"},
     "trainer": {"off", "per-layer", "offload", "reentrant", "every:2", "every:4", "selective:matmul"},
 }
-SAID["trainer"] |= {"every:2+offload", "every:2+reentrant", "every:3+selective:attention+offload", "selective:_softmax"}
-SAID["trl"] = SAID["trainer"]
-SAID["axolotl"] = SAID["trainer"] - {"selective:_softmax"}
+EXPRESSED["trainer"] |= {
+    "every:2+offload",
+    "every:2+reentrant",
+    "every:3+selective:attention+offload",
+    "selective:_softmax",
+}
+EXPRESSED["trl"] = EXPRESSED["trainer"]
+EXPRESSED["axolotl"] = EXPRESSED["trainer"] - {"selective:_softmax"}
 SPECS = sorted(
-    SAID["trainer"]
-    | SAID["torchtitan"]
+    EXPRESSED["trainer"]
+    | EXPRESSED["torchtitan"]
     | {"first:2", "last:1", "segment:2", "selective:mm#1", "segment:2+offload", "selective:matmul+compile"}
 )
-SAID["python"] = set(SPECS)
+EXPRESSED["python"] = set(SPECS)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_a_tool_is_told_what_it_can_be_told_and_nothing_else(target):
-    """The trap: a setting that the tool passes over, so that the run is another one than the plan."""
+def test_a_tool_gets_exactly_the_plans_that_it_can_express(target):
+    """The trap: a setting that the tool ignores, so that the run is not the planned one."""
     for spec in SPECS:
         choice = rival(spec)
         emitted = export.emit(target, handover(choice))
-        assert (emitted.expressed is choice) == (spec in SAID[target]), spec
+        assert (emitted.expressed is choice) == (spec in EXPRESSED[target]), spec
         assert (emitted.notice is None) == (emitted.expressed is choice), spec
 
 
@@ -152,15 +157,15 @@ def test_the_first_layer_alone_is_a_stride():
     assert '"every_n_layers": 4' in emitted.text
 
 
-def test_a_found_plan_that_a_tool_can_be_told_is_told():
+def test_a_searched_plan_that_a_tool_can_express_is_expressed():
     plan = Plan(num_layers=NUM_LAYERS, groups=((0,), (2,)), policies=(Policy(keep=("mm",)),) * 2)
     emitted = export.emit("trainer", handover(rival(FOUND, plan=plan)))
     assert emitted.expressed.plan == plan and emitted.notice is None
     assert "every_n_layers=2" in emitted.text and '"aten::mm"' in emitted.text
 
 
-def test_the_nearest_is_the_first_of_the_rivals_that_can_be_said():
-    """The traps: the cheapest to say instead of the best, and the choice's batch in the rival's text."""
+def test_the_nearest_is_the_best_rival_that_can_be_expressed():
+    """The traps: the simplest setting instead of the best, and the choice's batch in the rival's text."""
     emitted = export.emit("torchtitan", handover(FOUND))
     assert (emitted.expressed.strategy, emitted.expressed.batch_size) == ("per-layer", 16)
     assert flags(emitted.text)["--training.local_batch_size"] == "16"
@@ -168,52 +173,52 @@ def test_the_nearest_is_the_first_of_the_rivals_that_can_be_said():
 
 
 WHY = {
-    "cannot say which operators are kept": rival("selective:matmul"),
+    "cannot choose which operators are saved": rival("selective:matmul"),
     "can only checkpoint all layers or none": rival("every:2"),
     "cannot recompute several layers as one": rival("segment:2"),
     "cannot recompute one layer differently from another": rival(FOUND, plan=FOUND_PLAN),
-    "cannot hold what layers keep in the host's memory": rival("offload"),
+    "cannot offload layer inputs to host memory": rival("offload"),
     "cannot use torch's reentrant variant": rival("reentrant"),
-    "cannot say which call of an operator is kept": rival("selective:mm#0"),
+    "cannot choose which calls of an operator are saved": rival("selective:mm#0"),
 }
 
 
 @pytest.mark.parametrize("why", WHY)
-def test_the_notice_says_why_and_what_the_nearest_costs(why):
+def test_the_notice_gives_the_reason_and_the_cost_of_the_nearest(why):
     notice = export.emit("torchtitan", handover(WHY[why])).notice
     cost = "the nearest it can express is per-layer at batch 16: 7.0 % fewer tokens/s."
     assert notice == f"torchtitan {why}; {cost}"
 
 
-def test_the_notices_of_tools_that_say_more():
+def test_the_notices_of_tools_with_more_settings():
     assert "can only choose every k-th layer" in str(export.emit("trl", handover("first:2")).notice)
     assert "cannot compile layer by layer" in str(export.emit("trl", handover("compile")).notice)
-    assert "keep _softmax alone" in str(export.emit("axolotl", handover("selective:_softmax")).notice)
+    assert "save _softmax alone" in str(export.emit("axolotl", handover("selective:_softmax")).notice)
 
 
 @pytest.mark.parametrize(
     ("frac", "cost"),
     [(0.93, "7.0 % fewer"), (0.5, "50 % fewer"), (1.0, "as many"), (0.9999, "as many"), (1.02, "2.0 % more")],
 )
-def test_the_cost_is_told_in_words(frac, cost):
+def test_the_cost_is_reported_in_words(frac, cost):
     given = handover("segment:2", rivals=(rival("per-layer", frac=frac),))
     assert str(export.emit("trainer", given).notice).endswith(f"per-layer at batch 8: {cost} tokens/s.")
 
 
-def test_where_nothing_that_fits_can_be_said_the_remedy_is_python():
+def test_where_nothing_that_fits_can_be_expressed_the_remedy_is_python():
     given = handover(FOUND, rivals=(rival("segment:2"), rival("selective:mm#0")))
     for target in TARGETS:
         if target != "python":
-            with pytest.raises(UsageError, match=rf"--emit {target}: .* cannot .*; take --emit python"):
+            with pytest.raises(UsageError, match=rf"--emit {target}: .* cannot .*; use --emit python"):
                 export.emit(target, given)
     assert export.emit("python", given).notice is None
 
 
-def test_what_a_later_policy_adds_is_not_lost():
-    """The trap: a field that the exporter does not know, passed over in silence."""
+def test_an_unknown_field_of_a_policy_is_not_ignored():
+    """The trap: a field that the exporter does not know, and leaves out silently."""
     skipping = Policy(keep=("mm",), skip=("mul#0",))
     plan = Plan(num_layers=2, groups=((0,), (1,)), policies=(skipping,) * 2)
-    assert Reach(stride=True, keep=True, offload=True, reentrant=True).why_not(plan) is not None
+    assert Capabilities(stride=True, keep=True, offload=True, reentrant=True).why_not(plan) is not None
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_the_stride_of_a_plan(groups, stride):
     assert stride_of(Plan(num_layers=6, groups=groups)) == stride
 
 
-# The house
+# Imports
 
 
 def test_a_text_is_written_without_torch():
@@ -258,8 +263,8 @@ def test_a_text_is_written_without_torch():
     assert done.stdout == "[]\n", done.stderr
 
 
-def test_what_a_handover_says_is_all_told_to_the_python_target():
-    """Every field of a handover changes some text, or nobody reads it."""
+def test_every_field_of_a_handover_changes_the_python_text():
+    """A field that changes no text is one that no exporter reads."""
     other = {
         "model": "other",
         "hub_id": "other",

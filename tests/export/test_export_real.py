@@ -1,8 +1,8 @@
-"""What `gcbench plan --emit` prints, given to the libraries it is for: they run it, and recompute what was planned.
+"""The libraries run what `gcbench plan --emit` prints for them, and recompute what was planned.
 
-Each program is run as it stands, on a Llama of four layers, with the data that it leaves to the user. How often a
-layer's first module runs in a step tells whether the layer was recomputed, and which operators ran tells what was kept:
-both have to be as when gcbench itself applies the plan.
+Each program is run unchanged, on a Llama of four layers, with data added. The number of runs of a layer's first module
+in a step shows whether the layer was recomputed, and the operators that ran show what was saved: both have to be the
+same as when gcbench itself applies the plan.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ pytestmark = [
 SEQ_LEN, BATCH_SIZE = 16, 2
 PROGRAMS = ("trainer", "trl")
 ON_CPU = ("off", "per-layer", "every:2", "first:1", "reentrant", "selective:matmul", "every:2+selective:attention")
-"""Offload is not there: it pins the host's memory, which takes a GPU."""
+"""Without offload, which pins host memory and so needs a GPU."""
 MIXED = Plan(
     num_layers=tiny.NUM_LAYERS,
     groups=((0,), (1, 2), (3,)),
@@ -96,7 +96,7 @@ def given(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
 
 
 class _Operators(TorchDispatchMode):
-    """Counts the operators that really run: what was kept is not among those of the recomputation."""
+    """Counts the operators that really run: those whose outputs were saved do not run when recomputing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -157,8 +157,8 @@ def target(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.mark.parametrize("spec", ON_CPU)
-def test_a_trainer_recomputes_and_keeps_what_was_planned(target, spec, given):
-    """The trap: a setting that the trainer takes and passes over, as trl does with its own `selective` and LoRA."""
+def test_a_trainer_recomputes_and_saves_what_was_planned(target, spec, given):
+    """The trap: a setting that the trainer accepts and ignores, as trl does with its own `selective` and LoRA."""
     emitted = export.emit(target, given(spec))
     plan = emitted.expressed.plan
     assert emitted.notice is None
@@ -172,7 +172,7 @@ def test_a_trainer_recomputes_and_keeps_what_was_planned(target, spec, given):
     assert (runs, operators) == one_step(by_gcbench)
 
 
-def test_what_is_kept_with_lora_is_kept_in_a_trainer(target, given):
+def test_operators_saved_with_lora_are_saved_in_a_trainer(target, given):
     emitted = export.emit(target, given("every:2+selective:attention", **LORA))
     trainer = trainer_of(emitted.text)
     runs, operators = one_step(trainer)
@@ -198,8 +198,8 @@ def test_offload_reaches_each_layer(target, spec, given, monkeypatch):
 
 @pytest.mark.parametrize("spec", ["off", "every:2", "every:2+selective:matmul"])
 @pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning")
-def test_the_old_spelling_says_the_same(target, spec, given):
-    """As the text says: `gradient_checkpointing` wherever `activation_checkpointing` stands."""
+def test_the_old_spelling_has_the_same_effect(target, spec, given):
+    """As the text says: `gradient_checkpointing` in place of `activation_checkpointing`."""
     emitted = export.emit(target, given(spec))
     old = emitted.text.replace("activation_checkpointing", "gradient_checkpointing")
     assert old != emitted.text
@@ -250,13 +250,13 @@ def run_python(text: str, num_layers: int) -> Counter[int]:
 
 
 @pytest.mark.parametrize("spec", [*ON_CPU, "segment:2", "last:1", "selective:mm#0"])
-def test_a_loop_of_one_s_own_recomputes_what_was_planned(spec, given):
+def test_a_plain_loop_recomputes_what_was_planned(spec, given):
     emitted = export.emit("python", given(spec))
     assert run_python(emitted.text, tiny.NUM_LAYERS) == as_planned(emitted.expressed.plan)
 
 
 @pytest.mark.parametrize("plan_file", ["mixed.json", None])
-def test_a_found_plan_is_applied_from_its_file_or_from_the_text(plan_file, given):
+def test_a_searched_plan_is_applied_from_its_file_or_from_the_text(plan_file, given):
     made = given(FOUND, plan=MIXED, plan_file=plan_file)
     if plan_file:
         Path(plan_file).write_text(json.dumps(as_json(MIXED)), encoding="utf-8")
@@ -266,7 +266,7 @@ def test_a_found_plan_is_applied_from_its_file_or_from_the_text(plan_file, given
 @pytest.mark.parametrize(
     ("optim", "precision"), [*zip(optimizers.names(), ("bf16", "bf16-mixed", "fp16-mixed", "fp32"), strict=True)]
 )
-def test_a_loop_of_one_s_own_runs_with_every_optimizer(optim, precision, given):
+def test_a_plain_loop_runs_with_every_optimizer(optim, precision, given):
     emitted = export.emit("python", given("every:2", optim=optim, precision=precision, **LORA))
     assert run_python(emitted.text, tiny.NUM_LAYERS) == as_planned(emitted.expressed.plan)
 
@@ -305,13 +305,13 @@ def test_fsdp_recomputes_all_layers_or_none(fsdp_steps):
 
 
 def test_fsdp_is_wrong_with_dropout_as_the_text_says(fsdp_steps):
-    """accelerate 1.15 does not restore the random state; should it begin to, the warning goes out of the text."""
+    """accelerate 1.15 does not restore the random state; once it does, the warning is to be removed."""
     assert fsdp_steps["off"]["apart"]["0.5"] == 0.0
     assert fsdp_steps["per-layer"]["apart"]["0.5"] > 0.1
     assert "dropout" in export.emit("accelerate-fsdp", handover("per-layer")).text
 
 
-# Tools that pin other versions: where one is there after all, it reads what is emitted for it
+# Tools that pin other versions: where one is installed after all, it reads what is emitted for it
 
 
 def every_text(target: str) -> Iterator[str]:

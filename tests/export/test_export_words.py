@@ -1,4 +1,4 @@
-"""The words of each tool: which of its settings say what was planned, and that it knows every one of them."""
+"""Emitted settings express the plan in each tool, and each tool knows every one of them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import tomllib
 from dataclasses import replace
 
 import pytest
-from test_export import DATA, FOUND_PLAN, SAID, SPECS, TARGETS, arguments, flags, handover, rival, settings
+from test_export import DATA, EXPRESSED, FOUND_PLAN, SPECS, TARGETS, arguments, flags, handover, rival, settings
 
 import gcbench
 from gcbench import export
@@ -50,7 +50,7 @@ def test_precision_is_stated_for_the_weights_and_for_autocast(target):
         assert f"dtype={dtype},\n" in text and f"    bf16={bf16},\n" in text and f"    fp16={fp16},\n" in text
 
 
-def test_precision_in_the_words_of_the_others():
+def test_precision_is_set_in_the_other_tools():
     def said(target: str, precision: str) -> dict[str, object]:
         return settings(export.emit(target, handover("off", precision=precision)).text)
 
@@ -73,7 +73,7 @@ def test_precision_in_the_words_of_the_others():
     assert "autocast" not in export.emit("python", handover("off")).text
 
 
-def test_lora_in_the_words_of_each():
+def test_lora_is_set_in_each_tool():
     named = handover("per-layer", lora_r=16, lora_target_modules=("q_proj", "v_proj"))
     every = handover("per-layer", lora_r=16, lora_target_modules=("all-linear",))
     peft_s = handover("per-layer", lora_r=16)
@@ -90,20 +90,20 @@ def test_lora_in_the_words_of_each():
     assert "#   LoRA of rank 16 on ['q_proj', 'v_proj']\n" in export.emit("accelerate-fsdp", named).text
 
 
-def test_axolotl_keeps_attention_with_lora_and_no_products():
-    """axolotl refuses products then: peft adds to them in place."""
+def test_axolotl_saves_attention_with_lora_but_no_matrix_products():
+    """axolotl refuses matrix products then, because peft adds to them in place."""
     lora = {"lora_r": 4, "lora_target_modules": ("q_proj",)}
     assert export.emit("axolotl", handover("selective:attention", **lora)).notice is None
     emitted = export.emit("axolotl", handover("selective:matmul", **lora))
     assert emitted.expressed.strategy == "selective:attention"
-    assert "cannot keep the outputs of matrix products with LoRA" in str(emitted.notice)
+    assert "cannot save the outputs of matrix products with LoRA" in str(emitted.notice)
 
 
 REFUSED = {
     "axolotl holds weights in 16 bits": ("axolotl", {"precision": "bf16-mixed"}, "--precision bf16"),
     "axolotl names its attention": ("axolotl", {"attn_implementation": "paged"}, "sdpa"),
     "axolotl has no default targets": ("axolotl", {"lora_r": 4}, "--lora-target-modules"),
-    "llama-factory's targets are others": ("llama-factory", {"lora_r": 4}, "--lora-target-modules"),
+    "llama-factory has other default targets": ("llama-factory", {"lora_r": 4}, "--lora-target-modules"),
     "llama-factory keeps the checkpoint's dtype": (
         "llama-factory",
         {"lora_r": 4, "precision": "fp32"},
@@ -125,7 +125,7 @@ def test_a_workload_that_a_tool_cannot_run_is_refused(name):
     assert len(str(refused.value).splitlines()) == 1
 
 
-def test_nothing_is_said_of_attention_where_the_model_chooses():
+def test_attention_is_not_set_where_the_model_chooses():
     for target in TARGETS:
         text = export.emit(target, handover("off", attn_implementation=None)).text
         assert "sdpa" not in text and "attn" not in text
@@ -147,23 +147,23 @@ def test_the_model_is_named_as_the_tool_finds_it():
 
 
 @pytest.mark.parametrize("target", ["axolotl", "llama-factory", "trainer", "trl"])
-def test_which_variant_is_stated_wherever_layers_are_checkpointed(target):
-    """The trap: nothing said is the reentrant one in axolotl and LLaMA-Factory, and with any kwargs in transformers."""
-    for spec in SAID[target] - {"off"}:
+def test_use_reentrant_is_explicit_wherever_layers_are_checkpointed(target):
+    """The trap: the default is reentrant in axolotl and LLaMA-Factory, and with any kwargs in transformers."""
+    for spec in EXPRESSED[target] - {"off"}:
         text = export.emit(target, handover(spec)).text
-        wanted = "reentrant" in spec
+        reentrant = "reentrant" in spec
         if "use_unsloth_gc" in text:  # a function of its own
             continue
         if target in ("axolotl", "llama-factory"):
             said = settings(text)
             assert {**said, **said.get("gradient_checkpointing_kwargs", {})}.get(
                 "use_reentrant", said.get("use_reentrant_gc")
-            ) is wanted, spec
+            ) is reentrant, spec
         else:
-            assert f'"use_reentrant": {wanted}' in text, spec
+            assert f'"use_reentrant": {reentrant}' in text, spec
 
 
-def test_off_is_said_where_the_default_is_on():
+def test_off_is_explicit_where_the_default_is_on():
     assert "activation_checkpointing=False" in export.emit("trl", handover("off")).text
     assert settings(export.emit("llama-factory", handover("off")).text)["disable_gradient_checkpointing"] is True
     assert arguments(export.emit("torchtitan", handover("off")).text)[-1] == "activation-checkpoint:none"
@@ -171,11 +171,19 @@ def test_off_is_said_where_the_default_is_on():
 
 
 @pytest.mark.parametrize("target", ["trainer", "trl"])
-def test_a_function_never_goes_among_a_trainer_s_arguments(target):
+def test_a_function_is_never_among_a_trainer_s_arguments(target):
     """The trap: the run stops with its first checkpoint, hours in, since the arguments cannot be pickled."""
     text = export.emit(target, handover("every:2+selective:matmul")).text
     _, _, after = text.partition("args = ")
     assert "context_fn" in text and "context_fn" not in after and "activation_checkpointing=False" in after
+
+
+@pytest.mark.parametrize("target", ["trainer", "trl"])
+def test_a_program_that_saves_attention_warns_of_dropout_inside_it(target):
+    """The trap: on CUDA torch does not repeat the draws of a saved operator; gradients are wrong without an error."""
+    for spec, warned in (("selective:attention", True), ("selective:matmul", True), ("selective:mm", False)):
+        assert ("With attention dropout on CUDA" in export.emit(target, handover(spec)).text) == warned
+    assert "dropout" not in export.emit(target, handover("per-layer")).text
 
 
 @pytest.mark.parametrize("target", ["trainer", "trl"])
@@ -191,10 +199,10 @@ def test_the_spelling_before_5_23_is_named(target):
 def test_operators_have_their_namespace_once():
     spec = "selective:mm/aten::bmm/flash_attn::_flash_attn_forward"
     text = export.emit("trainer", handover(spec)).text
-    assert 'KEPT = {\n    "aten::mm",\n    "aten::bmm",\n    "flash_attn::_flash_attn_forward",\n}' in text
+    assert 'SAVED = {\n    "aten::mm",\n    "aten::bmm",\n    "flash_attn::_flash_attn_forward",\n}' in text
 
 
-def test_axolotl_keeps_the_operators_by_their_whole_names():
+def test_axolotl_saves_operators_by_their_full_names():
     said = settings(export.emit("axolotl", handover("every:2+selective:matmul+offload")).text)
     assert said["selective_checkpointing"]["save"] == [f"aten::{name}" for name in NAMED["matmul"]]
     assert said["selective_checkpointing"]["save_sliding_window"] is True
@@ -224,7 +232,7 @@ def test_python_applies_the_spec_or_the_file_or_the_plan_itself(spec):
     assert eval(whole[start : whole.index("gcbench.apply(model, plan)")], {"gcbench": gcbench}) == chosen.plan
 
 
-# What tools that cannot be installed beside these libraries take
+# Keys of tools that cannot be installed beside these libraries
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +241,7 @@ def legal() -> dict[str, dict[str, object]]:
 
 
 def every_text(target: str) -> list[str]:
-    """For every setting, precision and optimizer that the target takes."""
+    """Return the text for every setting, precision and optimizer that the target accepts."""
     lora = {"lora_r": 4, "lora_target_modules": ("q_proj",)}
     texts = []
     for spec in SPECS:

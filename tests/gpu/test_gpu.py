@@ -148,7 +148,7 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model):
 def test_a_card_that_is_not_there_is_named(cli, model):
     beyond = torch.cuda.device_count()
     result = cli("run", "-m", model(), "-b", 1, "--device", f"cuda:{beyond}")
-    result.refused(3, f"'cuda:{beyond}' is not there", "--device cuda:0")
+    result.refused(3, f"'cuda:{beyond}' is not available", "--device cuda:0")
 
 
 def test_env_names_the_card(cli):

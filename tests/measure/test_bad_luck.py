@@ -157,7 +157,7 @@ def test_a_hanging_child_is_stopped_at_its_time(cli, model, fate):
     [
         (misbehaving.exits, "ended with code 3 and no result (libfoo: giving up)"),
         (misbehaving.faults, "SIGSEGV"),
-        (misbehaving.raises, "ZeroDivisionError: the learning rate; the whole trace is in report.json"),
+        (misbehaving.raises, "ZeroDivisionError: the learning rate; the full traceback is in report.json"),
     ],
 )
 def test_a_crashing_child_costs_one_row(cli, model, fate, tmp_path, entry, said):

@@ -248,11 +248,11 @@ def test_counts_of_one_are_singular():
 @pytest.mark.parametrize(
     ("spec", "layers", "said"),
     [
-        ("every:2", 1, "every:2 needs at least 2 layers and the model has 1; take every:1"),
-        ("segment:4", 1, "the model has 1; take segment:1"),
-        ("last:2", 1, "the model has 1; take last:1"),
-        ("first:1", 0, "first:1 needs at least 1 layer and the model has 0; take off"),
-        ("first:9", 2, "the model has 2; take a number from 1 to 2"),
+        ("every:2", 1, "every:2 needs at least 2 layers and the model has 1; use every:1"),
+        ("segment:4", 1, "the model has 1; use segment:1"),
+        ("last:2", 1, "the model has 1; use last:1"),
+        ("first:1", 0, "first:1 needs at least 1 layer and the model has 0; use off"),
+        ("first:9", 2, "the model has 2; use a number from 1 to 2"),
     ],
 )
 def test_a_range_of_one_value_is_that_value(spec, layers, said):

@@ -135,7 +135,7 @@ def test_a_file_for_another_model_is_refused_by_both_numbers(file, document, num
         strategy.plan_for(num_layers)
 
 
-def test_the_text_of_a_file_is_kept_for_the_report(file):
+def test_the_text_of_a_file_is_stored_in_the_report(file):
     text = json.dumps(MIXED, indent=3) + "\n"
     path = file(text)
     assert read(path) == (text, of_json(MIXED))
@@ -150,17 +150,17 @@ DOCUMENTS = {
     "null on top": (None, "a plan is an object with a list of groups; write it like"),
     "groups that are no list": ({"groups": {"layers": [0]}}, "a plan is an object with a list of groups; write it"),
     "groups that are null": ({"groups": None}, "a plan is an object with a list of groups; write it like"),
-    "a group that is no object": ({"groups": [[0, 1]]}, "[0, 1] is no group; write it like"),
+    "a group that is no object": ({"groups": [[0, 1]]}, "[0, 1] is not a group; write it like"),
     "an unknown field": ({"layers": [0]}, "a plan has no field 'layers'; legal are compiled, groups, memory_budget"),
     "an unknown field of a group": (
         {"groups": [{"layers": [0], "kept": ["mm"]}]},
         "a group has no field 'kept'; legal are keep, layers, offload, reentrant",
     ),
-    "no layers": ({"groups": [{"keep": ["mm"]}]}, "layers None are no list of numbers; write them like [0, 1]"),
-    "layers in words": ({"groups": [{"layers": ["0"]}]}, "layers ['0'] are no list of numbers; write them like"),
-    "layers that are true": ({"groups": [{"layers": [True]}]}, "layers [True] are no list of numbers; write them"),
-    "half a layer": ({"groups": [{"layers": [0.5]}]}, "layers [0.5] are no list of numbers; write them like"),
-    "one layer without a list": ({"groups": [{"layers": 1}]}, "layers 1 are no list of numbers; write them like"),
+    "no layers": ({"groups": [{"keep": ["mm"]}]}, "layers None is not a list of numbers; write it like [0, 1]"),
+    "layers in words": ({"groups": [{"layers": ["0"]}]}, "layers ['0'] is not a list of numbers; write it like"),
+    "layers that are true": ({"groups": [{"layers": [True]}]}, "layers [True] is not a list of numbers; write it"),
+    "half a layer": ({"groups": [{"layers": [0.5]}]}, "layers [0.5] is not a list of numbers; write it like"),
+    "one layer without a list": ({"groups": [{"layers": 1}]}, "layers 1 is not a list of numbers; write it like"),
     "an empty group": ({"groups": [{"layers": []}]}, "a group holds consecutive layers in rising order, not []"),
     "a gap": ({"groups": [{"layers": [0, 2]}]}, "a group holds consecutive layers in rising order, not [0, 2]"),
     "a group backwards": ({"groups": [{"layers": [1, 0]}]}, "consecutive layers in rising order, not [1, 0]"),
@@ -176,30 +176,42 @@ DOCUMENTS = {
     ),
     "a layer beyond the model": (
         {"num_layers": 2, "groups": [{"layers": [2]}]},
-        "layer 2 is beyond a model of 2 layers",
+        "a model of 2 layers has no layer 2",
     ),
-    "a number of layers in words": ({"num_layers": "4"}, "num_layers '4' is no number of layers; write it like 32"),
-    "a number of layers below 0": ({"num_layers": -1}, "num_layers -1 is no number of layers; write it like 32"),
-    "a number of layers that is true": ({"num_layers": True}, "num_layers True is no number of layers; write it"),
-    "a number of layers that is null": ({"num_layers": None}, "num_layers None is no number of layers; write it"),
-    "keep in one word": ({"groups": [{"layers": [0], "keep": "mm"}]}, "keep 'mm' is no list of operators; write it"),
-    "keep of numbers": ({"groups": [{"layers": [0], "keep": [1]}]}, "keep [1] is no list of operators; write it like"),
-    "keep that is null": ({"groups": [{"layers": [0], "keep": None}]}, "keep None is no list of operators; write it"),
+    "a number of layers in words": ({"num_layers": "4"}, "num_layers '4' is not a number of layers; write it like 32"),
+    "a number of layers below 0": ({"num_layers": -1}, "num_layers -1 is not a number of layers; write it like 32"),
+    "a number of layers that is true": ({"num_layers": True}, "num_layers True is not a number of layers; write it"),
+    "a number of layers that is null": ({"num_layers": None}, "num_layers None is not a number of layers; write it"),
+    "keep in one word": ({"groups": [{"layers": [0], "keep": "mm"}]}, "keep 'mm' is not a list of operators; write it"),
+    "keep of numbers": (
+        {"groups": [{"layers": [0], "keep": [1]}]},
+        "keep [1] is not a list of operators; write it like",
+    ),
+    "keep that is null": (
+        {"groups": [{"layers": [0], "keep": None}]},
+        "keep None is not a list of operators; write it",
+    ),
     "offload in words": ({"groups": [{"layers": [0], "offload": "no"}]}, "offload 'no' is neither true nor false"),
     "reentrant as a number": ({"groups": [{"layers": [0], "reentrant": 1}]}, "reentrant 1 is neither true nor false"),
     "compiled in words": ({"compiled": "yes"}, "compiled 'yes' is neither true nor false"),
-    "reentrant that keeps": (
+    "reentrant with saved outputs": (
         {"groups": [{"layers": [0], "reentrant": True, "keep": ["mm"]}]},
-        "cannot keep outputs; leave one out",
+        "cannot save outputs; leave one out",
     ),
-    "a reentrant segment": ({"groups": [{"layers": [0, 1], "reentrant": True}]}, "one by one; take groups of one"),
-    "a compiled segment": ({"groups": [{"layers": [0, 1]}], "compiled": True}, "compiled layers can be recomputed one"),
-    "a budget above 1": ({"compiled": True, "memory_budget": 1.5}, "memory_budget 1.5 is no share of memory; write"),
-    "a budget below 0": ({"compiled": True, "memory_budget": -1}, "memory_budget -1 is no share of memory; write one"),
-    "a budget in words": ({"compiled": True, "memory_budget": "half"}, "memory_budget 'half' is no share of memory"),
-    "a budget that is true": ({"compiled": True, "memory_budget": True}, "memory_budget True is no share of memory"),
-    "a budget that is no number": ('{"compiled": true, "memory_budget": NaN}', "memory_budget nan is no share of"),
-    "a budget without a compiler": ({"memory_budget": 0.5}, "a memory budget is for compiled layers"),
+    "a reentrant segment": ({"groups": [{"layers": [0, 1], "reentrant": True}]}, "one by one; use groups of one"),
+    "a compiled segment": (
+        {"groups": [{"layers": [0, 1]}], "compiled": True},
+        "compiled layers can only be recomputed one",
+    ),
+    "a budget above 1": ({"compiled": True, "memory_budget": 1.5}, "memory_budget 1.5 is not a share of memory; write"),
+    "a budget below 0": (
+        {"compiled": True, "memory_budget": -1},
+        "memory_budget -1 is not a share of memory; write one",
+    ),
+    "a budget in words": ({"compiled": True, "memory_budget": "half"}, "memory_budget 'half' is not a share of memory"),
+    "a budget that is true": ({"compiled": True, "memory_budget": True}, "memory_budget True is not a share of memory"),
+    "a budget that is no number": ('{"compiled": true, "memory_budget": NaN}', "memory_budget nan is not a share of"),
+    "a budget without a compiler": ({"memory_budget": 0.5}, "a memory budget works only with compiled layers"),
     "a budget with groups": (
         {"groups": [{"layers": [0]}], "compiled": True, "memory_budget": 0.5},
         "not checkpointed; leave one out",
@@ -306,9 +318,9 @@ def test_an_operator_that_torch_does_not_have_is_refused(cli, model, file):
 
 @pytest.mark.parametrize(
     ("content", "said"),
-    [(None, "cannot be read"), ("{", "is not JSON"), ('{"groups": [[0]]}', "is no group"), ("[]", "is an object")],
+    [(None, "cannot be read"), ("{", "is not JSON"), ('{"groups": [[0]]}', "is not a group"), ("[]", "is an object")],
 )
-def test_a_mistake_in_a_file_is_told_before_anything_starts(cli, file, content, said):
+def test_a_mistake_in_a_file_is_reported_before_anything_starts(cli, file, content, said):
     if content is not None:
         file(content)
     cli("run", "-m", "gpt2", *QUICK, "--strategies", "plan:plan.json").refused(2, "--strategies", "plan.json", said)

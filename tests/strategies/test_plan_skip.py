@@ -70,19 +70,25 @@ SKIP_MISTAKES = {
     ),
     "one word": (
         {"groups": [{"layers": [0], "skip": "mm"}]},
-        "skip 'mm' is no list of operators; write it like ['mm']",
+        "skip 'mm' is not a list of operators; write it like ['mm']",
     ),
-    "numbers": ({"groups": [{"layers": [0], "skip": [1]}]}, "skip [1] is no list of operators; write it like ['mm']"),
-    "null": ({"groups": [{"layers": [0], "skip": None}]}, "skip None is no list of operators; write it like ['mm']"),
-    "true": ({"groups": [{"layers": [0], "skip": True}]}, "skip True is no list of operators; write it like ['mm']"),
-    "an object": ({"groups": [{"layers": [0], "skip": {"mm": 0}}]}, "skip {'mm': 0} is no list of operators; write it"),
+    "numbers": (
+        {"groups": [{"layers": [0], "skip": [1]}]},
+        "skip [1] is not a list of operators; write it like ['mm']",
+    ),
+    "null": ({"groups": [{"layers": [0], "skip": None}]}, "skip None is not a list of operators; write it like ['mm']"),
+    "true": ({"groups": [{"layers": [0], "skip": True}]}, "skip True is not a list of operators; write it like ['mm']"),
+    "an object": (
+        {"groups": [{"layers": [0], "skip": {"mm": 0}}]},
+        "skip {'mm': 0} is not a list of operators; write it",
+    ),
     "the old variant": (
         {"groups": [{"layers": [0], "skip": ["mm"], "reentrant": True}]},
-        "the reentrant variant recomputes all of a layer and cannot keep outputs; leave one out",
+        "the reentrant variant recomputes all of a layer and cannot save outputs; leave one out",
     ),
     "compiled": (
         {"compiled": True, "groups": [{"layers": [0], "skip": ["mm"]}]},
-        "a compiled layer decides by itself what to run again; leave skip or compiled out",
+        "the compiler chooses which operators of a layer are recomputed; leave skip or compiled out",
     ),
 }
 

@@ -19,8 +19,8 @@ from gcbench.strategies import Plan, Policy
         (((0, 1), (1, 2)), "ordered and disjoint"),
         (((0,), (0,)), "ordered and disjoint"),
         (((-1,),), "there is no layer -1; the first is layer 0"),
-        (((3,), (4,)), "beyond a model of 4 layers"),
-        (((2, 3, 4),), "beyond a model of 4 layers"),
+        (((3,), (4,)), "a model of 4 layers has no layer"),
+        (((2, 3, 4),), "a model of 4 layers has no layer"),
     ],
 )
 def test_a_plan_that_no_model_could_follow_is_refused(groups, said):
@@ -38,14 +38,14 @@ ONE_EACH = ((0,), (2,))
 @pytest.mark.parametrize(
     ("fields", "said"),
     [
-        ({"groups": ONE_EACH, "policies": (Policy(),)}, "2 groups and 1 policy; give each one"),
+        ({"groups": ONE_EACH, "policies": (Policy(),)}, "2 groups and 1 policy; write one policy per group"),
         ({"policies": (Policy(),)}, "0 groups and 1 policy"),
         ({"groups": ONE_EACH, "policies": (Policy(),) * 3}, "2 groups and 3 policies"),
         (
             {"groups": ((0,), (1, 2)), "policies": (Policy(), Policy(reentrant=True))},
-            "one by one; take groups of one layer",
+            "one by one; use groups of one layer",
         ),
-        ({"groups": ((0, 1),), "compiled": True}, "one by one only"),
+        ({"groups": ((0, 1),), "compiled": True}, "only be recomputed one by one"),
         ({"groups": ((0,),), "policies": (Policy(offload=True),), "compiled": True}, "without reentrant or offload"),
         ({"groups": ((0,),), "policies": (Policy(reentrant=True),), "compiled": True}, "without reentrant or offload"),
         ({"memory_budget": 0.5}, "not checkpointed; leave one out"),
@@ -60,7 +60,7 @@ def test_a_plan_that_torch_cannot_run_is_refused(fields, said):
 
 
 def test_a_policy_that_torch_cannot_run_is_refused():
-    with pytest.raises(ValueError, match="cannot keep outputs; leave one out"):
+    with pytest.raises(ValueError, match="cannot save outputs; leave one out"):
         Policy(keep=("mm",), reentrant=True)
 
 
@@ -107,6 +107,6 @@ def test_renumbering_in_the_same_order_changes_nothing():
 def test_a_segment_of_layers_that_lie_apart_is_refused(order):
     """Backwards or with a gap: what lies side by side does not run one after the other."""
     plan = Plan(num_layers=4, groups=((0, 1), (2, 3)))
-    with pytest.raises(ValueError, match="do not lie side by side in this model; take groups of one layer"):
+    with pytest.raises(ValueError, match="are not adjacent in this model; use groups of one layer"):
         plan.renumbered(order, 5)
     assert strategies.parse("per-layer").plan_for(4).renumbered(order, 5).layers_checkpointed == 4

@@ -214,30 +214,32 @@ def test_a_memory_budget_is_a_share(argument):
 
 
 @pytest.mark.parametrize("argument", [None, "", "/", "mm#", "mm#x", "#1", "mm-1", "mm,bmm", "mm#-1", "a::b::c"])
-def test_operators_to_keep_look_like_operators(argument):
+def test_operators_to_save_look_like_operators(argument):
     spec = "selective" if argument is None else f"selective:{argument}"
-    with pytest.raises(ValueError, match="does not say what to keep; write selective:attention, selective:matmul or"):
+    with pytest.raises(
+        ValueError, match="does not name the operators to save; write selective:attention, selective:matmul or"
+    ):
         strategies.parse(spec)
 
 
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
-        ("every:2+first:2", r"chooses layers twice \(every:2 and first:2\); keep one of them"),
+        ("every:2+first:2", r"chooses layers twice \(every:2 and first:2\); leave one out"),
         ("every:2+every:2", r"chooses layers twice"),
         ("off+per-layer+offload", r"chooses layers twice"),
         ("offload:every:2+last:1", r"chooses layers twice"),
-        ("selective:mm+selective:addmm", "says selective twice; keep one of them"),
-        ("offload:every:2+offload", "says offload twice; keep one of them"),
-        ("compile+compile:0.5", "says compile twice; keep one of them"),
-        ("off+selective:matmul", "off recomputes nothing; join selective:matmul to a choice of layers"),
-        ("off+offload", "off recomputes nothing; join offload to a choice of layers"),
+        ("selective:mm+selective:addmm", "names selective twice; leave one out"),
+        ("offload:every:2+offload", "names offload twice; leave one out"),
+        ("compile+compile:0.5", "names compile twice; leave one out"),
+        ("off+selective:matmul", "off recomputes nothing; combine selective:matmul with a choice of layers"),
+        ("off+offload", "off recomputes nothing; combine offload with a choice of layers"),
         ("offload:off", "off recomputes nothing"),
         ("off+reentrant", "off recomputes nothing"),
-        ("reentrant+selective:mm", "cannot keep outputs; leave one out"),
+        ("reentrant+selective:mm", "cannot save outputs; leave one out"),
         ("reentrant+offload", "not reentrant; leave one out"),
-        ("segment:2+reentrant", "one by one; take groups of one layer"),
-        ("segment:2+compile", "one by one only"),
+        ("segment:2+reentrant", "one by one; use groups of one layer"),
+        ("segment:2+compile", "only be recomputed one by one"),
         ("compile+offload", "without reentrant or offload"),
         ("reentrant+compile", "without reentrant or offload"),
         ("per-layer+compile:0.5", "not checkpointed; leave one out"),
@@ -249,14 +251,14 @@ def test_operators_to_keep_look_like_operators(argument):
         ("offload:", "names no layers; write offload"),
     ],
 )
-def test_parts_that_make_no_sense_together_are_refused_with_what_to_leave_out(spec, said):
+def test_contradictory_parts_are_refused_with_a_remedy(spec, said):
     """Before any model is looked at: a spec that parses is one that some model can run."""
     with pytest.raises(ValueError, match=said) as caught:
         strategies.parse(spec)
     assert ";" in str(caught.value)
 
 
-def test_a_choice_too_large_for_any_model_is_not_called_senseless():
+def test_a_choice_too_large_for_any_model_is_not_called_contradictory():
     """The trap: parts are tried on an imagined model, which has some number of layers."""
     for spec in ("first:20000", "first:20000+offload"):
         with pytest.raises(ValueError, match="the model has 4"):
@@ -294,11 +296,11 @@ def test_a_stride_beyond_the_model_says_what_fits():
 @pytest.mark.parametrize(
     ("spec", "fits"),
     [
-        ("segment:5", "take groups of 1 to 4"),
-        ("segment:5+selective:mm", "take groups of 1 to 4"),
-        ("first:5", "take a number from 1 to 4"),
-        ("last:5", "take a number from 1 to 4"),
-        ("offload:last:5", "take a number from 1 to 4"),
+        ("segment:5", "use groups of 1 to 4"),
+        ("segment:5+selective:mm", "use groups of 1 to 4"),
+        ("first:5", "use a number from 1 to 4"),
+        ("last:5", "use a number from 1 to 4"),
+        ("offload:last:5", "use a number from 1 to 4"),
     ],
 )
 def test_a_choice_beyond_the_model_says_what_fits(spec, fits):

@@ -1,4 +1,4 @@
-"""What a device must be able to do for a measurement."""
+"""Interface of a device that a step is measured on."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from gcbench.core.records import Machine, MemoryPeaks, Phase
 
 
 class MemoryProbe(Protocol):
-    """Watches one training step: the one whose phases it is told of."""
+    """Measures the memory of one training step: the one that calls `on_phase`."""
 
     def on_phase(self, phase: Phase) -> None:
-        """Called by the step as each phase begins."""
+        """Record the start of a phase; called by the step."""
 
     def peaks(self) -> MemoryPeaks:
-        """The step's peaks, once the probe's context has ended."""
+        """Return the step's peaks, after the probe's context has ended."""
 
 
 class Device(Protocol):
@@ -29,27 +29,28 @@ class Device(Protocol):
     name: str
 
     def limit_memory(self, limit_bytes: int | None) -> None:
-        """Make the device look like one of `limit_bytes`; called before the model is built."""
+        """Emulate a device with `limit_bytes` of memory; called before the model is built."""
 
     def settle(self) -> None:
-        """Give back what building the model and warming up left cached, so that it is not measured."""
+        """Free memory that building the model and warming up left cached, so that it is not measured."""
 
     def probe_memory(self) -> AbstractContextManager[MemoryProbe]:
-        """Watch the step that calls the probe's `on_phase` inside the context; one step before it runs there too."""
+        """Measure the step that calls the probe's `on_phase`; one step before it has to run in the context too."""
 
     def start_timing(self) -> None:
-        """Called once before the timed steps."""
+        """Prepare timing; called once before the timed steps."""
 
     def time(self, step: Callable[[], None]) -> float:
-        """Seconds that one call of `step` takes on the device."""
+        """Return the seconds that one call of `step` takes on the device."""
 
     def process_bytes(self) -> int | None:
-        """Most bytes the process held since `start_timing`; None where it cannot be read."""
+        """Return the peak memory of the process since `start_timing`, in bytes; None when it cannot be read."""
 
     def num_alloc_retries(self) -> int | None:
-        """Times the caching allocator flushed and tried again; None where there is no such thing."""
+        """Return how often the caching allocator flushed its cache and retried; None without such an allocator."""
 
-    def is_out_of_memory(self, error: BaseException) -> bool: ...
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether an exception means that the device's memory is exhausted."""
 
     def describe(self) -> Machine:
-        """The device, the versions and the settings that move figures."""
+        """Return the device, the versions and the settings that affect figures."""

@@ -1,4 +1,4 @@
-"""What a report says of the machine it was made on, whatever the device."""
+"""Describe the machine of a report, as far as it does not depend on the type of device."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _VARIABLES = (
 def machine(
     *, device: str, device_name: str, device_memory_bytes: int | None, driver: dict[str, str], settings: dict[str, str]
 ) -> Machine:
-    """A `Machine` with the versions and environment variables that every device shares."""
+    """Return a `Machine` with the versions and environment variables that all devices share."""
     versions = {"gcbench": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -54,14 +54,14 @@ def machine(
 
 
 def usable_cores() -> int:
-    """Cores this process may run on."""
+    """Return the number of cores that this process may run on."""
     if sys.platform == "linux":
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def processor_name() -> str:
-    """The CPU's own name, or its architecture where the system does not tell."""
+    """Return the CPU's product name, or its architecture when the system does not report one."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""The CPU: exact allocator peaks from torch's own memory events, resident set as a cross-check."""
+"""Measure on the CPU: exact allocator peaks from torch's memory events, resident set as a cross-check."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ PREFERENCE = 0
 _MARK = "gcbench.phase."
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 _HEADROOM = GIB
-"""Address space a process takes beyond its tensors: thread stacks, allocator arenas, libraries."""
+"""Address space that a process needs beyond its tensors: thread stacks, allocator arenas, libraries."""
 
 
 def available() -> bool:
-    """Always."""
+    """Return True: every machine has a CPU."""
     return True
 
 
 def why_missing() -> str | None:
-    """Never."""
+    """Return None: the CPU is always available."""
     return None
 
 
 def choose(index: int | None) -> str:
-    """There is one, whatever the index."""
+    """Return the only device, whatever the index."""
     return TYPE
 
 
 def open(name: str) -> CpuDevice:
-    """The CPU as a `Device`."""
+    """Open the CPU as a `Device`."""
     return CpuDevice()
 
 
@@ -53,11 +53,11 @@ class CpuDevice:
     name = TYPE
 
     def limit_memory(self, limit_bytes: int | None) -> None:
-        """Bound the address space, so that running out is an exception and not the kernel's killer.
+        """Limit the address space, so that running out raises an exception before the OOM killer ends the process.
 
-        The bound leaves headroom: that a cell's exact peak exceeds `limit_bytes` is for the worker to say.
+        The limit leaves headroom; the worker checks whether the exact peak exceeds `limit_bytes`.
         """
-        torch.ones(2**16).add_(1)  # threads start now: under the bound they could not, and abort the process
+        torch.ones(2**16).add_(1)  # starts threads now: under the limit they could not start, and would abort
         budget = limit_bytes if limit_bytes is not None else available_bytes()
         if budget is None:
             return
@@ -72,13 +72,13 @@ class CpuDevice:
     @contextmanager
     def probe_memory(self) -> Iterator[CpuMemoryProbe]:
         gc.collect()
-        probe = CpuMemoryProbe(held_bytes=tensor_bytes())
+        probe = CpuMemoryProbe(initial_bytes=tensor_bytes())
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
             yield probe
         probe.read(profiler)
 
     def start_timing(self) -> None:
-        with suppress(OSError):  # not Linux, or not allowed: process_bytes then counts from the process's start
+        with suppress(OSError):  # not Linux, or not permitted: process_bytes then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5")
 
     def time(self, step: Callable[[], None]) -> float:
@@ -114,14 +114,14 @@ class CpuDevice:
 
 
 class CpuMemoryProbe:
-    """Adds up the allocator's events, and notes the peaks of the step that calls `on_phase`.
+    """Adds up the allocator's events, and records the peaks of the step that calls `on_phase`.
 
-    Events tell the size of a freed block only when they saw it allocated. So the context begins one step early:
-    what the optimizer replaces in the measured step was then made under its eyes.
+    The profiler knows the size of a freed block only if it recorded its allocation. So the context begins one step
+    early: then it has recorded the blocks that the optimizer replaces in the measured step.
     """
 
-    def __init__(self, *, held_bytes: int) -> None:
-        self.held_bytes = held_bytes
+    def __init__(self, *, initial_bytes: int) -> None:
+        self.initial_bytes = initial_bytes
         self._peaks: dict[Phase, int] = {}
 
     def on_phase(self, phase: Phase) -> None:
@@ -129,20 +129,20 @@ class CpuMemoryProbe:
             pass
 
     def read(self, profiler: Any) -> None:
-        """Replay the events in the order in which they happened."""
+        """Replay the events in chronological order."""
         result = profiler.profiler.kineto_results
-        live = self.held_bytes
+        allocated = self.initial_bytes
         phase: Phase | None = None
         peaks: dict[Phase, int] = {}
         for event in sorted(result.events(), key=lambda event: event.start_ns()):
             name = event.name()
             if name == "[memory]":
-                live += event.nbytes()
+                allocated += event.nbytes()
                 if phase is not None:
-                    peaks[phase] = max(peaks[phase], live)
+                    peaks[phase] = max(peaks[phase], allocated)
             elif name.startswith(_MARK):
                 begun = next(p for p in PHASES if name == f"{_MARK}{p}")
-                peaks[begun] = live
+                peaks[begun] = allocated
                 phase = begun
         self._peaks = peaks
 
@@ -158,20 +158,20 @@ class CpuMemoryProbe:
 
 
 def tensor_bytes() -> int:
-    """Bytes in the storages of all live tensors of this process, each storage once."""
+    """Return the bytes in the storages of all live tensors of this process, each storage counted once."""
     storages: dict[int, int] = {}
-    for thing in gc.get_objects():
-        kind = type(thing)
-        if not issubclass(kind, torch.Tensor) or kind is FakeTensor:  # the latter says it is here and is nowhere
+    for item in gc.get_objects():
+        kind = type(item)
+        if not issubclass(kind, torch.Tensor) or kind is FakeTensor:  # a FakeTensor reports a device but has no storage
             continue
-        if thing.device.type == TYPE and thing.layout is torch.strided:
-            storage = thing.untyped_storage()
+        if item.device.type == TYPE and item.layout is torch.strided:
+            storage = item.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
 def available_bytes() -> int | None:
-    """Memory this process could still take: the system's, or its control group's if that is less."""
+    """Return the memory still available to this process: the system's, or its control group's if that is less."""
     meminfo = _meminfo()
     free = [meminfo["MemAvailable"]] if "MemAvailable" in meminfo else []
     limit, used = _cgroup("memory.max"), _cgroup("memory.current")
@@ -181,7 +181,7 @@ def available_bytes() -> int | None:
 
 
 def total_bytes() -> int | None:
-    """Memory of the machine, or of this process's control group if that is less."""
+    """Return the memory of the machine, or of this process's control group if that is less."""
     sizes = [size for size in (_meminfo().get("MemTotal"), _cgroup("memory.max")) if size is not None]
     return min(sizes) if sizes else None
 

@@ -1,4 +1,4 @@
-"""CUDA devices: the caching allocator's own peaks, times from CUDA events."""
+"""Measure on CUDA devices: peaks from the caching allocator, times from CUDA events."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ PREFERENCE = 1
 
 
 def available() -> bool:
-    """Whether torch can use a card."""
+    """Return whether torch can use a card."""
     return torch.cuda.is_available()
 
 
 def why_missing() -> str | None:
-    """Why no CUDA device can be used; None when one can."""
+    """Return why no CUDA device can be used; None when one can."""
     if torch.version.cuda is None and torch.version.hip is None:
         return f"torch {torch.__version__} is a build without CUDA"
     return None if available() else "torch finds no CUDA device or driver"
 
 
 def choose(index: int | None) -> str:
-    """`cuda:index`, or the first device; raises UnavailableError beyond the last one."""
+    """Return `cuda:index`, or the first device; raises UnavailableError beyond the last one."""
     count = torch.cuda.device_count()
     if index is not None and index >= count:
         raise UnavailableError(
-            f"device 'cuda:{index}' is not there: this machine has {count}; use --device cuda:0"
+            f"device 'cuda:{index}' is not available: this machine has {count}; use --device cuda:0"
             + (f" to cuda:{count - 1}" if count > 1 else "")
         )
     return f"{TYPE}:{0 if index is None else index}"
 
 
 def open(name: str) -> CudaDevice:
-    """The card as a `Device`."""
+    """Open the card as a `Device`."""
     return CudaDevice(name)
 
 
@@ -57,7 +57,7 @@ class CudaDevice:
         torch.cuda.set_device(self.index)
 
     def limit_memory(self, limit_bytes: int | None) -> None:
-        """Let the caching allocator reserve no more than `limit_bytes`."""
+        """Limit the memory that the caching allocator reserves to `limit_bytes`."""
         if limit_bytes is not None:
             total = torch.cuda.get_device_properties(self.index).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, limit_bytes / total), self.index)
@@ -86,7 +86,7 @@ class CudaDevice:
         return float(start.elapsed_time(end)) / 1e3
 
     def process_bytes(self) -> int | None:
-        """What the card's memory in use grew by since before this process touched it: context and reserved."""
+        """Return the growth of the card's used memory since before this process used it: context and reserved."""
         torch.cuda.synchronize(self.index)
         used = self._used_bytes()
         if used is None or self.used_by_others_bytes is None:
@@ -99,7 +99,7 @@ class CudaDevice:
     def is_out_of_memory(self, error: BaseException) -> bool:
         if isinstance(error, torch.OutOfMemoryError):
             return True
-        # Libraries that allocate for themselves report it in their own words.
+        # Libraries with allocations of their own report it with other messages.
         text = str(error)
         return isinstance(error, RuntimeError) and (
             "out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text or "CUDNN_STATUS_ALLOC_FAILED" in text
@@ -128,7 +128,7 @@ class CudaDevice:
         )
 
     def _used_bytes(self) -> int | None:
-        """Memory of the card in use by all processes, to the MiB; None where the driver's tool cannot say."""
+        """Return the card's memory used by all processes, in whole MiB; None when nvidia-smi does not report it."""
         reported = _nvidia_smi(self.index, "memory.used")
         return int(reported) * MIB if reported is not None and reported.isdecimal() else None
 
@@ -148,7 +148,7 @@ class CudaMemoryProbe:
         torch.cuda.reset_peak_memory_stats(self.index)
 
     def close(self) -> None:
-        """Read the phase that ends here. The allocator counts on the host, so nothing needs to be awaited."""
+        """Read the peaks of the phase that ends here; the allocator counts on the host, without synchronising."""
         if self._phase is not None:
             self._allocated[self._phase] = torch.cuda.max_memory_allocated(self.index)
             self._reserved = max(self._reserved, torch.cuda.max_memory_reserved(self.index))
@@ -165,7 +165,7 @@ class CudaMemoryProbe:
 
 
 def _nvidia_smi(index: int, field: str) -> str | None:
-    """One value from the driver's own tool, without touching the card; None where tool or value is missing."""
+    """Return one value from nvidia-smi, without creating a context; None when tool or value is missing."""
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
     identity = visible[index] if index < len(visible) else str(index)
     command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={identity}"]
