@@ -65,7 +65,7 @@ def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
             if phase == "optimizer":
                 raise _Enough
 
-        with own_way.GroupsSeen(fake_model.layers) as seen, fake_model.ready(own=True), suppress(_Enough):
+        with own_way.RecomputedGroups(fake_model.layers) as seen, fake_model.ready(own=True), suppress(_Enough):
             batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
             TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
     except Exception:  # a model's own code

@@ -207,7 +207,7 @@ def test_a_check_from_the_command_line(cli, model, tmp_path):
     assert view.markdown(stored) == (folder / "check.md").read_text()
     text = view.plain(stored, width=80)
     assert max(map(len, text.splitlines())) <= 80
-    assert "4 of 4 combinations train with the gradients of off, bit by bit." in text
+    assert "4 of 4 combinations train with the gradients of off, bit-identical." in text
 
 
 def test_the_exit_code_is_for_what_a_user_would_run(cli, model):
@@ -217,12 +217,12 @@ def test_the_exit_code_is_for_what_a_user_would_run(cli, model):
     assert forgiven.code == 0, forgiven.err
     assert "reentrant with lora" in forgiven.out
     assert "use_reentrant=False" in forgiven.out
-    assert "there to show it" in forgiven.out
+    assert "does not fail the check" in forgiven.out
 
 
 def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
     """A family whose layers cannot be recomputed as they are: the child sees the same wrong module as a user would."""
-    wrong = checks.Checked(number=0, verdict=WRONG, grad_rel_diff=0.3, message="the gradients differ")
+    wrong = checks.CheckResult(number=0, verdict=WRONG, grad_rel_diff=0.3, message="the gradients differ")
 
     class Children:
         def __init__(self, **kwargs):
@@ -303,7 +303,7 @@ def test_a_child_that_dies_costs_one_combination():
             for number, combination in asked.combinations:
                 if combination.strategy == "segment:2":
                     return Answer(failure=Failure(kind="crash", message="it fell over"))
-                on_event(checks.Checked(number=number, verdict=IDENTICAL))
+                on_event(checks.CheckResult(number=number, verdict=IDENTICAL))
             return Answer(facts=facts)
 
     wanted = check_session.CheckOptions(

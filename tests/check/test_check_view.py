@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gcbench.check import view
-from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, Checked, Combination, Setting
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, CheckResult, Combination, Setting
 
 SETTINGS = [Setting(), Setting(tuned="lora"), Setting(precision="bf16-mixed", tuned="lora")]
 
@@ -15,7 +15,7 @@ def check_of(**results):
     asked, done = [], []
     for strategy, pairs in results.items():
         for setting, (verdict, message) in zip(SETTINGS, pairs, strict=True):
-            done.append(Checked(number=len(asked), verdict=verdict, message=message))
+            done.append(CheckResult(number=len(asked), verdict=verdict, message=message))
             asked.append(Combination(setting=setting, strategy=strategy))
     return Check(
         model="m",
@@ -41,7 +41,7 @@ LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ({"a": [NEVER] * 3, "b": [NEVER] * 3}, [("everything that was tried", "it cannot checkpoint")]),
+        ({"a": [NEVER] * 3, "b": [NEVER] * 3}, [("all combinations", "it cannot checkpoint")]),
         ({"a": [NEVER] * 3, "b": [GOOD] * 3}, [("a with every setting", "it cannot checkpoint")]),
         (
             {"a": [GOOD, *LORA[1:]], "b": [GOOD, *LORA[1:]]},

@@ -16,7 +16,7 @@ from fixtures_report import outcome, peaks, report, steady
 
 from gcbench.check import cases as checks
 from gcbench.check import view
-from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, Checked, Combination, Setting
+from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, CheckResult, Combination, Setting
 from gcbench.models.scaledown import scaled_down
 from gcbench.report import report_file as reports
 from gcbench.report import rows as tables
@@ -202,7 +202,7 @@ def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code
     assert said in result.err
     assert [row["verdict"] for row in result.document["rows"]] == [verdict] * 2
     text = Path("kept/check.md").read_text()
-    assert f"## {verdict}: everything that was tried" in text
+    assert f"## {verdict}: all combinations" in text
     assert "0 of 2 combinations train" in text
 
 
@@ -279,10 +279,10 @@ def test_what_off_is_to_blame_for_is_said_once():
         num_params=1,
         num_layers=4,
         combinations=asked,
-        results=tuple(Checked(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
+        results=tuple(CheckResult(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
     )
     (problem,) = view.problems(check)
-    assert view.where(problem, check) == "everything that was tried"
+    assert view.where(problem, check) == "all combinations"
     good = Combination(setting=Setting(tuned="lora"), strategy="per-layer")
     more = replace(check, combinations=(*asked, good, replace(good, strategy="every:2")))
     assert view.where(problem, more) == "all strategies with plain and 5 others"

@@ -122,7 +122,7 @@ def test_a_difference_that_looks_like_roundoff_is_looked_at_in_fp32(tmp_path):
     (result,) = results(folder, "per-layer", precision="bf16").values()
     assert result.verdict == WRONG, result
     assert result.grad_rel_diff < 4 * 2.0**-8
-    assert result.message.startswith("the same in fp32, where there is less roundoff")
+    assert result.message.startswith("the same in fp32, which has less roundoff")
 
 
 def test_noise_that_fp32_does_not_have_is_roundoff(tmp_path):

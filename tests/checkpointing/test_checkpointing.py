@@ -226,13 +226,13 @@ def test_a_kept_draw_leaves_the_draws_after_it_as_they_were(policy):
 
     expected, behind = gradient(lambda: layer(x))
 
-    def recomputed(draws):
-        contexts = checkpointing._contexts(policy, draws=draws)
+    def recomputed(is_random):
+        contexts = checkpointing._contexts(policy, is_random=is_random)
         return gradient(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts))
 
-    found, after = recomputed(draws=True)
+    found, after = recomputed(is_random=True)
     assert torch.equal(found, expected) and torch.equal(after, behind)
-    assert not torch.equal(recomputed(draws=False)[0], expected)  # what this mends
+    assert not torch.equal(recomputed(is_random=False)[0], expected)  # what this mends
 
 
 def test_a_model_that_drops_is_watched(tmp_path):

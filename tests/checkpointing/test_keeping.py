@@ -34,7 +34,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "precision"), CASES)
 def test_every_policy_that_is_found_leaves_the_gradients_as_they_are(family, precision):
     """The traps: dropout masks drawn anew; what is kept and then changed in place; another first layer; views that
-    autograd makes again of hollow tensors; a call behind the last one that runs, on something hollow."""
+    autograd makes again of placeholders; a call on placeholders after the last one that runs."""
     plans = planned.found_plans(family, precision)
     assert sum(any(policy.keep and policy.skip for policy in plan.policies) for plan in plans) >= 2
     for plan in plans:
@@ -216,7 +216,7 @@ def test_a_llama_by_hand(keep, skip, names):
 
 
 def test_the_counter_counts_as_torch_does():
-    """This file's own alarm: the same operations as `torch.utils.flop_counter`, where nothing is hollow."""
+    """This file's own alarm: the same operations as `torch.utils.flop_counter`, where nothing is skipped."""
 
     def raw(formula):
         def flops(*args, out_val=None, **kwargs):

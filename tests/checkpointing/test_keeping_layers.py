@@ -69,7 +69,7 @@ def test_operators_count_on_their_own():
     assert_as_plain(lambda x: (x.sin() + x.sin().sin()).exp(), keep=("exp#0", "sin#2"), skip=("nothing#0",))
 
 
-# Something hollow where it is needed
+# A placeholder where its values are needed
 
 
 def gated(hidden):
@@ -110,8 +110,8 @@ def test_what_is_skipped_and_not_needed_is_not_missed():
 
 
 @pytest.mark.parametrize("compare", ["ge", "le", "gt", "lt"])
-def test_a_comparison_with_something_hollow_is_the_same_comparison(compare):
-    """The trap: `plain >= hollow` is `hollow <= plain` to Python, and `le` no call of the first run."""
+def test_a_comparison_with_a_placeholder_is_the_same_comparison(compare):
+    """The trap: `plain >= placeholder` is `placeholder <= plain` to Python, and `le` no call of the first run."""
     by_sign = {"ge": operator.ge, "le": operator.le, "gt": operator.gt, "lt": operator.lt}
 
     def layer(hidden):
@@ -130,7 +130,7 @@ def writing(hidden):
 
 @pytest.mark.parametrize("skip", [("add_#0",), ("add_",), ("sin#0", "add_#0"), ("mul#0", "add_#0"), ("sin#0",)])
 def test_what_should_have_been_written_into_is_right_or_told(skip):
-    """The trap: a call that writes and is skipped leaves behind a tensor that is not hollow, with the old numbers."""
+    """The trap: a call that writes and is skipped leaves behind a real tensor with the old values."""
     hidden = hidden_states()
     output = kept(writing, hidden, skip=skip)
     try:
@@ -159,7 +159,7 @@ def test_halves_that_should_have_been_filled_are_right_or_told(skip):
 
 
 def test_views_that_autograd_makes_again_are_no_other_operators():
-    """The trap: after a change in place through a view, autograd makes the view anew, of hollow tensors with an
+    """The trap: after a change in place through a view, autograd makes the view anew, of placeholders with an
     operator and of others without: the second run calls `select` more often than the first one did."""
 
     def layer(hidden):
@@ -242,7 +242,7 @@ def test_a_layer_that_runs_differently_is_told(how):
     hidden = hidden_states()
     output = kept(Fickle(how), hidden, keep=("exp#0",), skip=("nothing#0",))
     with pytest.raises(
-        RecomputeMismatch, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that keeps"
+        RecomputeMismatch, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that saves"
     ):
         gradients(output, hidden)
 

@@ -1,4 +1,4 @@
-"""Models that checkpoint in a way of their own: `own` switches it on, whatever its form, and its layers are counted."""
+"""Models with only their own checkpointing: `own` switches it on, whatever its form, and its layers are counted."""
 
 from __future__ import annotations
 
@@ -98,7 +98,9 @@ def test_the_reentrant_variant_in_old_code_loses_gradients_behind_a_frozen_embed
 def test_other_strategies_are_told_what_is_possible(inputs, spec):
     model = build()
     before = state(model)
-    words = r"take own, or make Block, of which text\.blocks is made, a .*GradientCheckpointingLayer, with which every"
+    words = (
+        r"take own, or make Block, the class of the layers in text\.blocks, a .*GradientCheckpointingLayer, with which"
+    )
     with pytest.raises(ValueError, match=words) as told:
         gcbench.apply(model, spec)
     assert "train it without" not in str(told.value)

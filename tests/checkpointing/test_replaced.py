@@ -92,7 +92,8 @@ def test_a_trainer_that_checkpoints_is_named_with_the_setting_that_stops_it(tmp_
     assert len(told) == (words is not None)
     if words is not None:
         assert re.match(words, told[0])
-        assert "gcbench.apply(model, 'every:2'): 4 of 4 layers are recomputed (the plan has 2)" in told[0]
+        assert "gcbench.apply(model, 'every:2') by its own checkpointing: 4 of 4 layers are recomputed" in told[0]
+        assert "(the plan has 2)" in told[0]
 
 
 def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
@@ -105,7 +106,7 @@ def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
     model.eval()
     step(model, inputs)  # nothing is recomputed, so there is nothing to tell yet
     model.train()
-    words = r"^activation_checkpointing_enable\(\) has put .*; leave that call out, or call gcbench.apply after it$"
+    words = r"^activation_checkpointing_enable\(\) has replaced .*; leave that call out, or .* after it$"
     with pytest.warns(UserWarning, match=words):
         step(model, inputs)
     assert applied.recomputed == set(ALL)
@@ -142,7 +143,7 @@ def test_off_is_a_plan_as_well(inputs):
     model = build()
     applied = gcbench.apply(model, gcbench.Plan(num_layers=4))
     enable(model)
-    with pytest.warns(UserWarning, match=r"gcbench.apply\(model, plan\): 4 of 4 layers .* \(the plan has 0\)"):
+    with pytest.warns(UserWarning, match=r"gcbench.apply\(model, plan\) by .*: 4 of 4 layers .* \(the plan has 0\)"):
         step(model, inputs)
     assert applied.recomputed == set(ALL)
 
@@ -157,7 +158,7 @@ def test_a_model_with_a_way_of_its_own(inputs, spec):
     assert applied.recomputed == (set(ALL) if spec == "own" else set())
     enable(model) if spec == "off" else model.activation_checkpointing_disable()
     applied.reset()
-    with pytest.warns(UserWarning, match=r"own checkpointing in the place|switched off since"):
+    with pytest.warns(UserWarning, match=r"has replaced .* by its own checkpointing|switched off since"):
         step(model, inputs)
     assert applied.recomputed == (set() if spec == "own" else set(ALL))
 
@@ -180,7 +181,7 @@ def test_wrappers_and_copies_see_it_too(inputs):
     applied = gcbench.apply(model, "every:2")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         enable(twin)
-        with pytest.warns(UserWarning, match="in the place of"):
+        with pytest.warns(UserWarning, match="has replaced"):
             step(twin, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,7 +191,7 @@ def test_wrappers_and_copies_see_it_too(inputs):
         step(adapted, inputs)
     assert applied.recomputed == {0, 2}
     enable(adapted)
-    with pytest.warns(UserWarning, match="in the place of"):
+    with pytest.warns(UserWarning, match="has replaced"):
         step(adapted, inputs)
     assert applied.recomputed == set(ALL)
 
