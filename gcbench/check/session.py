@@ -63,7 +63,7 @@ def check(options: CheckOptions, *, out: Path | None, command: str, as_json: boo
     """Run a check, show it, and store it in the folder `out` if there is one; raises what `raise_for` does."""
     source = preflight.examine(
         sources.resolve(options.model, trust_remote_code=options.trust_remote_code, overrides=options.overrides),
-        preflight.Wanted(
+        preflight.Requested(
             overrides=options.overrides or {},
             layers=options.layers,
             seq_lens=() if options.seq_len is None else (options.seq_len,),

@@ -1,4 +1,4 @@
-"""A user's model once more without weights, so that a look at what its code does asks nothing of the model itself."""
+"""Builds a twin of a user's model without weights, to find out what the code does without running the model itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gcbench.strategies import Plan
 
 
 def twin_of(model: PreTrainedModel) -> Module:
-    """The same model without weights."""
+    """Build the model again on the meta device, in bf16."""
     config = copy.deepcopy(model.config)
     config._attn_implementation = "eager"  # runs on any device
     with torch.device("meta"):
@@ -24,7 +24,10 @@ def twin_of(model: PreTrainedModel) -> Module:
 
 
 def own_plan(model: Module, every: Plan) -> Plan:
-    """What the model's own checkpointing recomputes, seen on a twin; every layer where no look is possible."""
+    """Make the plan of what a model's own checkpointing recomputes, found on a twin; `every` where that fails.
+
+    Raises ValueError where it recomputes nothing.
+    """
     if not isinstance(model, PreTrainedModel) or not own_way.is_all(model):
         return every
     try:
@@ -32,5 +35,7 @@ def own_plan(model: Module, every: Plan) -> Plan:
     except Exception:  # a model's own code
         groups = None
     if groups == ():
-        raise ValueError(f"the flag for checkpointing of {type(model).__name__} changes nothing; train it without")
+        raise ValueError(
+            f"the checkpointing flag of {type(model).__name__} changes nothing; train it without checkpointing"
+        )
     return every if groups is None else replace(every, groups=groups)

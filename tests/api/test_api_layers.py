@@ -99,7 +99,7 @@ def test_the_caches_of_all_parts_are_put_back():
 
 @pytest.mark.parametrize(("spec", "groups"), [("segment:2", ((0, 1), (2, 3))), ("last:1", ((3,),))])
 def test_both_halves_of_an_encoder_and_decoder(inputs, spec, groups):
-    """Their layers lie in two lists: the order is looked up, and groups are watched through what holds both."""
+    """Their layers are in two lists: the order is found on a twin, and the hook for groups is on what contains both."""
     torch.manual_seed(0)
     sizes = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in HALF.items()}
     model = BartForConditionalGeneration(BartConfig(vocab_size=256, d_model=32, use_cache=False, **sizes)).train()
@@ -161,7 +161,7 @@ class Several(torch.nn.Module):
         (lambda: "llama", "off", TypeError, "'llama' is not a model; pass"),
     ],
 )
-def test_mistakes_are_told_with_what_to_do(make, strategy, error, words):
+def test_mistakes_are_reported_with_a_remedy(make, strategy, error, words):
     with pytest.raises(error, match=words) as told:
         gcbench.apply(make(), strategy)
     assert ";" in str(told.value) and "--" not in str(told.value)

@@ -35,7 +35,7 @@ def task(folder, combinations, **changes):
 
 
 def results(asked):
-    """What a child would tell, in this process; without what differs from run to run."""
+    """The results of a child, in this process."""
     told = []
     answer = checker.check(asked, told.append)
     assert answer.refusal is None, answer
@@ -60,7 +60,7 @@ def test_every_strategy_has_the_gradients_of_off(model, family):
 
 
 def test_sharing_a_process_changes_no_answer(model):
-    """Each combination alone, all together, and all in reverse say the same, whatever failed before them."""
+    """Each combination alone, all together and all in reverse have the same results, whatever failed before them."""
     settings = [PLAIN, Setting(tuned=checks.LORA), Setting(precision="bf16-mixed"), Setting(tuned=checks.FROZEN_BASE)]
     asked = [Combination(setting=s, strategy=name) for name in ("reentrant", "segment:2", "every:2") for s in settings]
     folder = model("gpt2")
@@ -106,7 +106,7 @@ def test_a_layer_that_is_not_recomputed_is_called_wrong(model, monkeypatch):
 
 
 def test_parameters_that_lost_their_gradient_are_named(model):
-    """Reentrant below a frozen embedding: no error, no gradient. Known, and its remedy is told."""
+    """Reentrant below a frozen embedding: no error, no gradient. Known, so its remedy is shown."""
     asked = Combination(setting=Setting(tuned=checks.FROZEN_BASE), strategy="reentrant")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == WRONG
@@ -123,15 +123,15 @@ def test_parameters_that_lost_their_gradient_are_named(model):
         ("ctrl", "per-layer", "does not support gradient checkpointing"),
     ],
 )
-def test_what_cannot_be_had_is_unsupported(model, family, strategy, said):
+def test_an_impossible_strategy_is_unsupported(model, family, strategy, said):
     asked = Combination(setting=PLAIN, strategy=strategy)
     result = results(task(model(family), [asked]))[asked]
     assert result.verdict == UNSUPPORTED
     assert said in result.message
 
 
-def test_a_setting_that_does_not_run_at_all_is_no_fault_of_checkpointing(model):
-    """gemma2 refuses sdpa: the reference fails, so there is nothing to hold a strategy against."""
+def test_a_setting_that_fails_without_checkpointing_is_unsupported(model):
+    """gemma2 refuses sdpa: the reference fails, so there is nothing to compare a strategy with."""
     asked = Combination(setting=Setting(attn_implementation="flash_attention_2"), strategy="per-layer")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == UNSUPPORTED
@@ -163,7 +163,7 @@ def test_the_difference_of_gradients_is_that_of_the_textbook():
     assert not gradients(a=[math.nan]).is_finite
 
 
-# What is tried
+# The combinations
 
 
 def test_by_default_one_thing_differs_at_a_time():
@@ -178,7 +178,7 @@ def test_by_default_one_thing_differs_at_a_time():
     assert not any("compile" in c.strategy for c in checks.combinations(compiled=False))
 
 
-def test_what_is_chosen_is_combined_with_all_else_that_is_chosen():
+def test_chosen_values_are_combined_with_each_other():
     asked = checks.combinations(
         chosen_strategies=["per-layer", "segment:2"], precisions=["bf16", "fp32"], tuned=["lora"], compiled=True
     )
@@ -211,7 +211,7 @@ def test_a_check_from_the_command_line(cli, model, tmp_path):
 
 
 def test_the_exit_code_is_for_what_a_user_would_run(cli, model):
-    """Reentrant fails with LoRA by nature, which is told and forgiven; another strategy that fails is not."""
+    """Reentrant is known to fail with LoRA, which is shown and ends with 0; any other failing strategy ends with 1."""
     asked = ("-m", model(), *QUICK, "--train", "lora", "--strategies")
     forgiven = cli("check", *asked, "reentrant")
     assert forgiven.code == 0, forgiven.err

@@ -1,4 +1,4 @@
-"""A check's problems: what has one cause or says the same is one paragraph, whatever the strategy and the setting."""
+"""A check's problems: results with one cause or one message are one paragraph, for all strategies and settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (
         ),
     ],
 )
-def test_the_same_things_are_told_together(results, expected):
+def test_problems_with_one_cause_are_shown_as_one(results, expected):
     assert told(check_of(**results)) == expected
 
 

@@ -1,4 +1,4 @@
-"""The proof of a run and the exit code of a check: all generators seeded, noise told from roundoff, nothing tested."""
+"""The proof of a run and the exit code of a check: seeded generators, noise and roundoff, nothing tested."""
 
 from __future__ import annotations
 
@@ -252,7 +252,7 @@ def test_the_default_length_is_one_that_the_model_has(cli, tmp_path, model):
     assert "IndexError" in beyond.err and "try a shorter --seq-len" in beyond.err
 
 
-def test_a_smaller_relative_has_positions_for_what_is_asked():
+def test_a_scaled_down_model_has_positions_for_the_requested_length():
     values = {"model_type": "gpt2", "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     assert scaled_down(values)["n_positions"] == 512
     assert scaled_down(values, seq_len=800)["n_positions"] == 800
@@ -265,7 +265,7 @@ def test_lora_is_tried_where_peft_has_no_choice_of_its_own(cli, model):
     assert [row["verdict"] for row in result.document["rows"]] == ["identical"]
 
 
-def test_what_off_is_to_blame_for_is_said_once():
+def test_an_off_that_does_not_repeat_itself_is_one_problem():
     """One paragraph for all strategies, not one for each."""
     settings = [Setting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
     settings += [Setting(optim=name) for name in ("sgd", "adafactor")]

@@ -37,7 +37,7 @@ def inputs():
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant")
 @pytest.mark.parametrize("way", WAYS)
-def test_own_is_switched_on_counted_and_taken_away(inputs, way):
+def test_own_is_switched_on_counted_and_removed(inputs, way):
     """The traps: setters that today's transformers cannot call, layers called by `forward`, parts of layers alone."""
     model = build(way)
     before, off = state(model), step(model, inputs)
@@ -78,8 +78,8 @@ def test_own_of_an_ordinary_model_is_per_layer(inputs):
     assert state(model) == before
 
 
-def test_the_reentrant_variant_in_old_code_loses_gradients_behind_a_frozen_embedding(inputs):
-    """A finding to be shown, not mended: a user's own run loses them, too."""
+def test_the_reentrant_variant_in_old_code_loses_gradients_after_a_frozen_embedding(inputs):
+    """Reported, not fixed: a user's own run loses them, too."""
     lost = {}
     for way in ("old-setter", "function"):
         model = build(way)
@@ -95,7 +95,7 @@ def test_the_reentrant_variant_in_old_code_loses_gradients_behind_a_frozen_embed
 
 
 @pytest.mark.parametrize("spec", ["per-layer", "every:2", "first:2", "segment:2", "selective:matmul", "reentrant"])
-def test_other_strategies_are_told_what_is_possible(inputs, spec):
+def test_other_strategies_are_refused_with_what_is_possible(inputs, spec):
     model = build()
     before = state(model)
     words = (
@@ -120,7 +120,7 @@ def test_the_advice_holds(inputs, monkeypatch):
     assert applied.recomputed == {0, 2}
 
 
-def test_a_flag_without_effect_is_told():
+def test_a_flag_without_effect_is_refused():
     with pytest.raises(ValueError, match="changes nothing; train it without"):
         gcbench.apply(build("without-effect"), "own")
 
@@ -139,7 +139,7 @@ def test_a_copy_and_a_pickled_model_count_for_themselves(inputs):
 # Parts
 
 
-def test_layers_are_found_in_the_lists_of_what_has_the_flag():
+def test_layers_are_those_of_the_lists_in_the_module_with_the_flag():
     assert list(own_way.listed_layers(build())) == [f"text.blocks.{number}" for number in range(4)]
     assert list(own_way.listed_layers(build(num_hidden_layers=1))) == ["text.blocks.0"]
     model = build()
@@ -151,7 +151,7 @@ def test_layers_are_found_in_the_lists_of_what_has_the_flag():
     assert not own_way.exists(ordinary("ctrl")) and own_way.exists(ordinary()) and not own_way.is_all(ordinary())
 
 
-def test_the_batch_needs_no_embeddings_that_can_be_asked_for():
+def test_the_batch_needs_no_get_input_embeddings():
     model = build()
     with pytest.raises(NotImplementedError):
         model.get_input_embeddings()
@@ -162,7 +162,7 @@ def test_the_batch_needs_no_embeddings_that_can_be_asked_for():
     assert training.output_embeddings(model) is None
 
 
-def test_own_stands_alone():
+def test_own_cannot_be_combined():
     assert strategies.parse("OWN").plan_for(2) == Plan(num_layers=2, groups=((0,), (1,)), own=True)
     for spec in ("own:2", "own+offload", "own+compile", "own+reentrant", "own+selective:matmul", "own+every:2"):
         with pytest.raises(ValueError, match="own"):

@@ -1,4 +1,4 @@
-"""What `gcbench.apply` did is not undone in silence: one warning, and a count of what really runs again."""
+"""Replacing what `gcbench.apply` did warns once, and the count is of what is really recomputed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def inputs():
 
 
 def said(caught):
-    """What gcbench warned of."""
+    """The warnings of gcbench."""
     return [str(warning.message) for warning in caught if "gcbench." in str(warning.message)]
 
 
 def trained(trainer):
-    """The layers that a trainer's backward passes run again, and what was said of it."""
+    """The layers that a trainer's backward passes recompute, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Calls(trainer.model) as calls:
@@ -96,7 +96,7 @@ def test_a_trainer_that_checkpoints_is_named_with_the_setting_that_stops_it(tmp_
         assert "(the plan has 2)" in told[0]
 
 
-def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
+def test_a_call_after_apply_warns_once_and_remove_restores_all(inputs):
     model = build()
     before = state(model)
     applied = gcbench.apply(model, "last:1")
@@ -127,7 +127,7 @@ def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
 
 
 @pytest.mark.parametrize("spec", ["per-layer", "segment:2", "reentrant", "selective:matmul"])
-def test_what_is_switched_off_is_told(inputs, spec):
+def test_switching_checkpointing_off_after_apply_warns(inputs, spec):
     model = build()
     applied = gcbench.apply(model, spec)
     name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
@@ -149,7 +149,7 @@ def test_off_is_a_plan_as_well(inputs):
 
 
 @pytest.mark.parametrize("spec", ["off", "own"])
-def test_a_model_with_a_way_of_its_own(inputs, spec):
+def test_a_model_with_only_its_own_checkpointing_warns_too(inputs, spec):
     model = build_own("function", vocab_size=256)
     applied = gcbench.apply(model, spec)
     with warnings.catch_warnings():
@@ -163,8 +163,8 @@ def test_a_model_with_a_way_of_its_own(inputs, spec):
     assert applied.recomputed == (set() if spec == "own" else set(ALL))
 
 
-def test_a_wrapper_around_layers_is_told(inputs):
-    """As accelerate's FSDP plugin puts it there: layers that the plan leaves alone run again."""
+def test_a_wrapper_around_layers_warns(inputs):
+    """As accelerate's FSDP plugin adds it: layers that the plan does not checkpoint are recomputed."""
     model = build()
     applied = gcbench.apply(model, "every:2")
     layer = type(model.model.layers[0])
@@ -174,7 +174,7 @@ def test_a_wrapper_around_layers_is_told(inputs):
     assert applied.recomputed == set(ALL)
 
 
-def test_wrappers_and_copies_see_it_too(inputs):
+def test_wrappers_and_copies_warn_too(inputs):
     """The trap: peft 0.18 calls the `forward` of the model inside, which fires none of its hooks."""
     peft = pytest.importorskip("peft")
     model = build()

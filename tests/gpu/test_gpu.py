@@ -176,7 +176,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_every_strategy_is_proven_on_the_card(cli, model, family):
-    """The trap: what only a card can do (boundaries on the host, other attention kernels) has never run on a CPU."""
+    """The trap: what only a GPU can do (layer inputs on the host, other attention kernels) has never run on a CPU."""
     result = cli(
         *("run", "-m", model(family), "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--device", "cuda"),
         *("--strategies", ",".join(STRATEGIES), "--rounds", 2, "--steps", 1, "--json"),

@@ -33,8 +33,8 @@ def gcbench(*args, cwd):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
-def test_a_plan_that_was_found_for_this_card_is_what_it_says(tmp_path, precision):
-    """The traps: what is skipped is needed by the card's kernels; the predicted peak is not the real one."""
+def test_a_searched_plan_for_this_card_has_its_predicted_peak(tmp_path, precision):
+    """The traps: a skipped call is needed by the GPU's kernels; the predicted peak is not the real one."""
     model = write_model(tmp_path / "model", "llama", **WIDE)
     workload = ("-m", model, "--seq-len", 1024, "--precision", precision, "--batch", 8)
     free = gcbench("plan", *workload, "--device", "auto", "--json", "--out", "free", cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""What is said while something takes long: shares of cells, in plain lines through a pipe, and signs of life."""
+"""Progress of long work: how many cells are done, in plain lines through a pipe, also during a long wait."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_cells_are_counted_in_plain_lines(said, monkeypatch):
     assert all(re.fullmatch(r"predicting: \d+ of 12 cells \(\d+ %\) \[.* elapsed\]", line) for line in lines())
 
 
-def test_what_is_done_now_is_said_where_it_is_known():
-    assert counting.said("planning", "steps", 1, 4, "searching plans") == (
+def test_the_current_item_is_shown_where_it_is_known():
+    assert counting.line("planning", "steps", 1, 4, "searching plans") == (
         "planning: 1 of 4 steps (25 %), searching plans"
     )
 
@@ -56,7 +56,7 @@ def test_a_long_silence_is_broken_and_a_word_begins_it_anew():
 
 
 def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
-    """The trap: the thread of the display told in forty lines what the main thread tells in one."""
+    """The trap: the display's thread printed a traceback of forty lines for what the main thread reports in one."""
     tried = threading.Semaphore(0)
 
     def fails():
@@ -70,17 +70,17 @@ def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_tells_the_share_that_is_done_and_what_it_is_at(said):
+def test_a_run_shows_the_share_that_is_done_and_the_current_step(said):
     console, lines = said
     cell = outcome("per-layer", peaks(1, 2, 3), [[0.5]])
     display = progress.PlainProgress(console)
     with display:
-        display._still_there()
+        display._print_last_step()
         display.begin(num_steps=8, num_rounds=2)
         display.enter(cell.cell, round=0, num_steps=2)
-        display._still_there()
+        display._print_last_step()
         display.step(Event(kind="timed", step=2, seconds=0.5))
-        display._still_there()
+        display._print_last_step()
         display.leave(cell)
     said_lines = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
     assert said_lines == [
@@ -100,7 +100,7 @@ def test_quiet_says_nothing(said):
     assert type(counting.choose(console, verb="a", noun="b", quiet=False)) is counting.PlainCounter
 
 
-def test_a_terminal_has_a_display_that_goes_again():
+def test_a_terminal_has_a_display_that_is_removed_at_the_end():
     text = io.StringIO()
     console = Console(file=text, width=60, force_terminal=True)
     with counting.choose(console, verb="checking", noun="combinations", quiet=False) as counter:
@@ -109,7 +109,7 @@ def test_a_terminal_has_a_display_that_goes_again():
 
 
 def test_predict_and_check_count_through_a_pipe(cli, model):
-    """`check` said nothing at all, and predict's cells of a recurrent model take minutes."""
+    """`check` showed nothing, and predict's cells of a recurrent model take minutes."""
     folder = model()
     predicted = cli("predict", "-m", folder, "-b", "1,2", "--seq-len", 8, "--strategies", "off", "--device", "a10")
     assert "predicting: 0 of 2 cells (0 %)" in predicted.err and "2 of 2 cells (100 %)" in predicted.err
