@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.checkpointing.apply import RecomputeCounter
 from gcbench.checkpointing.fsdp_groups import check_gathering
-from gcbench.checkpointing.replaced import Watch
+from gcbench.checkpointing.replaced import ReplacementWatch
 from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
@@ -50,7 +50,7 @@ class Applied:
 
     plan: Plan
     _counter: RecomputeCounter = field(repr=False)
-    _watch: ref[Watch] = field(repr=False)
+    _watch: ref[ReplacementWatch] = field(repr=False)
 
     @property
     def recomputed(self) -> frozenset[int] | None:
@@ -139,13 +139,13 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
         hooks=list(_hooks(trained, watched, layers, plan, groups)),
     )
     setattr(trained, _BEFORE, before)
-    own_way.switch_off(trained)
+    own_checkpointing.switch_off(trained)
     for config in before.configs:
         config.use_cache = False
     counter = _switch_own_on(trained, layers, before) if plan.own else _switch_on(trained, watched, layers, plan)
     name = repr(strategy_or_plan) if isinstance(strategy_or_plan, str) else "plan"
-    watch = Watch(trained, layers, plan, name, counter)
-    watch.begin(_places_to_look(trained, layers))
+    watch = ReplacementWatch(trained, layers, plan, name, counter)
+    watch.begin(_modules_to_compare_at(trained, layers))
     before.hooks.append(watch)
     return Applied(plan=plan, _counter=counter, _watch=ref(watch))
 
@@ -170,7 +170,7 @@ def remove(model: Module) -> None:
     for hook in before.hooks:
         hook.remove()
     if before.own:
-        own_way.switch_off(trained)
+        own_checkpointing.switch_off(trained)
     for module, attributes in before.attributes:
         for name in _ATTRIBUTES:
             vars(module).pop(name, None)
@@ -322,16 +322,16 @@ def _switch_own_on(trained: Module, layers: Sequence[Module], before: _Before) -
     """Switch the model's own checkpointing on, and count what it recomputes; removes everything where that fails."""
     counter = RecomputeCounter()
     try:
-        before.hooks.extend(own_way.switch_on(trained))
-        before.hooks.extend(own_way.watch(layers, counter))
+        before.hooks.extend(own_checkpointing.switch_on(trained))
+        before.hooks.extend(own_checkpointing.count_recomputed(layers, counter))
     except Exception:  # a model's own code
         remove(trained)
         raise
     return counter
 
 
-def _places_to_look(trained: Module, layers: Sequence[Module]) -> list[Module]:
-    """The modules at whose calls `Watch` compares: the innermost that contains all layers.
+def _modules_to_compare_at(trained: Module, layers: Sequence[Module]) -> list[Module]:
+    """The modules at whose calls `ReplacementWatch` compares: the innermost that contains all layers.
 
     Where that is the model itself also the first layer, since a wrapper may call the model's `forward`, not its hooks.
     """

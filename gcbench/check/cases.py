@@ -41,7 +41,7 @@ _CUDA_STRATEGIES = ("offload",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class CheckSetting:
     """What is trained, and how: all combinations of one setting are compared with one reference run of `off`."""
 
     precision: str = "fp32"
@@ -60,7 +60,7 @@ class Setting:
 class Combination:
     """One strategy in one setting."""
 
-    setting: Setting
+    setting: CheckSetting
     strategy: str
 
     @property
@@ -143,7 +143,7 @@ class Check:
         scaled: how the model was made smaller, in words; None at full size.
         num_params, num_layers: sizes of the model that was trained; None where the check ended before they were known.
         steps_s: seconds in training steps, including those of references.
-        wall_s: seconds from the start of the first child process to the end.
+        wall_s: seconds from the first test to the end.
         notices: how the model differs from what its config says, and what was decided for the user, in sentences.
     """
 
@@ -229,7 +229,7 @@ def combinations(
     """
     if any(choice is not None for choice in (precisions, optims, attentions, tuned)):
         settings = [
-            Setting(precision=precision, optim=optim, attn_implementation=attention, tuned=what)
+            CheckSetting(precision=precision, optim=optim, attn_implementation=attention, tuned=what)
             for precision, optim, attention, what in itertools.product(
                 precisions or ("fp32",), optims or ("adamw_torch",), attentions or (MODEL_DEFAULT,), tuned or (FULL,)
             )
@@ -243,13 +243,13 @@ def combinations(
     return tuple(dict.fromkeys(products))
 
 
-def _one_thing_changed() -> list[Setting]:
+def _one_thing_changed() -> list[CheckSetting]:
     return [
-        Setting(),
-        *(Setting(precision=precision) for precision in PRECISION_NAMES if precision != "fp32"),
-        *(Setting(optim=optim) for optim in optimizers.names() if optim != "adamw_torch"),
-        Setting(attn_implementation="eager"),
-        Setting(tuned=LORA),
-        Setting(tuned=FROZEN_BASE),
-        Setting(precision="bf16-mixed", tuned=LORA),
+        CheckSetting(),
+        *(CheckSetting(precision=precision) for precision in PRECISION_NAMES if precision != "fp32"),
+        *(CheckSetting(optim=optim) for optim in optimizers.names() if optim != "adamw_torch"),
+        CheckSetting(attn_implementation="eager"),
+        CheckSetting(tuned=LORA),
+        CheckSetting(tuned=FROZEN_BASE),
+        CheckSetting(precision="bf16-mixed", tuned=LORA),
     ]

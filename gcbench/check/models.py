@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from gcbench.check.cases import FROZEN_BASE, LORA, MODEL_DEFAULT, Setting
+from gcbench.check.cases import FROZEN_BASE, LORA, MODEL_DEFAULT, CheckSetting
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core.errors import UsageError, first_sentence
 from gcbench.core.records import ALL_LINEAR, Lora
@@ -31,21 +31,21 @@ class ModelMaker:
     notices: list[str] = field(default_factory=list)
     """Decisions made for the user, in sentences."""
 
-    def build(self, setting: Setting) -> torch.nn.Module:
+    def build(self, setting: CheckSetting) -> torch.nn.Module:
         """Build the model in a setting; raises NotImplementedError where peft finds no module to adapt."""
         model = self._with_adapters(setting) if setting.tuned == LORA else self._built(setting, None)
         if setting.tuned == FROZEN_BASE:
             _freeze_base(model)
         return model
 
-    def fresh(self, pristine: torch.nn.Module, setting: Setting) -> torch.nn.Module:
+    def fresh(self, pristine: torch.nn.Module, setting: CheckSetting) -> torch.nn.Module:
         """Return the model as it was before any step: a copy, or a new one where it contains what cannot be copied."""
         try:
             return _copied(pristine)
         except Exception:  # locks, handles and system generators raise errors of any type
             return self.build(setting)
 
-    def _with_adapters(self, setting: Setting) -> torch.nn.Module:
+    def _with_adapters(self, setting: CheckSetting) -> torch.nn.Module:
         """Build with LoRA on peft's default modules; where it has none for the model type, on all that it can adapt."""
         meta = models.build_meta(self.config, trust_remote_code=self.source.trust_remote_code)
         built, targets, why = None, None, ""
@@ -67,7 +67,7 @@ class ModelMaker:
                 self.notices.append(notice)
         return built
 
-    def _built(self, setting: Setting, lora: Lora | None) -> torch.nn.Module:
+    def _built(self, setting: CheckSetting, lora: Lora | None) -> torch.nn.Module:
         is_default = setting.attn_implementation == MODEL_DEFAULT
         return models.build(
             self.source,

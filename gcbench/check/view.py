@@ -16,8 +16,8 @@ from gcbench.check.cases import (
     WRONG,
     Check,
     CheckResult,
+    CheckSetting,
     Combination,
-    Setting,
     rows,
 )
 from gcbench.core import model_changes
@@ -59,7 +59,7 @@ _MOST_LABELS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
+class SharedProblem:
     """Combinations with the same verdict for the same reason."""
 
     verdict: str
@@ -81,7 +81,7 @@ def _name(check: Check) -> str:
     return model_changes.named(check.model, check.model_changes)
 
 
-def problems(check: Check) -> tuple[Problem, ...]:
+def problems(check: Check) -> tuple[SharedProblem, ...]:
     """Group results without a good verdict by verdict and cause, or message; worst first, unsupported last."""
     groups: dict[tuple[str, str], list[tuple[CheckResult, Combination]]] = {}
     for result in check.results:
@@ -93,7 +93,7 @@ def problems(check: Check) -> tuple[Problem, ...]:
             groups.setdefault(key, []).append((result, combination))
     order = (WRONG, FAILED, NOT_REPEATABLE, UNSUPPORTED)
     grouped = [
-        Problem(
+        SharedProblem(
             verdict=verdict,
             message=_without_setting(pairs[0][0].message or "", pairs[0][1]),
             where=tuple(combination for _, combination in pairs),
@@ -126,7 +126,7 @@ def summary(check: Check) -> str:
             parts.append(f"{counts[verdict]} {words}")
     text = "; ".join(parts) + "."
     if any(r.is_bad for r in check.results) and not check.failures:
-        text += " Only the reentrant variant is wrong, which is tested for comparison and does not fail the check."
+        text += " Only the reentrant variant fails, which is tested for comparison and does not fail the check."
     recomputed = [r for r in check.results if r.layers_recomputed is not None]
     if recomputed and all(r.layers_recomputed == r.layers_expected for r in recomputed):
         text += " Exactly the planned layers were recomputed."
@@ -138,7 +138,7 @@ def _without_setting(message: str, combination: Combination) -> str:
     return message.removeprefix(f"{combination.setting.label} ")
 
 
-def where(problem: Problem, check: Check) -> str:
+def where(problem: SharedProblem, check: Check) -> str:
     """Name a problem's combinations: `reentrant with lora and with frozen-base`; `all strategies with lora`."""
     if len(problem.where) > 1 and len(problem.where) == len(check.combinations):
         return "all combinations"
@@ -159,13 +159,13 @@ def _few(labels: Sequence[str]) -> str:
     return " and with ".join(labels) if len(labels) <= _MOST_LABELS else f"{labels[0]} and {len(labels) - 1} others"
 
 
-def _whole(check: Check, problem: Problem, name: Callable[[Combination], str]) -> list[str]:
+def _whole(check: Check, problem: SharedProblem, name: Callable[[Combination], str]) -> list[str]:
     """The strategies, or settings, of which all combinations, and more than one, are in the problem."""
     tested, affected = Counter(map(name, check.combinations)), Counter(map(name, problem.where))
     return [each for each in affected if affected[each] == tested[each] > 1]
 
 
-def _grid(check: Check) -> tuple[list[str], list[Setting], dict[tuple[Setting, str], CheckResult]]:
+def _grid(check: Check) -> tuple[list[str], list[CheckSetting], dict[tuple[CheckSetting, str], CheckResult]]:
     results = {(check.combinations[r.number].setting, check.combinations[r.number].strategy): r for r in check.results}
     names = list(dict.fromkeys(c.strategy for c in check.combinations))
     return names, list(dict.fromkeys(c.setting for c in check.combinations)), results
@@ -244,7 +244,7 @@ def _parts(name: str) -> list[str]:
     return name.replace("+", "+\n").replace(":", ":\n").split("\n") if len(name) > 9 else [name]
 
 
-def _details(problem: Problem) -> Iterator[tuple[str, str]]:
+def _details(problem: SharedProblem) -> Iterator[tuple[str, str]]:
     yield "seen", problem.message
     for name, text in (("cause", problem.cause), ("remedy", problem.remedy), ("see", problem.link)):
         if text is not None:

@@ -21,8 +21,8 @@ from gcbench.check.cases import (
     WITHIN_NOISE,
     WRONG,
     CheckResult,
+    CheckSetting,
     Combination,
-    Setting,
 )
 from gcbench.check.evidence import NUM_STEPS, Evidence, Gradients, Reference, noted_warnings
 from gcbench.check.models import ModelMaker
@@ -48,17 +48,17 @@ _MAX_SKIPPED_STEPS = 24
 _FINEST = "fp32"
 """The precision with the least roundoff."""
 
-Tell = Callable[[ReferenceRun], None]
+Send = Callable[[ReferenceRun], None]
 
 
-def check(task: CheckTask, tell: Callable[[CheckResult | ReferenceRun], None]) -> Answer:
+def check(task: CheckTask, send: Callable[[CheckResult | ReferenceRun], None]) -> Answer:
     """Test every combination of the task; sends each result, and each reference run, as an event."""
     try:
         checker = _Checker(task)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     for number, combination in task.combinations:
-        tell(replace(checker.check(combination, tell), number=number))
+        send(replace(checker.check(combination, send), number=number))
     return Answer(facts=checker.facts, notices=tuple(checker.models.notices))
 
 
@@ -82,7 +82,7 @@ class _Checker:
                 raise
             raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model at full size") from None
         self.models = ModelMaker(source=self.source, config=self.config, device=self.name, seed=task.seed)
-        self._references: dict[Setting, Reference | Exception] = {}
+        self._references: dict[CheckSetting, Reference | Exception] = {}
         self._results: dict[Combination, CheckResult] = {}
 
     def _seq_len(self) -> int:
@@ -96,16 +96,16 @@ class _Checker:
             raise UsageError(beyond_positions(task.source.name, task.seq_len, limit))
         return task.seq_len
 
-    def check(self, combination: Combination, tell: Tell) -> CheckResult:
+    def check(self, combination: Combination, send: Send) -> CheckResult:
         """Test one combination, or return its earlier result; an exception in a step becomes a result."""
         if combination not in self._results:
-            self._results[combination] = self._checked(combination, tell)
+            self._results[combination] = self._checked(combination, send)
         return self._results[combination]
 
-    def _checked(self, combination: Combination, tell: Tell) -> CheckResult:
+    def _checked(self, combination: Combination, send: Send) -> CheckResult:
         if self.facts.checkpointing_refusal is not None:
             return CheckResult(number=0, verdict=UNSUPPORTED, message=self.facts.checkpointing_refusal)
-        reference = self._reference(combination.setting, tell)
+        reference = self._reference(combination.setting, send)
         if isinstance(reference, Exception):
             return self._without_reference(combination, reference)
         try:
@@ -121,22 +121,22 @@ class _Checker:
             self._steps(reference.model, plan, combination.setting, seen)
             result = self._compared(combination, plan, seen, reference)
             if result.verdict == WRONG:
-                result = self._confirmed(combination, plan, seen, reference, tell)
+                result = self._confirmed(combination, plan, seen, reference, send)
         except Exception as err:  # anything that a model, torch or a compiler may raise
             return self._failed(combination, seen, err)
         if combination.setting.precision != _FINEST and result.verdict in (WITHIN_NOISE, NOT_REPEATABLE):
-            return self._with_less_roundoff(result, combination, plan, seen, reference, tell)
+            return self._with_less_roundoff(result, combination, plan, seen, reference, send)
         return result
 
     def _confirmed(
-        self, combination: Combination, plan: strategies.Plan, seen: Evidence, reference: Reference, tell: Tell
+        self, combination: Combination, plan: strategies.Plan, seen: Evidence, reference: Reference, send: Send
     ) -> CheckResult:
         """Run again before a verdict of WRONG: code that rarely draws random numbers may repeat itself once, or not."""
         while reference.extra_runs:
             reference.extra_runs -= 1
             again = Evidence()
             self._steps(reference.model, None, combination.setting, again)
-            tell(ReferenceRun(steps_s=again.steps_s))
+            send(ReferenceRun(steps_s=again.steps_s))
             reference.compare(again)
         again = Evidence()
         self._steps(reference.model, plan, combination.setting, again)
@@ -155,10 +155,10 @@ class _Checker:
         plan: strategies.Plan,
         seen: Evidence,
         reference: Reference,
-        tell: Tell,
+        send: Send,
     ) -> CheckResult:
         """Test a difference that may be roundoff in fp32, which has less: what is wrong there is wrong here."""
-        fine = self.check(replace(combination, setting=replace(combination.setting, precision=_FINEST)), tell)
+        fine = self.check(replace(combination, setting=replace(combination.setting, precision=_FINEST)), send)
         if fine.verdict in (WRONG, NOT_REPEATABLE) and fine.verdict != result.verdict:
             return replace(
                 result,
@@ -179,14 +179,14 @@ class _Checker:
         facts = replace(self.facts, layers_in_order=None if natural else order)
         return plan_of(strategies.parse(spec), facts)
 
-    def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
+    def _reference(self, setting: CheckSetting, send: Send) -> Reference | Exception:
         if setting not in self._references:
             try:
                 model = self.models.build(setting)
                 first, second = Evidence(), Evidence()
                 self._steps(model, None, setting, first)
                 self._steps(model, None, setting, second)
-                tell(ReferenceRun(steps_s=first.steps_s + second.steps_s))
+                send(ReferenceRun(steps_s=first.steps_s + second.steps_s))
                 reference = Reference(model=model, seen=first)
                 reference.compare(second)
                 self._references[setting] = reference
@@ -194,7 +194,9 @@ class _Checker:
                 self._references[setting] = err
         return self._references[setting]
 
-    def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: Evidence) -> None:
+    def _steps(
+        self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: CheckSetting, seen: Evidence
+    ) -> None:
         """Train a copy of the model for two steps, and note the evidence in `seen`."""
         model = self.models.fresh(pristine, setting)
         task = self.task
@@ -257,10 +259,10 @@ class _Checker:
             remedy=None if isinstance(err, GcbenchError) or advice else self._next_step(combination.setting),
         )
 
-    def _next_step(self, setting: Setting) -> str:
+    def _next_step(self, setting: CheckSetting) -> str:
         """The remedy for a setting that fails without checkpointing."""
         size = "" if self.task.full_size else " Or add --full-size, as only the scaled-down model may fail."
-        if setting == Setting():
+        if setting == CheckSetting():
             return f"Train a step of the model without gcbench, and fix what fails there first.{size}"
         return f"Train with a setting other than {setting.label} on this device.{size}"
 

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench.checkpointing import own_way, policy_contexts
+from gcbench.checkpointing import own_checkpointing, policy_contexts
 from gcbench.checkpointing.policy_contexts import SavedOutputMutated
 from gcbench.checkpointing.random_draws import has_dropout, in_step
-from gcbench.checkpointing.segments import Contexts, LayersNotSequential, Segment
+from gcbench.checkpointing.segments import ContextFn, LayersNotSequential, Segment
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
 from gcbench.operators.schema import operator_name, targets
@@ -70,9 +70,9 @@ def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingL
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """List the layers that plans number: those that can be checkpointed, or those of a model with only its own way."""
-    if own_way.is_all(model):
-        return list(own_way.layers_without_entry(model).values())
+    """List the layers that plans number; of a model with only its own checkpointing, those that its code loops over."""
+    if own_checkpointing.is_all(model):
+        return list(own_checkpointing.layers_without_entry(model).values())
     return [*checkpointable_layers(model)]
 
 
@@ -109,7 +109,7 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
     layers = layers_of(model)
     for number, layer in enumerate(layers):
         # Code of its own may call a layer's `forward`, which fires none of its hooks.
-        for module in own_way.parts(layer, layers) if own_way.is_all(model) else [layer]:
+        for module in own_checkpointing.parts(layer, layers) if own_checkpointing.is_all(model) else [layer]:
             hooks.append(module.register_forward_pre_hook(partial(enter, number)))
             hooks.append(module.register_forward_hook(partial(leave, number)))
     try:
@@ -124,14 +124,14 @@ def refusal(model: torch.nn.Module) -> str | None:
     name = type(model).__name__
     if not getattr(model, "supports_gradient_checkpointing", False):
         return f"{name} does not support gradient checkpointing in this transformers version"
-    if not checkpointable_layers(model) and not own_way.exists(model):
+    if not checkpointable_layers(model) and not own_checkpointing.exists(model):
         return f"{name} has no layer that can be checkpointed on its own"
     return None
 
 
 def refusal_of(model: torch.nn.Module, plan: Plan) -> str | None:
     """Say why a plan cannot be applied to a model whose own checkpointing is the only one; None where it can."""
-    return own_way.advice(model) if plan.groups and not plan.own and own_way.is_all(model) else None
+    return own_checkpointing.advice(model) if plan.groups and not plan.own and own_checkpointing.is_all(model) else None
 
 
 def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
@@ -151,7 +151,8 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
         raise ValueError(why)
     counter = RecomputeCounter(is_blind=plan.compiled)
     if plan.own:
-        _HOOKS[model] = Hooks((*own_way.switch_on(model), *own_way.watch(layers, counter)))
+        hooks = own_checkpointing.switch_on(model)
+        _HOOKS[model] = Hooks((*hooks, *own_checkpointing.count_recomputed(layers, counter)))
     else:
         apply_groups(model, layers, plan.treated(), counter)
     if plan.compiled:
@@ -169,10 +170,10 @@ def apply_groups(
     segments: list[Segment] = []
     is_random = has_dropout(model)
     for group, policy in groups:
-        contexts = _contexts(policy, is_random=is_random)
+        context_fn = _context_fn(policy, is_random=is_random)
         segment = None
         if len(group) > 1:
-            segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
+            segment = Segment(len(group), context_fn=context_fn, saving=_saving(policy))
             segments.append(segment)
         for place, number in enumerate(group):
             function: Callable[..., Any]
@@ -181,9 +182,9 @@ def apply_groups(
             elif counter.is_blind:  # the compiler sees through torch's own function alone
                 function = partial(checkpoint, use_reentrant=False)
                 if policy.keep:
-                    function = partial(function, context_fn=contexts)
+                    function = partial(function, context_fn=context_fn)
             else:
-                function = partial(_checkpoint_one, counter, number, policy, contexts)
+                function = partial(_checkpoint_one, counter, number, policy, context_fn)
             layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
             layers[number].gradient_checkpointing = True  # type: ignore[assignment]
 
@@ -223,7 +224,12 @@ def end_segments(model: torch.nn.Module) -> None:
 
 
 def _checkpoint_one(
-    counter: RecomputeCounter, number: int, policy: Policy, contexts: Contexts, function: Callable[..., Any], *args: Any
+    counter: RecomputeCounter,
+    number: int,
+    policy: Policy,
+    context_fn: ContextFn,
+    function: Callable[..., Any],
+    *args: Any,
 ) -> Any:
     """Run one layer under `torch.utils.checkpoint.checkpoint`, and count its recomputation."""
     counted = counter.counted(number, function)
@@ -231,7 +237,7 @@ def _checkpoint_one(
         return checkpoint(counted, *args, use_reentrant=True)
     # Stated, not left to the default: any kwargs without it flip Hugging Face to the reentrant variant.
     with _saving(policy)():
-        return checkpoint(counted, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(counted, *args, use_reentrant=False, context_fn=context_fn)
 
 
 def _saving(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
@@ -243,7 +249,7 @@ def save_on_host() -> AbstractContextManager[Any]:
     return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type="cuda")
 
 
-def _contexts(policy: Policy, *, is_random: bool = False) -> Contexts:
+def _context_fn(policy: Policy, *, is_random: bool = False) -> ContextFn:
     """Return a function that makes the contexts for the two runs of a group: a new pair for each call of the group.
 
     Args:
@@ -256,7 +262,7 @@ def _contexts(policy: Policy, *, is_random: bool = False) -> Contexts:
     return (lambda: make() if torch.compiler.is_compiling() else in_step(make())) if is_random else make
 
 
-def _selective(policy: Policy) -> Contexts:
+def _selective(policy: Policy) -> ContextFn:
     """Return a maker of torch's contexts of selective checkpointing, which refuse saved outputs changed in place."""
     names = [name.removeprefix("aten::") for name in policy.keep]
     operators = frozenset(name for name in names if "#" not in name)
@@ -325,7 +331,7 @@ def check_operators(names: Sequence[str]) -> None:
 def clear(model: torch.nn.Module) -> None:
     """Undo `apply`: no layer is checkpointed or compiled."""
     end_segments(model)
-    own_way.switch_off(model)
+    own_checkpointing.switch_off(model)
     for layer in layers_of(model):
         layer._compiled_call_impl = None
     functorch_config.activation_memory_budget = 1.0

@@ -20,10 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from gcbench.operators.schema import is_random
 
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+ContextPair = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def in_step(contexts: Contexts) -> Contexts:
+def in_step(contexts: ContextPair) -> ContextPair:
     """Extend the contexts of a first run and a recomputation so that both have the same random state after each draw.
 
     Args:

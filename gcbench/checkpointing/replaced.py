@@ -13,14 +13,14 @@ import torch
 from torch.nn import Module
 from torch.utils.checkpoint import checkpoint
 
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.checkpointing.apply import RecomputeCounter
 from gcbench.strategies import Plan
 
 _SETTINGS = ("activation_checkpointing", "gradient_checkpointing")
 
 
-class Watch:
+class ReplacementWatch:
     """Compares what `apply` set on a model's layers with what is set whenever the model is called in training.
 
     From the first difference on, every layer that is recomputed is counted, whatever code recomputes it.
@@ -37,7 +37,7 @@ class Watch:
         # A model with only its own checkpointing has the flag on its body, not on its layers.
         self.holders = [
             module
-            for module in (model.modules() if own_way.is_all(model) else layers)
+            for module in (model.modules() if own_checkpointing.is_all(model) else layers)
             if hasattr(module, "gradient_checkpointing")
         ]
         self.expected = [_now(module) for module in self.holders]
@@ -56,14 +56,14 @@ class Watch:
 
     def begin(self, modules: Sequence[Module]) -> None:
         """Compare whenever one of `modules` is called."""
-        self._hooks += [module.register_forward_pre_hook(partial(_look, self)) for module in modules]
+        self._hooks += [module.register_forward_pre_hook(partial(_compare, self)) for module in modules]
 
     def remove(self) -> None:
         """Stop comparing."""
         for hook in self._hooks:
             hook.remove()
 
-    def look(self) -> None:
+    def compare(self) -> None:
         """Compare; at a difference warn once, and from then on count every layer that is recomputed."""
         now = [_now(module) for module in self.holders]
         wrapped = any(_checkpoints(parent._modules.get(key), child) for parent, key, child in self.homes)
@@ -72,7 +72,7 @@ class Watch:
         self.expected = now
         if not self.counts_all:
             self.counts_all = True
-            self._hooks += own_way.watch(self.layers, self.counter)
+            self._hooks += own_checkpointing.count_recomputed(self.layers, self.counter)
         if not self.has_warned:
             self.has_warned = True
             warnings.warn(self._sentence(now, wrapped=wrapped), UserWarning, stacklevel=3)
@@ -113,11 +113,11 @@ class Watch:
         )
 
 
-def _look(watch: Watch, module: Module, inputs: object) -> None:
+def _compare(watch: ReplacementWatch, module: Module, inputs: object) -> None:
     if torch.compiler.is_compiling():
         watch.is_compiled = True
-    elif module.training and not own_way.in_backward():
-        watch.look()
+    elif module.training and not own_checkpointing.in_backward():
+        watch.compare()
 
 
 def _now(module: Module) -> tuple[bool, Any]:

@@ -19,7 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
 """Makes the contexts of a first run and of its recomputation: the `context_fn` of `checkpoint`."""
 
 
@@ -45,12 +45,12 @@ class Segment:
         self,
         size: int,
         *,
-        contexts: Contexts,
+        context_fn: ContextFn,
         saving: Callable[[], AbstractContextManager[Any]],
     ) -> None:
         """`saving` makes the context in which the inputs are saved."""
         self.size = size
-        self._contexts = contexts
+        self._context_fn = context_fn
         self._saving = saving
         self._calls: list[_Call] = []
         self._generator: Iterator[None] | None = None
@@ -132,17 +132,17 @@ class Segment:
                 output = call(hidden)
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
 
-        self._generator = _checkpoint_without_reentrant_generator(again, *_settings(self._contexts), hidden)
+        self._generator = _checkpoint_without_reentrant_generator(again, *_settings(self._context_fn), hidden)
         # Entered before torch's own hooks and left after them: contexts of saved tensors are a stack.
         self._open = self._saving()
         self._open.__enter__()
         next(self._generator)
 
 
-def _settings(contexts: Contexts) -> tuple[Any, ...]:
+def _settings(context_fn: ContextFn) -> tuple[Any, ...]:
     """`checkpoint`'s arguments by position: preserve_rng_state, contexts, determinism check, debug, early stop."""
     early_stop = (True,) if "early_stop" in signature(_checkpoint_without_reentrant_generator).parameters else ()
-    return (True, contexts, "default", False, *early_stop)
+    return (True, context_fn, "default", False, *early_stop)
 
 
 def _random_state(hidden: torch.Tensor) -> tuple[bytes, ...]:

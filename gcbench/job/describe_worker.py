@@ -15,7 +15,7 @@ from gcbench.models import flash_attention
 from gcbench.processes.messages import Answer, Refusal
 
 
-def describe(task: DescribeTask, tell: Callable[[object], None] = lambda event: None) -> Answer:
+def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: None) -> Answer:
     """Describe the device and the model of a run, or answer with the reason why that fails."""
     try:
         device = backends.open_device(backends.choose(task.device))

@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.core.errors import GcbenchError
 from gcbench.core.records import Phase
 from gcbench.job.describe import DescribeTask
@@ -65,7 +65,11 @@ def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
             if phase == "optimizer":
                 raise _Enough
 
-        with own_way.RecomputedGroups(fake_model.layers) as seen, fake_model.ready(own=True), suppress(_Enough):
+        with (
+            own_checkpointing.RecomputedGroups(fake_model.layers) as seen,
+            fake_model.ready(own=True),
+            suppress(_Enough),
+        ):
             batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
             TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
     except Exception:  # a model's own code

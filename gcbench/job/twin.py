@@ -9,7 +9,7 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.job.layer_order import groups_of
 from gcbench.strategies import Plan
 
@@ -28,7 +28,7 @@ def own_plan(model: Module, every: Plan) -> Plan:
 
     Raises ValueError where it recomputes nothing.
     """
-    if not isinstance(model, PreTrainedModel) or not own_way.is_all(model):
+    if not isinstance(model, PreTrainedModel) or not own_checkpointing.is_all(model):
         return every
     try:
         groups = groups_of(twin_of(model))

@@ -98,7 +98,7 @@ class PlainProgress(QuietProgress):
         self._print(f"{where} … [{self._elapsed()} elapsed]")
 
     def _say(self, text: str) -> None:
-        self._heartbeat.spoken()
+        self._heartbeat.restart()
         self._print(text)
 
     def _print(self, text: str) -> None:

@@ -34,13 +34,13 @@ class LimitExceeded(Exception):
     """The exact peak is above the memory of the emulated device."""
 
 
-def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
+def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
     """Measure one round of one cell; an exception becomes the answer's failure."""
     measurement: _Measurement | None = None
     device: Device | None = None
     try:
         device = backends.open_device(task.cell.workload.device)
-        measurement = _Measurement(task, device, tell)
+        measurement = _Measurement(task, device, send)
         return measurement.run()
     except BaseException as err:
         where = measurement.where if measurement is not None else "while the model was being built"
@@ -50,10 +50,10 @@ def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
 class _Measurement:
     """The steps of one round, in order."""
 
-    def __init__(self, task: MeasureTask, device: Device, tell: Callable[[Event], None]) -> None:
+    def __init__(self, task: MeasureTask, device: Device, send: Callable[[Event], None]) -> None:
         self.task = task
         self.device = device
-        self.tell = tell
+        self.send = send
         self.where = "while the model was being built"
         self.fingerprint: Fingerprint | None = None
         self.layers_run = checkpointing.LayersRun()
@@ -176,7 +176,7 @@ class _Measurement:
         if is_first and not self.counter.is_blind:  # other steps may drop other layers
             self.num_recomputed = len(self.counter.layers)
         self.steps_s += time.perf_counter() - start
-        self.tell(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
+        self.send(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
         return seconds
 
 

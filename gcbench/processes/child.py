@@ -36,11 +36,11 @@ def run_task(task: Task, connection: Connection) -> Answer:
     _be_killed_first()
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
 
-    def tell(event: object) -> None:
+    def send(event: object) -> None:
         with suppress(OSError):
             connection.send(event)
 
-    return handle(task, tell)
+    return handle(task, send)
 
 
 def _redirect_output(log_path: str) -> None:

@@ -13,7 +13,7 @@ from gcbench.core.gradient_fingerprint import Fingerprint
 from gcbench.core.model_changes import ChangedConfig
 from gcbench.core.records import Failure, Machine, ModelFacts, RoundResult
 
-Tell = Callable[[object], None]
+Send = Callable[[object], None]
 """Sends an event to the parent, which may have ended."""
 
 
@@ -21,13 +21,13 @@ class Task(Protocol):
     """A task for a child process: a dataclass that can be pickled and names its handler."""
 
     handler: ClassVar[str]
-    """`package.module:function`, which takes the task and a `Tell`, and returns an `Answer`; never raises."""
+    """`package.module:function`, which takes the task and a `Send`, and returns an `Answer`; never raises."""
 
 
-def handler_of(task: Task) -> Callable[[Task, Tell], Answer]:
+def handler_of(task: Task) -> Callable[[Task, Send], Answer]:
     """Import the handler of a task; raises ImportError where a library that it needs is missing."""
     module, _, name = task.handler.partition(":")
-    handle: Callable[[Task, Tell], Answer] = getattr(import_module(module), name)
+    handle: Callable[[Task, Send], Answer] = getattr(import_module(module), name)
     return handle
 
 

@@ -19,10 +19,10 @@ _PAUSE_S = 5.0
 """Least time between two plain lines, except for the first and the last."""
 
 
-class Counter:
+class QuietCounter:
     """Shows nothing. A context manager."""
 
-    def __enter__(self) -> Counter:
+    def __enter__(self) -> QuietCounter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
@@ -32,7 +32,7 @@ class Counter:
         """Show that `done` of `total` items are done, and what is being done now, if named."""
 
 
-class PlainCounter(Counter):
+class PlainCounter(QuietCounter):
     """Plain lines for logs and pipes: `predicting: 3 of 12 cells (25 %) [41.2 s elapsed]`."""
 
     def __init__(self, console: Console, *, verb: str, noun: str) -> None:
@@ -54,7 +54,7 @@ class PlainCounter(Counter):
         now = time.monotonic()
         if self._last is None or done == total or now - self._last >= _PAUSE_S:
             self._last = now
-            self._heartbeat.spoken()
+            self._heartbeat.restart()
             self._say()
 
     def _say(self) -> None:
@@ -62,7 +62,7 @@ class PlainCounter(Counter):
         self._console.print(f"{self._text} [{elapsed} elapsed]", markup=False, highlight=False, soft_wrap=True)
 
 
-class LiveCounter(Counter):
+class LiveCounter(QuietCounter):
     """One Rich display: items done, a bar, percent, elapsed time."""
 
     def __init__(self, console: Console, *, verb: str, noun: str) -> None:
@@ -97,10 +97,10 @@ def line(verb: str, noun: str, done: int, total: int, doing: str | None) -> str:
     return f"{verb}: {done} of {total} {noun} ({percent} %)" + (f", {doing}" if doing else "")
 
 
-def choose(console: Console, *, verb: str, noun: str, quiet: bool) -> Counter:
+def choose(console: Console, *, verb: str, noun: str, quiet: bool) -> QuietCounter:
     """Choose the live display for a terminal, plain lines otherwise, none where `quiet`."""
     if quiet:
-        return Counter()
+        return QuietCounter()
     kind = LiveCounter if console.is_terminal else PlainCounter
     return kind(console, verb=verb, noun=noun)
 
@@ -115,26 +115,26 @@ class Heartbeat:
     def __init__(self, say: Callable[[], None], *, silences_s: tuple[float, ...] = _SILENCES_S) -> None:
         self._say = say
         self._silences_s = silences_s
-        self._spoken, self._ended = threading.Event(), threading.Event()
+        self._restarted, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
-    def spoken(self) -> None:
+    def restart(self) -> None:
         """Restart the silence, as something else was printed."""
-        self._spoken.set()
+        self._restarted.set()
 
     def stop(self) -> None:
         self._ended.set()
-        self._spoken.set()
+        self._restarted.set()
         self._thread.join()
 
     def _watch(self) -> None:
         turn = 0
         while not self._ended.is_set():
-            if self._spoken.wait(self._silences_s[min(turn, len(self._silences_s) - 1)]):
-                self._spoken.clear()
+            if self._restarted.wait(self._silences_s[min(turn, len(self._silences_s) - 1)]):
+                self._restarted.clear()
                 turn = 0
                 continue
             turn += 1

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.simulate import costs
 from gcbench.simulate.compose import layer_pieces
 from gcbench.simulate.compose import whole_step as assembly
@@ -169,7 +169,7 @@ class Predictor:
     def _composed(self, plan: Plan, batch_size: int, seq_len: int) -> Step:
         if not self._layers:
             raise NotComposable("there are no layers to tell apart")
-        if plan.own and own_way.is_all(self.fake_model.model):
+        if plan.own and own_checkpointing.is_all(self.fake_model.model):
             raise NotComposable("its own code checkpoints them")
         treatments = _treatments(plan)
         for _ in range(2):

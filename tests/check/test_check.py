@@ -13,7 +13,7 @@ import torch
 from gcbench.check import cases as checks
 from gcbench.check import view
 from gcbench.check import worker as checker
-from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, CheckSetting, Combination
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core import json_codec
@@ -43,7 +43,7 @@ def results(asked):
     return {asked.combinations[r.number][1]: r for r in found}
 
 
-PLAIN = Setting()
+PLAIN = CheckSetting()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2", "bloom"])
@@ -61,7 +61,12 @@ def test_every_strategy_has_the_gradients_of_off(model, family):
 
 def test_sharing_a_process_changes_no_answer(model):
     """Each combination alone, all together and all in reverse have the same results, whatever failed before them."""
-    settings = [PLAIN, Setting(tuned=checks.LORA), Setting(precision="bf16-mixed"), Setting(tuned=checks.FROZEN_BASE)]
+    settings = [
+        PLAIN,
+        CheckSetting(tuned=checks.LORA),
+        CheckSetting(precision="bf16-mixed"),
+        CheckSetting(tuned=checks.FROZEN_BASE),
+    ]
     asked = [Combination(setting=s, strategy=name) for name in ("reentrant", "segment:2", "every:2") for s in settings]
     folder = model("gpt2")
 
@@ -107,7 +112,7 @@ def test_a_layer_that_is_not_recomputed_is_called_wrong(model, monkeypatch):
 
 def test_parameters_that_lost_their_gradient_are_named(model):
     """Reentrant below a frozen embedding: no error, no gradient. Known, so its remedy is shown."""
-    asked = Combination(setting=Setting(tuned=checks.FROZEN_BASE), strategy="reentrant")
+    asked = Combination(setting=CheckSetting(tuned=checks.FROZEN_BASE), strategy="reentrant")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == WRONG
     assert all(name.startswith(("model.layers.2", "model.layers.3")) for name in result.params_without_grad)
@@ -132,7 +137,7 @@ def test_an_impossible_strategy_is_unsupported(model, family, strategy, said):
 
 def test_a_setting_that_fails_without_checkpointing_is_unsupported(model):
     """gemma2 refuses sdpa: the reference fails, so there is nothing to compare a strategy with."""
-    asked = Combination(setting=Setting(attn_implementation="flash_attention_2"), strategy="per-layer")
+    asked = Combination(setting=CheckSetting(attn_implementation="flash_attention_2"), strategy="per-layer")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == UNSUPPORTED
     assert "does not run without checkpointing either" in result.message

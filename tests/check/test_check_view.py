@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from gcbench.check import view
-from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, CheckResult, Combination, Setting
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, CheckResult, CheckSetting, Combination
 
-SETTINGS = [Setting(), Setting(tuned="lora"), Setting(precision="bf16-mixed", tuned="lora")]
+SETTINGS = [CheckSetting(), CheckSetting(tuned="lora"), CheckSetting(precision="bf16-mixed", tuned="lora")]
 
 
 def check_of(**results):

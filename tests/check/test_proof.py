@@ -16,7 +16,7 @@ from fixtures_report import outcome, peaks, report, steady
 
 from gcbench.check import cases as checks
 from gcbench.check import view
-from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, CheckResult, Combination, Setting
+from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, CheckResult, CheckSetting, Combination
 from gcbench.models.scaledown import scaled_down
 from gcbench.report import report_file as reports
 from gcbench.report import rows as tables
@@ -267,8 +267,8 @@ def test_lora_is_tried_where_peft_has_no_choice_of_its_own(cli, model):
 
 def test_an_off_that_does_not_repeat_itself_is_one_problem():
     """One paragraph for all strategies, not one for each."""
-    settings = [Setting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
-    settings += [Setting(optim=name) for name in ("sgd", "adafactor")]
+    settings = [CheckSetting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
+    settings += [CheckSetting(optim=name) for name in ("sgd", "adafactor")]
     asked = tuple(Combination(setting=s, strategy=name) for name in ("per-layer", "every:2") for s in settings)
     check = checks.Check(
         model="m",
@@ -283,6 +283,6 @@ def test_an_off_that_does_not_repeat_itself_is_one_problem():
     )
     (problem,) = view.problems(check)
     assert view.where(problem, check) == "all combinations"
-    good = Combination(setting=Setting(tuned="lora"), strategy="per-layer")
+    good = Combination(setting=CheckSetting(tuned="lora"), strategy="per-layer")
     more = replace(check, combinations=(*asked, good, replace(good, strategy="every:2")))
     assert view.where(problem, more) == "all strategies with plain and 5 others"

@@ -8,7 +8,7 @@ import drawing
 import pytest
 
 from gcbench.check import worker as checker
-from gcbench.check.cases import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.cases import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, CheckSetting, Combination
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.models import sources
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def results(folder, *strategies, precision="fp32"):
     """Strategy -> its result, in this process."""
-    asked = [Combination(setting=Setting(precision=precision), strategy=strategy) for strategy in strategies]
+    asked = [Combination(setting=CheckSetting(precision=precision), strategy=strategy) for strategy in strategies]
     told = []
     task = CheckTask(
         source=sources.resolve(str(folder), pretrained=False, trust_remote_code=True),

@@ -168,7 +168,7 @@ def test_a_saved_product_that_is_changed_in_place_is_refused():
     """torch misses it: what `matmul` returns has another version counter than the product, and gradients are wrong."""
     layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
     for keep in (("bmm",), ("bmm#0",)):
-        contexts = checkpointing._contexts(Policy(keep=keep))
+        contexts = checkpointing._context_fn(Policy(keep=keep))
         output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
         with pytest.raises(checkpointing.SavedOutputMutated, match=r"changed in place \(add_\)"):
             output.backward()
@@ -179,7 +179,7 @@ def test_a_change_that_no_recomputation_sees_is_allowed(last, keep):
     """The trap: Falcon adds to the last product of a layer in place; it is saved, and never read."""
     layer, x = ChangesAProduct(last=last), torch.ones(2, 3, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).sum(), x)
-    contexts = checkpointing._contexts(Policy(keep=keep))
+    contexts = checkpointing._context_fn(Policy(keep=keep))
     output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
 
@@ -227,7 +227,7 @@ def test_a_saved_draw_leaves_the_draws_after_it_unchanged(policy):
     expected, behind = gradient(lambda: layer(x))
 
     def recomputed(is_random):
-        contexts = checkpointing._contexts(policy, is_random=is_random)
+        contexts = checkpointing._context_fn(policy, is_random=is_random)
         return gradient(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts))
 
     found, after = recomputed(is_random=True)

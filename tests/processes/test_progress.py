@@ -17,15 +17,15 @@ from gcbench.processes.progress import Heartbeat
 
 
 @pytest.fixture
-def said():
+def printed():
     """A console and the lines that were printed on it."""
     text = io.StringIO()
     return Console(file=text, width=40), lambda: text.getvalue().splitlines()
 
 
-def test_cells_are_counted_in_plain_lines(said, monkeypatch):
+def test_cells_are_counted_in_plain_lines(printed, monkeypatch):
     """The first and the last always, those between now and then, and none of them broken at 40 characters."""
-    console, lines = said
+    console, lines = printed
     now = iter(range(0, 1000, 2))
     monkeypatch.setattr(counting.time, "monotonic", lambda: float(next(now)))
     with counting.PlainCounter(console, verb="predicting", noun="cells") as counter:
@@ -44,18 +44,18 @@ def test_the_current_item_is_shown_where_it_is_known():
     )
 
 
-def test_a_long_silence_is_broken_and_a_word_begins_it_anew():
+def test_a_line_is_repeated_in_a_long_wait_and_other_output_restarts_the_wait():
     beats = threading.Semaphore(0)
     heart = Heartbeat(beats.release, silences_s=(0.005, 0.01))
     heart.start()
     assert all(beats.acquire(timeout=30) for _ in range(3))
-    heart.spoken()
+    heart.restart()
     assert beats.acquire(timeout=30)
     heart.stop()
     assert not heart._thread.is_alive()
 
 
-def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
+def test_a_heartbeat_that_cannot_print_shows_no_traceback(capfd):
     """The trap: the display's thread printed a traceback of forty lines for what the main thread reports in one."""
     tried = threading.Semaphore(0)
 
@@ -70,8 +70,8 @@ def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_shows_the_share_that_is_done_and_the_current_step(said):
-    console, lines = said
+def test_a_run_shows_the_share_that_is_done_and_the_current_step(printed):
+    console, lines = printed
     cell = outcome("per-layer", peaks(1, 2, 3), [[0.5]])
     display = progress.PlainProgress(console)
     with display:
@@ -82,8 +82,8 @@ def test_a_run_shows_the_share_that_is_done_and_the_current_step(said):
         display.step(Event(kind="timed", step=2, seconds=0.5))
         display._print_last_step()
         display.leave(cell)
-    said_lines = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
-    assert said_lines == [
+    shown = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
+    assert shown == [
         "importing torch, reading the model … [now]",
         "measuring: 8 training steps or more, in 2 rounds",
         "round 1/2 per-layer, batch 16 × 64: building the model … [now]",
@@ -92,8 +92,8 @@ def test_a_run_shows_the_share_that_is_done_and_the_current_step(said):
     ]
 
 
-def test_quiet_says_nothing(said):
-    console, lines = said
+def test_quiet_shows_nothing(printed):
+    console, lines = printed
     with counting.choose(console, verb="checking", noun="combinations", quiet=True) as counter:
         counter.count(1, 2)
     assert lines() == []

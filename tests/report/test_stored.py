@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench.check.cases import Check, CheckResult, Combination, Setting
+from gcbench.check.cases import Check, CheckResult, CheckSetting, Combination
 from gcbench.check.stored import load_check
 from gcbench.core.errors import ResultsError, UsageError
 from gcbench.core.json_codec import encode
@@ -150,7 +150,7 @@ def test_what_a_stored_plan_cannot_be_asked(cli, folder, flags, said):
 def check_of(verdict="identical"):
     return Check(
         model="gpt2", command="gcbench check", device="cpu", versions={"torch": "2"}, scaled=None, num_params=3,
-        num_layers=2, combinations=(Combination(setting=Setting(), strategy="per-layer"),),
+        num_layers=2, combinations=(Combination(setting=CheckSetting(), strategy="per-layer"),),
         results=(CheckResult(number=0, verdict=verdict, grad_rel_diff=0.0),),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import gcbench
 from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.strategies import Plan
 from gcbench.training import step as training
 
@@ -140,15 +140,19 @@ def test_a_copy_and_a_pickled_model_count_for_themselves(inputs):
 
 
 def test_layers_are_those_of_the_lists_in_the_module_with_the_flag():
-    assert list(own_way.listed_layers(build())) == [f"text.blocks.{number}" for number in range(4)]
-    assert list(own_way.listed_layers(build(num_hidden_layers=1))) == ["text.blocks.0"]
+    assert list(own_checkpointing.listed_layers(build())) == [f"text.blocks.{number}" for number in range(4)]
+    assert list(own_checkpointing.listed_layers(build(num_hidden_layers=1))) == ["text.blocks.0"]
     model = build()
     model.towers = torch.nn.ModuleList(own_ways.Block("none") for _ in range(3))  # without a flag in it
     model.text.heads = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))  # no layers
-    assert list(own_way.listed_layers(model)) == [f"text.blocks.{number}" for number in range(4)]
+    assert list(own_checkpointing.listed_layers(model)) == [f"text.blocks.{number}" for number in range(4)]
     assert len(checkpointing.layers_of(model)) == 4
     assert checkpointing.layers_of(ordinary("ctrl")) == []
-    assert not own_way.exists(ordinary("ctrl")) and own_way.exists(ordinary()) and not own_way.is_all(ordinary())
+    assert (
+        not own_checkpointing.exists(ordinary("ctrl"))
+        and own_checkpointing.exists(ordinary())
+        and not own_checkpointing.is_all(ordinary())
+    )
 
 
 def test_the_batch_needs_no_get_input_embeddings():
@@ -175,7 +179,7 @@ def test_a_tower_of_transformers_beside_it_changes_nothing(inputs):
     """The trap: its layers can be checkpointed by themselves, and training on text never runs them."""
     model = build("new-setter")
     model.vision = ordinary("llama", num_hidden_layers=1, hidden_size=8, intermediate_size=8).model
-    assert own_way.is_all(model) and len(checkpointing.layers_of(model)) == 4
+    assert own_checkpointing.is_all(model) and len(checkpointing.layers_of(model)) == 4
     applied = gcbench.apply(model, gcbench.Plan(num_layers=4, groups=((0,), (1,), (2,), (3,)), own=True))
     step(model, inputs)
     assert applied.recomputed == ALL

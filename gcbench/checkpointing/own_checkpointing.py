@@ -178,7 +178,7 @@ def _quietly() -> Iterator[None]:
 # What it recomputes
 
 
-def watch(layers: Sequence[Module], counter: Recomputed) -> tuple[Any, ...]:
+def count_recomputed(layers: Sequence[Module], counter: Recomputed) -> tuple[Any, ...]:
     """Count the layers that backward passes recompute, whatever code recomputes them; returns the hooks."""
     return tuple(
         module.register_forward_pre_hook(partial(_note, counter, number))
