@@ -1,4 +1,4 @@
-"""`gcbench.apply` and `gcbench.remove`: a strategy on a model of the user's own, for the user's own training loop."""
+"""`gcbench.apply` and `gcbench.remove`: checkpoint a model by a strategy, in the user's own training loop."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from transformers import PreTrainedModel
 
 from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.checkpointing.apply import RecomputeCounter
 from gcbench.checkpointing.fsdp_groups import check_gathering
-from gcbench.checkpointing.replaced import Watch
+from gcbench.checkpointing.replaced import ReplacementWatch
 from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
@@ -31,53 +31,54 @@ from gcbench.strategies._for_model import unsupported
 from gcbench.training import step as training
 
 _BEFORE = "_gcbench_before"
-"""The attribute of a model that holds what `remove` puts back."""
+"""The attribute of a model that stores what `remove` restores."""
 
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl")
-"""What a strategy sets on modules."""
+"""The attributes that a strategy sets on modules."""
 
 _TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Applied:
-    """What `apply` has done to a model.
+    """A model's plan, and the layers that its training really recomputes.
 
     Attributes:
-        plan: which layers are recomputed, which of them together, and how; numbers are in `modules()` order.
+        plan: which layers are recomputed, which of them as one group, and by which policy; layers are numbered from 0
+            in `modules()` order.
     """
 
     plan: Plan
     _counter: RecomputeCounter = field(repr=False)
-    _watch: ref[Watch] = field(repr=False)
+    _watch: ref[ReplacementWatch] = field(repr=False)
 
     @property
     def recomputed(self) -> frozenset[int] | None:
-        """The layers that backward passes have really run a second time since `apply` or `reset`.
+        """The numbers of the layers that backward passes have really recomputed since `apply` or `reset`.
 
-        Also where other checkpointing has taken the plan's place, from the first training step on that shows it. None
-        where layers are compiled, so that what they run again cannot be seen.
+        Where other checkpointing has replaced the plan's, its layers count from the first training step that shows it.
+        None where layers are compiled, so that what they recompute cannot be seen.
         """
         watch = self._watch()
         is_blind = self._counter.is_blind or (watch is not None and watch.is_unseen)
         return None if is_blind else frozenset(self._counter.layers)
 
     def reset(self) -> None:
-        """Begin to count anew."""
+        """Empty `recomputed`, to count from the next backward pass on."""
         self._counter.reset()
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Before:
-    """How a model was before `apply`.
+    """How a model was before `apply`, and what `apply` added to it.
 
     Attributes:
-        attributes: each module that can checkpoint, with those of `_ATTRIBUTES` that were its own.
-        configs: those that asked for a cache.
-        memory_budget: torch's, where the plan changes it.
-        watched: the module through which segments are watched.
-        own: the model's own checkpointing has been switched on.
-        hooks: those that `apply` has added.
+        attributes: each module that can checkpoint, with those of `_ATTRIBUTES` that were set on it.
+        configs: configs whose `use_cache` was on.
+        memory_budget: torch's activation memory budget, where the plan changes it.
+        watched: the module whose hook ends open segments.
+        own: `apply` has switched the model's own checkpointing on.
+        hooks: handles of the hooks that `apply` has added.
     """
 
     attributes: tuple[tuple[Module, dict[str, Any]], ...]
@@ -91,32 +92,35 @@ class _Before:
 def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
     """Checkpoint a model's layers from now on, as `gcbench run` measures it.
 
-    The model is a Hugging Face model or whatever holds one: a `PeftModel`, `DistributedDataParallel`, FSDP, what
+    The model is a Hugging Face model or a wrapper of one: a `PeftModel`, `DistributedDataParallel`, FSDP, what
     `Accelerator.prepare` or `torch.compile` returned. It may be wrapped, sharded or compiled before or after the call
-    (call `get_peft_model` before: it changes models that already checkpoint). A second `apply` takes the place of the
-    first, and one that raises changes nothing.
+    (call `get_peft_model` before: it changes models that already checkpoint). A second `apply` replaces the first, and
+    a call that raises changes nothing.
 
-    The strategy alone decides: layers that it leaves alone keep everything, also where transformers' own
-    `activation_checkpointing_enable` was called before. Called later, as the Trainer does with
-    `activation_checkpointing=True` and trl's SFTTrainer unless told otherwise, that takes the strategy's place, and the
-    first training step after it warns; leave it out. `config.use_cache` becomes False, as a cache is of no use in
-    training. In `eval()` nothing is recomputed. `compile:BUDGET` sets torch's budget for the
-    whole process. In a compiled model, layers in groups of several, offloaded or reentrant ones are run uncompiled.
+    The strategy alone decides which layers are checkpointed: the others save all their activations, even where
+    transformers' `activation_checkpointing_enable` was called before. A later call of it, which the Trainer makes with
+    `activation_checkpointing=True` and trl's SFTTrainer by default, replaces the strategy, and the next training step
+    warns; leave that setting out. `config.use_cache` becomes False, as training does not use the cache. In `eval()`
+    nothing is recomputed. `compile:BUDGET` sets torch's activation memory budget (a fraction, 0 to 1) for the whole
+    process. In a compiled model, layers run uncompiled where they are offloaded, reentrant or in groups of several.
+
+    Methods: recomputation is that of Chen et al., Training Deep Nets with Sublinear Memory Cost (arXiv:1604.06174), by
+    `torch.utils.checkpoint`; saved outputs are those of its selective checkpointing.
 
     Args:
-        model: to be trained; it stays where it is and computes nothing here.
+        model: the model to train; it stays on its device and in its dtype, and nothing is computed.
         strategy_or_plan: `"per-layer"`, `"every:2+selective:matmul"`, `"plan:FILE.json"` or any other strategy that
-            `gcbench strategies` lists, or a `Plan`, whose layers are numbered in `modules()` order.
+            `gcbench strategies` lists, or a `Plan`, whose layers are numbered from 0 in `modules()` order.
 
     Returns:
-        The plan that the strategy became, with a count of the layers that are really recomputed. It need not be kept.
+        The plan that the strategy resolved to, and the layers that are really recomputed. It need not be stored.
 
     Raises:
         TypeError: for a model or strategy of another type.
         ValueError: for a strategy that does not exist, for a model that cannot checkpoint or is wrapped in other
-            checkpointing, and for a plan that this model, its sharding, this torch or this machine cannot have.
-        gcbench.LayersNotSequential: later, in a forward pass, where a model does not simply run the layers of one group
-            one after the other.
+            checkpointing, and for a plan that this model, its sharding, this torch or this machine does not support.
+        gcbench.LayersNotSequential: later, in a forward pass, where the model does something else between two layers
+            of a group than to pass the output of one to the next.
     """
     trained = _trained(model)
     layers = checkpointing.layers_of(trained)
@@ -135,24 +139,28 @@ def apply(model: Module, strategy_or_plan: str | Plan) -> Applied:
         hooks=list(_hooks(trained, watched, layers, plan, groups)),
     )
     setattr(trained, _BEFORE, before)
-    own_way.switch_off(trained)
+    own_checkpointing.switch_off(trained)
     for config in before.configs:
         config.use_cache = False
     counter = _switch_own_on(trained, layers, before) if plan.own else _switch_on(trained, watched, layers, plan)
     name = repr(strategy_or_plan) if isinstance(strategy_or_plan, str) else "plan"
-    watch = Watch(trained, layers, plan, name, counter)
-    watch.begin(_places_to_look(trained, layers))
+    watch = ReplacementWatch(trained, layers, plan, name, counter)
+    watch.begin(_modules_to_compare_at(trained, layers))
     before.hooks.append(watch)
     return Applied(plan=plan, _counter=counter, _watch=ref(watch))
 
 
 def remove(model: Module) -> None:
-    """Put a model back to how it was before `apply`: its flags and functions, its cache, its hooks, torch's budget.
+    """Restore a model to how it was before `apply`: flags, functions, `use_cache`, hooks, torch's memory budget.
 
-    What transformers' own checkpointing was before `apply`, on or off, it is again. A model that `apply` never saw is
-    left alone. It may be given with other wrappers around it than `apply` got it with.
+    transformers' own checkpointing is on or off again as it was before. A model without `apply` is left unchanged.
 
-    Raises TypeError for what is no model, ValueError for a module that holds several of them.
+    Args:
+        model: the model that was passed to `apply`, in the same wrappers or in others.
+
+    Raises:
+        TypeError: for what is not a `torch.nn.Module`.
+        ValueError: for a module that contains several Hugging Face models.
     """
     trained = _trained(model)
     before: _Before | None = vars(trained).pop(_BEFORE, None)
@@ -162,7 +170,7 @@ def remove(model: Module) -> None:
     for hook in before.hooks:
         hook.remove()
     if before.own:
-        own_way.switch_off(trained)
+        own_checkpointing.switch_off(trained)
     for module, attributes in before.attributes:
         for name in _ATTRIBUTES:
             vars(module).pop(name, None)
@@ -176,11 +184,11 @@ def remove(model: Module) -> None:
 def _trained(model: Module) -> Module:
     """The Hugging Face model inside of its wrappers; the model itself where there is none."""
     if not isinstance(model, Module):
-        raise TypeError(f"{model!r} is no model; give the torch.nn.Module that is trained")
+        raise TypeError(f"{model!r} is not a model; pass the torch.nn.Module that is trained")
     found = {id(one): one for one in _outermost(model)}
     if len(found) > 1:
         names = " and ".join(type(one).__name__ for one in found.values())
-        raise ValueError(f"{type(model).__name__} holds several models ({names}); give the one that is trained")
+        raise ValueError(f"{type(model).__name__} contains several models ({names}); pass the one that is trained")
     return next(iter(found.values()), model)
 
 
@@ -192,26 +200,29 @@ def _outermost(module: Module) -> Iterator[PreTrainedModel]:
             yield from _outermost(child)
 
 
-# The plan, and whether it can be had
+# The plan, and whether the model supports it
 
 
-def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
-    if not isinstance(wanted, str | Plan):
-        raise TypeError(f"{wanted!r} is no strategy; give one by name, like 'per-layer', or a gcbench.Plan")
-    strategy = strategies.parse(wanted) if isinstance(wanted, str) else None
+def _plan(model: Module, layers: Sequence[Module], strategy_or_plan: str | Plan) -> Plan:
+    if not isinstance(strategy_or_plan, str | Plan):
+        raise TypeError(
+            f"{strategy_or_plan!r} is not a strategy; pass one by name, like 'per-layer', or a gcbench.Plan"
+        )
+    strategy = strategies.parse(strategy_or_plan) if isinstance(strategy_or_plan, str) else None
     refusal = checkpointing.refusal(model)
     if refusal is not None:
-        raise ValueError(f"{refusal}; train it without")
-    if isinstance(wanted, Plan):
-        if wanted.num_layers != len(layers):
+        raise ValueError(f"{refusal}; train it without checkpointing")
+    if isinstance(strategy_or_plan, Plan):
+        plan = strategy_or_plan
+        if plan.num_layers != len(layers):
             raise ValueError(
-                f"the plan is for {counted(wanted.num_layers, 'layer')} and {type(model).__name__} has {len(layers)}; "
+                f"the plan is for {counted(plan.num_layers, 'layer')} and {type(model).__name__} has {len(layers)}; "
                 f"make one with num_layers={len(layers)}"
             )
-        why = checkpointing.refusal_of(model, wanted)
+        why = checkpointing.refusal_of(model, plan)
         if why is not None:
             raise ValueError(why)
-        return wanted
+        return plan
     assert strategy is not None
     if strategy.is_own:
         return own_plan(model, strategy.plan_for(len(layers)))
@@ -225,7 +236,7 @@ def _plan(model: Module, layers: Sequence[Module], wanted: str | Plan) -> Plan:
 
 
 def _check(model: Module, layers: Sequence[Module], plan: Plan, groups: Sequence[Sequence[int]]) -> None:
-    """Raise ValueError for what this model, torch or machine cannot do."""
+    """Raise ValueError for a plan that this model, torch or machine does not support."""
     operators = [name for _, policy in plan.treated() for name in (*policy.keep, *policy.skip)]
     try:
         checkpointing.check_operators(tuple(dict.fromkeys(operators)))
@@ -247,13 +258,13 @@ def _check(model: Module, layers: Sequence[Module], plan: Plan, groups: Sequence
 
 
 def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | None:
-    """The numbers of the layers that training on text runs, in the order in which it does.
+    """Find the numbers of the layers that training on text runs, in the order in which they run.
 
-    Found on a twin of the model without weights, so that nothing is asked of the model itself, which may be sharded.
-    None stands for all of them in `modules()` order: where they are of one class and lie in one list, without a look,
-    and where no look is possible, because the twin's code asks for values or for other inputs than text.
+    Runs a twin of the model on fake tensors (shapes and dtypes, no data), as the model itself may be sharded. None
+    means all layers in `modules()` order: for layers of one class in one list, whose order is known without a run, and
+    for models whose code fails in such a run, because it reads values or needs other inputs than text.
     """
-    if not isinstance(model, PreTrainedModel) or _are_alike_in_one_list(model, layers):
+    if not isinstance(model, PreTrainedModel) or _in_one_list(model, layers):
         return None
     try:
         with torch.device("cpu"):
@@ -272,8 +283,8 @@ def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] |
     return tuple(ran.order)
 
 
-def _are_alike_in_one_list(model: Module, layers: Sequence[Module]) -> bool:
-    """Layers of another class may be for images, and passed over in text."""
+def _in_one_list(model: Module, layers: Sequence[Module]) -> bool:
+    """Whether the layers are one list and of one class: those of another may be for images, and not run on text."""
     if len({type(layer) for layer in layers}) > 1:
         return False
     ids = {id(layer) for layer in layers}
@@ -308,21 +319,21 @@ def _switch_on(trained: Module, watched: Module, layers: Sequence[Module], plan:
 
 
 def _switch_own_on(trained: Module, layers: Sequence[Module], before: _Before) -> RecomputeCounter:
-    """Switch the model's own checkpointing on, and count what it has run again; leaves nothing where that fails."""
+    """Switch the model's own checkpointing on, and count what it recomputes; removes everything where that fails."""
     counter = RecomputeCounter()
     try:
-        before.hooks.extend(own_way.switch_on(trained))
-        before.hooks.extend(own_way.watch(layers, counter))
+        before.hooks.extend(own_checkpointing.switch_on(trained))
+        before.hooks.extend(own_checkpointing.count_recomputed(layers, counter))
     except Exception:  # a model's own code
         remove(trained)
         raise
     return counter
 
 
-def _places_to_look(trained: Module, layers: Sequence[Module]) -> list[Module]:
-    """The modules at whose call the layers are looked at: what encloses all of them.
+def _modules_to_compare_at(trained: Module, layers: Sequence[Module]) -> list[Module]:
+    """The modules at whose calls `ReplacementWatch` compares: the innermost that contains all layers.
 
-    Where that is the model itself the first layer too, since a wrapper may call the model's `forward` alone.
+    Where that is the model itself also the first layer, since a wrapper may call the model's `forward`, not its hooks.
     """
     stack = _enclosing(trained, layers)
     return [stack] if stack is not trained else [trained, *layers[:1]]
@@ -331,7 +342,7 @@ def _places_to_look(trained: Module, layers: Sequence[Module]) -> list[Module]:
 def _traced_or_counted(
     counter: RecomputeCounter, traced: Callable[..., Any], counted: Callable[..., Any], *call: Any
 ) -> Any:
-    """The compiler sees through torch's own function alone, and its layers cannot be counted."""
+    """Run `traced` while compiling: only torch's own function can be traced, and its recomputation is not counted."""
     if torch.compiler.is_compiling():
         counter.is_blind = True
         return traced(*call)
@@ -340,7 +351,7 @@ def _traced_or_counted(
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def _uncompiled(function: Callable[..., Any], *call: Any) -> Any:
-    """Of the other ways to recompute the compiler makes layers that do not agree with their first run."""
+    """Run a layer uncompiled: compiled, its recomputation would not agree with its first run."""
     try:
         return function(*call)
     except LayersNotSequential as err:
@@ -348,18 +359,18 @@ def _uncompiled(function: Callable[..., Any], *call: Any) -> Any:
 
 
 def _watched(model: Module, trained: Module, layers: Sequence[Module], groups: Sequence[Sequence[int]]) -> Module:
-    """The module whose calls enclose those of all groups of several layers, and which no wrapper goes around.
+    """The module whose calls contain those of all groups of several layers, and whose hooks run in every wrapper.
 
-    peft 0.18 calls the `forward` of the Hugging Face model, which fires none of its hooks.
+    peft 0.18 calls the `forward` of the Hugging Face model, which runs none of its hooks.
     """
     stack = _enclosing(trained, [layers[number] for group in groups for number in group])
     return model if stack is trained else stack
 
 
 def _enclosing(trained: Module, modules: Sequence[Module]) -> Module:
-    """The innermost module that holds all of these, and is called itself."""
-    wanted = {id(module) for module in modules}
-    paths = [name.split(".")[:-1] for name, module in trained.named_modules() if id(module) in wanted]
+    """The innermost module that contains all of these, and is called itself."""
+    ids = {id(module) for module in modules}
+    paths = [name.split(".")[:-1] for name, module in trained.named_modules() if id(module) in ids]
     common = [names[0] for names in takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))]
     stack = trained.get_submodule(".".join(common))
     while isinstance(stack, torch.nn.ModuleList | torch.nn.ModuleDict):
@@ -374,11 +385,11 @@ def _hooks(
     if groups:  # the model may be sharded only after this
         yield watched.register_forward_pre_hook(partial(check_gathering, layers, groups))
     if plan.any_policy("reentrant") and (embeddings := training.input_embeddings(trained)) is not None:
-        yield embeddings.register_forward_hook(_ask_for_gradients)
+        yield embeddings.register_forward_hook(_require_gradients)
 
 
-def _ask_for_gradients(module: Module, inputs: object, output: torch.Tensor) -> None:
-    """As transformers does for the reentrant variant, in which layers get no gradients where no input asks for them."""
+def _require_gradients(module: Module, inputs: object, output: torch.Tensor) -> None:
+    """Make embeddings require gradients, as transformers does: reentrant layers get none where no input does."""
     output.requires_grad_(True)
 
 

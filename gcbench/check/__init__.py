@@ -1,1 +1,1 @@
-"""`gcbench check`: whether checkpointing leaves the gradients of a model as they are."""
+"""`gcbench check`: tests whether checkpointing leaves the gradients of a model unchanged."""

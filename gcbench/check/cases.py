@@ -1,4 +1,4 @@
-"""What `check` tries and what it found: combinations of settings, results and verdicts. No torch."""
+"""The combinations that `gcbench check` tests, their results and verdicts. No torch."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Verdict = Literal["identical", "within noise", "WRONG", "failed", "not repeatabl
 
 FULL, LORA, FROZEN_BASE = "full", "lora", "frozen-base"
 TUNED = (FULL, LORA, FROZEN_BASE)
-"""What is trained: all parameters, LoRA adapters, or the second half of the layers and what comes after."""
-OWN = "default"
-"""The attention kernel that the model chooses."""
+"""What is trained: all parameters, LoRA adapters, or the second half of the layers and what follows them."""
+MODEL_DEFAULT = "default"
+"""The attention implementation that the model chooses."""
 
 DEFAULT_STRATEGIES = (
     "per-layer",
@@ -34,24 +34,24 @@ DEFAULT_STRATEGIES = (
     "reentrant",
 )
 COMPILED = ("compile", "per-layer+compile", "selective:matmul+compile")
-"""What the plain workload is tried with as well; each takes a compiler some ten seconds."""
+"""Strategies that only the plain setting is tested with; each compiles for some ten seconds."""
 SHOWN_ONLY = "reentrant"
-"""There to show what it does: that it fails is known and no reason to fail a check."""
+"""Tested for comparison: its failures are known, and do not fail a check."""
 _CUDA_STRATEGIES = ("offload",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
-    """All of a combination but the strategy: what has one reference, `off`."""
+class CheckSetting:
+    """What is trained, and how: all combinations of one setting are compared with one reference run of `off`."""
 
     precision: str = "fp32"
     optim: str = "adamw_torch"
-    attn_implementation: str = OWN
+    attn_implementation: str = MODEL_DEFAULT
     tuned: str = FULL
 
     @property
     def label(self) -> str:
-        """What differs from the plain one: `bf16, lora`."""
+        """What differs from the plain setting: `bf16, lora`."""
         different = [getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default]
         return ", ".join(different) or "plain"
 
@@ -60,7 +60,7 @@ class Setting:
 class Combination:
     """One strategy in one setting."""
 
-    setting: Setting
+    setting: CheckSetting
     strategy: str
 
     @property
@@ -70,20 +70,20 @@ class Combination:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checked:
-    """What became of one combination.
+class CheckResult:
+    """The result of one combination.
 
     Attributes:
-        number: its place among those that were asked for.
-        grad_rel_diff: L2 norm of the first step's gradients less those of `off`, relative to the norm of those.
-        worst_param: the parameter with the largest part in it.
-        noise: the same difference between two runs of `off`, the largest of those that were made.
-        layers_expected, layers_recomputed: layers planned that a gradient passes back through, and those that really
-            ran again in one step; None where they are compiled, and without a step.
+        number: its index in `Check.combinations`.
+        grad_rel_diff: L2 norm of (the first step's gradients minus those of `off`), relative to the norm of the latter.
+        worst_param: the parameter that contributes most to it.
+        noise: the same difference between two runs of `off`; the largest over all runs.
+        layers_expected, layers_recomputed: planned layers that a gradient passes back through, and layers that were
+            really recomputed in one step; None where layers are compiled, or no step ran.
         params_without_grad: trained parameters without a gradient that have one in `off`.
         message: what is wrong, or why there is no verdict, in a sentence.
-        cause, remedy, link: of the known cause; None where nothing is wrong or nothing is known.
-        steps_s: seconds spent in its training steps, those of its reference not included.
+        cause, remedy, link: those of the known cause; None where nothing is wrong or no cause is known.
+        steps_s: seconds in training steps, without those of the reference.
     """
 
     number: int
@@ -106,7 +106,7 @@ class Checked:
 
     @property
     def is_shown(self) -> bool:
-        """Whether the gradients are shown to be those of `off`."""
+        """Whether the gradients are shown to equal those of `off`."""
         return self.verdict in (IDENTICAL, WITHIN_NOISE)
 
 
@@ -137,14 +137,14 @@ class CheckRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """A check: what was tried on which model, and what was found.
+    """A check: which combinations were tested on which model, and their results.
 
     Attributes:
-        scaled: what became smaller for it, in a sentence; None at full size.
-        num_params, num_layers: of the model that was trained; None where the check ended before it was known.
-        steps_s: seconds spent in training steps, those of references included.
-        wall_s: seconds from the first of them to the end.
-        notices: in what the model differs from what its config says, and what was decided for the user, in sentences.
+        scaled: how the model was made smaller, in words; None at full size.
+        num_params, num_layers: sizes of the model that was trained; None where the check ended before they were known.
+        steps_s: seconds in training steps, including those of references.
+        wall_s: seconds from the first test to the end.
+        notices: how the model differs from what its config says, and what was decided for the user, in sentences.
     """
 
     model: str
@@ -155,7 +155,7 @@ class Check:
     num_params: int | None
     num_layers: int | None
     combinations: tuple[Combination, ...]
-    results: tuple[Checked, ...] = ()
+    results: tuple[CheckResult, ...] = ()
     steps_s: float = 0.0
     wall_s: float = 0.0
     notices: tuple[str, ...] = ()
@@ -164,35 +164,35 @@ class Check:
 
     @property
     def failures(self) -> tuple[Combination, ...]:
-        """The combinations for which the check fails."""
+        """The combinations that make the check fail."""
         return tuple(
             self.combinations[r.number] for r in self.results if r.is_bad and self.combinations[r.number].counts
         )
 
     @property
     def open_questions(self) -> tuple[Combination, ...]:
-        """The combinations of which nothing can be shown, because `off` does not repeat itself."""
+        """The combinations without a verdict, because `off` does not repeat itself."""
         return tuple(self.combinations[r.number] for r in self.results if r.verdict == NOT_REPEATABLE)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no combination was really tried."""
+        """Whether no combination was really tested."""
         return all(result.verdict == UNSUPPORTED for result in self.results)
 
 
 def rows(check: Check) -> tuple[CheckRow, ...]:
-    """One row for each result."""
-    made = []
+    """Return one row for each result."""
+    table = []
     for result in check.results:
-        asked = check.combinations[result.number]
-        made.append(
+        combination = check.combinations[result.number]
+        table.append(
             CheckRow(
                 model=check.model,
-                strategy=asked.strategy,
-                precision=asked.setting.precision,
-                optim=asked.setting.optim,
-                attn_implementation=asked.setting.attn_implementation,
-                tuned=asked.setting.tuned,
+                strategy=combination.strategy,
+                precision=combination.setting.precision,
+                optim=combination.setting.optim,
+                attn_implementation=combination.setting.attn_implementation,
+                tuned=combination.setting.tuned,
                 verdict=result.verdict,
                 grad_rel_diff=result.grad_rel_diff,
                 worst_param=result.worst_param,
@@ -208,7 +208,7 @@ def rows(check: Check) -> tuple[CheckRow, ...]:
                 model_notice=" ".join(check.notices) or None,
             )
         )
-    return tuple(made)
+    return tuple(table)
 
 
 def combinations(
@@ -221,35 +221,35 @@ def combinations(
     compiled: bool = True,
     on_cuda: bool = False,
 ) -> tuple[Combination, ...]:
-    """What to try.
+    """List the combinations to test.
 
-    Without a choice: the plain setting, and each with one thing other than in it. With one: everything chosen with
-    everything else chosen. `compiled` adds compiled layers to the plain setting.
+    By default the settings are the plain one and those that differ from it in one thing. Where any of `precisions`,
+    `optims`, `attentions` or `tuned` is chosen, they are all products of what is chosen. `compiled` adds compiled
+    layers to the first setting.
     """
-    given = (precisions, optims, attentions, tuned)
-    if any(choice is not None for choice in given):
+    if any(choice is not None for choice in (precisions, optims, attentions, tuned)):
         settings = [
-            Setting(precision=precision, optim=optim, attn_implementation=attention, tuned=what)
+            CheckSetting(precision=precision, optim=optim, attn_implementation=attention, tuned=what)
             for precision, optim, attention, what in itertools.product(
-                precisions or ("fp32",), optims or ("adamw_torch",), attentions or (OWN,), tuned or (FULL,)
+                precisions or ("fp32",), optims or ("adamw_torch",), attentions or (MODEL_DEFAULT,), tuned or (FULL,)
             )
         ]
     else:
         settings = _one_thing_changed()
     named = tuple(chosen_strategies or (*DEFAULT_STRATEGIES, *(_CUDA_STRATEGIES if on_cuda else ())))
-    found = [Combination(setting=setting, strategy=strategy) for setting in settings for strategy in named]
+    products = [Combination(setting=setting, strategy=strategy) for setting in settings for strategy in named]
     if compiled and chosen_strategies is None:
-        found += [Combination(setting=settings[0], strategy=strategy) for strategy in COMPILED]
-    return tuple(dict.fromkeys(found))
+        products += [Combination(setting=settings[0], strategy=strategy) for strategy in COMPILED]
+    return tuple(dict.fromkeys(products))
 
 
-def _one_thing_changed() -> list[Setting]:
+def _one_thing_changed() -> list[CheckSetting]:
     return [
-        Setting(),
-        *(Setting(precision=precision) for precision in PRECISION_NAMES if precision != "fp32"),
-        *(Setting(optim=optim) for optim in optimizers.names() if optim != "adamw_torch"),
-        Setting(attn_implementation="eager"),
-        Setting(tuned=LORA),
-        Setting(tuned=FROZEN_BASE),
-        Setting(precision="bf16-mixed", tuned=LORA),
+        CheckSetting(),
+        *(CheckSetting(precision=precision) for precision in PRECISION_NAMES if precision != "fp32"),
+        *(CheckSetting(optim=optim) for optim in optimizers.names() if optim != "adamw_torch"),
+        CheckSetting(attn_implementation="eager"),
+        CheckSetting(tuned=LORA),
+        CheckSetting(tuned=FROZEN_BASE),
+        CheckSetting(precision="bf16-mixed", tuned=LORA),
     ]

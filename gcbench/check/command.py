@@ -1,4 +1,4 @@
-"""What `gcbench check` does with its flags."""
+"""Turns the flags and the file of `gcbench check` into options, and runs it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def run(
     quiet: bool,
     argv: Sequence[str],
 ) -> None:
-    """Combinations, small real steps, verdicts: does checkpointing work for this model?"""
+    """Check whether checkpointing works for a model: run small real steps of every combination, and show verdicts."""
     from gcbench.check import cases as checks
 
     file = settings_file.read(config, "check")
-    tried = {
+    choices = {
         "precision": precision if precision is not None else file.values.get("precision"),
         "optim": optim if optim is not None else file.values.get("optim"),
         "attn_implementation": (
@@ -39,43 +39,43 @@ def run(
         ),
         "train": tuned if tuned is not None else file.values.get("train"),
     }
-    others = {key: value for key, value in file.settings.items() if key not in tried}
-    wanted = configs.settings({"batch_size": "2", **others, **flags})
-    for flag, values in (("--batch", wanted.batch_size), ("--seq-len", wanted.seq_len or ())):
+    others = {key: value for key, value in file.settings.items() if key not in choices}
+    settings = configs.settings({"batch_size": "2", **others, **flags})
+    for flag, values in (("--batch", settings.batch_size), ("--seq-len", settings.seq_len or ())):
         if len(values) > 1:
-            raise UsageError(f"{flag}: a check takes one value, and here are {len(values)}; leave the others out")
-    if wanted.strategies == ("off",):
+            raise UsageError(f"{flag}: a check takes one value, not {len(values)}; leave the others out")
+    if settings.strategies == ("off",):
         raise UsageError(
-            "--strategies off: it is what all others are compared with; name another, or leave the flag out"
+            "--strategies off: this is what all others are compared with; name another, or leave the flag out"
         )
-    choice = {
-        "precisions": configs.several("--precision", tried["precision"], configs.precision),
-        "optims": configs.several("--optim", tried["optim"], configs.optimizer),
-        "attentions": configs.several("--attn-implementation", tried["attn_implementation"], configs.attention),
-        "tuned": configs.several("--train", tried["train"], configs.one_of(checks.TUNED)),
+    parsed = {
+        "precisions": configs.several("--precision", choices["precision"], configs.precision),
+        "optims": configs.several("--optim", choices["optim"], configs.optimizer),
+        "attentions": configs.several("--attn-implementation", choices["attn_implementation"], configs.attention),
+        "tuned": configs.several("--train", choices["train"], configs.one_of(checks.TUNED)),
     }
     compiled = compiled and not file.is_set("no_compile", False)
     full_size = file.is_set("full_size", full_size)
-    tell(file, {**others, **flags, **tried}, quiet=quiet)
+    tell(file, {**others, **flags, **choices}, quiet=quiet)
     from gcbench.check import (
-        session as check_session,  # only now: a wrong value is told before anything else is imported
+        session as check_session,  # only now: a wrong value is reported before anything else is imported
     )
 
     check_session.check(
         check_session.CheckOptions(
-            model=wanted.model,
-            strategies=tuple(s for s in wanted.strategies if s != "off") if wanted.strategies else None,
+            model=settings.model,
+            strategies=tuple(s for s in settings.strategies if s != "off") if settings.strategies else None,
             compiled=compiled,
-            device=wanted.device,
-            batch_size=wanted.batch_size[0],
-            seq_len=wanted.seq_len[0] if wanted.seq_len else None,
-            layers=wanted.layers,
-            overrides=wanted.set,
+            device=settings.device,
+            batch_size=settings.batch_size[0],
+            seq_len=settings.seq_len[0] if settings.seq_len else None,
+            layers=settings.layers,
+            overrides=settings.set,
             full_size=full_size,
-            trust_remote_code=wanted.trust_remote_code,
-            seed=wanted.seed,
-            timeout_s=wanted.timeout,
-            **choice,
+            trust_remote_code=settings.trust_remote_code,
+            seed=settings.seed,
+            timeout_s=settings.timeout,
+            **parsed,
         ),
         out=out,
         command=shlex.join(["gcbench", *argv]),

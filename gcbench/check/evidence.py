@@ -1,4 +1,4 @@
-"""What the training steps of a check showed: gradients, layers that ran, and how far `off` is from itself."""
+"""The evidence of a check's training steps: gradients, layers that ran, and how much runs of `off` differ."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from gcbench.checkpointing import apply as checkpointing
 from gcbench.report.rows import is_repeatable
 
 NUM_STEPS = 2
-"""The second shows what the first step's update made of it."""
-_DOUBTS = 2
-"""Further runs of `off` before a difference from it is believed: what draws seldom may agree with itself once."""
+"""The second step shows the effect of the first one's update."""
+_EXTRA_RUNS = 2
+"""Further runs of `off` before a verdict of WRONG: code that rarely draws random numbers may repeat itself once."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Gradients:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> Gradients:
-        """Copies of what the model's parameters hold."""
+        """Copy the gradients of a model's parameters."""
         trained = [(name, param.grad) for name, param in model.named_parameters() if param.requires_grad]
         return cls(
             {name: grad.to("cpu", copy=True) for name, grad in trained if grad is not None},
@@ -47,9 +47,9 @@ class Gradients:
         return all(bool(grad.isfinite().all()) for grad in self.by_name.values())
 
     def difference(self, reference: Gradients) -> tuple[float, str | None]:
-        """The L2 norm of the difference over that of `reference`, and the parameter with the largest part in it.
+        """Return the L2 norm of the difference, relative to that of `reference`, and the parameter that differs most.
 
-        0 is for gradients that are equal bit by bit; infinite where other parameters have one.
+        0 for bit-identical gradients; infinite where other parameters have one.
         """
         if self.by_name.keys() != reference.by_name.keys():
             return math.inf, min(self.by_name.keys() ^ reference.by_name.keys())
@@ -65,8 +65,8 @@ class Gradients:
 
 
 @dataclass
-class Seen:
-    """What two steps showed; `recomputed` and `backward` are of the first, as others may drop other layers."""
+class Evidence:
+    """The evidence of two steps; `recomputed` and `backward` are of the first, as later steps may drop other layers."""
 
     gradients: list[Gradients] = field(default_factory=list)
     recomputed: int | None = None
@@ -79,29 +79,34 @@ class Seen:
 
 @dataclass
 class Reference:
-    """`off` in one setting, and how far other runs of it are from the first in each step, at most."""
+    """The run of `off` in one setting.
+
+    Attributes:
+        noise: for each step, the largest difference between the first run and the others.
+        extra_runs: how many more runs may be made to find out whether `off` repeats itself.
+    """
 
     model: torch.nn.Module
-    seen: Seen
+    seen: Evidence
     noise: list[float] = field(default_factory=lambda: [0.0] * NUM_STEPS)
-    doubts: int = _DOUBTS
+    extra_runs: int = _EXTRA_RUNS
 
-    def compare(self, again: Seen) -> None:
-        """Take another run of `off` into account."""
-        found = [a.difference(b)[0] for a, b in zip(again.gradients, self.seen.gradients, strict=True)]
-        self.noise = [max(pair) for pair in zip(self.noise, found, strict=True)]
+    def compare(self, again: Evidence) -> None:
+        """Update the noise by another run of `off`."""
+        differences = [a.difference(b)[0] for a, b in zip(again.gradients, self.seen.gradients, strict=True)]
+        self.noise = [max(pair) for pair in zip(self.noise, differences, strict=True)]
 
     def repeats(self, precision: str, device: str) -> bool:
-        """Whether what changes from run to run can be roundoff.
+        """Whether the differences between runs can be roundoff.
 
-        Where the first step repeats bit by bit, the second must, too; else an optimizer that divides by the size of a
-        gradient makes more of its roundoff.
+        Where the first step is bit-identical, the second must be, too; otherwise only the first counts, as an optimizer
+        that divides by the size of a gradient amplifies its roundoff.
         """
         first, second = self.noise
         return is_repeatable(first, precision, device) and (first > 0 or is_repeatable(second, precision, device))
 
     def how_it_differs(self) -> str:
-        """How far runs are apart, in a clause."""
+        """Say how much runs differ, in a clause."""
         largest = max(self.noise)
         what = f"its gradients differ by {largest:.2g}" if math.isfinite(largest) else "other parameters get gradients"
         return f"with the same weights, batch and seeds {what}"
@@ -109,7 +114,7 @@ class Reference:
 
 @contextmanager
 def noted_warnings(into: list[str]) -> Iterator[None]:
-    """Warnings, Python's and those that libraries log, go into a list and nowhere else."""
+    """Collect warnings, Python's and those that libraries log, in a list instead of showing them."""
 
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:

@@ -1,4 +1,4 @@
-"""The models of a check: built once for each setting, and made anew for each combination. Imports torch."""
+"""Builds the models of a check: once for each setting, and a copy for each combination. Imports torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedConfig
 
-from gcbench.check.cases import FROZEN_BASE, LORA, OWN, Setting
+from gcbench.check.cases import FROZEN_BASE, LORA, MODEL_DEFAULT, CheckSetting
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core.errors import UsageError, first_sentence
 from gcbench.core.records import ALL_LINEAR, Lora
@@ -29,24 +29,24 @@ class ModelMaker:
     device: str
     seed: int
     notices: list[str] = field(default_factory=list)
-    """What was decided for the user, in sentences."""
+    """Decisions made for the user, in sentences."""
 
-    def build(self, setting: Setting) -> torch.nn.Module:
-        """The model in a setting; raises NotImplementedError where peft finds no place for adapters."""
+    def build(self, setting: CheckSetting) -> torch.nn.Module:
+        """Build the model in a setting; raises NotImplementedError where peft finds no module to adapt."""
         model = self._with_adapters(setting) if setting.tuned == LORA else self._built(setting, None)
         if setting.tuned == FROZEN_BASE:
             _freeze_base(model)
         return model
 
-    def fresh(self, pristine: torch.nn.Module, setting: Setting) -> torch.nn.Module:
-        """The model as it was before any step: a copy, or built anew where it holds what cannot be copied."""
+    def fresh(self, pristine: torch.nn.Module, setting: CheckSetting) -> torch.nn.Module:
+        """Return the model as it was before any step: a copy, or a new one where it contains what cannot be copied."""
         try:
             return _copied(pristine)
-        except Exception:  # locks, handles and generators that draw from the system raise what they like
+        except Exception:  # locks, handles and system generators raise errors of any type
             return self.build(setting)
 
-    def _with_adapters(self, setting: Setting) -> torch.nn.Module:
-        """With LoRA where peft puts it; where it knows no modules of this type of model, on all that it can adapt."""
+    def _with_adapters(self, setting: CheckSetting) -> torch.nn.Module:
+        """Build with LoRA on peft's default modules; where it has none for the model type, on all that it can adapt."""
         meta = models.build_meta(self.config, trust_remote_code=self.source.trust_remote_code)
         built, targets, why = None, None, ""
         for targets in (default_targets(meta), *((name,) for name in linear_names(meta))):
@@ -56,32 +56,32 @@ class ModelMaker:
             except UsageError as err:
                 why = why or first_sentence(err.__context__ or err)
         if built is None:
-            raise NotImplementedError(f"peft cannot put adapters into it ({why}); leave lora out of --train")
+            raise NotImplementedError(f"peft cannot add adapters to this model ({why}); leave lora out of --train")
         if targets is not None:
             where = "all linear layers" if targets == (ALL_LINEAR,) else ", ".join(targets)
             notice = (
-                f"peft knows no LoRA target modules for a {self.config.model_type} model: with lora, adapters are on "
-                f"{where}."
+                f"peft has no default LoRA target modules for a {self.config.model_type} model: with lora, adapters "
+                f"are on {where}."
             )
             if notice not in self.notices:
                 self.notices.append(notice)
         return built
 
-    def _built(self, setting: Setting, lora: Lora | None) -> torch.nn.Module:
-        own = setting.attn_implementation == OWN
+    def _built(self, setting: CheckSetting, lora: Lora | None) -> torch.nn.Module:
+        is_default = setting.attn_implementation == MODEL_DEFAULT
         return models.build(
             self.source,
             self.config,
             device=self.device,
             dtype=parameter_dtype(setting.precision),
-            attn_implementation=None if own else setting.attn_implementation,
+            attn_implementation=None if is_default else setting.attn_implementation,
             seed=self.seed,
             lora=lora,
         )
 
 
 def _copied(model: torch.nn.Module) -> torch.nn.Module:
-    """A copy with parameters of its own; configs, which nothing changes, are shared."""
+    """Copy a model and its parameters; configs, which nothing changes, are shared."""
     configs = (value for module in model.modules() for value in vars(module).values())
     return copy.deepcopy(model, {id(value): value for value in configs if isinstance(value, PreTrainedConfig)})
 

@@ -1,4 +1,4 @@
-"""One check from settings to what is printed: combinations tried by children, verdicts shown."""
+"""Runs a check from its options to its output: child processes test the combinations, and verdicts are shown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.console import Console
 
 from gcbench.check import cases as checks
 from gcbench.check import view
-from gcbench.check.cases import FAILED, UNSUPPORTED, Check, Checked, Combination
+from gcbench.check.cases import FAILED, UNSUPPORTED, Check, CheckResult, Combination
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.core import model_changes, streams
 from gcbench.core.errors import Interrupted, ThresholdBroken
@@ -39,7 +39,7 @@ _DESCRIBE_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions:
-    """What to check; None for what is tried by default."""
+    """What to check; None for the default choice."""
 
     model: str
     strategies: tuple[str, ...] | None = None
@@ -59,16 +59,16 @@ class CheckOptions:
     timeout_s: float | None = 3600.0
 
 
-def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
-    """Check, show it, and keep it in `out` if given; raises what `raise_for` does."""
+def check(options: CheckOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool) -> None:
+    """Run a check, show it, and store it in the folder `out` if there is one; raises what `raise_for` does."""
     source = preflight.examine(
-        sources.resolve(wanted.model, trust_remote_code=wanted.trust_remote_code, overrides=wanted.overrides),
-        preflight.Wanted(
-            overrides=wanted.overrides or {},
-            layers=wanted.layers,
-            seq_lens=() if wanted.seq_len is None else (wanted.seq_len,),
-            strategies=wanted.strategies or (),
-            precision=wanted.precisions[0] if wanted.precisions and len(wanted.precisions) == 1 else None,
+        sources.resolve(options.model, trust_remote_code=options.trust_remote_code, overrides=options.overrides),
+        preflight.Requested(
+            overrides=options.overrides or {},
+            layers=options.layers,
+            seq_lens=() if options.seq_len is None else (options.seq_len,),
+            strategies=options.strategies or (),
+            precision=options.precisions[0] if options.precisions and len(options.precisions) == 1 else None,
         ),
     )
     err = Console(stderr=True)
@@ -79,7 +79,7 @@ def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool
                 ForkedChildren() as children,
                 progress.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
             ):
-                done = run(wanted, source=source, children=children, command=command, on_result=counter.count)
+                done = run(options, source=source, children=children, command=command, on_result=counter.count)
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted("interrupted before anything was checked") from None
@@ -90,7 +90,7 @@ def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool
                 write_text(store.folder / "check.json", json.dumps(encode(done), indent=1) + "\n")
                 write_text(store.folder / "check.md", view.markdown(done))
         if is_partial:
-            raise Interrupted(_kept(done, store))
+            raise Interrupted(_interrupted(done, store))
         try:
             with streams.stored_in(store.folder) if store is not None else nullcontext():
                 if as_json:
@@ -106,12 +106,12 @@ def check(wanted: CheckOptions, *, out: Path | None, command: str, as_json: bool
 
 
 def raise_for(check: Check) -> None:
-    """Raise ThresholdBroken when a combination that counts is wrong, or when not all that ran was shown to be right."""
+    """Raise ThresholdBroken when a combination that counts is wrong or without a verdict, or when none was tested."""
     if check.failures:
-        raise ThresholdBroken(f"{_some(check.failures)} did not train as off does; the table says why")
+        raise ThresholdBroken(f"{_some(check.failures)} did not train as off does; see the reasons in the table")
     if check.open_questions:
         raise ThresholdBroken(
-            f"{NOTHING_SHOWN} about {_some(check.open_questions)}; the table says how far it is from itself"
+            f"{NOTHING_SHOWN} about {_some(check.open_questions)}; see in the table how much its runs differ"
         )
     if check.is_empty:
         reasons = dict.fromkeys((result.cause or result.message or "").rstrip(".") for result in check.results)
@@ -126,103 +126,103 @@ def _some(combinations: tuple[Combination, ...]) -> str:
     return f"{first.strategy} with {first.setting.label}" + (f" and {len(others)} more" if others else "")
 
 
-def _kept(done: Check, store: Store | None) -> str:
-    """After an interruption: what there is."""
+def _interrupted(done: Check, store: Store | None) -> str:
+    """The message after an interruption: how much was checked, and where it is stored."""
     if not done.results:
         return "interrupted before anything was checked"
-    where = "kept nowhere, as there was no --out" if store is None else f"kept in {store.folder / 'check.md'}"
+    where = "not stored, as there was no --out" if store is None else f"stored in {store.folder / 'check.md'}"
     return f"interrupted; {len(done.results)} of {len(done.combinations)} combinations were checked, and are {where}"
 
 
 def run(
-    wanted: CheckOptions,
+    options: CheckOptions,
     *,
     source: ModelSource,
     children: Children,
     command: str,
     on_result: Callable[[int, int], object] = lambda done, total: None,
 ) -> Check:
-    """Try every combination in children, each of which goes on until something ends it.
+    """Test every combination in child processes: where one dies, the next goes on with the remaining combinations.
 
-    An interruption ends it with the results so far. `on_result` gets how many there are, of how many.
+    An interruption returns the results so far. `on_result` gets the number of results and of combinations.
     """
-    machine = _machine(wanted, children)
-    asked = checks.combinations(
-        chosen_strategies=wanted.strategies,
-        precisions=wanted.precisions,
-        optims=wanted.optims,
-        attentions=wanted.attentions,
-        tuned=wanted.tuned,
-        compiled=wanted.compiled,
+    machine = _machine(options, children)
+    combinations = checks.combinations(
+        chosen_strategies=options.strategies,
+        precisions=options.precisions,
+        optims=options.optims,
+        attentions=options.attentions,
+        tuned=options.tuned,
+        compiled=options.compiled,
         on_cuda=machine.device != "cpu",
     )
-    results: dict[int, Checked] = {}
+    results: dict[int, CheckResult] = {}
     steps_s = 0.0
 
     def on_event(event: object) -> None:
         nonlocal steps_s
         if isinstance(event, ReferenceRun):
             steps_s += event.steps_s
-        elif isinstance(event, Checked):
+        elif isinstance(event, CheckResult):
             results[event.number] = event
             steps_s += event.steps_s
-            on_result(len(results), len(asked))
+            on_result(len(results), len(combinations))
 
     begin = time.monotonic()
     facts: ModelFacts | None = None
     notices: dict[str, None] = {}
     is_own = False
-    on_result(0, len(asked))
+    on_result(0, len(combinations))
     try:
-        while waiting := [(n, combination) for n, combination in enumerate(asked) if n not in results]:
-            answer = children.run(_task(wanted, source, waiting), on_event=on_event, timeout_s=wanted.timeout_s)
+        while waiting := [(n, combination) for n, combination in enumerate(combinations) if n not in results]:
+            answer = children.run(_task(options, source, waiting), on_event=on_event, timeout_s=options.timeout_s)
             raise_refusal(Answer(refusal=answer.refusal))
             facts = answer.facts or facts
             notices |= dict.fromkeys(answer.notices)
-            if facts is not None and facts.only_own is not None and wanted.strategies is None and not is_own:
+            if facts is not None and facts.only_own is not None and options.strategies is None and not is_own:
                 is_own = True
-                asked, results = _with_own(wanted, asked, results)
+                combinations, results = _with_own(options, combinations, results)
                 continue
             lost = [n for n, _ in waiting if n not in results]
-            if lost:  # the child ended at the first of them
-                why = answer.failure.message if answer.failure else "the process ended without a word"
-                results[lost[0]] = Checked(number=lost[0], verdict=FAILED, message=why)
-        facts = facts or _facts(wanted, source, children)
+            if lost:  # the child died at the first of them
+                why = answer.failure.message if answer.failure else "the process ended without a message"
+                results[lost[0]] = CheckResult(number=lost[0], verdict=FAILED, message=why)
+        facts = facts or _facts(options, source, children)
     except KeyboardInterrupt:
         ignore_more()
     wall_s = time.monotonic() - begin
     return Check(
-        model=wanted.model,
+        model=options.model,
         command=command,
         device=machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})",
         versions={name: machine.versions[name] for name in _VERSIONS if name in machine.versions},
-        scaled=None if wanted.full_size else "scaled down",
+        scaled=None if options.full_size else "scaled down",
         num_params=facts.num_params if facts else None,
         num_layers=facts.num_layers if facts else None,
-        combinations=asked,
+        combinations=combinations,
         results=tuple(results[n] for n in sorted(results)),
         steps_s=steps_s,
         wall_s=wall_s,
         notices=tuple(notices),
-        model_changes=model_changes.describe(wanted.layers, wanted.overrides),
+        model_changes=model_changes.describe(options.layers, options.overrides),
     )
 
 
 def _with_own(
-    wanted: CheckOptions, asked: tuple[Combination, ...], results: dict[int, Checked]
-) -> tuple[tuple[Combination, ...], dict[int, Checked]]:
-    """The model's own way in place of the default strategies that it cannot have, and the results of the others."""
-    settings = list(dict.fromkeys(combination.setting for combination in asked))
+    options: CheckOptions, combinations: tuple[Combination, ...], results: dict[int, CheckResult]
+) -> tuple[tuple[Combination, ...], dict[int, CheckResult]]:
+    """Replace unsupported default strategies by the model's own checkpointing; keep the results of the others."""
+    settings = list(dict.fromkeys(combination.setting for combination in combinations))
     own = tuple(Combination(setting=setting, strategy=OWN) for setting in settings)
     done = [result for result in results.values() if result.verdict != UNSUPPORTED]
-    others = tuple(asked[result.number] for result in done)
+    others = tuple(combinations[result.number] for result in done)
     kept = {len(own) + place: replace(result, number=len(own) + place) for place, result in enumerate(done)}
     return (*own, *others), kept
 
 
-def _machine(wanted: CheckOptions, children: Children) -> Machine:
+def _machine(options: CheckOptions, children: Children) -> Machine:
     answer = children.run(
-        DescribeTask(device=wanted.device, operators=operators(wanted.strategies or ())),
+        DescribeTask(device=options.device, operators=operators(options.strategies or ())),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
     )
@@ -231,25 +231,25 @@ def _machine(wanted: CheckOptions, children: Children) -> Machine:
     return answer.machine
 
 
-def _facts(wanted: CheckOptions, source: ModelSource, children: Children) -> ModelFacts:
-    """Of the model, where every child ended before it could say."""
+def _facts(options: CheckOptions, source: ModelSource, children: Children) -> ModelFacts:
+    """Describe the model in one more child, where every child died before it could."""
     answer = children.run(
-        replace(_task(wanted, source, []), combinations=()), on_event=lambda event: None, timeout_s=wanted.timeout_s
+        replace(_task(options, source, []), combinations=()), on_event=lambda event: None, timeout_s=options.timeout_s
     )
     raise_refusal(answer)
     assert answer.facts is not None
     return answer.facts
 
 
-def _task(wanted: CheckOptions, source: ModelSource, waiting: list[tuple[int, Combination]]) -> CheckTask:
+def _task(options: CheckOptions, source: ModelSource, waiting: list[tuple[int, Combination]]) -> CheckTask:
     return CheckTask(
         source=source,
-        layers=wanted.layers,
-        overrides=wanted.overrides or {},
-        device=wanted.device,
-        full_size=wanted.full_size,
+        layers=options.layers,
+        overrides=options.overrides or {},
+        device=options.device,
+        full_size=options.full_size,
         combinations=tuple(waiting),
-        batch_size=wanted.batch_size,
-        seq_len=wanted.seq_len,
-        seed=wanted.seed,
+        batch_size=options.batch_size,
+        seq_len=options.seq_len,
+        seed=options.seed,
     )

@@ -1,4 +1,4 @@
-"""A check that a folder keeps, read again."""
+"""Reads a check from its folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gcbench.report.stored_kind import CHECK_NAME
 
 
 def load_check(place: Path) -> Check:
-    """The check in a folder or file; raises ResultsError where there is none that can be read."""
+    """Read the check in a folder or file; raises ResultsError where there is none that can be read."""
     path = place if place.suffix == ".json" else place / CHECK_NAME
     document = parsed(path, "gcbench check --out")
     try:
@@ -20,5 +20,5 @@ def load_check(place: Path) -> Check:
     except ValueError as err:
         raise ResultsError(f"{path} is damaged ({err}); restore it, or check again into a new folder") from None
     if any(not 0 <= result.number < len(check.combinations) for result in check.results):
-        raise ResultsError(f"{path} is damaged (a result of no combination); check again into a new folder")
+        raise ResultsError(f"{path} is damaged (a result belongs to no combination); check again into a new folder")
     return check

@@ -1,4 +1,4 @@
-"""What a child is asked for a check, and how it answers. No torch."""
+"""The task of a child process that checks combinations, and the events that it sends. No torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from gcbench.models.sources import ModelSource
 
 @dataclass(frozen=True, kw_only=True)
 class CheckTask:
-    """Try combinations on small real steps.
+    """Test combinations on small real steps.
 
     Attributes:
-        source: the model; made smaller first unless `full_size`.
-        combinations: (its place in the check, what to try).
-        seq_len: None for 32, or fewer where the model has fewer positions.
+        source: the model, which is scaled down first unless `full_size`.
+        combinations: (index in the check, combination).
+        seq_len: tokens per sequence; None for 32, or fewer where the model has fewer positions.
     """
 
     handler: ClassVar[str] = "gcbench.check.worker:check"
@@ -35,6 +35,6 @@ class CheckTask:
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceRun:
-    """A reference has been trained for combinations to come."""
+    """Event: a reference has been trained, for `steps_s` seconds of training steps."""
 
     steps_s: float

@@ -1,4 +1,4 @@
-"""What a child process does to check combinations: small real steps, each against those of `off`. Imports torch."""
+"""Checks combinations in a child process: trains small real steps and compares them with those of `off`."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from gcbench.check.cases import (
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
-    Checked,
+    CheckResult,
+    CheckSetting,
     Combination,
-    Setting,
 )
-from gcbench.check.evidence import NUM_STEPS, Gradients, Reference, Seen, noted_warnings
+from gcbench.check.evidence import NUM_STEPS, Evidence, Gradients, Reference, noted_warnings
 from gcbench.check.models import ModelMaker
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.checkpointing import apply as checkpointing
@@ -48,22 +48,22 @@ _MAX_SKIPPED_STEPS = 24
 _FINEST = "fp32"
 """The precision with the least roundoff."""
 
-Tell = Callable[[ReferenceRun], None]
+Send = Callable[[ReferenceRun], None]
 
 
-def check(task: CheckTask, tell: Callable[[Checked | ReferenceRun], None]) -> Answer:
-    """Try every combination of the task and tell each as it is done, and each reference."""
+def check(task: CheckTask, send: Callable[[CheckResult | ReferenceRun], None]) -> Answer:
+    """Test every combination of the task; sends each result, and each reference run, as an event."""
     try:
         checker = _Checker(task)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     for number, combination in task.combinations:
-        tell(replace(checker.check(combination, tell), number=number))
+        send(replace(checker.check(combination, send), number=number))
     return Answer(facts=checker.facts, notices=tuple(checker.models.notices))
 
 
 class _Checker:
-    """The combinations of one model; what several of them need is made once."""
+    """Tests the combinations of one model, and shares references between them."""
 
     def __init__(self, task: CheckTask) -> None:
         self.task = task
@@ -71,7 +71,7 @@ class _Checker:
         self.source = task.source
         self.seq_len = self._seq_len()
         if not task.full_size:
-            torch.set_num_threads(1)  # a small step gains nothing from more, and threads that wait for each other crawl
+            torch.set_num_threads(1)  # a small step is no faster with more, and slow where threads wait for each other
             config = scaled_down(task.source.config, layers=_LAYERS, seq_len=self.seq_len)
             self.source = replace(task.source, config=config)
         self.config = models.build_config(self.source, layers=task.layers, overrides=task.overrides)
@@ -80,13 +80,13 @@ class _Checker:
         except UnavailableError as err:
             if task.full_size or isinstance(err, MissingLibrary):
                 raise
-            raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model as it is") from None
+            raise UnavailableError(f"scaled down, {err}, or add --full-size to check the model at full size") from None
         self.models = ModelMaker(source=self.source, config=self.config, device=self.name, seed=task.seed)
-        self._references: dict[Setting, Reference | Exception] = {}
-        self._results: dict[Combination, Checked] = {}
+        self._references: dict[CheckSetting, Reference | Exception] = {}
+        self._results: dict[Combination, CheckResult] = {}
 
     def _seq_len(self) -> int:
-        """The length to train at; raises UsageError for one that the model does not have."""
+        """The sequence length in tokens; raises UsageError for one beyond the model's positions."""
         task = self.task
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         limit = models.max_seq_len(config)
@@ -96,81 +96,81 @@ class _Checker:
             raise UsageError(beyond_positions(task.source.name, task.seq_len, limit))
         return task.seq_len
 
-    def check(self, asked: Combination, tell: Tell) -> Checked:
-        """One combination; what it raises is its result."""
-        if asked not in self._results:
-            self._results[asked] = self._checked(asked, tell)
-        return self._results[asked]
+    def check(self, combination: Combination, send: Send) -> CheckResult:
+        """Test one combination, or return its earlier result; an exception in a step becomes a result."""
+        if combination not in self._results:
+            self._results[combination] = self._checked(combination, send)
+        return self._results[combination]
 
-    def _checked(self, asked: Combination, tell: Tell) -> Checked:
+    def _checked(self, combination: Combination, send: Send) -> CheckResult:
         if self.facts.checkpointing_refusal is not None:
-            return Checked(number=0, verdict=UNSUPPORTED, message=self.facts.checkpointing_refusal)
-        reference = self._reference(asked.setting, tell)
+            return CheckResult(number=0, verdict=UNSUPPORTED, message=self.facts.checkpointing_refusal)
+        reference = self._reference(combination.setting, send)
         if isinstance(reference, Exception):
-            return self._without_reference(asked, reference)
+            return self._without_reference(combination, reference)
         try:
-            plan = self._plan(asked.strategy, reference)
+            plan = self._plan(combination.strategy, reference)
         except ValueError as err:
-            smaller = "" if self.task.full_size else " (it is scaled down; add --full-size to check all of its layers)"
-            return Checked(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
+            smaller = "" if self.task.full_size else " (scaled down; add --full-size to check all of its layers)"
+            return CheckResult(number=0, verdict=UNSUPPORTED, message=f"{err}{smaller}")
         why = not_for(plan, self.facts) or unsupported(plan, self.name.partition(":")[0])
         if why is not None:
-            return Checked(number=0, verdict=UNSUPPORTED, message=why)
-        seen = Seen()
+            return CheckResult(number=0, verdict=UNSUPPORTED, message=why)
+        seen = Evidence()
         try:
-            self._steps(reference.model, plan, asked.setting, seen)
-            result = self._judged(asked, plan, seen, reference)
+            self._steps(reference.model, plan, combination.setting, seen)
+            result = self._compared(combination, plan, seen, reference)
             if result.verdict == WRONG:
-                result = self._doubted(asked, plan, seen, reference, tell)
+                result = self._confirmed(combination, plan, seen, reference, send)
         except Exception as err:  # anything that a model, torch or a compiler may raise
-            return self._failed(asked, seen, err)
-        if asked.setting.precision != _FINEST and result.verdict in (WITHIN_NOISE, NOT_REPEATABLE):
-            return self._with_less_roundoff(result, asked, plan, seen, reference, tell)
+            return self._failed(combination, seen, err)
+        if combination.setting.precision != _FINEST and result.verdict in (WITHIN_NOISE, NOT_REPEATABLE):
+            return self._with_less_roundoff(result, combination, plan, seen, reference, send)
         return result
 
-    def _doubted(
-        self, asked: Combination, plan: strategies.Plan, seen: Seen, reference: Reference, tell: Tell
-    ) -> Checked:
-        """The verdict on a difference after further runs: what draws seldom may agree with itself once, or differ."""
-        while reference.doubts:
-            reference.doubts -= 1
-            again = Seen()
-            self._steps(reference.model, None, asked.setting, again)
-            tell(ReferenceRun(steps_s=again.steps_s))
+    def _confirmed(
+        self, combination: Combination, plan: strategies.Plan, seen: Evidence, reference: Reference, send: Send
+    ) -> CheckResult:
+        """Run again before a verdict of WRONG: code that rarely draws random numbers may repeat itself once, or not."""
+        while reference.extra_runs:
+            reference.extra_runs -= 1
+            again = Evidence()
+            self._steps(reference.model, None, combination.setting, again)
+            send(ReferenceRun(steps_s=again.steps_s))
             reference.compare(again)
-        again = Seen()
-        self._steps(reference.model, plan, asked.setting, again)
+        again = Evidence()
+        self._steps(reference.model, plan, combination.setting, again)
         seen.steps_s += again.steps_s
         own = Reference(model=reference.model, seen=seen)
         own.compare(again)
-        result = self._judged(asked, plan, seen, reference)
-        if result.verdict == WRONG and not own.repeats(asked.setting.precision, self.name):
-            return _not_repeatable(result, f"{asked.strategy} {NOT_ITSELF}; {own.how_it_differs()}")
+        result = self._compared(combination, plan, seen, reference)
+        if result.verdict == WRONG and not own.repeats(combination.setting.precision, self.name):
+            return _not_repeatable(result, f"{combination.strategy} {NOT_ITSELF}; {own.how_it_differs()}")
         return result
 
     def _with_less_roundoff(
         self,
-        result: Checked,
-        asked: Combination,
+        result: CheckResult,
+        combination: Combination,
         plan: strategies.Plan,
-        seen: Seen,
+        seen: Evidence,
         reference: Reference,
-        tell: Tell,
-    ) -> Checked:
-        """The verdict on a difference that may be roundoff's, which is less in fp32: any other stays as it is there."""
-        fine = self.check(replace(asked, setting=replace(asked.setting, precision=_FINEST)), tell)
+        send: Send,
+    ) -> CheckResult:
+        """Test a difference that may be roundoff in fp32, which has less: what is wrong there is wrong here."""
+        fine = self.check(replace(combination, setting=replace(combination.setting, precision=_FINEST)), send)
         if fine.verdict in (WRONG, NOT_REPEATABLE) and fine.verdict != result.verdict:
             return replace(
                 result,
                 verdict=fine.verdict,
-                message=f"the same in fp32, where there is less roundoff: {fine.message}",
+                message=f"the same in fp32, which has less roundoff: {fine.message}",
                 cause=fine.cause,
                 remedy=fine.remedy,
                 link=fine.link,
             )
         if fine.is_shown and result.verdict == NOT_REPEATABLE:
-            judged = self._judged(asked, plan, seen, reference, is_roundoff=True)
-            return judged if judged.is_shown else result
+            compared = self._compared(combination, plan, seen, reference, is_roundoff=True)
+            return compared if compared.is_shown else result
         return result
 
     def _plan(self, spec: str, reference: Reference) -> strategies.Plan:
@@ -179,14 +179,14 @@ class _Checker:
         facts = replace(self.facts, layers_in_order=None if natural else order)
         return plan_of(strategies.parse(spec), facts)
 
-    def _reference(self, setting: Setting, tell: Tell) -> Reference | Exception:
+    def _reference(self, setting: CheckSetting, send: Send) -> Reference | Exception:
         if setting not in self._references:
             try:
                 model = self.models.build(setting)
-                first, second = Seen(), Seen()
+                first, second = Evidence(), Evidence()
                 self._steps(model, None, setting, first)
                 self._steps(model, None, setting, second)
-                tell(ReferenceRun(steps_s=first.steps_s + second.steps_s))
+                send(ReferenceRun(steps_s=first.steps_s + second.steps_s))
                 reference = Reference(model=model, seen=first)
                 reference.compare(second)
                 self._references[setting] = reference
@@ -194,12 +194,14 @@ class _Checker:
                 self._references[setting] = err
         return self._references[setting]
 
-    def _steps(self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: Setting, seen: Seen) -> None:
-        """Train a copy of the model for two steps, and note what there is to see."""
+    def _steps(
+        self, pristine: torch.nn.Module, plan: strategies.Plan | None, setting: CheckSetting, seen: Evidence
+    ) -> None:
+        """Train a copy of the model for two steps, and note the evidence in `seen`."""
         model = self.models.fresh(pristine, setting)
         task = self.task
         try:
-            # Compiled layers draw dropout as others do, or nothing could be compared.
+            # Compiled layers draw dropout masks as others do, or nothing could be compared.
             with (
                 inductor_config.patch(fallback_random=True),
                 noted_warnings(seen.warnings),
@@ -226,7 +228,7 @@ class _Checker:
                             seen.recomputed = None if counter.is_blind else len(counter.layers)
                             seen.backward = frozenset(seen.ran.backward)
                         gradients = Gradients.of(model)
-                        if gradients.is_finite:  # an fp16 scaler skips steps until it has settled
+                        if gradients.is_finite:  # an fp16 scaler skips steps until its scale fits
                             seen.gradients.append(gradients)
                         looking_s += time.perf_counter() - start
 
@@ -236,36 +238,38 @@ class _Checker:
                     step(on_phase)
                     seen.steps_s = time.perf_counter() - begin - looking_s
                     if step.num_steps - len(seen.gradients) > _MAX_SKIPPED_STEPS:
-                        raise FloatingPointError("the gradients of every step held infinities or no numbers at all")
+                        raise FloatingPointError("the gradients of every step contained infinities or NaNs")
         finally:
             checkpointing.clear(model)
             if plan is not None and plan.compiled:
                 torch._dynamo.reset()
 
-    def _without_reference(self, asked: Combination, err: Exception) -> Checked:
+    def _without_reference(self, combination: Combination, err: Exception) -> CheckResult:
         text = first_sentence(err)
         advice = "; try a shorter --seq-len" if isinstance(err, IndexError) else ""
         if isinstance(err, NotImplementedError):
-            return Checked(number=0, verdict=UNSUPPORTED, message=f"{asked.setting.label} cannot be tried: {text}")
-        label = asked.setting.label
-        return Checked(
+            return CheckResult(
+                number=0, verdict=UNSUPPORTED, message=f"{combination.setting.label} cannot be tested: {text}"
+            )
+        label = combination.setting.label
+        return CheckResult(
             number=0,
             verdict=UNSUPPORTED,
             message=f"{label} does not run without checkpointing either ({type(err).__name__}: {text}){advice}",
-            remedy=None if isinstance(err, GcbenchError) or advice else self._next_step(asked.setting),
+            remedy=None if isinstance(err, GcbenchError) or advice else self._next_step(combination.setting),
         )
 
-    def _next_step(self, setting: Setting) -> str:
-        """What to do about a setting that fails by itself."""
-        size = "" if self.task.full_size else " Or add --full-size, as it may be that of the smaller model alone."
-        if setting == Setting():
-            return f"Train a step of the model without gcbench; what stops it there is to be mended first.{size}"
-        return f"Train with something else than {setting.label} on this device.{size}"
+    def _next_step(self, setting: CheckSetting) -> str:
+        """The remedy for a setting that fails without checkpointing."""
+        size = "" if self.task.full_size else " Or add --full-size, as only the scaled-down model may fail."
+        if setting == CheckSetting():
+            return f"Train a step of the model without gcbench, and fix what fails there first.{size}"
+        return f"Train with a setting other than {setting.label} on this device.{size}"
 
-    def _failed(self, asked: Combination, seen: Seen, err: Exception) -> Checked:
-        known = diagnose(self._observation(asked, seen, error_type=type(err).__name__, error_text=str(err)))
+    def _failed(self, combination: Combination, seen: Evidence, err: Exception) -> CheckResult:
+        known = diagnose(self._observation(combination, seen, error_type=type(err).__name__, error_text=str(err)))
         unsupported = isinstance(err, NotImplementedError)
-        return Checked(
+        return CheckResult(
             number=0,
             verdict=UNSUPPORTED if unsupported else FAILED,
             message=first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}",
@@ -275,24 +279,24 @@ class _Checker:
             steps_s=seen.steps_s,
         )
 
-    def _judged(
+    def _compared(
         self,
-        asked: Combination,
+        combination: Combination,
         plan: strategies.Plan,
-        seen: Seen,
+        seen: Evidence,
         reference: Reference,
         *,
         is_roundoff: bool = False,
-    ) -> Checked:
-        """The verdict on two steps; with `is_roundoff`, all that `off` differs from itself is known to be that."""
+    ) -> CheckResult:
+        """Compare two steps with those of `off`; `is_roundoff`: differences between runs of `off` are only roundoff."""
         expected = len(reference.seen.backward & {layer for group in plan.groups for layer in group})
-        if plan.own:  # its own code decides which; that none is would be wrong
+        if plan.own:  # the model's own code decides which layers, but recomputing none is wrong
             expected = seen.recomputed or expected
         lost = tuple(name for name in seen.gradients[0].missing if name not in reference.seen.gradients[0].missing)
         (first, worst), (second, _) = (
             ours.difference(theirs) for ours, theirs in zip(seen.gradients, reference.seen.gradients, strict=True)
         )
-        result = Checked(
+        result = CheckResult(
             number=0,
             verdict=IDENTICAL if first == 0 == second else WITHIN_NOISE,
             grad_rel_diff=first if math.isfinite(first) else None,
@@ -303,22 +307,22 @@ class _Checker:
             params_without_grad=lost,
             steps_s=seen.steps_s,
         )
-        precision = asked.setting.precision
+        precision = combination.setting.precision
         if not is_roundoff and not reference.repeats(precision, self.name):
             return _not_repeatable(result, f"{NOTHING_SHOWN}; {reference.how_it_differs()}")
         reordered = plan.num_layers if plan.compiled or plan.any_policy("reentrant") else 0
         allowed, allowed_later = (
             tolerance(precision, reordered_layers=reordered, noise=noise) for noise in reference.noise
         )
-        wrong = _what_is_wrong(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)
+        wrong = _mistake(lost, seen.recomputed, None if plan.compiled else expected, first, allowed)
         comparable_later = first == 0 and is_repeatable(reference.noise[1], precision, self.name)
         if wrong is None and comparable_later and not second <= allowed_later:
-            wrong = f"the gradients of the first step are the same, and those of the second differ by {second:.2g}"
+            wrong = f"the gradients of the first step are identical, and those of the second differ by {second:.2g}"
         if wrong is None:
             return result
         known = diagnose(
             self._observation(
-                asked,
+                combination,
                 seen,
                 grad_rel_diff=result.grad_rel_diff,
                 is_wrong=not first <= allowed,
@@ -337,24 +341,24 @@ class _Checker:
             link=known.link if known else None,
         )
 
-    def _observation(self, asked: Combination, seen: Seen, **more: object) -> Observation:
+    def _observation(self, combination: Combination, seen: Evidence, **more: object) -> Observation:
         values = self.config.get_text_config().to_dict()
         dropout = [v for name, v in values.items() if ("drop" in name) and isinstance(v, (int, float))]
         experts = [v for name, v in values.items() if "experts" in name and isinstance(v, int)]
         return Observation.of_strategy(
-            asked.strategy,
-            precision=asked.setting.precision,
-            optim=asked.setting.optim,
+            combination.strategy,
+            precision=combination.setting.precision,
+            optim=combination.setting.optim,
             has_dropout=any(value > 0 for value in dropout),
             draws_outside_torch=seen.draws_outside_torch,
             is_moe=any(value > 1 for value in experts),
-            frozen_base=asked.setting.tuned in (LORA, FROZEN_BASE),
+            frozen_base=combination.setting.tuned in (LORA, FROZEN_BASE),
             warnings=tuple(seen.warnings),
             **more,
         )
 
 
-def _not_repeatable(result: Checked, message: str) -> Checked:
+def _not_repeatable(result: CheckResult, message: str) -> CheckResult:
     return replace(
         result,
         verdict=NOT_REPEATABLE,
@@ -365,12 +369,12 @@ def _not_repeatable(result: Checked, message: str) -> Checked:
     )
 
 
-def _what_is_wrong(
+def _mistake(
     lost: tuple[str, ...], recomputed: int | None, expected: int | None, relative: float, allowed: float
 ) -> str | None:
     if lost:
         shown = ", ".join(lost[:2]) + (", …" if len(lost) > 2 else "")
-        return f"{len(lost)} {'parameter' if len(lost) == 1 else 'parameters'} got no gradient ({shown})"
+        return f"{counted(len(lost), 'parameter')} got no gradient ({shown})"
     if not relative <= allowed:
         return f"the gradients differ from those of off by {relative:.2g}"
     if expected is not None and recomputed != expected:

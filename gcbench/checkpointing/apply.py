@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from gcbench.checkpointing import own_way, policy_contexts
+from gcbench.checkpointing import own_checkpointing, policy_contexts
 from gcbench.checkpointing.policy_contexts import SavedOutputMutated
 from gcbench.checkpointing.random_draws import has_dropout, in_step
-from gcbench.checkpointing.segments import Contexts, LayersNotSequential, Segment
+from gcbench.checkpointing.segments import ContextFn, LayersNotSequential, Segment
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
 from gcbench.operators.schema import operator_name, targets
@@ -32,7 +32,7 @@ Groups = Sequence[tuple[Sequence[int], Policy]]
 
 
 _NAMED = frozenset(op for ops in NAMED.values() for op in ops)
-"""Named by gcbench itself; not every torch has every one of them."""
+"""Operators that gcbench's own strategies name; not every torch has every one of them."""
 
 
 class RecomputeCounter:
@@ -40,7 +40,7 @@ class RecomputeCounter:
 
     Attributes:
         layers: the numbers of the layers recomputed since the last `reset`.
-        is_blind: layers are compiled, so that what they run again cannot be seen.
+        is_blind: layers are compiled, so that what they recompute cannot be seen.
     """
 
     def __init__(self, *, is_blind: bool = False) -> None:
@@ -51,28 +51,28 @@ class RecomputeCounter:
         self.layers.clear()
 
     def counted(self, layer: int, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, with a note of each call after the first."""
-        first = True
+        """Wrap `function` so that each call after the first counts `layer` as recomputed."""
+        is_first = True
 
-        def noted(*args: Any) -> Any:
-            nonlocal first
-            if not first:
+        def counting(*args: Any) -> Any:
+            nonlocal is_first
+            if not is_first:
                 self.layers.add(layer)
-            first = False
+            is_first = False
             return function(*args)
 
-        return noted
+        return counting
 
 
 def checkpointable_layers(model: torch.nn.Module) -> list[GradientCheckpointingLayer]:
-    """The layers that `every_n_layers` counts, in its order."""
+    """List the layers that transformers' `every_n_layers` counts, in its order."""
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
 def layers_of(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The layers that plans count: those that can be checkpointed, or those of a model that checkpoints its own way."""
-    if own_way.is_all(model):
-        return list(own_way.layers_without_entry(model).values())
+    """List the layers that plans number; of a model with only its own checkpointing, those that its code loops over."""
+    if own_checkpointing.is_all(model):
+        return list(own_checkpointing.layers_without_entry(model).values())
     return [*checkpointable_layers(model)]
 
 
@@ -81,7 +81,7 @@ class LayersRun:
     """The numbers of the layers that a step runs.
 
     Attributes:
-        forward: those that the forward pass runs.
+        forward: layers that the forward pass runs.
         order: the same, in the order of their first run.
         backward: those of them that a gradient passes back through: all, unless parameters are frozen.
     """
@@ -93,7 +93,7 @@ class LayersRun:
 
 @contextmanager
 def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
-    """What a forward pass inside the context runs."""
+    """Note which layers a forward pass inside the context runs."""
     ran = LayersRun()
 
     def enter(layer: int, module: torch.nn.Module, inputs: object) -> None:
@@ -109,7 +109,7 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
     layers = layers_of(model)
     for number, layer in enumerate(layers):
         # Code of its own may call a layer's `forward`, which fires none of its hooks.
-        for module in own_way.parts(layer, layers) if own_way.is_all(model) else [layer]:
+        for module in own_checkpointing.parts(layer, layers) if own_checkpointing.is_all(model) else [layer]:
             hooks.append(module.register_forward_pre_hook(partial(enter, number)))
             hooks.append(module.register_forward_hook(partial(leave, number)))
     try:
@@ -120,28 +120,28 @@ def layers_run(model: torch.nn.Module) -> Iterator[LayersRun]:
 
 
 def refusal(model: torch.nn.Module) -> str | None:
-    """Why this model cannot checkpoint, as transformers would say it; None when it can."""
+    """Say why this model cannot checkpoint, in a clause; None where it can."""
     name = type(model).__name__
     if not getattr(model, "supports_gradient_checkpointing", False):
         return f"{name} does not support gradient checkpointing in this transformers version"
-    if not checkpointable_layers(model) and not own_way.exists(model):
+    if not checkpointable_layers(model) and not own_checkpointing.exists(model):
         return f"{name} has no layer that can be checkpointed on its own"
     return None
 
 
 def refusal_of(model: torch.nn.Module, plan: Plan) -> str | None:
-    """Why this model cannot have a plan, as its own way to checkpoint is the only one; None where it can."""
-    return own_way.advice(model) if plan.groups and not plan.own and own_way.is_all(model) else None
+    """Say why a plan cannot be applied to a model whose own checkpointing is the only one; None where it can."""
+    return own_checkpointing.advice(model) if plan.groups and not plan.own and own_checkpointing.is_all(model) else None
 
 
 def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
     """Checkpoint the layers of `plan` through each layer's own flag and function.
 
-    That is what `activation_checkpointing_enable(every_n_layers=k)` sets, so what is measured is what a user's run
-    does. The model's own way is switched on as a whole. A plan with a memory budget sets torch's, for the whole
-    process, until `clear`.
+    transformers' `activation_checkpointing_enable(every_n_layers=k)` sets the same, so that a measurement shows what a
+    user's run does. A model's own checkpointing is switched on as a whole. A plan with a memory budget sets torch's,
+    for the whole process, until `clear`.
 
-    Raises ValueError for a plan of another number of layers, and for one that the model cannot have.
+    Raises ValueError for a plan of another number of layers, and for one that cannot be applied to the model.
     """
     layers = layers_of(model)
     if plan.num_layers != len(layers):
@@ -151,7 +151,8 @@ def apply(model: torch.nn.Module, plan: Plan) -> RecomputeCounter:
         raise ValueError(why)
     counter = RecomputeCounter(is_blind=plan.compiled)
     if plan.own:
-        _HOOKS[model] = Hooks((*own_way.switch_on(model), *own_way.watch(layers, counter)))
+        hooks = own_checkpointing.switch_on(model)
+        _HOOKS[model] = Hooks((*hooks, *own_checkpointing.count_recomputed(layers, counter)))
     else:
         apply_groups(model, layers, plan.treated(), counter)
     if plan.compiled:
@@ -167,12 +168,12 @@ def apply_groups(
 ) -> None:
     """Checkpoint groups of the `model`'s `layers`, each with its policy."""
     segments: list[Segment] = []
-    draws = has_dropout(model)
+    is_random = has_dropout(model)
     for group, policy in groups:
-        contexts = _contexts(policy, draws=draws)
+        context_fn = _context_fn(policy, is_random=is_random)
         segment = None
         if len(group) > 1:
-            segment = Segment(len(group), contexts=contexts, saving=_saving(policy))
+            segment = Segment(len(group), context_fn=context_fn, saving=_saving(policy))
             segments.append(segment)
         for place, number in enumerate(group):
             function: Callable[..., Any]
@@ -181,9 +182,9 @@ def apply_groups(
             elif counter.is_blind:  # the compiler sees through torch's own function alone
                 function = partial(checkpoint, use_reentrant=False)
                 if policy.keep:
-                    function = partial(function, context_fn=contexts)
+                    function = partial(function, context_fn=context_fn)
             else:
-                function = partial(_checkpoint_one, counter, number, policy, contexts)
+                function = partial(_checkpoint_one, counter, number, policy, context_fn)
             layers[number]._gradient_checkpointing_func = function  # type: ignore[assignment]
             layers[number].gradient_checkpointing = True  # type: ignore[assignment]
 
@@ -193,10 +194,10 @@ def apply_groups(
 
 
 class Hooks(tuple[Any, ...]):
-    """Handles of hooks that go together."""
+    """Handles of hooks that are removed together."""
 
     def remove(self) -> None:
-        """Take all of them away."""
+        """Remove all of them."""
         for hook in self:
             hook.remove()
 
@@ -205,7 +206,10 @@ _HOOKS: WeakKeyDictionary[torch.nn.Module, Any] = WeakKeyDictionary()
 
 
 def _end_open(segments: Sequence[Segment], *call: object) -> None:
-    """After a forward pass, whichever way it ended: a segment whose last layer never ran would watch for ever."""
+    """End the open segments after a forward pass, however it ended: one whose last layer never ran would not end.
+
+    Raises LayersNotSequential where a pass that ended well leaves one open.
+    """
     still_open = [segment for segment in segments if segment.is_open]
     for segment in reversed(still_open):
         segment.end()
@@ -214,21 +218,26 @@ def _end_open(segments: Sequence[Segment], *call: object) -> None:
 
 
 def end_segments(model: torch.nn.Module) -> None:
-    """Take away what watches over the segments of a model, or over its own checkpointing."""
+    """Remove the hooks on the segments of a model, or on its own checkpointing."""
     if model in _HOOKS:
         _HOOKS.pop(model).remove()
 
 
 def _checkpoint_one(
-    counter: RecomputeCounter, number: int, policy: Policy, contexts: Contexts, function: Callable[..., Any], *args: Any
+    counter: RecomputeCounter,
+    number: int,
+    policy: Policy,
+    context_fn: ContextFn,
+    function: Callable[..., Any],
+    *args: Any,
 ) -> Any:
-    """`torch.utils.checkpoint.checkpoint` of one layer, counted."""
+    """Run one layer under `torch.utils.checkpoint.checkpoint`, and count its recomputation."""
     counted = counter.counted(number, function)
     if policy.reentrant:
         return checkpoint(counted, *args, use_reentrant=True)
     # Stated, not left to the default: any kwargs without it flip Hugging Face to the reentrant variant.
     with _saving(policy)():
-        return checkpoint(counted, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(counted, *args, use_reentrant=False, context_fn=context_fn)
 
 
 def _saving(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
@@ -236,55 +245,55 @@ def _saving(policy: Policy) -> Callable[[], AbstractContextManager[Any]]:
 
 
 def save_on_host() -> AbstractContextManager[Any]:
-    """What is saved for the backward pass inside goes to pinned host memory, as with transformers' `offload=True`."""
+    """Move what autograd saves inside the context to pinned host memory, as transformers' `offload=True` does."""
     return torch.autograd.graph.save_on_cpu(pin_memory=True, device_type="cuda")
 
 
-def _contexts(policy: Policy, *, draws: bool = False) -> Contexts:
-    """A maker of contexts for the two runs of a group: a new pair for each call, as they hold what is kept.
+def _context_fn(policy: Policy, *, is_random: bool = False) -> ContextFn:
+    """Return a function that makes the contexts for the two runs of a group: a new pair for each call of the group.
 
     Args:
-        policy: what to keep and to skip.
-        draws: whether layers may draw random numbers, which then are watched over, at some microseconds a call.
+        policy: which outputs to save, and which calls to skip.
+        is_random: layers may draw random numbers, whose generator then is kept in step, at some microseconds a call.
     """
     if not policy.keep and not policy.skip:
         return noop_context_fn
-    make = partial(policy_contexts.contexts, policy) if policy.skip else _keeping(policy)
-    return (lambda: make() if torch.compiler.is_compiling() else in_step(make())) if draws else make
+    make = partial(policy_contexts.contexts, policy) if policy.skip else _selective(policy)
+    return (lambda: make() if torch.compiler.is_compiling() else in_step(make())) if is_random else make
 
 
-def _keeping(policy: Policy) -> Contexts:
-    """torch's own contexts of selective checkpointing, which refuse what was kept and changed since."""
+def _selective(policy: Policy) -> ContextFn:
+    """Return a maker of torch's contexts of selective checkpointing, which refuse saved outputs changed in place."""
     names = [name.removeprefix("aten::") for name in policy.keep]
-    everywhere = frozenset(name for name in names if "#" not in name)
-    places = frozenset(name for name in names if "#" in name)
+    operators = frozenset(name for name in names if "#" not in name)
+    numbered = frozenset(name for name in names if "#" in name)
 
     def make() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         calls: dict[bool, Counter[str]] = {False: Counter(), True: Counter()}
-        held: set[int] = set()
+        saved: set[int] = set()
         store: list[Callable[[], Any]] = []
 
         def choose(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-            name, again = operator_name(op), context.is_recompute
-            kept = name in everywhere or (bool(places) and f"{name}#{calls[again][name]}" in places)
-            calls[again][name] += 1
-            if not again:
-                for target in held.intersection(targets(op, args)):
-                    _spoil(store[0]().storage, target, name)
-                if kept:
+            name, is_recompute = operator_name(op), context.is_recompute
+            is_saved = name in operators or (bool(numbered) and f"{name}#{calls[is_recompute][name]}" in numbered)
+            calls[is_recompute][name] += 1
+            if not is_recompute:
+                for target in saved.intersection(targets(op, args)):
+                    _mark_mutated(store[0]().storage, target, name)
+                if is_saved:
                     outputs = tree_leaves(getattr(context, "op_output", None))
-                    held.update(_storage(out) for out in outputs if isinstance(out, torch.Tensor))
-            return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+                    saved.update(_storage(out) for out in outputs if isinstance(out, torch.Tensor))
+            return CheckpointPolicy.MUST_SAVE if is_saved else CheckpointPolicy.PREFER_RECOMPUTE
 
         contexts = create_selective_checkpoint_contexts(choose)  # type: ignore[no-untyped-call]
-        store.append(ref(contexts[0]))  # weak: what is kept must go when its last user does
+        store.append(ref(contexts[0]))  # weak: a saved output must be freed with its last user
         return contexts  # type: ignore[no-any-return]
 
     return make
 
 
-class _Spoilt:
-    """Stands in for a kept output that has been changed; a recomputation that never asks for it is right."""
+class _Mutated:
+    """Replaces a saved output that has been changed; a recomputation that never reads it is right."""
 
     def __init__(self, op: str) -> None:
         self.op = op
@@ -293,13 +302,13 @@ class _Spoilt:
         raise SavedOutputMutated(self.op)
 
 
-def _spoil(storage: Mapping[Any, Any], target: int, op: str) -> None:
-    """Replace what is kept of that memory. torch's own store: operator -> entries by number."""
+def _mark_mutated(storage: Mapping[Any, Any], target: int, op: str) -> None:
+    """Replace the saved outputs in that memory. `storage` is torch's own: operator -> entries by number."""
     for entries in storage.values():
         for place, entry in list(entries.items() if isinstance(entries, dict) else enumerate(entries)):
             values = (getattr(leaf, "val", None) for leaf in tree_leaves(entry))
             if any(isinstance(value, torch.Tensor) and _storage(value) == target for value in values):
-                entries[place] = _Spoilt(op)
+                entries[place] = _Mutated(op)
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -307,7 +316,7 @@ def _storage(tensor: torch.Tensor) -> int:
 
 
 def check_operators(names: Sequence[str]) -> None:
-    """Raises UsageError for those that no operator of this torch has."""
+    """Check operators that strategies name; raises UsageError for a name that this torch does not have."""
     known = {name.partition(".")[0].removeprefix("aten::") for name in torch._C._dispatch_get_all_op_names()}
     for name in names:
         op = name.partition("#")[0].removeprefix("aten::")
@@ -322,7 +331,7 @@ def check_operators(names: Sequence[str]) -> None:
 def clear(model: torch.nn.Module) -> None:
     """Undo `apply`: no layer is checkpointed or compiled."""
     end_segments(model)
-    own_way.switch_off(model)
+    own_checkpointing.switch_off(model)
     for layer in layers_of(model):
         layer._compiled_call_impl = None
     functorch_config.activation_memory_budget = 1.0

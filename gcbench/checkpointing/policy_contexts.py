@@ -1,9 +1,9 @@
 """Recomputes a layer without computing what nothing needs: the two contexts of `torch.utils.checkpoint` for a policy.
 
-torch's own selective checkpointing runs every operator again that is not kept. Where an output is kept that was made in
-several steps, the steps before it are run for nothing: a rotated query is kept, and the query is projected once more.
-Here the calls that a plan says to skip compute nothing. What they return is hollow: a shape without memory, loud where
-something needs it after all. Both runs must call the same operators; one that does not is told, not believed.
+torch's own selective checkpointing runs every operator again whose output is not saved. Where the saved output took
+several calls, the calls before the last run for nothing: a rotated query is saved, and the query is projected once
+more. Here the calls that a plan says to skip compute nothing. They return placeholder tensors without storage, which
+raise if their values are read. Both runs must call the same operators; a layer that does not raises RecomputeMismatch.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gcbench.strategies import Policy
 
 
 class SavedOutputMutated(NotImplementedError):
-    """A recomputation needs what was kept, and the layer has changed it in place since.
+    """A recomputation needs a saved output that the layer has changed in place since.
 
     torch notices by version counters, which what `matmul` returns does not share with the product inside it: torch 2.13
     then computes wrong gradients without a word.
@@ -31,8 +31,8 @@ class SavedOutputMutated(NotImplementedError):
 
     def __init__(self, op: str) -> None:
         super().__init__(
-            f"what is to be kept is changed in place ({op}) by this model's layers, so that a recomputation from "
-            "it would be wrong"
+            f"a saved output is changed in place ({op}) by this model's layers, so that a recomputation from it would "
+            "be wrong"
         )
 
 
@@ -46,27 +46,27 @@ class SkippedButNeeded(RuntimeError):
         )
 
 
+class RecomputeMismatch(RuntimeError):
+    """A layer calls other operators when it is recomputed, so that calls cannot be identified by their number."""
+
+    def __init__(self, call: str) -> None:
+        super().__init__(
+            f"a layer calls {call} when it is recomputed and another operator the first time, so that a plan cannot "
+            "say which outputs to save; take a strategy that saves nothing inside of layers, such as per-layer"
+        )
+
+
 def contexts(policy: Policy) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """For the first run of a group of layers and for the second."""
+    """Make the contexts for the first run of a group of layers and for its recomputation."""
     names = [name.removeprefix("aten::") for name in policy.keep]
-    store = _Store(keep=frozenset(names))
+    store = _Store(save=frozenset(names))
     skip = frozenset(name.removeprefix("aten::") for name in policy.skip)
     return _FirstRun(store), _SecondRun(store, skip)
 
 
-class RecomputeMismatch(RuntimeError):
-    """A layer calls other operators the second time, so that calls cannot be told by their number."""
-
-    def __init__(self, call: str) -> None:
-        super().__init__(
-            f"a layer calls {call} when it is recomputed and something else the first time, so that a plan cannot say "
-            "what to keep of it; take a strategy that keeps nothing inside of layers, such as per-layer"
-        )
-
-
 @dataclass(frozen=True, slots=True)
-class _Shape:
-    """All of a tensor but its numbers."""
+class _Layout:
+    """Size, strides, dtype and device of a tensor."""
 
     size: torch.Size
     stride: tuple[int, ...]
@@ -74,32 +74,37 @@ class _Shape:
     device: torch.device
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _Shape:
+    def of(cls, tensor: torch.Tensor) -> _Layout:
         return cls(tensor.size(), tensor.stride(), tensor.dtype, tensor.device)
 
 
 class _Store:
-    """What is kept from the first run to the second."""
+    """What the first run leaves to the second.
 
-    def __init__(self, keep: frozenset[str]) -> None:
-        self.keep = keep
+    Attributes:
+        save: operators, or calls of them, whose outputs are saved.
+        outputs: call -> its saved output.
+        versions: call -> autograd's counts of in-place changes to its saved output; some come when the layer is done.
+        layouts: call -> its result with a `_Layout` for each tensor, of every call of the first run.
+        names: the operator of every call of the first run, in order.
+        mutated: call -> the operator that changed its saved output in place.
+    """
+
+    def __init__(self, save: frozenset[str]) -> None:
+        self.save = save
         self.outputs: dict[str, Any] = {}
         self.versions: dict[str, list[int]] = {}
-        """Of what is kept, as autograd counts changes in place: some come when the layer is done."""
-        self.shapes: dict[str, Any] = {}
-        """What every call of the first run returned: shapes for tensors."""
+        self.layouts: dict[str, Any] = {}
         self.names: list[str] = []
-        """Of all calls of the first run, in order."""
-        self.spoilt: dict[str, str] = {}
-        """Call -> the operator that changed what was kept of it."""
+        self.mutated: dict[str, str] = {}
 
-    def is_kept(self, func: Any, name: str, call: str) -> bool:
-        """What writes into its arguments has to do so again, kept or not."""
-        return (call in self.keep or name in self.keep) and not func._schema.is_mutable
+    def is_saved(self, func: Any, name: str, call: str) -> bool:
+        """Whether the output of a call is saved; what writes into its arguments has to do so again in any case."""
+        return (call in self.save or name in self.save) and not func._schema.is_mutable
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Names each call, as plans do: the operator and how many of it came before."""
+    """Names each call, as plans do: the operator and how many calls of it came before."""
 
     def __init__(self, store: _Store) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -107,12 +112,14 @@ class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.counts: Counter[str] = Counter()
 
     def _call(self, name: str) -> str:
-        place = self.counts[name]
+        number = self.counts[name]
         self.counts[name] += 1
-        return f"{name}#{place}"
+        return f"{name}#{number}"
 
 
 class _FirstRun(_Counting):  # type: ignore[no-untyped-call]
+    """Runs every call, and saves the outputs that the policy names."""
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_question(func) or _is_view(func):
             return func(*args, **(kwargs or {}))
@@ -120,27 +127,29 @@ class _FirstRun(_Counting):  # type: ignore[no-untyped-call]
         call = self._call(name)
         store.names.append(name)
         for target in targets(func, args):
-            for kept, outputs in store.outputs.items():
-                if any(_storage(value) == target for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)):
-                    store.spoilt[kept] = name
+            for saved, outputs in store.outputs.items():
+                if any(_storage(value) == target for value in _tensors(outputs)):
+                    store.mutated[saved] = name
         result = func(*args, **(kwargs or {}))
-        store.shapes[call] = tree_map_only(torch.Tensor, _Shape.of, result)
-        if store.is_kept(func, name, call):
+        store.layouts[call] = tree_map_only(torch.Tensor, _Layout.of, result)
+        if store.is_saved(func, name, call):
             store.outputs[call] = tree_map_only(torch.Tensor, _detached, result)
             store.versions[call] = _versions(store.outputs[call])
         return result
 
 
 class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
+    """Answers each call with its saved output, with placeholders where it is skipped, or by running it."""
+
     def __init__(self, store: _Store, skip: frozenset[str]) -> None:
         super().__init__(store)
         self.skip = skip
         self.num_calls = 0
         self.unwritten: dict[int, torch.Tensor] = {}
-        """Memory -> a tensor that a skipped call was to write into: as good as hollow."""
+        """Storage -> a real tensor that a skipped call was to write into: its values must not be read either."""
 
     def __enter__(self) -> Any:
-        """Each backward pass through the same forward pass counts from 0 on."""
+        """Count calls from 0: each backward pass through the same forward pass enters anew."""
         self.counts.clear()
         self.num_calls = 0
         self.unwritten = {}
@@ -148,58 +157,71 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-        hollow = sum(self._is_hollow(value) for value in given)
+        inputs = _tensors((args, kwargs))
+        num_without_values = sum(self._is_without_values(value) for value in inputs)
         if is_question(func) or _is_view(func):
-            if not hollow or func.namespace == "prim":
+            if not num_without_values or func.namespace == "prim":
                 return func(*args, **kwargs)
-            if not isinstance(args[0], Placeholder):
-                raise SkippedButNeeded(operator_name(func))
-            return _seen_another_way(func, args, kwargs)
+            return _view_of_placeholder(func, args, kwargs)
+        name, call = self._next_call(func, may_be_mirrored=num_without_values > 0)
+        if call in self.store.mutated:
+            raise SavedOutputMutated(self.store.mutated[call])
+        if call in self.store.outputs or self.store.is_saved(func, name, call):
+            return self._saved_output(call)
+        is_skipped = call in self.skip or name in self.skip
+        if not num_without_values and (not is_skipped or _writes_into_values(func, args)):
+            return func(*args, **kwargs)
+        if num_without_values < len(inputs) and not is_skipped:
+            raise SkippedButNeeded(call)
+        return self._skipped(func, args, call)
+
+    def _next_call(self, func: Any, *, may_be_mirrored: bool) -> tuple[str, str]:
+        """The operator's name and the call's; raises RecomputeMismatch where the first run called another operator."""
         name, expected = operator_name(func), self.store.names[self.num_calls : self.num_calls + 1]
-        if hollow and [_MIRRORED.get(name)] == expected:
+        if may_be_mirrored and [_MIRRORED.get(name)] == expected:
             name = _MIRRORED[name]
         call = self._call(name)
         if expected != [name]:
             raise RecomputeMismatch(call)
         self.num_calls += 1
-        if call in self.store.spoilt:
-            raise SavedOutputMutated(self.store.spoilt[call])
-        if call in self.store.outputs:
-            kept = self.store.outputs.pop(call)
-            if _versions(kept) != self.store.versions[call]:
-                raise SavedOutputMutated("when the layer had run")
-            return kept
-        if self.store.is_kept(func, name, call):
+        return name, call
+
+    def _saved_output(self, call: str) -> Any:
+        """The saved output of a call, for one use: the store holds it no longer."""
+        if call not in self.store.outputs:
             raise RuntimeError(
-                f"what was kept of {call} is gone: a second backward pass through one forward pass cannot recompute; "
-                "leave retain_graph out, or keep nothing"
+                f"the saved output of {call} is no longer there: a second backward pass through one forward pass "
+                "cannot recompute; leave retain_graph out, or save nothing inside of layers"
             )
-        writes = func._schema.is_mutable and isinstance(args[0], torch.Tensor) and not isinstance(args[0], Placeholder)
-        is_skipped = call in self.skip or name in self.skip
-        if not hollow and (writes or not is_skipped):
-            return func(*args, **kwargs)
-        if hollow < len(given) and not is_skipped:
-            raise SkippedButNeeded(call)
-        if writes:
-            if not args[0].requires_grad:  # autograd may save it unasked
+        output = self.store.outputs.pop(call)
+        if _versions(output) != self.store.versions[call]:
+            raise SavedOutputMutated("when the layer had run")
+        return output
+
+    def _skipped(self, func: Any, args: Any, call: str) -> Any:
+        """Placeholders for the result of a call that does not run; what it was to write into is as good as one."""
+        if _writes_into_values(func, args):
+            if not args[0].requires_grad:  # autograd may save it without a call that shows it
                 raise SkippedButNeeded(call)
             self.unwritten[_storage(args[0])] = args[0]
         if func._schema.is_mutable:
             return args[0]
-        return tree_map_only(_Shape, Placeholder, self.store.shapes[call])
+        return tree_map_only(_Layout, Placeholder, self.store.layouts[call])
 
-    def _is_hollow(self, tensor: torch.Tensor) -> bool:
+    def _is_without_values(self, tensor: torch.Tensor) -> bool:
         return isinstance(tensor, Placeholder) or (bool(self.unwritten) and _storage(tensor) in self.unwritten)
 
 
 class Placeholder(torch.Tensor):
-    """Stands for a result that nothing needs: on its device, so that autocast takes it for what it is; no memory."""
+    """The result of a skipped call: a tensor without storage that raises SkippedButNeeded if its values are read.
+
+    It is on the device of the result, so that autocast treats both alike.
+    """
 
     @staticmethod
-    def __new__(cls, shape: _Shape) -> Placeholder:
+    def __new__(cls, layout: _Layout) -> Placeholder:
         make = torch.Tensor._make_wrapper_subclass
-        return make(cls, shape.size, strides=shape.stride, dtype=shape.dtype, device=shape.device)
+        return make(cls, layout.size, strides=layout.stride, dtype=layout.dtype, device=layout.device)
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -207,7 +229,7 @@ class Placeholder(torch.Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Whatever asks for values."""
+        """Raise, as every call outside of `_SecondRun` reads values."""
         raise SkippedButNeeded(operator_name(func))
 
 
@@ -217,34 +239,49 @@ _MIRRORED = {"ge": "le", "le": "ge", "gt": "lt", "lt": "gt"}
 
 @cache
 def _is_view(op: Any) -> bool:
-    """Whether a call only looks at memory another way: autograd makes views of hollow tensors again after a change in
-    place, so that the second run may call more of them."""
+    """Whether a call returns another view of its input's memory.
+
+    The second run may call more of them: autograd makes views of placeholders again after a change in place.
+    """
     return not op._schema.is_mutable and any(result.alias_info for result in op._schema.returns)
 
 
-def _seen_another_way(view: Any, args: Any, kwargs: Any) -> Any:
-    """A view of a hollow tensor, hollow too."""
+def _view_of_placeholder(view: Any, args: Any, kwargs: Any) -> Any:
+    """The view as a placeholder; raises SkippedButNeeded for a view of a real tensor that a skipped call left so."""
+    if not isinstance(args[0], Placeholder):
+        raise SkippedButNeeded(operator_name(view))
     device = args[0].device
     args, kwargs = tree_map_only(torch.Tensor, _on_meta, (args, kwargs))
 
-    def hollow(made: torch.Tensor) -> Placeholder:
-        return Placeholder(_Shape(made.size(), made.stride(), made.dtype, device))
+    def placeholder(made: torch.Tensor) -> Placeholder:
+        return Placeholder(_Layout(made.size(), made.stride(), made.dtype, device))
 
-    return tree_map_only(torch.Tensor, hollow, view(*args, **kwargs))
+    return tree_map_only(torch.Tensor, placeholder, view(*args, **kwargs))
 
 
 def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
     return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
+def _writes_into_values(func: Any, args: Any) -> bool:
+    """Whether a call writes into its first argument and that is a real tensor."""
+    if not func._schema.is_mutable:
+        return False
+    return isinstance(args[0], torch.Tensor) and not isinstance(args[0], Placeholder)
+
+
 def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    """Or the graph above would hang on to itself; changes in place are still counted with those of the tensor."""
+    """The tensor without its graph, which would refer to itself; changes in place still count for both."""
     with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
         return tensor.detach()
 
 
 def _versions(outputs: Any) -> list[int]:
-    return [value._version for value in tree_leaves(outputs) if isinstance(value, torch.Tensor)]
+    return [value._version for value in _tensors(outputs)]
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -20,22 +20,25 @@ from torch.utils._pytree import tree_leaves
 
 from gcbench.operators.schema import is_random
 
-Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+ContextPair = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
 
 
-def in_step(contexts: Contexts) -> Contexts:
-    """The contexts of a first run and a recomputation, with the generators of both in the same state after each draw.
+def in_step(contexts: ContextPair) -> ContextPair:
+    """Extend the contexts of a first run and a recomputation so that both have the same random state after each draw.
 
     Args:
-        contexts: as `torch.utils.checkpoint.checkpoint` takes them from its `context_fn`.
+        contexts: what the `context_fn` of `torch.utils.checkpoint.checkpoint` returns.
     """
     restores: dict[str, Callable[[], None]] = {}
     first, second = contexts
-    return _Inside(first, _Watch(restores, again=False)), _Inside(second, _Watch(restores, again=True))
+    return (
+        _Nested(first, _RandomState(restores, is_recompute=False)),
+        _Nested(second, _RandomState(restores, is_recompute=True)),
+    )
 
 
 def has_dropout(model: torch.nn.Module) -> bool:
-    """Whether a module drops anything; attention keeps its share as a number."""
+    """Whether a module has dropout; attention modules have its probability as an attribute."""
     return any(
         (isinstance(module, torch.nn.Dropout) and module.p > 0)
         or any("dropout" in name and isinstance(value, float) and value > 0 for name, value in vars(module).items())
@@ -43,8 +46,8 @@ def has_dropout(model: torch.nn.Module) -> bool:
     )
 
 
-class _Inside(AbstractContextManager[Any]):
-    """Two contexts as one, the second inside the first: it sees each call before the first does."""
+class _Nested(AbstractContextManager[Any]):
+    """Two contexts as one: `inner` sees each call before `outer` does."""
 
     def __init__(self, outer: AbstractContextManager[Any], inner: AbstractContextManager[Any]) -> None:
         self._contexts, self._stack = (outer, inner), ExitStack()
@@ -57,16 +60,16 @@ class _Inside(AbstractContextManager[Any]):
         return self._stack.__exit__(*error)
 
 
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the generator's state after each call that draws, or sets it to what was noted."""
+class _RandomState(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the generator's state after each call that draws, or restores it when recomputing."""
 
-    def __init__(self, restores: dict[str, Callable[[], None]], again: bool) -> None:
+    def __init__(self, restores: dict[str, Callable[[], None]], *, is_recompute: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._restores, self._again = restores, again
+        self._restores, self._is_recompute = restores, is_recompute
         self._counts: Counter[str] = Counter()
 
     def __enter__(self) -> Any:
-        """Each backward pass through the same forward pass counts from 0 on."""
+        """Count calls from 0: each backward pass through the same forward pass enters anew."""
         self._counts.clear()
         return super().__enter__()  # type: ignore[no-untyped-call]
 
@@ -76,7 +79,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)  # what writes into its arguments is always run again
         call = f"{func.name()}#{self._counts[func.name()]}"
         self._counts[func.name()] += 1
-        if self._again:
+        if self._is_recompute:
             result = func(*args, **kwargs)
             if call in self._restores:
                 self._restores[call]()
@@ -96,9 +99,9 @@ def _devices(values: Any) -> list[torch.device]:
 
 
 def _state(device: torch.device) -> Any:
-    """What tells a generator's states apart; None for a device that has none here, as in a prediction."""
+    """The generator's state on the CPU, its offset on CUDA; None for a device without one, as in a prediction."""
     if device.type == "cpu":
-        with _disable_current_modes():  # a state is made by operators too, which no mode is to count
+        with _disable_current_modes():  # operators make the state as well, and no mode may count them
             return torch.default_generator.get_state()
     generator = _cuda_generator(device)
     return None if generator is None else generator.get_offset()

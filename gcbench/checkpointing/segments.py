@@ -1,9 +1,10 @@
 """Recomputes several layers as one, though the model's own code calls them one by one.
 
-Torch's non-reentrant checkpointing is a generator: up to its `yield` it saves the inputs and begins to watch, after it
-it stops (`_checkpoint_without_reentrant_generator` in pytorch's torch/utils/checkpoint.py; torch's composable
-`checkpoint` drives it from hooks in the same way). A segment starts it in the first of its layers and ends it in the
-last. What it recomputes is the layers' calls as they were noted, each fed with the output of the one before.
+torch's non-reentrant checkpointing is a generator: before its `yield` it saves the inputs and installs its hooks on
+saved tensors, after it it removes them (`_checkpoint_without_reentrant_generator` in pytorch's
+torch/utils/checkpoint.py; torch's composable `checkpoint` drives it from hooks in the same way). A segment starts it in
+the first of its layers and ends it in the last. It recomputes the layers' calls as they were made, each on the output
+of the one before.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import _checkpoint_without_reentrant_generator
 
-Contexts = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+ContextFn = Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+"""Makes the contexts of a first run and of its recomputation: the `context_fn` of `checkpoint`."""
 
 
 class LayersNotSequential(NotImplementedError):
@@ -27,7 +29,7 @@ class LayersNotSequential(NotImplementedError):
 
 @dataclass(frozen=True)
 class _Call:
-    """One layer's call, but for the hidden states."""
+    """One layer's call, without the hidden states."""
 
     function: Callable[..., Any]
     others: tuple[Any, ...]
@@ -37,29 +39,29 @@ class _Call:
 
 
 class Segment:
-    """A group of layers; `run` stands in for each layer's checkpointing function."""
+    """A group of layers that is recomputed as one; `run` replaces each layer's checkpointing function."""
 
     def __init__(
         self,
         size: int,
         *,
-        contexts: Contexts,
+        context_fn: ContextFn,
         saving: Callable[[], AbstractContextManager[Any]],
     ) -> None:
-        """`contexts` makes the contexts of the first run and of the recomputation, `saving` that of the inputs."""
+        """`saving` makes the context in which the inputs are saved."""
         self.size = size
-        self._contexts = contexts
+        self._context_fn = context_fn
         self._saving = saving
         self._calls: list[_Call] = []
-        self._watch: Iterator[None] | None = None
+        self._generator: Iterator[None] | None = None
         self._open: AbstractContextManager[Any] | None = None
         self._output: tuple[torch.Tensor, int] | None = None
         self._random: tuple[bytes, ...] = ()
 
     @property
     def is_open(self) -> bool:
-        """Whether it has begun, and its last layer has not run yet."""
-        return self._watch is not None
+        """Whether its first layer has run, and its last has not."""
+        return self._generator is not None
 
     def run(
         self,
@@ -73,7 +75,9 @@ class Segment:
         Raises LayersNotSequential when the layer does not take the output of the one before it.
         """
         if not args or not isinstance(args[0], torch.Tensor):
-            raise LayersNotSequential("a layer takes its hidden states by name, so layers cannot be recomputed as one")
+            raise LayersNotSequential(
+                "a layer gets its hidden states as a keyword argument, so layers cannot be recomputed as one group"
+            )
         hidden, others = args[0], args[1:]
         call = _Call(counted(function), others)
         if place == 0:
@@ -95,25 +99,25 @@ class Segment:
         return output
 
     def end(self) -> None:
-        """Stop watching, wherever in the group it is."""
-        watch, self._watch, self._output, self._random = self._watch, None, None, ()
-        self._calls = []  # from here on the recomputation alone holds them
-        if watch is not None:
+        """End torch's checkpointing of the group, after whichever of its layers."""
+        generator, self._generator, self._output, self._random = self._generator, None, None, ()
+        self._calls = []  # from here on only the recomputation refers to them
+        if generator is not None:
             with suppress(StopIteration):
-                next(watch)
+                next(generator)
         saving, self._open = self._open, None
         if saving is not None:
             saving.__exit__(None, None, None)
 
     def _check(self, place: int, hidden: torch.Tensor) -> None:
-        """Raise LayersNotSequential when this layer does not simply follow the one before it."""
+        """Raise LayersNotSequential when this layer does not run directly on the output of the one before it."""
         why = None
-        if self._watch is None or place != len(self._calls) or self._output is None:
+        if self._generator is None or place != len(self._calls) or self._output is None:
             why = "the layers of a group do not run one after the other"
         elif hidden is not self._output[0] or hidden._version != self._output[1]:
-            why = "something is done to the hidden states between the layers of a group"
+            why = "the model changes the hidden states between the layers of a group"
         elif self._random != _random_state(hidden):
-            why = "random numbers are drawn between the layers of a group"
+            why = "the model draws random numbers between the layers of a group"
         if why is not None:
             self.end()
             raise LayersNotSequential(why)
@@ -128,21 +132,21 @@ class Segment:
                 output = call(hidden)
                 hidden = output if isinstance(output, torch.Tensor) else output[0]
 
-        self._watch = _checkpoint_without_reentrant_generator(again, *_settings(self._contexts), hidden)
-        # Open to the end, beneath what watches: contexts of saved tensors are a stack, and leaving one takes the top.
+        self._generator = _checkpoint_without_reentrant_generator(again, *_settings(self._context_fn), hidden)
+        # Entered before torch's own hooks and left after them: contexts of saved tensors are a stack.
         self._open = self._saving()
         self._open.__enter__()
-        next(self._watch)
+        next(self._generator)
 
 
-def _settings(contexts: Contexts) -> tuple[Any, ...]:
-    """`checkpoint`'s defaults by position: random state kept, contexts, determinism check, no debugging, early stop."""
+def _settings(context_fn: ContextFn) -> tuple[Any, ...]:
+    """`checkpoint`'s arguments by position: preserve_rng_state, contexts, determinism check, debug, early stop."""
     early_stop = (True,) if "early_stop" in signature(_checkpoint_without_reentrant_generator).parameters else ()
-    return (True, contexts, "default", False, *early_stop)
+    return (True, context_fn, "default", False, *early_stop)
 
 
 def _random_state(hidden: torch.Tensor) -> tuple[bytes, ...]:
-    """What tells whether random numbers have been drawn, on the CPU and on the device; nothing while tracing."""
+    """The state of the random generators of the CPU and of the device; nothing while tracing."""
     if isinstance(hidden, FakeTensor):
         return ()
     states = [torch.default_generator.get_state()]

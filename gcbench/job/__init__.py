@@ -1,1 +1,1 @@
-"""From settings to cells: the machine and the model described, defaults decided."""
+"""From settings to cells: checks settings, describes machine and model, resolves defaults."""

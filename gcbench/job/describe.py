@@ -1,4 +1,4 @@
-"""What the machine and the model are, asked of a child process. No torch."""
+"""Describes the machine and the model, by a child process that imports torch. No torch here."""
 
 from __future__ import annotations
 
@@ -18,7 +18,14 @@ from gcbench.processes.messages import raise_refusal
 
 @dataclass(frozen=True, kw_only=True)
 class DescribeTask:
-    """Say what `device` is and, when `source` is given, what the model is; measure nothing."""
+    """Describe the device and, with `source`, the model; measure nothing.
+
+    Attributes:
+        operators: operators that strategies name; unknown ones are refused.
+        needs_order: whether a strategy numbers layers in the order in which they run.
+        needs_changes: whether to report what `layers` and `overrides` change in the config.
+        target: the device to predict for; None to measure on this machine, or only to describe it.
+    """
 
     handler: ClassVar[str] = "gcbench.job.describe_worker:describe"
 
@@ -29,41 +36,38 @@ class DescribeTask:
     attn_implementation: str | None = None
     lora: Lora | None = None
     operators: tuple[str, ...] = ()
-    """Operators that strategies name, to be checked."""
     needs_order: bool = False
-    """Whether a strategy counts layers in the order in which they run."""
     needs_changes: bool = False
-    """Whether what `layers` and `overrides` come to in the config is to be told."""
     target: Target | None = None
-    """What is predicted for; None where something runs here, and where only a look at the machine can tell."""
 
 
 _DESCRIBE_TIMEOUT_S = 600.0
 
 
 def describe(
-    wanted: Settings,
+    settings: Settings,
     source: ModelSource,
     children: Children,
     *,
     needs_order: bool = False,
     target: Target | None = None,
 ) -> tuple[Machine, ModelFacts]:
-    """The machine and the model, asked of a child; raises what the child would have raised.
+    """Describe the machine and the model in a child process; raises the child's refusal as an error.
 
-    With `target`, the model as it is traced for it. With `needs_order` the order in which layers run is looked for even
-    where no strategy counts them so.
+    Args:
+        needs_order: find the order in which layers run even where no strategy numbers them so.
+        target: the device to predict for; the model is described as it is traced for it.
     """
     answer = children.run(
         DescribeTask(
-            device=wanted.device,
+            device=settings.device,
             source=source,
-            layers=wanted.layers,
-            overrides=wanted.set or {},
-            attn_implementation=wanted.attn_implementation,
-            lora=wanted.lora,
-            operators=operators(wanted.strategies or ()),
-            needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in wanted.strategies or ()),
+            layers=settings.layers,
+            overrides=settings.set or {},
+            attn_implementation=settings.attn_implementation,
+            lora=settings.lora,
+            operators=operators(settings.strategies or ()),
+            needs_order=needs_order or any(strategies.parse(spec).counts_run for spec in settings.strategies or ()),
             target=target,
         ),
         on_event=lambda event: None,
@@ -74,12 +78,14 @@ def describe(
     return answer.machine, answer.facts
 
 
-def changed_config(wanted: Settings, source: ModelSource, children: Children) -> ChangedConfig | None:
-    """What `--layers` and `--set` come to in the model's config, asked of a child; None without them."""
-    if wanted.layers is None and not wanted.set:
+def changed_config(settings: Settings, source: ModelSource, children: Children) -> ChangedConfig | None:
+    """Find in a child process what `--layers` and `--set` change in the model's config; None without them."""
+    if settings.layers is None and not settings.set:
         return None
     answer = children.run(
-        DescribeTask(device="cpu", source=source, layers=wanted.layers, overrides=wanted.set or {}, needs_changes=True),
+        DescribeTask(
+            device="cpu", source=source, layers=settings.layers, overrides=settings.set or {}, needs_changes=True
+        ),
         on_event=lambda event: None,
         timeout_s=_DESCRIBE_TIMEOUT_S,
     )
@@ -88,6 +94,6 @@ def changed_config(wanted: Settings, source: ModelSource, children: Children) ->
 
 
 def operators(specs: Iterable[str]) -> tuple[str, ...]:
-    """The operators that strategies name."""
+    """List the operators that strategies name."""
     parsed = [strategies.parse(spec) for spec in specs]
     return tuple(dict.fromkeys(name for strategy in parsed for name in strategy.operators))

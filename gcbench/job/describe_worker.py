@@ -1,4 +1,4 @@
-"""What a child does to describe the device and the model. Imports torch."""
+"""Describes the device and the model in a child process. Imports torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from gcbench.models import flash_attention
 from gcbench.processes.messages import Answer, Refusal
 
 
-def describe(task: DescribeTask, tell: Callable[[object], None] = lambda event: None) -> Answer:
-    """The device and the model of a run, or why there is none."""
+def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: None) -> Answer:
+    """Describe the device and the model of a run, or answer with the reason why that fails."""
     try:
         device = backends.open_device(backends.choose(task.device))
         checkpointing.check_operators(task.operators)
@@ -29,7 +29,7 @@ def describe(task: DescribeTask, tell: Callable[[object], None] = lambda event: 
         if task.layers is not None:
             models.check_layers(task.source, facts, task.layers, task.overrides)
         if task.needs_order and facts.checkpointing_refusal is None:
-            from gcbench.job.layer_order import layers_in_order  # what most runs do not need
+            from gcbench.job.layer_order import layers_in_order  # most runs do not need it
 
             facts = replace(facts, layers_in_order=layers_in_order(traced))
         if facts.only_own is not None:
@@ -38,12 +38,12 @@ def describe(task: DescribeTask, tell: Callable[[object], None] = lambda event: 
             facts = replace(facts, own_groups=own_groups(traced))
         if traced is not task:
             facts = replace(facts, attn_implementation=task.attn_implementation)
-        came_to = None
+        changes = None
         if task.needs_changes:
-            from gcbench.models import changed_config  # what most runs do not need
+            from gcbench.models import changed_config  # most runs do not need it
 
-            came_to = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
-        return Answer(machine=device.describe(), facts=facts, changed=came_to)
+            changes = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
+        return Answer(machine=device.describe(), facts=facts, changed=changes)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:
@@ -51,7 +51,7 @@ def describe(task: DescribeTask, tell: Callable[[object], None] = lambda event: 
 
 
 def _as_traced(task: DescribeTask) -> DescribeTask:
-    """With the attention that a prediction for the task's target traces."""
+    """Replace the attention implementation by the one that a prediction for the task's target traces."""
     if not flash_attention.is_stood_in(task.attn_implementation, task.target):
         return task
     from gcbench.simulate.cuda import flash_stand_in

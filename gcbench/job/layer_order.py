@@ -1,4 +1,4 @@
-"""In which order a model runs its layers, found out on tensors without values."""
+"""Finds the order in which a model runs its layers, on fake tensors (shapes and dtypes, no data)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import suppress
 import torch
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.core.errors import GcbenchError
 from gcbench.core.records import Phase
 from gcbench.job.describe import DescribeTask
@@ -23,10 +23,10 @@ class _Enough(Exception):
 
 
 def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
-    """The numbers of the layers that training runs, in the order in which it does.
+    """Find the numbers of the layers that training runs, in the order in which they run.
 
-    None where that is all of them as they lie in the model: in one list, without a look; or where no look is possible,
-    because the model's code asks for values.
+    None where they run in `modules()` order, which is known without a run for layers in one list, and where the model's
+    code fails on fake tensors, because it reads values.
     """
     model = _built(task)
     if _in_one_list(model):
@@ -52,12 +52,12 @@ def layers_in_order(task: DescribeTask) -> tuple[int, ...] | None:
 
 
 def own_groups(task: DescribeTask) -> tuple[tuple[int, ...], ...] | None:
-    """The layers that the model's own checkpointing recomputes, in groups; None where no look is possible."""
+    """Find the groups of layers that a model's own checkpointing recomputes; None where its code needs values."""
     return groups_of(_built(task))
 
 
 def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
-    """The same of a model in 16 bits on meta, which is taken over."""
+    """Do the same for a bf16 model on the meta device, which must not be used afterwards."""
     try:
         fake_model = FakeModel(model, precision="bf16")
 
@@ -65,7 +65,11 @@ def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
             if phase == "optimizer":
                 raise _Enough
 
-        with own_way.GroupsSeen(fake_model.layers) as seen, fake_model.ready(own=True), suppress(_Enough):
+        with (
+            own_checkpointing.RecomputedGroups(fake_model.layers) as seen,
+            fake_model.ready(own=True),
+            suppress(_Enough),
+        ):
             batch = torch.zeros(1, _SEQ_LEN, dtype=torch.int64)
             TrainingStep(model, batch=batch, precision="bf16", optim="sgd", seed=0)(on_phase)
     except Exception:  # a model's own code
@@ -83,11 +87,11 @@ def _built(task: DescribeTask) -> torch.nn.Module:
 
 
 def _in_one_list(model: torch.nn.Module) -> bool:
-    """Whether the layers lie in one list and are of one class: mllama's list has some that text never runs."""
-    found = checkpointing.layers_of(model)
-    layers = {id(layer) for layer in found}
-    return len({type(layer) for layer in found}) == 1 and any(
-        layers == {id(child) for child in module.children()}
+    """Whether the layers are one list and of one class: mllama's list has some that text never runs."""
+    layers = checkpointing.layers_of(model)
+    ids = {id(layer) for layer in layers}
+    return len({type(layer) for layer in layers}) == 1 and any(
+        ids == {id(child) for child in module.children()}
         for module in model.modules()
         if isinstance(module, torch.nn.ModuleList)
     )

@@ -1,6 +1,6 @@
-"""What a model's config alone shows to be wrong, said before a process with torch starts. No torch.
+"""Finds mistakes that a model's config shows, before a process with torch starts. No torch.
 
-The child process decides: here nothing is refused that it would take, and what cannot be told from text is left to it.
+The child process decides: nothing is refused here that it would accept, and what text cannot show is left to it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ IN_EACH_PRECISION = "in each precision"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What is to be checked against a model, as `config.Settings` has it.
+class Requested:
+    """The settings to check against a model, with the meaning that they have in `Settings`.
 
     Attributes:
-        strategies: those that were named; none for the default ones, which are left out where they do not suit.
-        precision: None where several are tried.
+        strategies: the strategies that the user named; none for the default ones, which are dropped where unsupported.
+        precision: None for several.
     """
 
     overrides: Mapping[str, Json]
@@ -38,35 +38,35 @@ class Wanted:
     precision: str | None = None
 
 
-def model_of(wanted: Settings, *, pretrained: bool = False) -> ModelSource:
-    """The model that a command's settings name, examined; raises what `sources.resolve` and `examine` do."""
-    changes = wanted.set or {}
+def model_of(settings: Settings, *, pretrained: bool = False) -> ModelSource:
+    """Find the model that a command's settings name, and examine it; raises what `sources.resolve` and `examine` do."""
+    changes = settings.set or {}
     source = sources.resolve(
-        wanted.model, pretrained=pretrained, trust_remote_code=wanted.trust_remote_code, overrides=changes
+        settings.model, pretrained=pretrained, trust_remote_code=settings.trust_remote_code, overrides=changes
     )
-    asked = Wanted(
+    requested = Requested(
         overrides=changes,
-        layers=wanted.layers,
-        seq_lens=wanted.seq_len or (),
-        strategies=wanted.strategies or (),
-        lora=wanted.lora,
-        precision=wanted.precision,
+        layers=settings.layers,
+        seq_lens=settings.seq_len or (),
+        strategies=settings.strategies or (),
+        lora=settings.lora,
+        precision=settings.precision,
     )
-    return examine(source, asked)
+    return examine(source, requested)
 
 
-def examine(source: ModelSource, wanted: Wanted) -> ModelSource:
-    """The model with its notices.
+def examine(source: ModelSource, requested: Requested) -> ModelSource:
+    """Check the requested settings against the model's config, and add notices to the model.
 
-    Raises UnavailableError for one that transformers cannot build as a causal LM, and UsageError with all that the
-    config shows to be wrong in what is wanted of it.
+    Raises UnavailableError for a model that transformers cannot build as a causal LM, and UsageError with every mistake
+    that the config shows.
     """
     config = source.config
     model_type = str(config["model_type"])
-    notices = _about_weights(source, wanted.precision)
+    notices = _about_weights(source, requested.precision)
     if "auto_map" in config and source.trust_remote_code:
         return replace(source, notices=notices)  # its own code decides about everything
-    changes = quantized.other_changes(wanted.overrides)
+    changes = quantized.other_changes(requested.overrides)
     built = _refuse_type(source, changes)
     if built is None:
         return replace(source, notices=notices)
@@ -75,9 +75,9 @@ def examine(source: ModelSource, wanted: Wanted) -> ModelSource:
         raise UsageError.of([str(err) for err in unknown])
     changed = _with(config, changes, model_type)
     mistakes = [
-        *(beyond_positions(source.name, length, limit) for length, limit in _too_long(changed, wanted.seq_lens)),
-        *_impossible_strategies(changed, wanted),
-        *_impossible_targets(changed, wanted.lora),
+        *(beyond_positions(source.name, length, limit) for length, limit in _too_long(changed, requested.seq_lens)),
+        *_impossible_strategies(changed, requested),
+        *_impossible_targets(changed, requested.lora),
     ]
     if mistakes:
         raise UsageError.of(mistakes)
@@ -86,7 +86,7 @@ def examine(source: ModelSource, wanted: Wanted) -> ModelSource:
 
 
 def beyond_positions(model: str, length: int, limit: int) -> str:
-    """A sequence that is longer than the model can take."""
+    """The message for a sequence length beyond the model's positions."""
     return (
         f"--seq-len {length} is beyond the {limit} positions of {model}; shorten it, or change the model with --set "
         f"max_position_embeddings={length}"
@@ -103,7 +103,7 @@ def _about_weights(source: ModelSource, precision: str | None) -> tuple[str, ...
 
 
 def _refuse_type(source: ModelSource, changes: Mapping[str, Json]) -> str | None:
-    """The class that will be built; None where transformers' files do not tell."""
+    """Find the class that will be built, None where transformers' files do not show it; raises UnavailableError."""
     model_type = str(source.config["model_type"])
     known = library_text.is_known(model_type)
     if known is False and "auto_map" in source.config:
@@ -119,7 +119,7 @@ def _refuse_type(source: ModelSource, changes: Mapping[str, Json]) -> str | None
 
 
 def _unknown_fields(config: Mapping[str, Any], changes: Mapping[str, Json]) -> list[tuple[str, Sequence[str]]]:
-    """Changes of fields that the config cannot have, with names that it has."""
+    """List changes of fields that the config cannot have, each with the names that it has."""
     model_type = str(config["model_type"])
     names = library_text.names_in_config(model_type)
     if names is None:
@@ -130,7 +130,7 @@ def _unknown_fields(config: Mapping[str, Any], changes: Mapping[str, Json]) -> l
 
 
 def _with(config: Mapping[str, Any], changes: Mapping[str, Json], model_type: str) -> dict[str, Any]:
-    """The config with the changes that are made at its top, under the names that it has for them; parts are copied."""
+    """Copy the config with its changed fields, under the config's own names for them, at most one level deep."""
     changed: dict[str, Any] = {k: dict(v) if isinstance(v, dict) else v for k, v in config.items()}
     for name, value in changes.items():
         outer, dot, last = name.partition(".")
@@ -143,7 +143,7 @@ def _with(config: Mapping[str, Any], changes: Mapping[str, Json], model_type: st
 
 
 def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """The part that the text model is made of; None where it is not clear."""
+    """The part of the config that describes the text model; None where that is ambiguous."""
     parts = [config[name] for name in _TEXT_CONFIGS if config.get(name) is not None]
     if not parts:
         return config
@@ -152,7 +152,7 @@ def _text_config(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def _size(config: Mapping[str, Any], field: str) -> int | None:
-    """A size under the config's own name for it, or under the common one; None where both stand there, or neither."""
+    """A size under the config's own name for it, or under the common one; None where it has both, or neither."""
     own = library_text.own_name(str(config["model_type"]), field)
     if own is None or (own != field and own in config and field in config):
         return None
@@ -167,17 +167,17 @@ def _too_long(config: Mapping[str, Any], seq_lens: Sequence[int]) -> list[tuple[
 
 
 def _depth(config: Mapping[str, Any], layers: int | None) -> int | None:
-    """Layers that can be checkpointed, where the model is one list of them."""
+    """The number of layers that can be checkpointed, where the model is one list of them; else None."""
     if _text_config(config) is not config or not library_text.has_one_list_of_layers(str(config["model_type"])):
         return None
     depth = _size(config, "num_hidden_layers")
     return depth if depth is None or layers is None else layers
 
 
-def _impossible_strategies(config: Mapping[str, Any], wanted: Wanted) -> list[str]:
-    depth = _depth(config, wanted.layers)
+def _impossible_strategies(config: Mapping[str, Any], requested: Requested) -> list[str]:
+    depth = _depth(config, requested.layers)
     mistakes = []
-    for spec in wanted.strategies if depth is not None else ():
+    for spec in requested.strategies if depth is not None else ():
         strategy = strategies.parse(spec)
         if strategy.content is not None:
             continue  # a file's layers are those that run, which may be fewer
@@ -189,7 +189,7 @@ def _impossible_strategies(config: Mapping[str, Any], wanted: Wanted) -> list[st
 
 
 def _impossible_targets(config: Mapping[str, Any], lora: Lora | None) -> list[str]:
-    """What is wrong with the modules that are to get adapters: none of that name, or none that peft knows."""
+    """Messages for LoRA target modules that the model does not have, or that peft has no default for."""
     model_type = str(config["model_type"])
     if lora is None or lora.target_modules == (ALL_LINEAR,):
         return []

@@ -1,4 +1,4 @@
-"""From what the user asked for to what will be measured: defaults that depend on model and device, and cells."""
+"""Resolves settings into a run: fills in defaults that depend on model and device, and lists the cells."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ _SEQ_LEN = {"cpu": 64, "cuda": 1024}
 _WARMUP = {"cpu": 1, "cuda": 2}
 _LEAST_STEPS = {"cpu": 1, "cuda": 5}
 LEAST_TIMED_S = 1.0
-"""Timed steps go on until they have taken this long in a round, unless their number is given."""
+"""Timed steps go on until they have taken this long in a round, unless `--steps` sets their number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedRun:
-    """A run, fully decided.
+    """A run with all its defaults resolved.
 
     Attributes:
-        settings: with every default filled in.
+        settings: the user's, with every default filled in.
         cells: in the order of the tables.
         plans: strategy -> plan.
-        refusals: strategy -> why it cannot be had on this device, for those that cannot.
+        refusals: strategy -> why this model or device does not support it, for those that are not supported.
         plan_files: strategy -> the content of the file that it was read from.
-        least_steps: timed steps of a round, at least, where the settings do not give their number.
+        least_steps: the fewest timed steps of a round, where the settings do not set their number.
         notices: what was decided for the user, in sentences.
-        model_notices: in what the model differs from what its config says, in sentences.
+        model_notices: how the model differs from what its config says, in sentences.
     """
 
     settings: Settings
@@ -51,33 +51,33 @@ class ResolvedRun:
 
 
 def resolve(
-    wanted: Settings,
+    requested: Settings,
     facts: ModelFacts,
     machine: Machine,
     target: Target | None = None,
     *,
     model_notices: tuple[str, ...] = (),
 ) -> ResolvedRun:
-    """Decide what `wanted` leaves open; raises UsageError with every mistake that only the model shows.
+    """Fill in what `requested` leaves open; raises UsageError with every mistake that only the model shows.
 
-    With `target`, for a prediction of what it would do there; `machine` then describes it.
+    With `target`, resolve a prediction for that device, which `machine` then describes.
     """
     mistakes: list[str] = []
     kind = target.kind if target else machine.device.partition(":")[0]
-    notices = [target_notice(target, machine)] if target else _device_notices(wanted, kind, machine)
+    notices = [target_notice(target, machine)] if target else _device_notices(requested, kind, machine)
 
     limit = facts.max_seq_len
-    if wanted.seq_len is None:
+    if requested.seq_len is None:
         seq_len: tuple[int, ...] = (min(_SEQ_LEN[kind], limit or _SEQ_LEN[kind]),)
-        notices.append(f"Sequence length not given: {seq_len[0]} tokens, the default on this device.")
+        notices.append(f"Sequence length: {seq_len[0]} tokens, the default on this device.")
     else:
-        seq_len = wanted.seq_len
+        seq_len = requested.seq_len
         mistakes += [
             beyond_positions(facts.model, length, limit) for length in seq_len if limit is not None and length > limit
         ]
 
-    specs = wanted.strategies or default_strategies(facts)
-    if wanted.strategies is None and facts.only_own is not None:
+    specs = requested.strategies or default_strategies(facts)
+    if requested.strategies is None and facts.only_own is not None:
         notices.append(f"The default strategies are {' and '.join(specs)}: {facts.only_own}.")
     plans: dict[str, Plan] = {}
     plan_files: dict[str, str] = {}
@@ -90,7 +90,7 @@ def resolve(
         except ValueError as err:
             if facts.checkpointing_refusal is not None:
                 plans[spec] = Plan(num_layers=facts.num_layers)
-            elif wanted.strategies is None:
+            elif requested.strategies is None:
                 notices.append(f"Left out of the default strategies: {err}.")
             else:
                 mistakes.append(f"--strategies: {err}")
@@ -98,15 +98,15 @@ def resolve(
         raise UsageError.of(mistakes)
 
     settings = replace(
-        wanted,
+        requested,
         device=machine.device,
         seq_len=seq_len,
         strategies=tuple(plans),
-        warmup=wanted.warmup or _WARMUP[kind],
+        warmup=requested.warmup or _WARMUP[kind],
     )
-    if wanted.memory_limit is not None:
-        notices.append(f"Memory is limited to {format_bytes(wanted.memory_limit)} to stand for a smaller device.")
-    if not wanted.pretrained and not target:
+    if requested.memory_limit is not None:
+        notices.append(f"Memory is limited to {format_bytes(requested.memory_limit)} to emulate a smaller device.")
+    if not requested.pretrained and not target:
         notices.append("Weights are random: memory and time do not depend on their values.")
     return ResolvedRun(
         settings=settings,
@@ -125,22 +125,22 @@ def resolve(
 
 
 def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
-    """What is compared where nothing is named."""
+    """The strategies to compare where none is named."""
     return DEFAULT_STRATEGIES if facts.only_own is None else (OFF, OWN)
 
 
-def _device_notices(wanted: Settings, kind: str, machine: Machine) -> list[str]:
+def _device_notices(requested: Settings, kind: str, machine: Machine) -> list[str]:
     if kind != "cpu":
         return [f"Measured on {machine.device_name} ({machine.device})."]
-    found = "No GPU was found, so these" if wanted.device == "auto" else "These"
-    return [f"{found} are CPU figures ({machine.device_name}): they do not stand for a GPU's times."]
+    subject = "No GPU was found, so these" if requested.device == "auto" else "These"
+    return [f"{subject} are CPU figures ({machine.device_name}): they say nothing about a GPU's times."]
 
 
 def target_notice(target: Target, machine: Machine) -> str:
-    """What a prediction is for; `machine` describes the target."""
+    """Say which device a prediction is for; `machine` describes it."""
     name = "the CPU" if target.kind == "cpu" else machine.device_name
     memory = "" if target.memory_bytes is None else format_bytes(target.memory_bytes)
-    memory = f", {memory}" if memory and memory not in name else ""  # a card without a name is told by its memory
+    memory = f", {memory}" if memory and memory not in name else ""  # a card without a name is named by its memory
     return f"Predicted for {name}{memory}; nothing was run there."
 
 
@@ -166,40 +166,40 @@ def _cells(settings: Settings, facts: ModelFacts) -> tuple[Cell, ...]:
     )
 
 
-def begin(job: ResolvedRun, machine: Machine, facts: ModelFacts, command: str) -> Report:
-    """The report before anything is known of its cells."""
+def begin(resolved: ResolvedRun, machine: Machine, facts: ModelFacts, command: str) -> Report:
+    """Make the report of a run before anything is measured or predicted."""
     return Report(
         schema=SCHEMA,
         gcbench_version=__version__,
         command=command,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        settings=as_json(job.settings),
+        settings=as_json(resolved.settings),
         machine=machine,
         model=facts,
-        outcomes=tuple(_empty(cell, job, facts) for cell in job.cells),
-        notices=job.notices,
-        plan_files=job.plan_files,
-        model_notices=job.model_notices,
+        outcomes=tuple(_empty(cell, resolved, facts) for cell in resolved.cells),
+        notices=resolved.notices,
+        plan_files=resolved.plan_files,
+        model_notices=resolved.model_notices,
     )
 
 
-def _empty(cell: Cell, job: ResolvedRun, facts: ModelFacts) -> Outcome:
+def _empty(cell: Cell, resolved: ResolvedRun, facts: ModelFacts) -> Outcome:
     if facts.checkpointing_refusal is not None and cell.strategy != OFF:
         return Outcome(
             cell=cell,
             layers_checkpointed=0,
-            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is left for it"),
+            failure=Failure(kind="unsupported", message=f"{facts.checkpointing_refusal}; only off is possible"),
         )
-    why = job.refusals.get(cell.strategy)
+    why = resolved.refusals.get(cell.strategy)
     return Outcome(
         cell=cell,
-        layers_checkpointed=job.plans[cell.strategy].layers_checkpointed,
+        layers_checkpointed=resolved.plans[cell.strategy].layers_checkpointed,
         failure=None if why is None else Failure(kind="unsupported", message=why),
     )
 
 
 def described(machine: Machine, target: Target) -> Machine:
-    """The target as a report's machine, with the versions of this one, on whose libraries the prediction rests."""
+    """Describe the target as a report's machine, with this machine's versions, as its libraries make the prediction."""
     if target.kind == CPU or target.name == machine.device:
         return machine
     card = target.card

@@ -1,4 +1,4 @@
-"""Settings of a run: from flags and TOML, checked once, all mistakes together."""
+"""Parses the settings of a run from flags and TOML; all mistakes are reported together."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MAX_LORA_R = 2**16
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the user asked for; None where the default depends on the model or the device.
+    """The user's settings; None where the default depends on the model or the device.
 
     The field names are the TOML keys and, with hyphens, the long flags.
     """
@@ -68,17 +68,17 @@ ALIASES = {
     "warmup_steps": "warmup",
     "num_layers": "layers",
 }
-"""Second spellings, for flags and TOML keys alike."""
+"""Other spelling -> name, of flags and TOML keys."""
 
 
-def settings(given: Mapping[str, object]) -> Settings:
-    """Check and convert raw values (text from flags, native values from TOML); None means not given.
+def settings(raw_values: Mapping[str, object]) -> Settings:
+    """Check and convert raw values (text from flags, native values from TOML); None means not set.
 
     Raises UsageError with every mistake found.
     """
     mistakes: list[str] = []
     values: dict[str, Any] = {}
-    for raw_key, raw in given.items():
+    for raw_key, raw in raw_values.items():
         if raw is None:
             continue
         key = canonical(raw_key)
@@ -99,30 +99,30 @@ def settings(given: Mapping[str, object]) -> Settings:
         and "lora_r" not in values
         and not any(m.startswith("--lora-r") for m in mistakes)
     ):
-        mistakes.append("--lora-target-modules needs the rank of the adapters too; write it like --lora-r 8")
+        mistakes.append("--lora-target-modules also needs the rank of the adapters; add it, like --lora-r 8")
     if mistakes:
         raise UsageError.of(mistakes)
     return Settings(**values)
 
 
-def notices(given: Mapping[str, object]) -> tuple[str, ...]:
-    """What of these raw settings was taken in another sense than it may have been meant, in sentences."""
+def notices(raw_values: Mapping[str, object]) -> tuple[str, ...]:
+    """Say how raw settings that have two possible meanings were interpreted, in sentences."""
 
     def texts(key: str) -> list[str]:
-        raw = given.get(key)
+        raw = raw_values.get(key)
         return [] if raw is None else [str(item) for item in _listed(raw)]
 
     return spellings.notices(texts("precision"), texts("seq_len"))
 
 
 def canonical(key: str) -> str:
-    """The one name of a setting for any of its spellings."""
+    """Return the name of a setting for any of its spellings."""
     plain = key.replace("-", "_")
     return ALIASES.get(plain, plain)
 
 
 def parse_device(name: str) -> str:
-    """A device's name, checked; raises UsageError."""
+    """Check a device's name; raises UsageError."""
     try:
         return _device(name)
     except ValueError as err:
@@ -130,7 +130,7 @@ def parse_device(name: str) -> str:
 
 
 def parse_memory(flag: str, raw: object) -> int | None:
-    """An amount of memory in bytes, None where none is given; raises UsageError."""
+    """Parse an amount of memory into bytes, None into None; raises UsageError."""
     if raw is None:
         return None
     try:
@@ -140,7 +140,7 @@ def parse_memory(flag: str, raw: object) -> int | None:
 
 
 def several(flag: str, raw: object, parse: Callable[[object], str]) -> tuple[str, ...] | None:
-    """The names in `a,b`, each as `parse` has it; None where nothing is given; raises UsageError."""
+    """Parse each name in `a,b` by `parse`, None into None; raises UsageError."""
     if raw is None:
         return None
     try:
@@ -150,7 +150,7 @@ def several(flag: str, raw: object, parse: Callable[[object], str]) -> tuple[str
 
 
 def as_json(resolved: Settings) -> dict[str, Json]:
-    """The settings as a report stores them; `settings(as_json(s)) == s`."""
+    """Convert settings to what a report stores; `settings(as_json(s)) == s`."""
     stored: dict[str, Json] = {}
     for field in fields(resolved):
         value = getattr(resolved, field.name)
@@ -180,12 +180,12 @@ def _listed(raw: object) -> list[object]:
 def _whole(raw: object, *, at_least: int, at_most: int | None = None) -> int:
     text = spellings.count(str(raw))
     if isinstance(raw, bool) or not text.removeprefix("-").isdecimal():
-        raise ValueError(f"{raw!r} is not a whole number; write one of {at_least} or more")
+        raise ValueError(f"{raw!r} is not a whole number; write {at_least} or more")
     number = int(text)
     if number < at_least:
         raise ValueError(f"{number} is too small; it must be {at_least} or more")
     if at_most is not None and number > at_most:
-        raise ValueError(f"{number} is absurd; it must be {at_most:,} or less")
+        raise ValueError(f"{number} is out of range (max {at_most:,}); write a smaller number")
     return number
 
 
@@ -197,8 +197,8 @@ def _counts(at_least: int, at_most: int, *, spelled: Callable[[str], str]) -> Ca
     def parse(raw: object) -> tuple[int, ...]:
         if isinstance(raw, str) and re.fullmatch(r"\d{1,3}(?:,\d{3})+", raw.strip()) and re.search(r",0", raw):
             raise ValueError(f"{raw!r} reads as a list; did you mean {raw.strip().replace(',', '')}?")
-        apart = re.sub(r"(?<=[\dkK])\s+(?=\d)", ",", raw) if isinstance(raw, str) else raw
-        items = [spelled(item) if isinstance(item, str) else item for item in _listed(apart)]
+        with_commas = re.sub(r"(?<=[\dkK])\s+(?=\d)", ",", raw) if isinstance(raw, str) else raw
+        items = [spelled(item) if isinstance(item, str) else item for item in _listed(with_commas)]
         return tuple(dict.fromkeys(_whole(item, at_least=at_least, at_most=at_most) for item in items))
 
     return parse
@@ -221,29 +221,29 @@ def _one_of(legal: tuple[str, ...], raw: object) -> str:
 
 
 def precision(raw: object) -> str:
-    """One of `PRECISION_NAMES`, in any tool's spelling; raises ValueError."""
-    if isinstance(raw, (int, str)) and not isinstance(raw, bool):  # 16 is a word of Lightning's
+    """Parse one of `PRECISION_NAMES` from any tool's spelling; raises ValueError."""
+    if isinstance(raw, (int, str)) and not isinstance(raw, bool):  # 16 is a precision in Lightning
         raw = spellings.precision(str(raw))
     return _one_of(PRECISION_NAMES, raw)
 
 
 def optimizer(raw: object) -> str:
-    """An optimizer that --optim takes, in any tool's spelling; raises ValueError."""
+    """Parse an optimizer of --optim from any tool's spelling; raises ValueError."""
     return _one_of(optimizers.names(), spellings.optimizer(raw, optimizers.names()) if isinstance(raw, str) else raw)
 
 
 def attention(raw: object) -> str:
-    """An attention implementation, in transformers' spelling; raises ValueError."""
+    """Parse an attention implementation into transformers' spelling; raises ValueError."""
     return spellings.attention(_text(raw))
 
 
 def _attention_or_own(raw: object) -> str | None:
-    """None for the model's own choice, as its name is in a check and in other tools."""
+    """Parse an attention implementation, and the names for the model's own choice into None."""
     return None if _text(raw).lower() in ("default", "auto", "none") else attention(raw)
 
 
 def one_of(legal: tuple[str, ...]) -> Callable[[object], str]:
-    """The parser of a name among `legal`."""
+    """Return a parser of names in `legal`."""
     return lambda raw: _one_of(legal, raw)
 
 
@@ -266,7 +266,7 @@ def _modules(raw: object) -> tuple[str, ...]:
     if not any(name.lower().replace("_", "-") == ALL_LINEAR for name in names):
         return names
     if len(names) > 1:
-        raise ValueError(f"{ALL_LINEAR} stands for every linear layer; leave out the other names, or it")
+        raise ValueError(f"{ALL_LINEAR} means every linear layer; leave out the other names, or it")
     return (ALL_LINEAR,)
 
 
@@ -282,8 +282,8 @@ def _device(raw: object) -> str:
     card = cards.known(name)
     if card is not None:
         raise ValueError(
-            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}, and gcbench predict "
-            f"--device {card.name} and gcbench plan --device {card.name} tell what that card would do"
+            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}; gcbench predict "
+            f"--device {card.name} and gcbench plan --device {card.name} predict for that card"
         )
     raise ValueError(f"{raw!r} is unknown; {legal}")
 
@@ -297,7 +297,7 @@ def _yes_no(raw: object) -> bool:
 def _bytes(raw: object) -> int:
     count = units.parse_memory(raw)
     if count < units.LEAST_BARE_BYTES:
-        raise ValueError(f"{raw!r} is less than any device has; write it like 8GiB")
+        raise ValueError(f"{raw!r} is less memory than any device has; write it like 8GiB")
     return count
 
 
@@ -326,7 +326,7 @@ def _overrides(raw: object) -> dict[str, Json]:
 
 
 def _literal(text: str) -> Json:
-    """A TOML value (numbers, true, lists, quoted text); anything else is text. `null` is None."""
+    """Parse a TOML value (number, true, list, quoted text); anything else is text, and `null` is None."""
     if text in ("null", "None"):
         return None
     spelled = {"True": "true", "False": "false"}.get(text, text)

@@ -1,4 +1,4 @@
-"""`--config FILE.toml`: which keys each command has, and what a file shared by several commands means for one."""
+"""Reads `--config FILE.toml`: the keys of each command, from a file that several commands may share."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ KEYS: Mapping[str, tuple[str, ...]] = {
         *("train", "no_compile", "full_size"),
     ),
 }
-"""Command -> the keys of its file: the long names of its options, with underscores. A new option is added here.
+"""Command -> the keys of its file: the long names of its options, with underscores. Add a new option here.
 
-`memory_limit` is the memory of the device for predict and plan.
+For predict and plan, `memory_limit` is the memory of the device.
 """
 _ON_THIS_MACHINE = ("run", "check")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileSettings:
-    """What a file says for one command; nothing without a file.
+    """The settings of a file for one command; empty without a file.
 
     Attributes:
-        values: canonical key -> value as TOML has it.
-        skipped: what was left out, in sentences.
+        values: canonical key -> value as parsed from TOML.
+        skipped: which settings are ignored and why, in sentences.
     """
 
     path: Path | None = None
@@ -54,45 +54,45 @@ class FileSettings:
 
     @property
     def settings(self) -> dict[str, object]:
-        """Those that are fields of `Settings`."""
+        """The values that are fields of `Settings`."""
         return {key: value for key, value in self.values.items() if key in _OF_ALL}
 
-    def text(self, key: str, given: str | Path | None) -> str | None:
-        """An option that takes a value: what was `given` as a flag, or else what the file says, as a flag would."""
-        if given is not None:
-            return str(given)
+    def text(self, key: str, flag: str | Path | None) -> str | None:
+        """Return an option with a value as text: the flag's value, else the file's in the form that the flag takes."""
+        if flag is not None:
+            return str(flag)
         value = self.values.get(key)
         if value is None:
             return None
         if isinstance(value, list):
             return ",".join(map(str, value))
         if isinstance(value, (bool, dict)):
-            raise UsageError(f"--config: {self.path}: {key} = {value!r} is not a text; write it in quotes")
+            raise UsageError(f"--config: {self.path}: {key} = {value!r} is not text; write it in quotes")
         return str(value)
 
-    def file(self, key: str, given: Path | None) -> Path | None:
-        """An option that takes a path."""
-        named = self.text(key, given)
-        return None if named is None else Path(named)
+    def file(self, key: str, flag: Path | None) -> Path | None:
+        """Return an option with a path."""
+        name = self.text(key, flag)
+        return None if name is None else Path(name)
 
-    def is_set(self, key: str, given: bool) -> bool:
-        """An option without a value."""
+    def is_set(self, key: str, flag: bool) -> bool:
+        """Return whether an option without a value is set, by its flag or in the file."""
         value = self.values.get(key, False)
         if not isinstance(value, bool):
             raise UsageError(f"--config: {self.path}: {key} = {value!r} is neither true nor false; write {key} = true")
-        return given or value
+        return flag or value
 
     def tell(self, *, quiet: bool) -> None:
-        """Say on standard error what was left out."""
+        """Print on standard error which settings are ignored."""
         for sentence in () if quiet else self.skipped:
             print(sentence, file=sys.stderr)
 
 
 def read(path: Path | None, command: str) -> FileSettings:
-    """What the file at `path` says for `command`; raises UsageError where it cannot be read, or for an unknown key.
+    """Read the settings of a file for `command`; raises UsageError where it cannot be read, or for an unknown key.
 
-    A key that only other commands have is left out, so that one file serves them all; so is, where something runs on
-    this machine, a device that is a card of the catalogue.
+    A key that only other commands have is ignored, so that one file works for all of them. Commands that run on this
+    machine also ignore a device that is a card of the catalogue.
     """
     if path is None:
         return FileSettings()
@@ -110,7 +110,8 @@ def read(path: Path | None, command: str) -> FileSettings:
             others[key] = None
         elif key == "device" and command in _ON_THIS_MACHINE and isinstance(value, str) and cards.known(value):
             skipped.append(
-                f"{path}: device = {value!r} is a card to predict for; gcbench {command} runs on this machine."
+                f"{path}: device = {value!r} is a card to predict for; gcbench {command} ignores it and runs on this "
+                "machine."
             )
         else:
             values[key] = value
@@ -136,24 +137,24 @@ def _toml(path: Path) -> dict[str, object]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UsageError(f"--config: there is no {path}; give a TOML file") from None
+        raise UsageError(f"--config: there is no {path}; pass the path of a TOML file") from None
     except (OSError, UnicodeDecodeError) as err:
         raise UsageError(f"--config: {path} cannot be read ({err}); check the path and its permissions") from None
     except tomllib.TOMLDecodeError as err:
-        raise UsageError(f"--config: {path} is not valid TOML ({err}); mend that line") from None
+        raise UsageError(f"--config: {path} is not valid TOML ({err}); fix that line") from None
 
 
-def memory_of_device(given: str | None, file: FileSettings, limit: object) -> int | None:
-    """Bytes that a device has by --device-memory, or else by the file, where `memory_limit` means it as well."""
-    if given is not None:
-        return configs.parse_memory("--device-memory", given)
+def memory_of_device(flag: str | None, file: FileSettings, limit: object) -> int | None:
+    """Return a device's memory in bytes: --device-memory, else the file's `device_memory`, else `limit`."""
+    if flag is not None:
+        return configs.parse_memory("--device-memory", flag)
     if "device_memory" in file.values:
         return configs.parse_memory("--device-memory", file.values["device_memory"])
     return configs.parse_memory("--memory-limit", limit)
 
 
 def tell(file: FileSettings, raw: Mapping[str, object], *, quiet: bool) -> None:
-    """Say on standard error what of a file was left out, and what of `raw` was taken in another sense."""
+    """Print on standard error which settings of a file are ignored, and how ambiguous ones of `raw` are read."""
     file.tell(quiet=quiet)
     for sentence in () if quiet else configs.notices(raw):
         print(sentence, file=sys.stderr)

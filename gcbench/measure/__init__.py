@@ -1,1 +1,1 @@
-"""`gcbench run`: real training steps, their peak memory and their times."""
+"""`gcbench run`: measures the peak memory and the times of real training steps."""

@@ -1,4 +1,4 @@
-"""What `gcbench run` does with its flags."""
+"""Turns the flags and the file of `gcbench run` into settings, and runs it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def run(
     quiet: bool,
     argv: Sequence[str],
 ) -> None:
-    """Settings, cells, outcomes, report: measure what `flags` and the files say, and show it."""
+    """Measure every cell of the settings that flags, file and a resumed run make up, and show the report."""
     previous: Report | None = None
     if resume:
         if out is None:
@@ -32,10 +32,10 @@ def run(
         previous = reports.reopen(out)
     file = settings_file.read(config, "run")
     raw = {**(previous.settings if previous else {}), **file.settings, **flags}
-    wanted = configs.settings(raw)
+    settings = configs.settings(raw)
     tell(file, raw, quiet=quiet)
-    from gcbench.measure import session  # only now: a wrong value is told before anything else is imported
+    from gcbench.measure import session  # only now: a wrong value is reported before anything else is imported
 
     session.measure(
-        wanted, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+        settings, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
     )

@@ -1,4 +1,4 @@
-"""What the user sees on stderr while cells are measured: a live display, plain lines, or nothing."""
+"""Shows progress on stderr while cells are measured: a live display, plain lines, or nothing."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from gcbench.processes.progress import Heartbeat, TwoLines
 
 
 def label(cell: Cell) -> str:
-    """A cell as it is named while it runs."""
+    """Name a cell: `per-layer, batch 8 × 1024`."""
     return f"{cell.strategy}, batch {cell.workload.batch_size} × {cell.workload.seq_len}"
 
 
 def figures(outcome: Outcome) -> str:
-    """The latest figures of a cell, or why there are none."""
+    """Show the latest figures of a cell, or why there are none."""
     if outcome.failure is not None:
         return f"{outcome.failure.kind}: {outcome.failure.message}"
     parts = []
@@ -34,7 +34,7 @@ def figures(outcome: Outcome) -> str:
 
 
 class QuietProgress:
-    """Says nothing."""
+    """Shows nothing."""
 
     def __enter__(self) -> QuietProgress:
         return self
@@ -59,13 +59,13 @@ class QuietProgress:
 
 
 class PlainProgress(QuietProgress):
-    """One line per round of a cell, for logs and pipes, and one now and then where that takes long."""
+    """One line per round of a cell, for logs and pipes, and more lines at intervals during a long round."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._start = time.monotonic()
         self._where, self._last_step, self._done_steps, self._total, self._steps = "", "", 0, 0, 0
-        self._heartbeat = Heartbeat(self._still_there)
+        self._heartbeat = Heartbeat(self._print_last_step)
 
     def __enter__(self) -> PlainProgress:
         self._heartbeat.start()
@@ -93,12 +93,12 @@ class PlainProgress(QuietProgress):
     def skip(self, *, num_steps: int) -> None:
         self._total -= num_steps
 
-    def _still_there(self) -> None:
+    def _print_last_step(self) -> None:
         where = f"{self._where}: {self._last_step}" if self._where else "importing torch, reading the model"
         self._print(f"{where} … [{self._elapsed()} elapsed]")
 
     def _say(self, text: str) -> None:
-        self._heartbeat.spoken()
+        self._heartbeat.restart()
         self._print(text)
 
     def _print(self, text: str) -> None:
@@ -150,7 +150,7 @@ class LiveProgress(QuietProgress):
     def step(self, event: Event) -> None:
         self._display.update(
             self._task,
-            # A round may take more steps than announced; the bar waits for the next.
+            # A round may take more steps than planned; then the bar waits for the next round.
             completed=self._before + min(event.step, self._num_steps),
             description=f"{self._where} · {event.kind} step {format_seconds(event.seconds)}",
         )
@@ -166,7 +166,7 @@ class LiveProgress(QuietProgress):
 
 
 def choose(console: Console, *, quiet: bool) -> QuietProgress:
-    """The display that suits where stderr goes."""
+    """Choose the live display for a terminal, plain lines otherwise, none where `quiet`."""
     if quiet:
         return QuietProgress()
     return LiveProgress(console) if console.is_terminal else PlainProgress(console)

@@ -1,4 +1,4 @@
-"""The parent: schedules the rounds of all cells, survives whatever a child does, saves after each."""
+"""Schedules the rounds of all cells in the parent process, runs each in a child, and saves the report after each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gcbench.strategies import OFF
 
 
 class Progress(Protocol):
-    """What the user sees while cells are measured."""
+    """Shows the progress of a run."""
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None: ...
 
@@ -39,7 +39,7 @@ class Progress(Protocol):
 
 
 def run(
-    wanted: Settings,
+    settings: Settings,
     *,
     source: ModelSource,
     children: Children,
@@ -48,38 +48,38 @@ def run(
     command: str,
     previous: Report | None = None,
 ) -> Report:
-    """Measure every round of every cell that `previous` lacks; the report is in `store` after each of them.
+    """Measure every round of every cell that `previous` lacks, and save the report in `store` after each of them.
 
-    Raises UsageError or UnavailableError before anything is measured; afterwards a failure is a row.
+    Raises UsageError or UnavailableError before anything is measured; afterwards a failure becomes a row.
     """
-    machine, facts = describe(wanted, source, children)
-    job = resolve(wanted, facts, machine, model_notices=source.notices)
-    report = _continue(previous, job, machine, facts) if previous else begin(job, machine, facts, command)
+    machine, facts = describe(settings, source, children)
+    resolved = resolve(settings, facts, machine, model_notices=source.notices)
+    report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)
     store.save(report)
-    schedule = [(cell, number) for number in range(job.settings.rounds) for cell in _off_first(job.cells)]
+    schedule = [(cell, number) for number in range(resolved.settings.rounds) for cell in _off_first(resolved.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
-    tasks = [task_for(job, source, cell, number) for cell, number in todo]
-    progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=job.settings.rounds)
+    tasks = [task_for(resolved, source, cell, number) for cell, number in todo]
+    progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=resolved.settings.rounds)
     for task in tasks:
         if _is_done(report, task.cell, task.round):  # it failed in an earlier round
             progress.skip(num_steps=task.num_steps)
             continue
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
-        report = measure_round(report, task, job, children, store, progress)
+        report = measure_round(report, task, resolved, children, store, progress)
         progress.leave(_outcome(report, task.cell))
-    return _repeat_off(report, job, source, children, store)
+    return _repeat_off(report, resolved, source, children, store)
 
 
-def _continue(previous: Report, job: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:
-    """The stored report, if what it holds can stand beside what will be measured now."""
-    now = as_json(job.settings)
-    # Neither decides what one round measures: more rounds add to what is there.
+def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:
+    """Return the stored report; raises UsageError where its rounds cannot be compared with those measured now."""
+    now = as_json(resolved.settings)
+    # Neither changes what one round measures: more rounds are added to the stored ones.
     free = {"timeout", "rounds"}
     changed = sorted(k for k in now | previous.settings if k not in free and now.get(k) != previous.settings.get(k))
     if changed:
-        told = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
-        raise UsageError(f"--resume continues the stored run, and its settings differ: {told}; take a new --out")
-    libraries = ("torch", "transformers", *(["peft"] if job.settings.lora else []))
+        changes = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
+        raise UsageError(f"--resume continues the stored run, and its settings differ: {changes}; take a new --out")
+    libraries = ("torch", "transformers", *(["peft"] if resolved.settings.lora else []))
     for what, before, after in (
         ("device", previous.machine.device_name, machine.device_name),
         *((name, previous.machine.versions.get(name), machine.versions.get(name)) for name in libraries),
@@ -88,20 +88,20 @@ def _continue(previous: Report, job: ResolvedRun, machine: Machine, facts: Model
             raise UsageError(
                 f"--resume needs the {what} of the stored run: that was {before} and this is {after}; take a new --out"
             )
-    if previous.model.num_trainable_params is None:  # stored before it was counted
+    if previous.model.num_trainable_params is None:  # stored by a version that did not count them
         facts = replace(facts, num_trainable_params=None)
-    if job.plan_files != previous.plan_files:
+    if resolved.plan_files != previous.plan_files:
         raise UsageError("--resume needs the plan files of the stored run, and one has changed since; take a new --out")
     if facts != previous.model:
         raise UsageError(
-            f"--resume needs the model of the stored run, and {facts.model} is another one now: its config or "
+            f"--resume needs the model of the stored run, and {facts.model} differs from it: its config or "
             "transformers' code for it has changed; take a new --out"
         )
-    return replace(previous, settings=now, model_notices=job.model_notices)
+    return replace(previous, settings=now, model_notices=resolved.model_notices)
 
 
 def _off_first(cells: Iterable[Cell]) -> list[Cell]:
-    """`off` before the others, so that their gradients have their reference at once; else the tables' order."""
+    """Put `off` first, as the other gradients are compared with its own; the rest in the order of the tables."""
     return sorted(cells, key=lambda cell: cell.strategy != OFF)
 
 
@@ -114,9 +114,9 @@ def _is_done(report: Report, cell: Cell, number: int) -> bool:
     return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
 
 
-def task_for(job: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
-    """One round of one cell."""
-    settings = job.settings
+def task_for(resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
+    """Make the task that measures one round of one cell."""
+    settings = resolved.settings
     assert settings.warmup is not None
     return MeasureTask(
         cell=cell,
@@ -125,10 +125,10 @@ def task_for(job: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> 
         layers=settings.layers,
         overrides=settings.set or {},
         attn_implementation=settings.attn_implementation,
-        plan=job.plans[cell.strategy],
+        plan=resolved.plans[cell.strategy],
         seed=settings.seed,
         warmup=settings.warmup,
-        steps=settings.steps or job.least_steps,
+        steps=settings.steps or resolved.least_steps,
         least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
         with_memory=number == 0,
         memory_limit_bytes=settings.memory_limit,
@@ -137,11 +137,11 @@ def task_for(job: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> 
 
 
 def measure_round(
-    report: Report, task: MeasureTask, job: ResolvedRun, children: Children, store: Store, progress: Progress
+    report: Report, task: MeasureTask, resolved: ResolvedRun, children: Children, store: Store, progress: Progress
 ) -> Report:
-    """The report with one more round, or one more failure, in it; saved."""
+    """Measure one round, and return the report with its result or failure, saved in `store`."""
     start = time.monotonic()
-    answer = children.run(task, on_event=progress.step, timeout_s=job.settings.timeout)
+    answer = children.run(task, on_event=progress.step, timeout_s=resolved.settings.timeout)
     outcome = _outcome(report, task.cell)
     if answer.result is None or answer.fingerprint is None:
         why = answer.refusal.message if answer.refusal else "the child gave no result"
@@ -149,7 +149,7 @@ def measure_round(
     else:
         result = replace(answer.result, wall_s=time.monotonic() - start)
         store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
-        result = _judged(result, answer.fingerprint, task.cell, store)
+        result = _compared(result, answer.fingerprint, task.cell, store)
         outcome = replace(outcome, rounds=(*outcome.rounds, result))
     outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
     report = replace(report, outcomes=outcomes)
@@ -157,31 +157,31 @@ def measure_round(
     return report
 
 
-def _repeat_off(report: Report, job: ResolvedRun, source: ModelSource, children: Children, store: Store) -> Report:
-    """The report with the noise of `off`, where a verdict depends on it and one round of `off` does not tell it."""
+def _repeat_off(report: Report, resolved: ResolvedRun, source: ModelSource, children: Children, store: Store) -> Report:
+    """Measure the noise of `off` by one more run, where a verdict depends on it and only one round of `off` exists."""
     for outcome in report.outcomes:
         off = next((o for o in report.outcomes if o.cell == _reference_cell(outcome.cell.workload)), None)
         if off is None or not off.rounds or not needs_repeat(outcome, off):
             continue
-        task = replace(task_for(job, source, off.cell, 1), warmup=1, steps=0, least_timed_s=0.0, with_memory=False)
-        answer = children.run(task, on_event=lambda event: None, timeout_s=job.settings.timeout)
+        task = replace(task_for(resolved, source, off.cell, 1), warmup=1, steps=0, least_timed_s=0.0, with_memory=False)
+        answer = children.run(task, on_event=lambda event: None, timeout_s=resolved.settings.timeout)
         if answer.result is None or answer.fingerprint is None:
-            continue  # what it came to without the noise stands
-        again = _judged(answer.result, answer.fingerprint, off.cell, store)
-        if again.grad_rel_diff is not None:
-            with_noise = replace(off, repeat_rel_diffs=(again.grad_rel_diff,))
+            continue  # the verdict without the noise remains
+        repeated = _compared(answer.result, answer.fingerprint, off.cell, store)
+        if repeated.grad_rel_diff is not None:
+            with_noise = replace(off, repeat_rel_diffs=(repeated.grad_rel_diff,))
             report = replace(report, outcomes=tuple(with_noise if o.cell == off.cell else o for o in report.outcomes))
             store.save(report)
     return report
 
 
-def _judged(result: RoundResult, prints: Fingerprint, cell: Cell, store: Store) -> RoundResult:
-    """The result with its gradients' difference from those of `off` in round 0."""
+def _compared(result: RoundResult, fingerprint: Fingerprint, cell: Cell, store: Store) -> RoundResult:
+    """Add to a result the difference of its gradients from those of `off` in round 0."""
     stored = store.load_gradients(_reference_cell(cell.workload), 0)
     if stored is None or result.draws_other_dropout:
         return result
-    compared = difference(prints, decode(Fingerprint, json.loads(stored)))
-    return replace(result, grad_rel_diff=compared.relative, grad_worst_param=compared.worst)
+    found = difference(fingerprint, decode(Fingerprint, json.loads(stored)))
+    return replace(result, grad_rel_diff=found.relative, grad_worst_param=found.worst)
 
 
 def _reference_cell(workload: Workload) -> Cell:

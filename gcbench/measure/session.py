@@ -1,4 +1,4 @@
-"""One run from settings to what is printed: the model found, the cells measured, the results published."""
+"""Runs a measurement from its settings to its output: find the model, measure the cells, publish the results."""
 
 from __future__ import annotations
 
@@ -28,26 +28,28 @@ FAILED_STATUSES = ("crash", "timeout", "killed")
 
 
 def measure(
-    wanted: Settings, *, out: Path | None, previous: Report | None, command: str, as_json: bool, quiet: bool
+    settings: Settings, *, out: Path | None, previous: Report | None, command: str, as_json: bool, quiet: bool
 ) -> None:
-    """Measure what `previous` lacks, keep it in the run folder and show it; raises GcbenchError at the end when a
-    cell crashed, timed out or was killed, or when the results could not be written."""
-    source = preflight.model_of(wanted, pretrained=wanted.pretrained)
+    """Measure what `previous` lacks, store it in the run folder and show it.
+
+    Raises GcbenchError at the end when a cell crashed, timed out or was killed, or when results could not be written.
+    """
+    source = preflight.model_of(settings, pretrained=settings.pretrained)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if previous is not None and out is not None:
         store = Store.reopen(out)
     else:
-        store = Store.create(out, can_resume=True) if out else Store.new(sources.slug(wanted.model), now)
+        store = Store.create(out, can_resume=True) if out else Store.new(sources.slug(settings.model), now)
     err = Console(stderr=True)
-    with store, _kept_when_interrupted(store):
+    with store, _stored_when_interrupted(store):
         if previous is not None:
-            previous = reports.reopen(store.folder)  # again, now that nobody else can write to it
+            previous = reports.reopen(store.folder)  # again, now that it is locked
         with (
             ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source))) as children,
             progress.choose(err, quiet=quiet) as display,
         ):
             report = runner.run(
-                wanted,
+                settings,
                 source=source,
                 children=children,
                 store=store,
@@ -67,26 +69,26 @@ def measure(
             f"the reasons are in the table and in {store.folder / reports.REPORT_NAME}"
         )
     if report.outcomes and all(outcome.failure and outcome.failure.kind == "oom" for outcome in report.outcomes):
-        limit = wanted.memory_limit or report.machine.device_memory_bytes
+        limit = settings.memory_limit or report.machine.device_memory_bytes
         memory = f" into {format_bytes(limit)}" if limit is not None else ""
         raise ThresholdBroken(
             f"nothing fits{memory}: every cell ran out of memory; take a smaller batch, a shorter sequence, a leaner "
-            "optimizer or a larger device (gcbench plan looks for what fits)"
+            "optimizer or a larger device (gcbench plan searches for a plan that fits)"
         )
 
 
 @contextmanager
-def _kept_when_interrupted(store: Store) -> Iterator[None]:
-    """Make an interruption end the run with what was measured kept."""
+def _stored_when_interrupted(store: Store) -> Iterator[None]:
+    """Turn KeyboardInterrupt into Interrupted, with all measured rounds stored."""
     try:
         yield
     except KeyboardInterrupt:
         ignore_more()  # a second one must not cut the last save short
-        raise Interrupted(_kept(store)) from None
+        raise Interrupted(_interrupted(store)) from None
 
 
-def _kept(store: Store) -> str:
-    """After an interruption: what there is, and how to go on."""
+def _interrupted(store: Store) -> str:
+    """The message after an interruption: what is stored, and how to resume."""
     try:
         report = reports.load(store.folder)
     except GcbenchError:

@@ -1,4 +1,4 @@
-"""Makes the fingerprint of a model's gradients, on the device they are on."""
+"""Computes the fingerprint of a model's gradients, on their device."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from gcbench.core.gradient_fingerprint import SKETCH_SIZE, Fingerprint, Paramete
 _ROWS = 2**13
 _TILE_ROWS = 2**6
 _CHUNK = _ROWS * SKETCH_SIZE
-"""Elements handled at a time: bounds the temporaries to some 25 MB."""
+"""Elements processed at a time: bounds temporary tensors to about 25 MB."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def take(model: torch.nn.Module, *, step: int, seed: int) -> Fingerprint:
-    """The fingerprint of `model`'s gradients, read between a backward pass and the optimizer's step."""
+    """Compute the fingerprint of `model`'s gradients, between a backward pass and the optimizer's step."""
     trainable = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return Fingerprint(
         step=step,
@@ -33,8 +33,8 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
     place = torch.arange(min(_CHUNK, len(flat)), device=device, dtype=torch.int64)
     weights = (place * 0x1E3779B97F4A7C15) | 1
     checksum = len(flat)
-    # A sign for each row alone would be shared by all buckets: a difference that is the same everywhere would then
-    # cancel out of all of them at once. So each sign is one of its row times one of its place in a tile.
+    # Signs by row alone would be the same in all buckets: a difference that is equal everywhere would then cancel in
+    # all of them at once. So each sign is that of its row times that of its place in a tile.
     tile = _signs(_TILE_ROWS, SKETCH_SIZE, generator=generator, device=device)
     sketch = torch.zeros(SKETCH_SIZE, dtype=torch.float64, device=device)
     for start in range(0, len(flat), _CHUNK):
@@ -52,12 +52,12 @@ def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
 
 
 def _signs(*shape: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
-    """+1 and -1 at random, drawn on the CPU so that every device gets the same."""
+    """Draw +1 and -1 at random, on the CPU so that they are the same for every device."""
     return torch.randint(2, shape, generator=generator).mul_(2).sub_(1).to(device, torch.float32)
 
 
 def _flat(grad: torch.Tensor) -> torch.Tensor:
-    """All elements as one dimension, in memory order where that needs no copy."""
+    """Flatten a gradient, in memory order where that needs no copy."""
     grad = grad.detach()
     order = sorted(range(grad.dim()), key=grad.stride, reverse=True)
     dense = grad.permute(order)

@@ -1,4 +1,4 @@
-"""What a child is asked for one round of one cell. No torch."""
+"""The task of a child process that measures one round of one cell. No torch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,19 @@ from gcbench.models.sources import ModelSource
 from gcbench.strategies import Plan
 
 MAX_TIMED_STEPS = 20
-"""Where their number is not given."""
+"""The most timed steps of a round where `--steps` is not passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureTask:
-    """Measure one round of one cell."""
+    """Measure one round of one cell.
+
+    Attributes:
+        attn_implementation: the user's choice; None for the model's own.
+        steps: timed steps, at least.
+        least_timed_s: timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run.
+        with_memory: whether to run a step with the memory probe.
+    """
 
     handler: ClassVar[str] = "gcbench.measure.worker:measure"
 
@@ -25,14 +32,11 @@ class MeasureTask:
     layers: int | None
     overrides: dict[str, Json]
     attn_implementation: str | None
-    """As the user asked for it; None for the model's own choice."""
     plan: Plan
     seed: int
     warmup: int
     steps: int
-    """Timed steps, at least."""
     least_timed_s: float
-    """Timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run."""
     with_memory: bool
     memory_limit_bytes: int | None
     lora: Lora | None = None

@@ -1,4 +1,4 @@
-"""The child process: builds the model, applies the plan, runs the steps, writes the answer. Imports torch."""
+"""Measures one round in a child process: builds the model, applies the plan, runs the steps. Imports torch."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ from gcbench.training.seeding import state_outside_torch
 from gcbench.training.step import TrainingStep, parameter_dtype, random_batch
 
 _MAX_SKIPPED_STEPS = 24
-"""An fp16 scaler starts at 2**16 and halves at each overflow, so it has settled long before."""
+"""An fp16 scaler starts at 2**16 and halves at each overflow, so its scale fits long before."""
 _UNSUPPORTED = ("not implemented for", "not supported", "does not support", "unsupported", "Could not run")
 
 
 class LimitExceeded(Exception):
-    """The exact peak is above the emulated device's memory."""
+    """The exact peak is above the memory of the emulated device."""
 
 
-def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
-    """One round of one cell, or the failure that it ended in."""
+def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
+    """Measure one round of one cell; an exception becomes the answer's failure."""
     measurement: _Measurement | None = None
     device: Device | None = None
     try:
         device = backends.open_device(task.cell.workload.device)
-        measurement = _Measurement(task, device, tell)
+        measurement = _Measurement(task, device, send)
         return measurement.run()
     except BaseException as err:
         where = measurement.where if measurement is not None else "while the model was being built"
@@ -50,10 +50,10 @@ def measure(task: MeasureTask, tell: Callable[[Event], None]) -> Answer:
 class _Measurement:
     """The steps of one round, in order."""
 
-    def __init__(self, task: MeasureTask, device: Device, tell: Callable[[Event], None]) -> None:
+    def __init__(self, task: MeasureTask, device: Device, send: Callable[[Event], None]) -> None:
         self.task = task
         self.device = device
-        self.tell = tell
+        self.send = send
         self.where = "while the model was being built"
         self.fingerprint: Fingerprint | None = None
         self.layers_run = checkpointing.LayersRun()
@@ -74,7 +74,7 @@ class _Measurement:
             seed=task.seed,
             lora=task.lora,
         )
-        self.device.settle()  # what building left in the cache would shape every later step's reserved memory
+        self.device.settle()  # memory that building left in the cache would change every later step's reserved memory
         self.counter = checkpointing.apply(self.model, task.plan)
         batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
         self.step = TrainingStep(
@@ -112,14 +112,14 @@ class _Measurement:
         )
 
     def _layers_planned(self) -> int:
-        """Layers that are to be recomputed; the model's own code decides itself which, if any."""
+        """The number of layers that should be recomputed; a model's own checkpointing decides which, if any."""
         plan = self.task.plan
         if plan.own and self.num_recomputed:
             return self.num_recomputed
         return len(self.layers_run.backward & {layer for group in plan.groups for layer in group})
 
     def _warm_up(self) -> None:
-        """Steps until the optimizer has its state; gradients are fingerprinted in the first finite one."""
+        """Run steps until the optimizer has its state; fingerprint the gradients of the first finite one."""
         while self.step.num_steps < self.task.warmup or not self.step.has_optimizer_state:
             self._one("warm-up", self._fingerprint)
             if self.step.num_steps > self.task.warmup + _MAX_SKIPPED_STEPS:
@@ -135,7 +135,7 @@ class _Measurement:
             self.fingerprint = take_fingerprint.take(self.model, step=self.step.num_steps, seed=self.task.seed)
 
     def _warm_up_and_probe(self) -> MemoryPeaks:
-        """The warm-up, with the probe watching from its last step on, and the step whose peaks are read."""
+        """Warm up, with the memory probe on from the last warm-up step, and read the peaks of the step after it."""
         while self.step.num_steps < self.task.warmup - 1:
             self._one("warm-up", self._fingerprint)
         self.device.settle()
@@ -158,7 +158,7 @@ class _Measurement:
         return peaks
 
     def _timed(self) -> tuple[list[float], int | None]:
-        self.device.start_timing()  # and no settling: a step would pay for taking its memory from the device anew
+        self.device.start_timing()  # without settling: the first step would include requests for device memory
         times: list[float] = []
         while len(times) < self.task.steps or (sum(times) < self.task.least_timed_s and len(times) < MAX_TIMED_STEPS):
             times.append(self._one("timed", self._note))
@@ -176,19 +176,19 @@ class _Measurement:
         if is_first and not self.counter.is_blind:  # other steps may drop other layers
             self.num_recomputed = len(self.counter.layers)
         self.steps_s += time.perf_counter() - start
-        self.tell(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
+        self.send(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
         return seconds
 
 
 def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, where: str) -> Failure:
-    """What an exception in a measurement means."""
+    """Classify an exception of a measurement as out of memory, unsupported or crash, with a remedy."""
     text = str(err).strip() or type(err).__name__
     first_line = text.splitlines()[0][:300].rstrip(".")
     if isinstance(err, LimitExceeded) or (device is not None and device.is_out_of_memory(err)):
         why = f" ({text})" if isinstance(err, LimitExceeded) else ""
-        moves = "a smaller --batch or --seq-len" + ("" if task.plan.groups else ", a checkpointing strategy")
+        remedies = "a smaller --batch or --seq-len" + ("" if task.plan.groups else ", a checkpointing strategy")
         return Failure(
-            kind="oom", message=f"memory ran out {where}{why}; try {moves} or a smaller precision", detail=text
+            kind="oom", message=f"memory ran out {where}{why}; try {remedies} or a smaller precision", detail=text
         )
     if isinstance(err, LayersNotSequential):
         return Failure(kind="unsupported", message=f"{first_sentence(err)}; take per-layer, every:K or first:N")
@@ -201,7 +201,7 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
     ):
         return Failure(
             kind="unsupported",
-            message=f"not possible here: {first_line}; try another --precision, --attn-implementation or --device",
+            message=f"not supported here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
     return crash(err, task.cell.strategy, lora=task.lora is not None)

@@ -14,7 +14,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.core.errors import GcbenchError, UnavailableError, UsageError, first_sentence
 from gcbench.core.records import Json, Lora, ModelFacts
 from gcbench.core.units import counted
@@ -92,7 +92,7 @@ def build(
         model = AutoModelForCausalLM.from_pretrained(
             source.weights, config=config, trust_remote_code=source.trust_remote_code, **kwargs
         ).to(device)
-        own_way.switch_off(model)
+        own_checkpointing.switch_off(model)
     else:
         with torch.device(device) if device != "cpu" else nullcontext():
             model = _from_config(config, trust_remote_code=source.trust_remote_code, **kwargs)
@@ -119,7 +119,7 @@ def _uninitialised() -> Iterator[None]:
 def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
     # A copy: building writes the choices it makes into the config.
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
-    own_way.switch_off(model)  # old configs have a field that switches checkpointing on
+    own_checkpointing.switch_off(model)  # old configs have a field that switches checkpointing on
     return model  # type: ignore[no-any-return]
 
 
@@ -173,7 +173,7 @@ def facts(
         attn_implementation=_attention_in_use(model),
         checkpointing_refusal=checkpointing.refusal(model),
         num_trainable_params=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        only_own=own_way.advice(model) if own_way.is_all(model) else None,
+        only_own=own_checkpointing.advice(model) if own_checkpointing.is_all(model) else None,
     )
 
 

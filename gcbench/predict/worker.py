@@ -10,7 +10,7 @@ from dataclasses import replace
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.core.errors import GcbenchError, first_sentence
 from gcbench.core.prediction import Fallback, Lever, Prediction
 from gcbench.core.records import Failure
@@ -181,7 +181,7 @@ class Session:
         if checkpointing.refusal(model) is not None:
             return None
         groups = tuple((layer,) for layer in range(layers))
-        every = Plan(num_layers=layers, groups=groups, own=own_way.is_all(model))
+        every = Plan(num_layers=layers, groups=groups, own=own_checkpointing.is_all(model))
         if not layers or cell.plan == every or (every.own and cell.plan.own):
             return None
         return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes

@@ -1,1 +1,1 @@
-"""Child processes: started, asked, followed. Knows no command: a task names its handler."""
+"""Runs tasks in child processes and passes their events on. Knows no command: a task names its handler."""

@@ -1,4 +1,4 @@
-"""What a child process is started with: importable by the parent, because it imports nothing heavy."""
+"""The entry point of a child process, which the parent imports too: it imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -18,33 +18,33 @@ from gcbench.processes.messages import Answer, Refusal, Task, handler_of
 
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
-    """Write the answer of the task's handler, whose heavy imports the server process has done already."""
+    """Handle the task and write the answer to a file; the server process has done the heavy imports already."""
     _redirect_output(log_path)
     write_text(Path(answer_path), json.dumps(encode(run_task(task, connection))))
 
 
 def run_task(task: Task, connection: Connection) -> Answer:
-    """What a child process does with its task: what the handler answers, which tells events meanwhile."""
+    """Call the task's handler, send its events through the connection, and return its answer."""
     try:
         handle = handler_of(task)
     except ImportError as err:
         return Answer(refusal=Refusal.of_broken_library(err))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides when a child ends
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.freeze()  # what the server imported is never garbage: looking through it would take longer than a small step
+    gc.freeze()  # what the server imported is never garbage, and a pass over it would take longer than a small step
     gc.enable()
-    _offer_to_the_kernel()
+    _be_killed_first()
     threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
 
-    def tell(event: object) -> None:
+    def send(event: object) -> None:
         with suppress(OSError):
             connection.send(event)
 
-    return handle(task, tell)
+    return handle(task, send)
 
 
 def _redirect_output(log_path: str) -> None:
-    """Libraries print what they like; it goes to the log, which is read only when the child fails."""
+    """Redirect what libraries print to the log, which is read only when the child fails."""
     sys.stdout.flush()
     sys.stderr.flush()
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -53,14 +53,14 @@ def _redirect_output(log_path: str) -> None:
     os.close(log)
 
 
-def _offer_to_the_kernel() -> None:
-    """When memory runs out, this process goes first: not the parent, which holds the results."""
+def _be_killed_first() -> None:
+    """Make the kernel kill this process when memory runs out, and not the parent, which has the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
 
 
 def _die_with_parent(connection: Connection) -> None:
-    """End this process when the other end of the pipe closes: nobody is left to want the answer."""
+    """End this process when the other end of the pipe closes: the parent has ended."""
     with suppress(OSError):
         try:
             connection.recv()

@@ -1,4 +1,4 @@
-"""Child processes: one per task, started from a server that has torch imported, survived whatever they do."""
+"""Runs one child process per task, forked from a server that has imported torch; the parent survives their crashes."""
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ from gcbench.processes.messages import Answer, Refusal, Task
 
 _LOG_TAIL = 4000
 _ENDED = (EOFError, ConnectionError)
-_UNTIL_IT_IS_GONE_S = 0.2
+_SERVER_END_S = 0.2
 _SERVER_LOG = "server.txt"
 
 
 HEAVY = ("gcbench.training.step", "gcbench.models.build", "gcbench.checkpointing.apply", "gcbench.devices.backends")
-"""Modules that every task needs, with torch and transformers. Named, not imported: the parent has no torch."""
+"""Modules that every task needs, with torch and transformers. By name, as the parent does not import torch."""
 
 
 class Children(Protocol):
-    """The one seam that a test of the scheduling replaces."""
+    """Runs tasks in child processes; tests of the scheduling replace it."""
 
     def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
-        """Run `task` in a process of its own and return what it ended in; never raises for what a child does.
+        """Run `task` in a process of its own and return its answer; a crash or timeout is an answer with a failure.
 
-        `on_event` gets what the child tells meanwhile: an `Event` or, while predicting, a `Predicted`.
+        `on_event` gets each event that the child sends meanwhile, such as an `Event` for every training step.
         """
 
     def halt(self) -> None:
-        """End the child that runs, and any that is yet to be started, at once; may be called from another thread."""
+        """Kill the running child at once, and every later one; may be called from another thread."""
 
 
 class ForkedChildren:
-    """Children forked from a server process that has imported torch and the model's module once.
+    """Child processes forked from a server process that has imported torch and the model's module once.
 
-    A context manager: no child outlives it, whatever ends it.
+    A context manager: no child outlives it, however it ends.
 
     Args:
-        preload: modules that the server imports besides `HEAVY`, for the handlers of the tasks to come.
+        preload: modules that the server imports besides `HEAVY`, for the handlers of the tasks.
     """
 
     def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
@@ -65,14 +65,14 @@ class ForkedChildren:
         self._is_halted = False
 
     def __enter__(self) -> ForkedChildren:
-        # Asked through CUDA's runtime, "is there a GPU" would bar every process forked afterwards from using it.
+        # Looking for a GPU through CUDA's runtime would keep every process that is forked afterwards from using it.
         os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context.set_forkserver_preload(self._preload)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
         except OSError as err:
             raise UnavailableError(
-                f"no temporary folder can be made ({err.strerror}); set TMPDIR to a folder with room in it"
+                f"no temporary folder can be created ({err.strerror}); set TMPDIR to a folder with free space"
             ) from None
         _start_server(self._folder / _SERVER_LOG)
         return self
@@ -93,7 +93,7 @@ class ForkedChildren:
             try:
                 self._start((task, theirs, str(answer_path), str(log_path)))
             except _ENDED:
-                # The server ended before it could start a child: an import raised something else than ImportError.
+                # The server ended before it could start a child: an import raised an error other than ImportError.
                 log = (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
                 return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
             theirs.close()
@@ -119,13 +119,13 @@ class ForkedChildren:
     def _start(self, args: tuple[object, ...]) -> None:
         """Start the child; raises one of `_ENDED` when the server ends instead.
 
-        One that was killed a moment ago may still have seemed to be there, so the next one gets its chance too.
+        A server that was killed a moment ago may still seem to run, so a new one is tried once.
         """
         self._process = self._context.Process(target=child.main, args=args, daemon=True)
         try:
             self._process.start()
         except _ENDED:
-            time.sleep(_UNTIL_IT_IS_GONE_S)
+            time.sleep(_SERVER_END_S)
             _start_server(self._folder / _SERVER_LOG)
             self._process = self._context.Process(target=child.main, args=args, daemon=True)
             self._process.start()
@@ -137,7 +137,7 @@ class ForkedChildren:
         on_event: Callable[[Any], None],
         timeout_s: float | None,
     ) -> bool:
-        """Pass events on until the child ends; False when its time is up first."""
+        """Pass events on until the child ends; returns False when its time is up first."""
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         waiting: list[object] = [ours, process.sentinel]
         while True:
@@ -154,7 +154,7 @@ class ForkedChildren:
                 return False
 
     def _kill(self) -> None:
-        process = self._process  # another thread may be at it as well, after an interruption
+        process = self._process  # another thread may kill it as well, after an interruption
         if process is None:
             return
         if process.pid is not None:
@@ -165,32 +165,31 @@ class ForkedChildren:
 
 
 def _start_server(log_path: Path) -> None:
-    """Start the server with its output in a log, and deaf to Ctrl-C.
+    """Start the server with its output in a log, and with Ctrl-C blocked.
 
-    What libraries print when they are imported must not stand in the parent's output. A terminal sends Ctrl-C to all
-    processes and it is for the parent alone; it is blocked and not ignored, because the parent still wants one that
-    comes meanwhile.
+    What libraries print on import must not appear in the parent's output. A terminal sends Ctrl-C to all processes, and
+    only the parent may handle it; it is blocked, not ignored, so that the parent still gets one that comes meanwhile.
     """
     resource_tracker.ensure_running()  # first, because it unblocks the signal once it has started
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    kept = {stream: os.dup(stream) for stream in (1, 2)}
+    originals = {stream: os.dup(stream) for stream in (1, 2)}
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
-        for stream in kept:
+        for stream in originals:
             os.dup2(log, stream)
         forkserver.ensure_running()
     finally:
         os.close(log)
-        for stream, original in kept.items():
+        for stream, original in originals.items():
             os.dup2(original, stream)
             os.close(original)
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _kill_server() -> None:
-    """After an interruption: the server ends by itself, but only when it has imported all that it was to import."""
+    """Kill the server after an interruption: by itself it would end only after all of its imports."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
-    if pid is not None:  # it is private; without it the server is there for a few seconds more
+    if pid is not None:  # a private attribute; without it the server runs for a few seconds more
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
@@ -204,7 +203,7 @@ def _timed_out(timeout_s: float, log: str) -> Failure:
 
 
 def _died(exitcode: int | None, log: str, *, by_kernel: bool) -> Failure:
-    """What the end of a child that left no answer means."""
+    """Classify the end of a child that wrote no answer."""
     if exitcode == -signal.SIGKILL and by_kernel:
         return Failure(
             kind="oom",
@@ -215,7 +214,7 @@ def _died(exitcode: int | None, log: str, *, by_kernel: bool) -> Failure:
         name = signal.Signals(-exitcode).name
         return Failure(
             kind="killed" if name in ("SIGKILL", "SIGTERM") else "crash",
-            message=f"the process was ended by {name}; run again, with a smaller cell if memory was short",
+            message=f"the process was ended by {name}; run again, with a smaller cell if memory was low",
             detail=log,
         )
     return Failure(
@@ -231,7 +230,7 @@ def _last_line(log: str) -> str:
 
 
 def _kernel_kills() -> int:
-    """How often the kernel has killed for want of memory, on this machine; 0 where it does not say."""
+    """Count the processes that the kernel of this machine has killed for lack of memory; 0 where that is unknown."""
     try:
         lines = Path("/proc/vmstat").read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""What the parent asks of a child process, and what the child answers. No torch."""
+"""The messages between the parent and a child process: tasks, events and answers. No torch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from gcbench.core.gradient_fingerprint import Fingerprint
 from gcbench.core.model_changes import ChangedConfig
 from gcbench.core.records import Failure, Machine, ModelFacts, RoundResult
 
-Tell = Callable[[object], None]
-"""Passes an event on to the parent, which may have gone."""
+Send = Callable[[object], None]
+"""Sends an event to the parent, which may have ended."""
 
 
 class Task(Protocol):
-    """What a child process is asked: a dataclass that can be pickled, and names what handles it there."""
+    """A task for a child process: a dataclass that can be pickled and names its handler."""
 
     handler: ClassVar[str]
-    """`package.module:function`, which takes the task and a `Tell`, and returns an `Answer`; never raises."""
+    """`package.module:function`, which takes the task and a `Send`, and returns an `Answer`; never raises."""
 
 
-def handler_of(task: Task) -> Callable[[Task, Tell], Answer]:
-    """The function that a task names; raises ImportError where a library that it needs is missing."""
+def handler_of(task: Task) -> Callable[[Task, Send], Answer]:
+    """Import the handler of a task; raises ImportError where a library that it needs is missing."""
     module, _, name = task.handler.partition(":")
-    handle: Callable[[Task, Tell], Answer] = getattr(import_module(module), name)
+    handle: Callable[[Task, Send], Answer] = getattr(import_module(module), name)
     return handle
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """One training step done, for the progress display."""
+    """A training step is done, for the progress display."""
 
     kind: str
     """`warm-up`, `memory` or `timed`."""
@@ -43,7 +43,7 @@ class Event:
 
 @dataclass(frozen=True, kw_only=True)
 class Refusal:
-    """A user's mistake or a missing thing that only the child could find: an error to raise in the parent."""
+    """A user's mistake, or a missing file or library, that only the child finds: an error to raise in the parent."""
 
     error: str
     """Name of the class in `errors`."""
@@ -51,7 +51,7 @@ class Refusal:
 
     @classmethod
     def of_broken_library(cls, why: object) -> Refusal:
-        """When torch or transformers cannot be imported."""
+        """Make the refusal for a library that cannot be imported."""
         return cls(
             error="UnavailableError",
             message=f"a library is missing or broken ({why}); install gcbench again, torch and transformers with it",
@@ -60,7 +60,12 @@ class Refusal:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a child wrote before it ended; exactly one of the kinds of content."""
+    """The answer of a child process: the result of its task, a failure or a refusal.
+
+    Attributes:
+        changed: what `--layers` and `--set` change in the config, with `facts`.
+        notices: what a check decided for the user, in sentences, with `facts`.
+    """
 
     machine: Machine | None = None
     facts: ModelFacts | None = None
@@ -69,15 +74,13 @@ class Answer:
     failure: Failure | None = None
     refusal: Refusal | None = None
     changed: ChangedConfig | None = None
-    """Beside `facts`."""
     notices: tuple[str, ...] = ()
-    """What a check decided for the user, in sentences; beside the facts of its model."""
 
 
 def raise_refusal(answer: Answer) -> None:
-    """Raise the error that stands in an answer, if one does."""
+    """Raise the error of an answer with a refusal or a failure."""
     if answer.refusal is not None:
         raise getattr(errors, answer.refusal.error)(answer.refusal.message)
     if answer.failure is not None:
-        reason, _, _ = answer.failure.message.partition("; ")  # what follows speaks of a report, and there is none
+        reason, _, _ = answer.failure.message.partition("; ")  # without the remedy, which refers to a report
         raise UnavailableError(f"the model cannot be built here ({reason}); try another model or transformers version")

@@ -1,7 +1,7 @@
-"""What the server of child processes imports first: what follows is modules, of which none is garbage."""
+"""Switches garbage collection off for the imports of the server process, as modules are never garbage."""
 
 from __future__ import annotations
 
 import gc
 
-gc.disable()  # looking through them again and again is a seventh of the imports' time; `worker.main` turns it on again
+gc.disable()  # repeated passes over the modules take a seventh of the imports' time; `child.run_task` turns it on again

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.simulate import costs
 from gcbench.simulate.compose.block_kinds import Ints, Kind, LayerPolicy
 from gcbench.simulate.compose.layer_traces import LayerTraces, cut
@@ -172,7 +172,7 @@ class Predictor:
         """The step composed from a few traced layers; raises NotComposable if they cannot represent the others."""
         if not self._layers:
             raise NotComposable("the model has no layers")
-        if plan.own and own_way.is_all(self.fake_model.model):
+        if plan.own and own_checkpointing.is_all(self.fake_model.model):
             raise NotComposable("its own code checkpoints them")
         policies = _layer_policies(plan)
         traced, chosen = self._traced(plan, policies, batch_size, seq_len)

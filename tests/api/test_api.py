@@ -1,4 +1,4 @@
-"""`gcbench.apply` and `gcbench.remove` on models of a user's own: as measured while on, and as if never on after."""
+"""`gcbench.apply` and `gcbench.remove` on a user's own models: as measured, and afterwards as before."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def inputs():
 
 
 @pytest.mark.parametrize("spec", RECOMPUTED)
-def test_gradients_stay_and_layers_run_again(model, inputs, spec):
+def test_gradients_are_unchanged_and_layers_are_recomputed(model, inputs, spec):
     off = step(model, inputs)
     applied = gcbench.apply(model, spec)
     assert differing(step(model, inputs), off) == []
@@ -48,7 +48,7 @@ def test_gradients_stay_and_layers_run_again(model, inputs, spec):
     assert runs_again(model, inputs) == ()
 
 
-def test_a_plan_is_taken_as_it_is_and_from_a_file(tmp_path, model, inputs):
+def test_a_plan_is_accepted_as_an_object_and_from_a_file(tmp_path, model, inputs):
     off = step(model, inputs)
     plan = gcbench.Plan(num_layers=4, groups=((1, 2), (3,)), policies=(gcbench.Policy(), gcbench.Policy(keep=("mm",))))
     assert gcbench.apply(model, plan).plan == plan
@@ -69,8 +69,8 @@ def test_one_line_after_from_pretrained(tmp_path, inputs):
     assert runs_again(model.train(), inputs) == ALL
 
 
-def test_operators_are_kept(inputs):
-    """The trap: a policy that gets lost recomputes all, with the same gradients and the same counts."""
+def test_operator_outputs_are_saved(inputs):
+    """The trap: a policy that is ignored recomputes all, with the same gradients and the same counts."""
     model, products = build(), {}
 
     class Products(torch.utils._python_dispatch.TorchDispatchMode):
@@ -88,7 +88,7 @@ def test_operators_are_kept(inputs):
     assert products["off"] == products["selective:matmul"] == products["segment:2+selective:matmul"]
 
 
-def test_what_is_offloaded_runs_again_from_the_hosts_memory(offloading, model, inputs):
+def test_offloaded_inputs_are_recomputed_from_host_memory(offloading, model, inputs):
     off = step(model, inputs)
     gcbench.apply(model, "every:2+offload")
     assert differing(step(model, inputs), off) == []
@@ -104,7 +104,7 @@ def test_nothing_is_recomputed_in_eval(inputs):
 
 
 def test_no_cache_is_built(inputs):
-    """By default a forward pass of a layer that keeps everything fills a cache, which training never reads."""
+    """By default the forward pass of a layer that is not checkpointed fills a cache, which training never reads."""
     model = build(use_cache=True)
     before = state(model)
     assert model(**inputs).past_key_values is not None
@@ -206,7 +206,7 @@ def test_transformers_own_checkpointing_is_replaced_and_put_back(model, inputs, 
     assert runs_again(model, inputs) == own
 
 
-def test_a_model_that_is_let_go_is_gone():
+def test_a_deleted_model_is_freed():
     for spec in ("per-layer", "segment:2", "reentrant"):
         model = build()
         gcbench.apply(model, spec)
@@ -218,7 +218,7 @@ def test_a_model_that_is_let_go_is_gone():
 
 @pytest.mark.parametrize("spec", ["every:2", "selective:matmul"])
 def test_a_copy_is_a_model_of_its_own(inputs, spec):
-    """As an average of the weights is made."""
+    """As done for an average of the weights."""
     model = build()
     before = state(model)
     applied = gcbench.apply(model, spec)

@@ -45,7 +45,7 @@ REFUSED = {
     ("llama", "fsdp2-pairs"): ("segment:4+selective:matmul",),
     ("llama", "fsdp1"): ("segment:2",),
 }
-"""Those whose groups of layers FSDP gathers apart."""
+"""Strategies with groups whose layers FSDP gathers separately."""
 
 
 def cases(table):
@@ -125,7 +125,7 @@ def counted(model):
 
 
 def trained(outer, model, rank, *, steps):
-    """The gradients of each step, and the layers that ran again; each must do so once a step."""
+    """The gradients of each step, and the recomputed layers; each must be recomputed once a step."""
     import torch
 
     ids = torch.randint(2, 200, (2, 8), generator=torch.Generator().manual_seed(rank))
@@ -214,7 +214,7 @@ def work(rank, folder, answer):
 
 @pytest.fixture(scope="module")
 def seen(warm_server, tmp_path_factory):
-    """What each process saw, by case."""
+    """Case -> what each process observed."""
     folder = tmp_path_factory.mktemp("ranks")
     context = multiprocessing.get_context("forkserver")
     answers = [folder / f"{rank}.json" for rank in range(RANKS)]
@@ -235,7 +235,7 @@ def seen(warm_server, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("family", "wrapping", "spec", "when"), cases(WRAPPED))
-def test_gradients_stay_and_layers_run_again(seen, family, wrapping, spec, when):
+def test_gradients_are_unchanged_and_layers_are_recomputed(seen, family, wrapping, spec, when):
     again = list(RECOMPUTED[spec])
     expected = {"same": True, "again": again, "counted": again, "same_after": True, "again_after": []}
     for rank in seen:
@@ -254,5 +254,5 @@ def test_layers_gathered_apart_are_not_recomputed_as_one(seen, family, wrapping,
         assert not case["watching"]
 
 
-def test_the_order_of_layers_is_found_though_weights_are_elsewhere(seen):
+def test_the_order_of_layers_is_found_on_a_sharded_model(seen):
     assert [rank["order"] for rank in seen] == [[[3], [4]]] * RANKS

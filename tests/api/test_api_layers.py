@@ -99,7 +99,7 @@ def test_the_caches_of_all_parts_are_put_back():
 
 @pytest.mark.parametrize(("spec", "groups"), [("segment:2", ((0, 1), (2, 3))), ("last:1", ((3,),))])
 def test_both_halves_of_an_encoder_and_decoder(inputs, spec, groups):
-    """Their layers lie in two lists: the order is looked up, and groups are watched through what holds both."""
+    """Their layers are in two lists: the order is found on a twin, and the hook for groups is on what contains both."""
     torch.manual_seed(0)
     sizes = {f"{half}_{name}": value for half in ("encoder", "decoder") for name, value in HALF.items()}
     model = BartForConditionalGeneration(BartConfig(vocab_size=256, d_model=32, use_cache=False, **sizes)).train()
@@ -120,7 +120,7 @@ def test_an_ordinary_model_is_not_run_to_learn_its_order(monkeypatch, model):
     for spec in ("first:2", "segment:2", "per-layer"):
         assert gcbench.apply(model, spec).plan.num_layers == 4
     assert looks == []
-    monkeypatch.setattr(api, "_are_alike_in_one_list", lambda *call: False)
+    monkeypatch.setattr(api, "_in_one_list", lambda *call: False)
     assert gcbench.apply(model, "first:2").plan.groups == ((0,), (1,))  # in `modules()` order where no look is possible
     assert len(looks) == 1
 
@@ -140,8 +140,8 @@ class Several(torch.nn.Module):
         (build, "per-leyer", ValueError, r"no strategy 'per-leyer'; did you mean per-layer\?"),
         (build, "every:9", ValueError, "every:9 needs at least 9 layers and the model has 4; take"),
         (build, "selective:mn", ValueError, r"^torch .* has no operator 'mn'; near names: min"),
-        (build, 3, TypeError, "3 is no strategy; give one by name, like 'per-layer', or a gcbench.Plan"),
-        (build, None, TypeError, "None is no strategy; give"),
+        (build, 3, TypeError, "3 is not a strategy; pass one by name, like 'per-layer', or a gcbench.Plan"),
+        (build, None, TypeError, "None is not a strategy; pass"),
         (build, gcbench.Plan(num_layers=3), ValueError, "plan is for 3 layers and LlamaForCausalLM has 4; make one"),
         (
             build,
@@ -152,11 +152,16 @@ class Several(torch.nn.Module):
         (build, "plan:nowhere.json", ValueError, "nowhere.json cannot be read .*; give"),
         (lambda: build("ctrl"), "per-layer", ValueError, "CTRLLMHeadModel does not support .*; train it without"),
         (lambda: torch.nn.Linear(2, 2), "off", ValueError, "Linear does not support .*; train it without"),
-        (Several, "off", ValueError, r"holds several models \(LlamaForCausalLM and LlamaForCausalLM\); give the one"),
-        (lambda: "llama", "off", TypeError, "'llama' is no model; give"),
+        (
+            Several,
+            "off",
+            ValueError,
+            r"several models \(LlamaForCausalLM and LlamaForCausalLM\); pass the one",
+        ),
+        (lambda: "llama", "off", TypeError, "'llama' is not a model; pass"),
     ],
 )
-def test_mistakes_are_told_with_what_to_do(make, strategy, error, words):
+def test_mistakes_are_reported_with_a_remedy(make, strategy, error, words):
     with pytest.raises(error, match=words) as told:
         gcbench.apply(make(), strategy)
     assert ";" in str(told.value) and "--" not in str(told.value)

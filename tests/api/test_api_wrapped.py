@@ -1,4 +1,4 @@
-"""`gcbench.apply` on models that others have wrapped or hold: peft's, compiled ones, and cut short."""
+"""`gcbench.apply` on wrapped models, peft's and compiled ones, and in passes that are cut short."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def open_adapters(model):
 
 @pytest.mark.parametrize("spec", ["per-layer", "segment:2+selective:matmul", "reentrant"])
 def test_adapters_of_peft(inputs, spec):
-    """The trap in `reentrant`: no layer's input asks for gradients where the embedding is frozen, so none get any."""
+    """The trap in `reentrant`: no layer's input requires gradients where the embedding is frozen, so none get any."""
     model = peft_model(build())
     open_adapters(model)
     before, off = state(model), step(model, inputs)
@@ -84,7 +84,7 @@ class Around(torch.nn.Module):
 
 @pytest.mark.parametrize("has_head", [True, False])
 def test_a_forward_pass_cut_short_ends_its_segment_whoever_calls_the_model(inputs, has_head):
-    """The trap: it would watch on, and all that is saved for a backward pass later would be part of it."""
+    """The trap: an open segment would also contain everything that is saved for a backward pass later."""
     base = (AutoModelForCausalLM if has_head else AutoModel).from_config(config_of("llama")).train()
     layers = checkpointing.checkpointable_layers(base)
     model = Around(base)
@@ -102,7 +102,7 @@ def test_a_forward_pass_cut_short_ends_its_segment_whoever_calls_the_model(input
     assert_nothing_is_watched()
 
 
-def test_what_holds_a_model_may_be_taken_away_or_put_around_it(inputs):
+def test_wrappers_may_be_removed_or_added_after_apply(inputs):
     model = build()
     holder = torch.nn.ModuleDict({"policy": model, "head": torch.nn.Linear(2, 2)})
     before = state(model)
@@ -144,8 +144,8 @@ SKIPPING = gcbench.Plan(
     ids=["per-layer-late", "per-layer", "selective", "segment-late", "reentrant", "skipping", "offload"],
 )
 def test_a_compiled_model(offloading, spec, first, counted):
-    """The traps: a compiler that cannot see through what counts fails, and makes layers of a segment that do not agree
-    with their recomputation."""
+    """The traps: a compiler that cannot trace the counting fails, and compiles layers of a segment that disagree with
+    their recomputation."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model = Compilable("aaa").train()

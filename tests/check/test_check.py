@@ -13,7 +13,7 @@ import torch
 from gcbench.check import cases as checks
 from gcbench.check import view
 from gcbench.check import worker as checker
-from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WITHIN_NOISE, WRONG, CheckSetting, Combination
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core import json_codec
@@ -35,7 +35,7 @@ def task(folder, combinations, **changes):
 
 
 def results(asked):
-    """What a child would tell, in this process; without what differs from run to run."""
+    """The results of a child, in this process."""
     told = []
     answer = checker.check(asked, told.append)
     assert answer.refusal is None, answer
@@ -43,7 +43,7 @@ def results(asked):
     return {asked.combinations[r.number][1]: r for r in found}
 
 
-PLAIN = Setting()
+PLAIN = CheckSetting()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2", "bloom"])
@@ -60,8 +60,13 @@ def test_every_strategy_has_the_gradients_of_off(model, family):
 
 
 def test_sharing_a_process_changes_no_answer(model):
-    """Each combination alone, all together, and all in reverse say the same, whatever failed before them."""
-    settings = [PLAIN, Setting(tuned=checks.LORA), Setting(precision="bf16-mixed"), Setting(tuned=checks.FROZEN_BASE)]
+    """Each combination alone, all together and all in reverse have the same results, whatever failed before them."""
+    settings = [
+        PLAIN,
+        CheckSetting(tuned=checks.LORA),
+        CheckSetting(precision="bf16-mixed"),
+        CheckSetting(tuned=checks.FROZEN_BASE),
+    ]
     asked = [Combination(setting=s, strategy=name) for name in ("reentrant", "segment:2", "every:2") for s in settings]
     folder = model("gpt2")
 
@@ -106,8 +111,8 @@ def test_a_layer_that_is_not_recomputed_is_called_wrong(model, monkeypatch):
 
 
 def test_parameters_that_lost_their_gradient_are_named(model):
-    """Reentrant below a frozen embedding: no error, no gradient. Known, and its remedy is told."""
-    asked = Combination(setting=Setting(tuned=checks.FROZEN_BASE), strategy="reentrant")
+    """Reentrant below a frozen embedding: no error, no gradient. Known, so its remedy is shown."""
+    asked = Combination(setting=CheckSetting(tuned=checks.FROZEN_BASE), strategy="reentrant")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == WRONG
     assert all(name.startswith(("model.layers.2", "model.layers.3")) for name in result.params_without_grad)
@@ -123,16 +128,16 @@ def test_parameters_that_lost_their_gradient_are_named(model):
         ("ctrl", "per-layer", "does not support gradient checkpointing"),
     ],
 )
-def test_what_cannot_be_had_is_unsupported(model, family, strategy, said):
+def test_an_impossible_strategy_is_unsupported(model, family, strategy, said):
     asked = Combination(setting=PLAIN, strategy=strategy)
     result = results(task(model(family), [asked]))[asked]
     assert result.verdict == UNSUPPORTED
     assert said in result.message
 
 
-def test_a_setting_that_does_not_run_at_all_is_no_fault_of_checkpointing(model):
-    """gemma2 refuses sdpa: the reference fails, so there is nothing to hold a strategy against."""
-    asked = Combination(setting=Setting(attn_implementation="flash_attention_2"), strategy="per-layer")
+def test_a_setting_that_fails_without_checkpointing_is_unsupported(model):
+    """gemma2 refuses sdpa: the reference fails, so there is nothing to compare a strategy with."""
+    asked = Combination(setting=CheckSetting(attn_implementation="flash_attention_2"), strategy="per-layer")
     result = results(task(model("llama"), [asked]))[asked]
     assert result.verdict == UNSUPPORTED
     assert "does not run without checkpointing either" in result.message
@@ -163,7 +168,7 @@ def test_the_difference_of_gradients_is_that_of_the_textbook():
     assert not gradients(a=[math.nan]).is_finite
 
 
-# What is tried
+# The combinations
 
 
 def test_by_default_one_thing_differs_at_a_time():
@@ -178,7 +183,7 @@ def test_by_default_one_thing_differs_at_a_time():
     assert not any("compile" in c.strategy for c in checks.combinations(compiled=False))
 
 
-def test_what_is_chosen_is_combined_with_all_else_that_is_chosen():
+def test_chosen_values_are_combined_with_each_other():
     asked = checks.combinations(
         chosen_strategies=["per-layer", "segment:2"], precisions=["bf16", "fp32"], tuned=["lora"], compiled=True
     )
@@ -207,22 +212,22 @@ def test_a_check_from_the_command_line(cli, model, tmp_path):
     assert view.markdown(stored) == (folder / "check.md").read_text()
     text = view.plain(stored, width=80)
     assert max(map(len, text.splitlines())) <= 80
-    assert "4 of 4 combinations train with the gradients of off, bit by bit." in text
+    assert "4 of 4 combinations train with the gradients of off, bit-identical." in text
 
 
 def test_the_exit_code_is_for_what_a_user_would_run(cli, model):
-    """Reentrant fails with LoRA by nature, which is told and forgiven; another strategy that fails is not."""
+    """Reentrant is known to fail with LoRA, which is shown and ends with 0; any other failing strategy ends with 1."""
     asked = ("-m", model(), *QUICK, "--train", "lora", "--strategies")
     forgiven = cli("check", *asked, "reentrant")
     assert forgiven.code == 0, forgiven.err
     assert "reentrant with lora" in forgiven.out
     assert "use_reentrant=False" in forgiven.out
-    assert "there to show it" in forgiven.out
+    assert "does not fail the check" in forgiven.out
 
 
 def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
     """A family whose layers cannot be recomputed as they are: the child sees the same wrong module as a user would."""
-    wrong = checks.Checked(number=0, verdict=WRONG, grad_rel_diff=0.3, message="the gradients differ")
+    wrong = checks.CheckResult(number=0, verdict=WRONG, grad_rel_diff=0.3, message="the gradients differ")
 
     class Children:
         def __init__(self, **kwargs):
@@ -303,7 +308,7 @@ def test_a_child_that_dies_costs_one_combination():
             for number, combination in asked.combinations:
                 if combination.strategy == "segment:2":
                     return Answer(failure=Failure(kind="crash", message="it fell over"))
-                on_event(checks.Checked(number=number, verdict=IDENTICAL))
+                on_event(checks.CheckResult(number=number, verdict=IDENTICAL))
             return Answer(facts=facts)
 
     wanted = check_session.CheckOptions(

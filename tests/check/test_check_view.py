@@ -1,13 +1,13 @@
-"""A check's problems: what has one cause or says the same is one paragraph, whatever the strategy and the setting."""
+"""A check's problems: results with one cause or one message are one paragraph, for all strategies and settings."""
 
 from __future__ import annotations
 
 import pytest
 
 from gcbench.check import view
-from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, Checked, Combination, Setting
+from gcbench.check.cases import FAILED, IDENTICAL, UNSUPPORTED, WRONG, Check, CheckResult, CheckSetting, Combination
 
-SETTINGS = [Setting(), Setting(tuned="lora"), Setting(precision="bf16-mixed", tuned="lora")]
+SETTINGS = [CheckSetting(), CheckSetting(tuned="lora"), CheckSetting(precision="bf16-mixed", tuned="lora")]
 
 
 def check_of(**results):
@@ -15,7 +15,7 @@ def check_of(**results):
     asked, done = [], []
     for strategy, pairs in results.items():
         for setting, (verdict, message) in zip(SETTINGS, pairs, strict=True):
-            done.append(Checked(number=len(asked), verdict=verdict, message=message))
+            done.append(CheckResult(number=len(asked), verdict=verdict, message=message))
             asked.append(Combination(setting=setting, strategy=strategy))
     return Check(
         model="m",
@@ -41,7 +41,7 @@ LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (
 @pytest.mark.parametrize(
     ("results", "expected"),
     [
-        ({"a": [NEVER] * 3, "b": [NEVER] * 3}, [("everything that was tried", "it cannot checkpoint")]),
+        ({"a": [NEVER] * 3, "b": [NEVER] * 3}, [("all combinations", "it cannot checkpoint")]),
         ({"a": [NEVER] * 3, "b": [GOOD] * 3}, [("a with every setting", "it cannot checkpoint")]),
         (
             {"a": [GOOD, *LORA[1:]], "b": [GOOD, *LORA[1:]]},
@@ -67,7 +67,7 @@ LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (
         ),
     ],
 )
-def test_the_same_things_are_told_together(results, expected):
+def test_problems_with_one_cause_are_shown_as_one(results, expected):
     assert told(check_of(**results)) == expected
 
 

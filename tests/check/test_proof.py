@@ -1,4 +1,4 @@
-"""The proof of a run and the exit code of a check: all generators seeded, noise told from roundoff, nothing tested."""
+"""The proof of a run and the exit code of a check: seeded generators, noise and roundoff, nothing tested."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fixtures_report import outcome, peaks, report, steady
 
 from gcbench.check import cases as checks
 from gcbench.check import view
-from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, Checked, Combination, Setting
+from gcbench.check.cases import NOT_REPEATABLE, UNSUPPORTED, WRONG, CheckResult, CheckSetting, Combination
 from gcbench.models.scaledown import scaled_down
 from gcbench.report import report_file as reports
 from gcbench.report import rows as tables
@@ -202,7 +202,7 @@ def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code
     assert said in result.err
     assert [row["verdict"] for row in result.document["rows"]] == [verdict] * 2
     text = Path("kept/check.md").read_text()
-    assert f"## {verdict}: everything that was tried" in text
+    assert f"## {verdict}: all combinations" in text
     assert "0 of 2 combinations train" in text
 
 
@@ -252,7 +252,7 @@ def test_the_default_length_is_one_that_the_model_has(cli, tmp_path, model):
     assert "IndexError" in beyond.err and "try a shorter --seq-len" in beyond.err
 
 
-def test_a_smaller_relative_has_positions_for_what_is_asked():
+def test_a_scaled_down_model_has_positions_for_the_requested_length():
     values = {"model_type": "gpt2", "n_positions": 1024, "n_embd": 768, "n_layer": 12, "n_head": 12}
     assert scaled_down(values)["n_positions"] == 512
     assert scaled_down(values, seq_len=800)["n_positions"] == 800
@@ -265,10 +265,10 @@ def test_lora_is_tried_where_peft_has_no_choice_of_its_own(cli, model):
     assert [row["verdict"] for row in result.document["rows"]] == ["identical"]
 
 
-def test_what_off_is_to_blame_for_is_said_once():
+def test_an_off_that_does_not_repeat_itself_is_one_problem():
     """One paragraph for all strategies, not one for each."""
-    settings = [Setting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
-    settings += [Setting(optim=name) for name in ("sgd", "adafactor")]
+    settings = [CheckSetting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
+    settings += [CheckSetting(optim=name) for name in ("sgd", "adafactor")]
     asked = tuple(Combination(setting=s, strategy=name) for name in ("per-layer", "every:2") for s in settings)
     check = checks.Check(
         model="m",
@@ -279,10 +279,10 @@ def test_what_off_is_to_blame_for_is_said_once():
         num_params=1,
         num_layers=4,
         combinations=asked,
-        results=tuple(Checked(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
+        results=tuple(CheckResult(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
     )
     (problem,) = view.problems(check)
-    assert view.where(problem, check) == "everything that was tried"
-    good = Combination(setting=Setting(tuned="lora"), strategy="per-layer")
+    assert view.where(problem, check) == "all combinations"
+    good = Combination(setting=CheckSetting(tuned="lora"), strategy="per-layer")
     more = replace(check, combinations=(*asked, good, replace(good, strategy="every:2")))
     assert view.where(problem, more) == "all strategies with plain and 5 others"

@@ -8,7 +8,7 @@ import drawing
 import pytest
 
 from gcbench.check import worker as checker
-from gcbench.check.cases import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, Combination, Setting
+from gcbench.check.cases import IDENTICAL, NOT_REPEATABLE, WITHIN_NOISE, WRONG, CheckSetting, Combination
 from gcbench.check.task import CheckTask, ReferenceRun
 from gcbench.models import sources
 
@@ -16,8 +16,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def results(folder, *strategies, precision="fp32"):
-    """Strategy -> what a child would tell of it, in this process."""
-    asked = [Combination(setting=Setting(precision=precision), strategy=strategy) for strategy in strategies]
+    """Strategy -> its result, in this process."""
+    asked = [Combination(setting=CheckSetting(precision=precision), strategy=strategy) for strategy in strategies]
     told = []
     task = CheckTask(
         source=sources.resolve(str(folder), pretrained=False, trust_remote_code=True),
@@ -108,7 +108,7 @@ UNSEEDED = {
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("code", UNSEEDED.values(), ids=UNSEEDED)
 def test_where_off_does_not_repeat_itself_nothing_is_shown(tmp_path, code, precision):
-    """Neither accused nor excused, in any precision: in bf16 much can be noise, so that fp32 is asked, too."""
+    """No verdict, in any precision: in bf16 much can be noise, so that fp32 is tested, too."""
     (result,) = results(drawing.write(tmp_path / "m", **code), "per-layer", precision=precision).values()
     assert result.verdict == NOT_REPEATABLE, result
     assert "off does not repeat itself: nothing can be shown" in result.message
@@ -122,7 +122,7 @@ def test_a_difference_that_looks_like_roundoff_is_looked_at_in_fp32(tmp_path):
     (result,) = results(folder, "per-layer", precision="bf16").values()
     assert result.verdict == WRONG, result
     assert result.grad_rel_diff < 4 * 2.0**-8
-    assert result.message.startswith("the same in fp32, where there is less roundoff")
+    assert result.message.startswith("the same in fp32, which has less roundoff")
 
 
 def test_noise_that_fp32_does_not_have_is_roundoff(tmp_path):
@@ -139,7 +139,7 @@ def test_noise_that_fp32_does_not_have_is_roundoff(tmp_path):
 
 @pytest.mark.parametrize("call", [4, 6])
 def test_what_draws_seldom_accuses_nobody(tmp_path, call):
-    """Two runs of off agree by chance, and the strategy's (4) or the next of off (6) does not."""
+    """Two runs of off agree by chance, and the strategy's run (4) or the next of off (6) does not."""
     odd = "(2 if call in (4, 6) else 1)" if call == 6 else "(2 if call == 4 else 1)"
     module = f"import itertools\nCALLS = itertools.count()\ndef factor():\n    call = next(CALLS)\n    return {odd}"
     (result,) = results(drawing.write(tmp_path / "m", module=module, outside="factor()"), "per-layer").values()

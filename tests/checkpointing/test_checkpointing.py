@@ -68,7 +68,7 @@ def test_per_layer_is_what_transformers_enables_by_default(tmp_path):
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_step_costs_and_computes_what_it_does_in_a_users_run(tmp_path, family, stride):
-    """Same gradients, bit by bit, and the same peak to the byte as with transformers' own switch."""
+    """Bit-identical gradients, and the same peak to the byte as with transformers' own switch."""
     found = []
     for own in (True, False):
         model = build(tmp_path, family)
@@ -92,7 +92,7 @@ def test_a_step_costs_and_computes_what_it_does_in_a_users_run(tmp_path, family,
 
 
 @pytest.mark.parametrize("family", tiny.CHECKPOINTING)
-def test_the_counter_names_the_layers_that_ran_again(tmp_path, family):
+def test_the_counter_names_the_recomputed_layers(tmp_path, family):
     model = build(tmp_path, family)
     counter = checkpointing.apply(model, Plan(num_layers=tiny.NUM_LAYERS, groups=((1,), (3,))))
     step = one_step(model)
@@ -164,11 +164,11 @@ class ChangesAProduct(torch.nn.Module):
         return product if self.last else (product.sin() * product).sum()
 
 
-def test_a_kept_product_that_is_changed_in_place_is_refused():
+def test_a_saved_product_that_is_changed_in_place_is_refused():
     """torch misses it: what `matmul` returns has another version counter than the product, and gradients are wrong."""
     layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
     for keep in (("bmm",), ("bmm#0",)):
-        contexts = checkpointing._contexts(Policy(keep=keep))
+        contexts = checkpointing._context_fn(Policy(keep=keep))
         output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
         with pytest.raises(checkpointing.SavedOutputMutated, match=r"changed in place \(add_\)"):
             output.backward()
@@ -176,16 +176,16 @@ def test_a_kept_product_that_is_changed_in_place_is_refused():
 
 @pytest.mark.parametrize(("last", "keep"), [(False, ("sin", "bmm#1")), (True, ("bmm",))])
 def test_a_change_that_no_recomputation_sees_is_allowed(last, keep):
-    """The trap: Falcon adds to the last product of a layer in place; it is kept, and never asked for."""
+    """The trap: Falcon adds to the last product of a layer in place; it is saved, and never read."""
     layer, x = ChangesAProduct(last=last), torch.ones(2, 3, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x).sum(), x)
-    contexts = checkpointing._contexts(Policy(keep=keep))
+    contexts = checkpointing._context_fn(Policy(keep=keep))
     output = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts)
     assert torch.equal(torch.autograd.grad(output.sum(), x)[0], expected)
 
 
 def test_torch_still_misses_it():
-    """When this fails, torch has mended it, and `_refuse_changes` may go once no older torch is supported."""
+    """When this fails, torch has fixed it, and `_mark_mutated` may go once no older torch is supported."""
     layer, x = ChangesAProduct(), torch.ones(2, 3, 4, requires_grad=True)
     (expected,) = torch.autograd.grad(layer(x), x)
 
@@ -215,8 +215,8 @@ class DropsTwice(torch.nn.Module):
         Policy(keep=("native_dropout#0",), skip=("sin#0",)),
     ],
 )
-def test_a_kept_draw_leaves_the_draws_after_it_as_they_were(policy):
-    """The trap, which a card alone shows: what is kept is not drawn again, and what follows draws its numbers."""
+def test_a_saved_draw_leaves_the_draws_after_it_unchanged(policy):
+    """The trap, which only a GPU shows: a saved draw is not repeated, and the next draw gets its numbers."""
     layer, x = DropsTwice(), torch.randn(64, 64, requires_grad=True)
 
     def gradient(run):
@@ -226,13 +226,13 @@ def test_a_kept_draw_leaves_the_draws_after_it_as_they_were(policy):
 
     expected, behind = gradient(lambda: layer(x))
 
-    def recomputed(draws):
-        contexts = checkpointing._contexts(policy, draws=draws)
+    def recomputed(is_random):
+        contexts = checkpointing._context_fn(policy, is_random=is_random)
         return gradient(lambda: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=contexts))
 
-    found, after = recomputed(draws=True)
+    found, after = recomputed(is_random=True)
     assert torch.equal(found, expected) and torch.equal(after, behind)
-    assert not torch.equal(recomputed(draws=False)[0], expected)  # what this mends
+    assert not torch.equal(recomputed(is_random=False)[0], expected)  # what this mends
 
 
 def test_a_model_that_drops_is_watched(tmp_path):

@@ -1,5 +1,5 @@
-"""Policies that keep and skip on real models: gradients are those of nothing recomputed, bit by bit, and what is
-skipped does not run."""
+"""Policies that save and skip on real models: gradients are bit-identical to those of `off`, and skipped calls do not
+run."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("family", "precision"), CASES)
-def test_every_policy_that_is_found_leaves_the_gradients_as_they_are(family, precision):
-    """The traps: dropout masks drawn anew; what is kept and then changed in place; another first layer; views that
-    autograd makes again of hollow tensors; a call behind the last one that runs, on something hollow."""
+def test_every_searched_policy_leaves_the_gradients_unchanged(family, precision):
+    """The traps: dropout masks drawn anew; saved outputs changed in place; a different first layer; views that
+    autograd regenerates from placeholders; a call on placeholders after the last one that runs."""
     plans = planned.found_plans(family, precision)
     assert sum(any(policy.keep and policy.skip for policy in plan.policies) for plan in plans) >= 2
     for plan in plans:
@@ -42,16 +42,16 @@ def test_every_policy_that_is_found_leaves_the_gradients_as_they_are(family, pre
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
-def test_mixes_of_policies_leave_the_gradients_as_they_are(family):
-    """The trap: what one layer keeps taken for what another one does."""
+def test_different_policies_per_layer_leave_the_gradients_unchanged(family):
+    """The trap: one layer's saved outputs used for another."""
     rng, plans = random.Random(0), planned.found_plans(family)
     for _ in range(5):
         planned.assert_as_off(family, mixed(rng, plans, planned.LAYERS))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "opt"])
-def test_a_plan_holds_at_other_batch_sizes_or_is_told(family):
-    """Policies are looked for with four sequences. One alone leaves copies out, so that calls have other numbers."""
+def test_a_plan_works_at_other_batch_sizes_or_is_refused(family):
+    """Policies are searched with four sequences. A single one needs fewer copies, so that calls have other numbers."""
     for plan in planned.found_plans(family)[::2]:
         planned.assert_as_off(family, plan, batch_size=3)
         try:
@@ -82,7 +82,7 @@ def test_other_masks_would_be_noticed(monkeypatch):
             planned.assert_as_off("gpt2", plan)
 
 
-# What runs again
+# What is recomputed
 
 aten = torch.ops.aten
 
@@ -105,7 +105,7 @@ FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_backward,
     aten._grouped_mm: grouped_mm,
 }
-"""Of operators that torch's counter does not know."""
+"""FLOPs of operators that torch's counter does not know."""
 
 
 class Products(TorchDispatchMode):
@@ -140,7 +140,7 @@ def flops_of_training(family, plan):
 
 
 def products_of_layers(family):
-    """Of each layer's forward pass, run by itself on what it gets in the model."""
+    """The products of each layer's forward pass, run by itself on its inputs in the model."""
     model = planned.model_of(family)
     layers, given = checkpointing.checkpointable_layers(model), []
     hooks = [
@@ -160,7 +160,7 @@ def products_of_layers(family):
 
 
 def run_again(products, plan):
-    """Operations of what is neither kept nor skipped, where policies name all that need not run."""
+    """FLOPs of the calls that are neither saved nor skipped, where policies name all that need not run."""
     flops = 0
     for (layer,), policy in plan.treated():
         flops += sum(flops for name, flops in products[layer] if name not in (*policy.keep, *policy.skip))
@@ -169,7 +169,7 @@ def run_again(products, plan):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "opt"])
 def test_what_is_skipped_does_not_run(family):
-    """The trap: gradients are right whatever is run again; only the time that was promised does not come."""
+    """The trap: gradients are right whatever is recomputed; only the time is not saved."""
     products, off = products_of_layers(family), flops_of_training(family, None)
     everything = sum(flops for layer in products for _, flops in layer)
     again = []
@@ -216,7 +216,7 @@ def test_a_llama_by_hand(keep, skip, names):
 
 
 def test_the_counter_counts_as_torch_does():
-    """This file's own alarm: the same operations as `torch.utils.flop_counter`, where nothing is hollow."""
+    """This file's own alarm: the same operations as `torch.utils.flop_counter`, where nothing is skipped."""
 
     def raw(formula):
         def flops(*args, out_val=None, **kwargs):
@@ -233,7 +233,7 @@ def test_the_counter_counts_as_torch_does():
         assert counter.get_total_flops() == flops_of_training("llama", each)
 
 
-# Lies
+# Wrong skip lists
 
 
 @pytest.mark.parametrize(
@@ -250,8 +250,8 @@ def test_the_counter_counts_as_torch_does():
         ("mixtral", ("_grouped_mm#0",)),
     ],
 )
-def test_a_skip_list_that_lies_is_told(family, skip):
-    """Something that is needed is skipped: in no case a gradient without a word."""
+def test_a_wrong_skip_list_is_refused(family, skip):
+    """A needed call is skipped: an error in every case, never a wrong gradient."""
     plan = Plan(num_layers=planned.LAYERS, groups=((1,),), policies=(Policy(skip=skip),))
     with pytest.raises(SkippedButNeeded, match=r"the plan skips what .+ needs, .+; make it again with gcbench plan"):
         planned.trained(family, plan)
@@ -259,7 +259,7 @@ def test_a_skip_list_that_lies_is_told(family, skip):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3"])
-def test_any_skip_list_is_right_or_told(family):
+def test_any_skip_list_is_right_or_refused(family):
     """Whatever a plan says, gradients are those of `off` or there are none."""
     rng, told = random.Random(0), 0
     plan = planned.found_plans(family)[-1]

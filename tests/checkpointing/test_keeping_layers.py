@@ -1,4 +1,4 @@
-"""Layers by hand in which keeping could go wrong: each is right or told, none is silently wrong."""
+"""Small layers in which saving outputs could go wrong: each is right or refused, none is silently wrong."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def chain(hidden):
         (("exp#0", "cos#0"), ("mul#0",)),  # behind the last one whose output is saved, where nothing runs
     ],
 )
-def test_keeping_changes_no_gradient(keep, skip):
+def test_saving_outputs_changes_no_gradient(keep, skip):
     assert_as_plain(chain, keep=keep, skip=skip)
 
 
@@ -69,7 +69,7 @@ def test_operators_count_on_their_own():
     assert_as_plain(lambda x: (x.sin() + x.sin().sin()).exp(), keep=("exp#0", "sin#2"), skip=("nothing#0",))
 
 
-# Something hollow where it is needed
+# A placeholder where its values are needed
 
 
 def gated(hidden):
@@ -95,14 +95,14 @@ def detaching(hidden):
         (detaching, ("sin#0", "mul#0", "exp#0", "mul#1")),
     ],
 )
-def test_what_is_skipped_and_needed_is_told(layer, skip):
+def test_a_skipped_call_that_is_needed_is_refused(layer, skip):
     hidden = hidden_states()
     output = kept(layer, hidden, skip=skip)
     with pytest.raises(SkippedButNeeded, match="made for other layers than these; make it again with gcbench plan"):
         gradients(output, hidden)
 
 
-def test_what_is_skipped_and_not_needed_is_not_missed():
+def test_a_skipped_call_that_is_not_needed_is_not_missed():
     """By a call that runs, by one that is detached, or only by its shape."""
     assert_as_plain(lambda x: x.sin().sin().exp(), keep=("exp#0", "sin#1"), skip=("nothing#0",))
     assert_as_plain(lambda x: (x * 2.0).sum(-1, keepdim=True).expand(4, 8) * 3.0, skip=("mul", "sum"))
@@ -110,8 +110,8 @@ def test_what_is_skipped_and_not_needed_is_not_missed():
 
 
 @pytest.mark.parametrize("compare", ["ge", "le", "gt", "lt"])
-def test_a_comparison_with_something_hollow_is_the_same_comparison(compare):
-    """The trap: `plain >= hollow` is `hollow <= plain` to Python, and `le` no call of the first run."""
+def test_a_comparison_with_a_placeholder_is_the_same_comparison(compare):
+    """The trap: `plain >= placeholder` is `placeholder <= plain` to Python, and `le` no call of the first run."""
     by_sign = {"ge": operator.ge, "le": operator.le, "gt": operator.gt, "lt": operator.lt}
 
     def layer(hidden):
@@ -129,8 +129,8 @@ def writing(hidden):
 
 
 @pytest.mark.parametrize("skip", [("add_#0",), ("add_",), ("sin#0", "add_#0"), ("mul#0", "add_#0"), ("sin#0",)])
-def test_what_should_have_been_written_into_is_right_or_told(skip):
-    """The trap: a call that writes and is skipped leaves behind a tensor that is not hollow, with the old numbers."""
+def test_a_skipped_write_is_right_or_refused(skip):
+    """The trap: a call that writes and is skipped leaves behind a real tensor with the old values."""
     hidden = hidden_states()
     output = kept(writing, hidden, skip=skip)
     try:
@@ -148,7 +148,7 @@ def filling(hidden):
 
 
 @pytest.mark.parametrize("skip", [("sin#0",), ("sin#0", "copy_#0"), ("copy_",), ("new_empty", "sin", "cos", "copy_")])
-def test_halves_that_should_have_been_filled_are_right_or_told(skip):
+def test_a_skipped_fill_of_a_half_is_right_or_refused(skip):
     hidden = hidden_states()
     output = kept(filling, hidden, skip=skip)
     try:
@@ -158,8 +158,8 @@ def test_halves_that_should_have_been_filled_are_right_or_told(skip):
     assert_as_plain(filling, keep=("exp#0",), skip=("new_empty", "sin", "cos", "copy_"))
 
 
-def test_views_that_autograd_makes_again_are_no_other_operators():
-    """The trap: after a change in place through a view, autograd makes the view anew, of hollow tensors with an
+def test_views_that_autograd_regenerates_are_no_mismatch():
+    """The trap: after a change in place through a view, autograd makes the view anew, of placeholders with an
     operator and of others without: the second run calls `select` more often than the first one did."""
 
     def layer(hidden):
@@ -171,7 +171,7 @@ def test_views_that_autograd_makes_again_are_no_other_operators():
     assert_as_plain(layer, keep=("exp#0",), skip=("zeros_like", "sin", "copy_", "mul#0"))
 
 
-# What is kept and then changed
+# Saved outputs that are changed
 
 
 def changing(hidden, *, asks=True):
@@ -181,8 +181,8 @@ def changing(hidden, *, asks=True):
 
 
 @pytest.mark.parametrize("keep", [("mm",), ("mm#0",)])
-def test_what_is_kept_and_changed_in_the_layer_is_told(keep):
-    """The trap: gradients of what it has become in place of what it was."""
+def test_a_saved_output_changed_in_the_layer_is_refused(keep):
+    """The trap: gradients of the changed output instead of the saved one."""
     hidden = hidden_states()
     output = kept(changing, hidden, keep=keep, skip=("nothing#0",))
     with pytest.raises(SavedOutputMutated, match=r"changed in place \(add_\)"):
@@ -193,8 +193,8 @@ def test_a_change_that_no_second_run_sees_is_allowed():
     assert_as_plain(partial(changing, asks=False), keep=("mm",), skip=("nothing#0",))
 
 
-def test_what_is_kept_and_changed_behind_the_layer_is_told():
-    """The trap: a layer hands on what it keeps, and the next one adds to it in place; without a plan that is fine."""
+def test_a_saved_output_changed_after_the_layer_is_refused():
+    """The trap: a layer returns its saved output, and the next one adds to it in place; without a plan that is fine."""
 
     def layer(hidden):
         handed_on = hidden * 3.0
@@ -213,16 +213,16 @@ def test_what_is_kept_and_changed_behind_the_layer_is_told():
 
 
 @pytest.mark.parametrize("keep", [("add_#0",), ("add_",)])
-def test_what_writes_in_place_does_so_again_kept_or_not(keep):
-    """The trap: its result is taken from the store, and what it should have written into stays as it was."""
+def test_a_write_in_place_is_recomputed_even_if_it_is_saved(keep):
+    """The trap: its result comes from the store, and its target is not written."""
     assert_as_plain(writing, keep=keep, skip=("nothing#0",))
 
 
-# What runs differently
+# Layers that recompute differently
 
 
 class Fickle:
-    """Calls another operator in its second run, or one more in front."""
+    """Calls another operator when it is recomputed, or one more before it."""
 
     def __init__(self, how):
         self.how, self.runs = how, 0
@@ -237,12 +237,12 @@ class Fickle:
 
 
 @pytest.mark.parametrize("how", ["another", "more"])
-def test_a_layer_that_runs_differently_is_told(how):
+def test_a_layer_that_recomputes_differently_is_refused(how):
     """The trap: `exp#0` of the first run taken for that of the second."""
     hidden = hidden_states()
     output = kept(Fickle(how), hidden, keep=("exp#0",), skip=("nothing#0",))
     with pytest.raises(
-        RecomputeMismatch, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that keeps"
+        RecomputeMismatch, match=r"calls (cos|add)#0 when it is recomputed .+; take a strategy that saves"
     ):
         gradients(output, hidden)
 
@@ -250,7 +250,7 @@ def test_a_layer_that_runs_differently_is_told(how):
 # Passes that are not one forward and one backward
 
 
-def test_a_second_backward_pass_through_one_graph_is_told():
+def test_a_second_backward_pass_through_one_graph_is_refused():
     hidden = hidden_states()
     output = kept(chain, hidden, keep=("exp#0",), skip=("sin#0",)).sum()
     output.backward(retain_graph=True)
@@ -271,7 +271,7 @@ def test_a_second_step_is_none_the_worse_for_the_first():
 
 @pytest.mark.parametrize("with_backward", [True, False])
 def test_nothing_stays_alive_after_a_step(with_backward):
-    """The trap: what is kept lies in a circle of references until Python looks for such. It must go with its last
+    """The trap: saved outputs in a reference cycle, until the garbage collector runs. Each must be freed with its last
     user, in the backward pass, layer by layer."""
     hidden = hidden_states(1024)
     gc.collect()
@@ -290,7 +290,7 @@ def test_nothing_stays_alive_after_a_step(with_backward):
     assert after == before
 
 
-def test_what_is_kept_goes_even_if_the_second_run_fails():
+def test_saved_outputs_are_freed_even_if_the_recomputation_fails():
     hidden = hidden_states(1024)
     gc.collect()
     before = tensor_bytes()
@@ -306,7 +306,7 @@ def test_what_is_kept_goes_even_if_the_second_run_fails():
 
 
 class Shared(GradientCheckpointingLayer):
-    """Albert's: every layer is made of the same weights."""
+    """Albert's: all layers share their weights."""
 
     def __init__(self, linear, up):
         super().__init__()
@@ -338,7 +338,7 @@ class Albert(nn.Module):
         Policy(keep=("addmm#0", "relu#0", "addmm#1", "tanh#0"), skip=("_to_copy",)),
     ],
 )
-def test_weights_shared_under_autocast_are_right_or_told(policy, layers):
+def test_weights_shared_under_autocast_are_right_or_refused(policy, layers):
     """The trap: autocast casts a weight once and remembers it, so that only the first layer that uses it calls the
     cast, and in the second run others do: `_to_copy#1` is then another tensor."""
     model = Albert().train()

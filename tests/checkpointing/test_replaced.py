@@ -1,4 +1,4 @@
-"""What `gcbench.apply` did is not undone in silence: one warning, and a count of what really runs again."""
+"""Replacing what `gcbench.apply` did warns once, and the count is of what is really recomputed."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def inputs():
 
 
 def said(caught):
-    """What gcbench warned of."""
+    """The warnings of gcbench."""
     return [str(warning.message) for warning in caught if "gcbench." in str(warning.message)]
 
 
 def trained(trainer):
-    """The layers that a trainer's backward passes run again, and what was said of it."""
+    """The layers that a trainer's backward passes recompute, and the warnings."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with Calls(trainer.model) as calls:
@@ -92,10 +92,11 @@ def test_a_trainer_that_checkpoints_is_named_with_the_setting_that_stops_it(tmp_
     assert len(told) == (words is not None)
     if words is not None:
         assert re.match(words, told[0])
-        assert "gcbench.apply(model, 'every:2'): 4 of 4 layers are recomputed (the plan has 2)" in told[0]
+        assert "gcbench.apply(model, 'every:2') by its own checkpointing: 4 of 4 layers are recomputed" in told[0]
+        assert "(the plan has 2)" in told[0]
 
 
-def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
+def test_a_call_after_apply_warns_once_and_remove_restores_all(inputs):
     model = build()
     before = state(model)
     applied = gcbench.apply(model, "last:1")
@@ -105,7 +106,7 @@ def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
     model.eval()
     step(model, inputs)  # nothing is recomputed, so there is nothing to tell yet
     model.train()
-    words = r"^activation_checkpointing_enable\(\) has put .*; leave that call out, or call gcbench.apply after it$"
+    words = r"^activation_checkpointing_enable\(\) has replaced .*; leave that call out, or .* after it$"
     with pytest.warns(UserWarning, match=words):
         step(model, inputs)
     assert applied.recomputed == set(ALL)
@@ -126,7 +127,7 @@ def test_a_call_after_apply_is_told_once_and_remove_puts_all_back(inputs):
 
 
 @pytest.mark.parametrize("spec", ["per-layer", "segment:2", "reentrant", "selective:matmul"])
-def test_what_is_switched_off_is_told(inputs, spec):
+def test_switching_checkpointing_off_after_apply_warns(inputs, spec):
     model = build()
     applied = gcbench.apply(model, spec)
     name = "activation" if hasattr(model, "activation_checkpointing_disable") else "gradient"
@@ -142,13 +143,13 @@ def test_off_is_a_plan_as_well(inputs):
     model = build()
     applied = gcbench.apply(model, gcbench.Plan(num_layers=4))
     enable(model)
-    with pytest.warns(UserWarning, match=r"gcbench.apply\(model, plan\): 4 of 4 layers .* \(the plan has 0\)"):
+    with pytest.warns(UserWarning, match=r"gcbench.apply\(model, plan\) by .*: 4 of 4 layers .* \(the plan has 0\)"):
         step(model, inputs)
     assert applied.recomputed == set(ALL)
 
 
 @pytest.mark.parametrize("spec", ["off", "own"])
-def test_a_model_with_a_way_of_its_own(inputs, spec):
+def test_a_model_with_only_its_own_checkpointing_warns_too(inputs, spec):
     model = build_own("function", vocab_size=256)
     applied = gcbench.apply(model, spec)
     with warnings.catch_warnings():
@@ -157,13 +158,13 @@ def test_a_model_with_a_way_of_its_own(inputs, spec):
     assert applied.recomputed == (set(ALL) if spec == "own" else set())
     enable(model) if spec == "off" else model.activation_checkpointing_disable()
     applied.reset()
-    with pytest.warns(UserWarning, match=r"own checkpointing in the place|switched off since"):
+    with pytest.warns(UserWarning, match=r"has replaced .* by its own checkpointing|switched off since"):
         step(model, inputs)
     assert applied.recomputed == (set() if spec == "own" else set(ALL))
 
 
-def test_a_wrapper_around_layers_is_told(inputs):
-    """As accelerate's FSDP plugin puts it there: layers that the plan leaves alone run again."""
+def test_a_wrapper_around_layers_warns(inputs):
+    """As accelerate's FSDP plugin adds it: layers that the plan does not checkpoint are recomputed."""
     model = build()
     applied = gcbench.apply(model, "every:2")
     layer = type(model.model.layers[0])
@@ -173,14 +174,14 @@ def test_a_wrapper_around_layers_is_told(inputs):
     assert applied.recomputed == set(ALL)
 
 
-def test_wrappers_and_copies_see_it_too(inputs):
+def test_wrappers_and_copies_warn_too(inputs):
     """The trap: peft 0.18 calls the `forward` of the model inside, which fires none of its hooks."""
     peft = pytest.importorskip("peft")
     model = build()
     applied = gcbench.apply(model, "every:2")
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         enable(twin)
-        with pytest.warns(UserWarning, match="in the place of"):
+        with pytest.warns(UserWarning, match="has replaced"):
             step(twin, inputs)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -190,7 +191,7 @@ def test_wrappers_and_copies_see_it_too(inputs):
         step(adapted, inputs)
     assert applied.recomputed == {0, 2}
     enable(adapted)
-    with pytest.warns(UserWarning, match="in the place of"):
+    with pytest.warns(UserWarning, match="has replaced"):
         step(adapted, inputs)
     assert applied.recomputed == set(ALL)
 

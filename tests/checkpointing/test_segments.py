@@ -45,7 +45,7 @@ def test_gradients_are_those_of_off_bit_by_bit(family):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom", "gemma2"])
 @pytest.mark.parametrize("change", ["selective:matmul", "selective:mm#1/addmm#5/_softmax", "selective:attention"])
-def test_operators_are_kept_inside_a_segment(family, change):
+def test_operator_outputs_are_saved_inside_a_segment(family, change):
     model = build(family)
     inputs = inputs_of(model)
     off = gradients(model, inputs, "off")
@@ -54,7 +54,7 @@ def test_operators_are_kept_inside_a_segment(family, change):
     assert_nothing_is_switched_on()
 
 
-def test_what_is_kept_and_then_changed_in_place_is_not_used_as_it_was():
+def test_a_saved_output_that_is_changed_in_place_is_not_reused():
     """Falcon adds attention into the output of its last product, through a view that torch does not count as one."""
     model = build("falcon")
     inputs = inputs_of(model)
@@ -78,7 +78,7 @@ def test_dropout_is_on():
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "fp16-mixed"])
-def test_a_segment_runs_again_in_the_precision_it_ran_in(precision):
+def test_a_segment_is_recomputed_in_the_precision_it_ran_in(precision):
     """The trap: autocast is off in the backward pass."""
     found = []
     for spec in ("off", "segment:3"):
@@ -112,7 +112,7 @@ def test_steps_follow_one_another():
 
 
 def test_two_forward_passes_may_wait_for_one_backward_pass():
-    """The trap: one list of calls for both, so that the second pass is run again twice."""
+    """The trap: one list of calls for both, so that the second pass is recomputed twice."""
     model = build("gpt2")
     first, second = inputs_of(model), inputs_of(model, seed=1)
     found = []
@@ -143,8 +143,8 @@ def test_policies_are_those_of_each_group():
 
 @pytest.mark.parametrize("spec", [*SEGMENTS, "segment:1", "segment:3+selective:matmul"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
-def test_each_layer_runs_again_once_a_step(family, spec):
-    """The trap: a segment that is run again for each of its layers, which costs time and shows in no gradient."""
+def test_each_layer_is_recomputed_once_a_step(family, spec):
+    """The trap: a segment that is recomputed for each of its layers, which costs time and shows in no gradient."""
     model = build(family, layers=5)
     counter = apply(model, spec)
     calls, phase = count_calls(model)
@@ -162,7 +162,7 @@ def test_each_layer_runs_again_once_a_step(family, spec):
         assert counter.layers == set(range(5))
 
 
-def test_layers_outside_of_a_segment_do_not_run_again():
+def test_layers_outside_of_a_segment_are_not_recomputed():
     model = build("llama", layers=5)
     counter = apply(model, Plan(num_layers=5, groups=((1, 2, 3),)))
     calls, phase = count_calls(model)
@@ -175,7 +175,7 @@ def test_layers_outside_of_a_segment_do_not_run_again():
 @pytest.mark.parametrize(
     "spec", ["offload", "segment:2+offload", "segment:3+offload", "segment:2+selective:mm+offload"]
 )
-def test_what_is_kept_in_the_hosts_memory_is_run_again_from_there(offloading, spec):
+def test_offloaded_segments_are_recomputed_from_host_memory(offloading, spec):
     """On a CPU, with memory that is not pinned. The trap: hooks are a stack, and who leaves first takes the top one: a
     segment whose own hook is taken away keeps everything, in the host's memory, with the right gradients."""
     model = build("llama")

@@ -1,4 +1,4 @@
-"""Segments outside of training, and in passes that do not come to their end."""
+"""Segments outside of training, and in passes that are cut short."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_without_gradients_a_segment_is_its_layers(spec, training_mode):
     assert differing(gradients(model, inputs), gradients(model, inputs, "off")) == []
 
 
-def test_in_eval_mode_nothing_runs_again():
+def test_in_eval_mode_nothing_is_recomputed():
     model = build("gpt2")
     counter = apply(model, "segment:2")
     calls, phase = count_calls(model)
@@ -74,7 +74,7 @@ def test_a_pass_without_gradients_between_two_steps_changes_nothing():
 @pytest.mark.parametrize("spec", ["segment:2", "segment:4", "segment:3+selective:matmul"])
 @pytest.mark.parametrize("place", range(tiny.NUM_LAYERS))
 def test_an_exception_in_a_layer_leaves_nothing_switched_on(spec, place):
-    """As memory that runs out: the report of it must not be part of a segment, nor the next step."""
+    """Such as memory that runs out: neither its handling nor the next step may be part of a segment."""
     model = build("gpt2")
     inputs = inputs_of(model)
     off = gradients(model, inputs, "off")

@@ -1,4 +1,4 @@
-"""Segments: what they keep, and that nothing is held when they are done."""
+"""Segments: what they save, and that no tensor is left afterwards."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "no_hook_reaches_the_next_tes
 
 
 class Live(TorchDispatchMode):
-    """The storages that operators have made and that are still there; those of the model and its inputs are not new."""
+    """The live storages that operators have allocated, without those of the model and its inputs."""
 
     def __init__(self, model, inputs):
         super().__init__()
@@ -41,7 +41,7 @@ class Live(TorchDispatchMode):
 
 @pytest.fixture
 def no_collector():
-    """What is held by cycles alone stays until the collector comes, which in a real run may be after the peak."""
+    """Tensors in reference cycles stay until the collector runs, which in a real run may be after the peak."""
     gc.collect()
     gc.disable()
     yield
@@ -49,7 +49,7 @@ def no_collector():
 
 
 def kept_bytes(family, spec, *, layers):
-    """What operators of the forward pass have left behind at its end."""
+    """The live storages at the end of the forward pass."""
     model = build(family, layers=layers)
     inputs = inputs_of(model)
     apply(model, spec)
@@ -60,7 +60,7 @@ def kept_bytes(family, spec, *, layers):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bloom", "gemma2"])
-def test_a_segment_keeps_one_boundary_where_layers_keep_one_each(no_collector, family):
+def test_a_segment_saves_one_layer_input_for_all_its_layers(no_collector, family):
     """To the byte: 7 layers, so 7 inputs one by one, 4 in twos, 3 in threes and 1 as a whole."""
     boundary = BATCH_SIZE * SEQ_LEN * WIDTH * 4
     kept = {spec: kept_bytes(family, spec, layers=7) for spec in ("off", "per-layer", "segment:2", "segment:3")}
@@ -71,7 +71,7 @@ def test_a_segment_keeps_one_boundary_where_layers_keep_one_each(no_collector, f
     assert kept["per-layer"] - kept["segment:7"] == 6 * boundary
 
 
-def test_a_segment_keeps_what_its_policy_says(no_collector):
+def test_a_segment_saves_what_its_policy_names(no_collector):
     """One product of (2 x 8 tokens, 64) in each layer of three, whether or not they are one segment."""
     product = BATCH_SIZE * SEQ_LEN * 64 * 4
     kept = {spec: kept_bytes("llama", spec, layers=3) for spec in ("segment:3", "per-layer")}
@@ -82,8 +82,8 @@ def test_a_segment_keeps_what_its_policy_says(no_collector):
 
 @pytest.mark.parametrize("spec", ["segment:2", "segment:3", "segment:3+selective:matmul"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2"])
-def test_nothing_is_held_after_a_step(no_collector, family, spec):
-    """The trap: calls noted for the recomputation, with their masks and hidden states, kept until the next step or, in
+def test_no_tensor_is_left_after_a_step(no_collector, family, spec):
+    """The trap: calls noted for the recomputation, with their masks and hidden states, alive until the next step or, in
     a cycle, until the collector comes."""
     model = build(family)
     apply(model, spec)
@@ -101,7 +101,7 @@ def test_nothing_is_held_after_a_step(no_collector, family, spec):
 
 
 @pytest.mark.parametrize("spec", ["per-layer", "segment:2", "segment:4+selective:matmul"])
-def test_nothing_is_held_after_a_forward_pass_that_is_thrown_away(no_collector, spec):
+def test_no_tensor_is_left_after_a_discarded_forward_pass(no_collector, spec):
     model = build("gpt2")
     apply(model, spec)
     inputs = inputs_of(model)
@@ -113,8 +113,8 @@ def test_nothing_is_held_after_a_forward_pass_that_is_thrown_away(no_collector, 
 
 
 @pytest.mark.parametrize("spec", ["segment:2", "segment:3", "segment:2+selective:matmul"])
-def test_a_model_that_is_let_go_is_gone(no_collector, spec):
-    """The trap: a segment holds its layers' bound methods, and its layers hold the segment."""
+def test_a_deleted_model_is_freed(no_collector, spec):
+    """The trap: a segment refers to its layers' bound methods, and its layers to the segment."""
     model = build("llama")
     apply(model, spec)
     gradients(model, inputs_of(model))

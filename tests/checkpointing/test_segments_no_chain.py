@@ -1,4 +1,4 @@
-"""Models whose layers are no chain: refused, or with the right gradients."""
+"""Models whose layers do not run one directly after the other: refused, or with the right gradients."""
 
 from __future__ import annotations
 

@@ -75,4 +75,4 @@ def test_no_temporary_folder(cli, model, monkeypatch):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
     monkeypatch.setattr("gcbench.processes.children.tempfile.mkdtemp", fails)
-    cli("env").refused(3, "no temporary folder can be made", "set TMPDIR")
+    cli("env").refused(3, "no temporary folder can be created", "set TMPDIR")

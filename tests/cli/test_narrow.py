@@ -9,7 +9,7 @@ from fixtures_predicted import card_report, cpu_report
 from fixtures_report import long_report, mixed_report, outcome, peaks, report, steady, workload
 
 from gcbench.check import view
-from gcbench.check.cases import Check, Checked, Combination, Setting
+from gcbench.check.cases import Check, CheckResult, CheckSetting, Combination
 from gcbench.core import text_table as screen
 from gcbench.report import compare as comparing
 from gcbench.report import overview
@@ -119,7 +119,7 @@ def test_a_line_to_paste_is_never_broken():
 
 def test_a_link_is_never_broken():
     link = "https://github.com/huggingface/transformers/issues/23165#issuecomment-1536439098-and-more"
-    setting = Setting()
+    setting = CheckSetting()
     found = Check(
         model="m",
         command="gcbench check -m m",
@@ -129,7 +129,7 @@ def test_a_link_is_never_broken():
         num_params=10,
         num_layers=2,
         combinations=(Combination(strategy="per-layer", setting=setting),),
-        results=(Checked(number=0, verdict="failed", message="seen", cause="why", remedy="how", link=link),),
+        results=(CheckResult(number=0, verdict="failed", message="seen", cause="why", remedy="how", link=link),),
         steps_s=1.0,
         wall_s=2.0,
     )

@@ -33,7 +33,7 @@ from trials import (
     with_lora,
 )
 
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.diagnoses.known_causes import Observation
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -65,7 +65,7 @@ def test_model_code_that_leaves_use_reentrant_to_torch():
             return loss
 
         off = Trial(model, step, strategy="off")
-        own_way.switch_on(model)
+        own_checkpointing.switch_on(model)
         trial = Trial(model, step, off, strategy="own", num_layers=4, frozen_base=True)
         assert bool(trial.seen.params_without_grad) is (cause is not None)
         if cause is None:

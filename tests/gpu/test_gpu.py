@@ -1,5 +1,5 @@
-"""On a CUDA device: what a run reports is what the allocator counted, measured here a second time without gcbench's
-probe, worker and timing."""
+"""On a CUDA device: a run reports what the allocator counted, which is measured here without gcbench's probe, worker
+and timing."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ print(json.dumps([torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reser
 
 
 def plain_peak(*args: object) -> int:
-    """`torch.cuda.max_memory_allocated` of the third step, in a process where nothing else has used the card."""
+    """`torch.cuda.max_memory_allocated` of the third step, in a process where nothing else has used the GPU."""
     done = subprocess.run(
         [sys.executable, "-c", PLAIN_MEASUREMENT, json.dumps(args)],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -71,8 +71,8 @@ def plain_peak(*args: object) -> int:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
 def test_a_run_on_the_card_is_what_the_allocator_counted(cli, model, tmp_path, precision):
-    """The traps: a peak that includes the building of the model, phases that show each other's peak, times taken
-    before the card was done, and a server process that has touched CUDA, after which no child can."""
+    """The traps: a peak that includes the building of the model, phases that show each other's peak, times read
+    before the GPU was done, and a server process that has touched CUDA, after which no child can."""
     folder = model("llama")
     result = cli(
         *("run", "-m", folder, "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--precision", precision),
@@ -176,7 +176,7 @@ STRATEGIES = {
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
 def test_every_strategy_is_proven_on_the_card(cli, model, family):
-    """The trap: what only a card can do (boundaries on the host, other attention kernels) has never run on a CPU."""
+    """The trap: what only a GPU can do (layer inputs on the host, other attention kernels) has never run on a CPU."""
     result = cli(
         *("run", "-m", model(family), "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--device", "cuda"),
         *("--strategies", ",".join(STRATEGIES), "--rounds", 2, "--steps", 1, "--json"),

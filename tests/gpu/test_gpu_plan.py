@@ -1,4 +1,4 @@
-"""`gcbench plan` on a card: what it chooses runs there, fits, changes no gradient, and is measured by --measure."""
+"""`gcbench plan` on a GPU: its choice runs there, fits, changes no gradient, and is measured by --measure."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def gcbench(*args, cwd):
 
 
 @pytest.mark.parametrize("precision", ["bf16", "bf16-mixed"])
-def test_a_plan_that_was_found_for_this_card_is_what_it_says(tmp_path, precision):
-    """The traps: what is skipped is needed by the card's kernels; the predicted peak is not the real one."""
+def test_a_searched_plan_for_this_card_has_its_predicted_peak(tmp_path, precision):
+    """The traps: a skipped call is needed by the GPU's kernels; the predicted peak is not the real one."""
     model = write_model(tmp_path / "model", "llama", **WIDE)
     workload = ("-m", model, "--seq-len", 1024, "--precision", precision, "--batch", 8)
     free = gcbench("plan", *workload, "--device", "auto", "--json", "--out", "free", cwd=tmp_path)
@@ -51,9 +51,9 @@ def test_a_plan_that_was_found_for_this_card_is_what_it_says(tmp_path, precision
 
 
 def test_measuring_decides_on_the_card(tmp_path):
-    """The traps: calls timed one after the other take more memory than a card has (the words of a real vocabulary);
-    strategies left out, as a copy of a process that has seen a card cannot trace; what fits a smaller device judged by
-    what a larger one lets the allocator keep."""
+    """The traps: calls timed one after the other need more memory than the GPU has (the logits of a real vocabulary);
+    strategies left out, as a forked copy of a process that has used CUDA cannot trace; a smaller device's fit decided
+    by what the allocator caches on a larger one."""
     model = write_model(tmp_path / "model", "llama", **WIDE | {"vocab_size": 128_000})
     workload = ("-m", model, "--seq-len", 512, "--precision", "bf16", "--batch", "4,8")
     memory = ("--device", "auto", "--device-memory", "10GiB")

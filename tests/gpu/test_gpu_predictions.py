@@ -1,4 +1,4 @@
-"""On a CUDA device: what `predict` says of it is what `run` measures there."""
+"""On a CUDA device: `predict` agrees with what `run` measures there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = [
 
 STRATEGIES = "off,per-layer,every:2,segment:2,first:2,selective:matmul,selective:attention,offload,reentrant"
 TOLERATED = 0.03
-"""Of the allocated peak: the bar for the 95th percentile of the grid."""
+"""Relative error of the allocated peak: the limit for the 95th percentile of the grid."""
 
 
 def rows(command, *args):
@@ -43,6 +43,6 @@ def test_a_prediction_is_what_the_card_measures(tmp_path, model, precision):
     measured = rows("run", *workload, "--rounds", "1", "--steps", "1", "--out", str(tmp_path / "run"))
     predicted = rows("predict", *workload)
     for strategy, row in measured.items():
-        there, said = row["peak_allocated_bytes"], predicted[strategy]["peak_allocated_bytes"]
-        assert abs(said / there - 1) <= TOLERATED, (strategy, said, there)
+        measured_peak, predicted_peak = row["peak_allocated_bytes"], predicted[strategy]["peak_allocated_bytes"]
+        assert abs(predicted_peak / measured_peak - 1) <= TOLERATED, (strategy, predicted_peak, measured_peak)
         assert predicted[strategy]["peak_phase"] == row["peak_phase"]

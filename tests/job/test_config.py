@@ -1,4 +1,4 @@
-"""Settings: every spelling, what wins over what, all mistakes at once, and the way into a report and back."""
+"""Settings: every spelling, what wins over what, all mistakes at once, and storing them in a report."""
 
 from __future__ import annotations
 
@@ -91,18 +91,18 @@ def test_flags_and_toml_mean_the_same():
     )
 
 
-def test_what_is_not_given_has_its_default():
+def test_a_setting_that_is_not_set_has_its_default():
     assert settings({**LEAST, "seq_len": None}) == Settings(model="gpt2", batch_size=(1,))
 
 
 @pytest.mark.parametrize("given", [LEAST, FULL, {**LEAST, "timeout": "none"}, {**LEAST, "set": {"a.b": None}}])
 def test_settings_survive_a_report(given):
-    """The trap: None for "no limit" read back as "not given", which is an hour."""
+    """The trap: None for "no limit" read back as "not set", which is an hour."""
     wanted = settings(given)
     assert settings(as_json(wanted)) == wanted
 
 
-def test_every_field_can_be_given():
+def test_every_field_can_be_set():
     """The trap: a new setting that no flag and no file reaches."""
     assert set(as_json(settings(LEAST))) == set(FULL)
     assert set(FULL) <= {name.removesuffix("_") for name in inspect.signature(cli.run).parameters}
@@ -154,7 +154,7 @@ FLAGS = {
 
 @pytest.mark.parametrize("flag", FLAGS)
 def test_every_spelling_of_a_flag(cli, model, flag):
-    """Told by what is wrong with its value, which costs no measurement."""
+    """Seen by the mistake in its value, which costs no measurement."""
     name = {"seq_len": "--seq-len", "batch_size": "--batch"}[FLAGS[flag]]
     result = cli("run", "-m", model(), "--batch", 1, "--seq-len", 8, flag, "wrong")
     result.refused(2, f"{name}: 'wrong' is not a whole number")
@@ -189,7 +189,7 @@ def test_a_flag_wins_over_the_file_and_the_file_over_what_is_stored(cli, model, 
     resumed.refused(2, "batch_size [3] is now [2]")
 
 
-def test_all_mistakes_are_told_at_once():
+def test_all_mistakes_are_reported_at_once():
     told = mistakes({"batch_size": 0, "seq_len": "x", "strategies": "every:0", "optim": 3, "colour": "red"})
     starts = ["--batch: 0 is", "--seq-len: 'x' is", "--strategies: 'every:0'", "--optim: 3 is", "there is no setting"]
     assert len(told) == 6
@@ -197,10 +197,8 @@ def test_all_mistakes_are_told_at_once():
         assert any(line.startswith(start) for line in told), told
 
 
-def test_a_mistake_in_a_value_is_not_told_as_missing_too():
-    assert mistakes({"model": "gpt2", "batch_size": "x"}) == [
-        "--batch: 'x' is not a whole number; write one of 1 or more"
-    ]
+def test_a_mistake_in_a_value_is_not_reported_as_missing_too():
+    assert mistakes({"model": "gpt2", "batch_size": "x"}) == ["--batch: 'x' is not a whole number; write 1 or more"]
 
 
 @pytest.mark.parametrize(
@@ -224,8 +222,8 @@ def test_a_mistake_in_a_value_is_not_told_as_missing_too():
         ({"memory_limit": -5}, "leaves no memory"),
         ({"device": "cuda:"}, "legal are auto"),
         ({"device": "cpu:0"}, "legal are auto"),
-        ({"seed": 2**31}, "is absurd"),
-        ({"lora_r": 2**17}, "is absurd"),
+        ({"seed": 2**31}, "is out of range (max 2,147,483,647)"),
+        ({"lora_r": 2**17}, "is out of range (max 65,536)"),
         ({"lora_r": 8, "lora_target_modules": [7]}, "7 is not a name"),
         ({"lora_r": 8, "lora_target_modules": []}, "has an empty item"),
     ],
@@ -247,10 +245,10 @@ def test_every_spelling_of_all_linear_layers(typed):
     assert wanted.lora == Lora(r=8, target_modules=("all-linear",))
 
 
-def test_a_rank_is_asked_for_once():
+def test_a_missing_rank_is_reported_once():
     """A rank with a mistake in it is not missing too."""
     assert mistakes({**LEAST, "lora_target_modules": "q_proj"}) == [
-        "--lora-target-modules needs the rank of the adapters too; write it like --lora-r 8"
+        "--lora-target-modules also needs the rank of the adapters; add it, like --lora-r 8"
     ]
     assert mistakes({**LEAST, "lora_r": 0, "lora_target_modules": "q_proj"}) == [
         "--lora-r: 0 is too small; it must be 1 or more"

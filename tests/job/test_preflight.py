@@ -1,4 +1,4 @@
-"""What the config alone shows to be wrong is said before torch is imported, and nothing that the child would take."""
+"""Mistakes that the config shows are reported before torch is imported, and nothing is refused that works."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GPT2 = ("-m", "gpt2", "-b", 1)
 
 def examined(config, **wanted):
     source = ModelSource(name="it", origin="a test", config=config, location=".")
-    return preflight.examine(source, preflight.Wanted(**{"overrides": {}, **wanted}))
+    return preflight.examine(source, preflight.Requested(**{"overrides": {}, **wanted}))
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_a_type_that_cannot_be_built_needs_no_torch(tmp_path, config, said):
     assert code == 3 and not names & set(HEAVY)
 
 
-def test_all_mistakes_of_the_model_are_told_together():
+def test_all_mistakes_of_the_model_are_reported_together():
     config = tiny.CONFIGS["gpt2"]
     lora = Lora(r=4, target_modules=("c_prjo",))
     with pytest.raises(UsageError) as refused:
@@ -129,7 +129,7 @@ def test_code_of_the_models_own_is_left_to_the_child():
         location=".",
         trust_remote_code=True,
     )
-    wanted = preflight.Wanted(overrides={"own": 1}, seq_lens=(64,), strategies=("every:99",))
+    wanted = preflight.Requested(overrides={"own": 1}, seq_lens=(64,), strategies=("every:99",))
     assert preflight.examine(source, wanted) == source
 
 

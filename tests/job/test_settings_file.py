@@ -1,4 +1,4 @@
-"""`--config`: one file for every command, all of a command's keys, and nothing lost without a word."""
+"""`--config`: one file for every command, all of a command's keys, and nothing ignored without a notice."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_every_option_of_a_command_is_a_key_of_its_file(command):
     assert "config" in parameters
 
 
-def test_keys_of_other_commands_are_left_out_and_said(tmp_path):
+def test_keys_of_other_commands_are_ignored_with_a_notice(tmp_path):
     path = write(tmp_path, 'model = "x"\nrounds = 3\ndevice_memory = "8GiB"\nmeasure = true\n')
     read = settings_file.read(path, "check")
     assert dict(read.values) == {"model": "x"}
@@ -142,7 +142,7 @@ train = "lora"
 
 
 def test_one_file_serves_every_command(cli, tmp_path, asked):
-    """What is shared means the same in all of them."""
+    """A shared setting means the same in all commands."""
     write(tmp_path, SHARED)
     for command in KEYS:
         result = cli(command, "--config", "shared.toml")
@@ -193,8 +193,8 @@ def test_the_limit_of_a_run_is_the_memory_of_a_prediction(cli, tmp_path, asked, 
         ("plan", "--device-memory"),
     ],
 )
-def test_a_bare_number_of_gigabytes_is_asked_about_everywhere(cli, tmp_path, command, flag):
-    """As a flag, as a number in a file and as text there."""
+def test_a_bare_number_of_gigabytes_is_refused_everywhere(cli, tmp_path, command, flag):
+    """By flag, and in a file as a number and as text."""
     cli(command, "-m", "gpt2", "-b", 1, flag, 24).refused(2, f"{flag}: '24' is 24 bytes; did you mean 24GiB?")
     for value in ("24", '"24"'):
         key = flag.removeprefix("--").replace("-", "_")
@@ -210,7 +210,7 @@ def test_a_notice_goes_to_standard_error_and_can_be_silenced(cli, tmp_path, aske
 
 
 def test_what_a_file_asks_for_is_what_flags_ask_for(cli, tmp_path, asked):
-    """Two roads to one prediction."""
+    """Both ways to predict get the same settings."""
     write(tmp_path, 'model = "gpt2"\nbatch = [1, 2]\nsequence-length = 8\ndevice = "gpu"\nexact = true\n')
     assert cli("predict", "--config", "shared.toml").code == 0
     from_file = dict(asked)

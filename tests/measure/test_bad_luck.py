@@ -1,4 +1,4 @@
-"""What can befall a run while it measures: each costs one row at most, and nothing that was measured is lost."""
+"""Failures during a run: each costs one row at most, and nothing that was measured is lost."""
 
 from __future__ import annotations
 

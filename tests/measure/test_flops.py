@@ -1,4 +1,4 @@
-"""The backward pass runs again what a strategy says and nothing else: its matrix products are counted, to the FLOP.
+"""The backward pass recomputes what the strategy says and nothing else: matrix products are counted, to the FLOP.
 
 The expectation comes from single layers run by themselves, without checkpointing, and from three rules of torch
 (torch/utils/checkpoint.py and the code that torch's autograd generates):
@@ -85,7 +85,7 @@ FORMULAS = {
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flash_backward,
     aten._grouped_mm: grouped_mm,
 }
-"""Of operators that torch's counter does not know."""
+"""FLOPs of operators that torch's counter does not know."""
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def run_again(layers, plan):
 
 
 def assert_runs_again(case, plan, *, applied=None):
-    """Running the model with `applied` costs what `off` costs and what `plan` says is run again."""
+    """Running the model with `applied` costs what `off` costs plus what `plan` recomputes."""
     assert counted(case, applied or plan) == counted_off(case) + run_again(layers_of(case), plan)
 
 
@@ -215,13 +215,13 @@ def assert_runs_again(case, plan, *, applied=None):
         *((case, strategy) for case in ("llama", "gpt2", "mixtral") for strategy in MORE_STRATEGIES),
     ],
 )
-def test_what_is_run_again_is_what_the_strategy_says(case, strategy):
-    """The traps: a layer that is recomputed twice, or not at all; an operator that is kept and run again all the same;
-    a segment that stops before its last layer. None of them changes a gradient."""
+def test_the_recomputed_flops_are_those_of_the_strategy(case, strategy):
+    """The traps: a layer that is recomputed twice, or not at all; an operator whose output is saved and recomputed
+    all the same; a segment that stops before its last layer. None of them changes a gradient."""
     assert_runs_again(case, plan_of(strategy))
 
 
-def test_groups_of_one_plan_keep_each_their_own():
+def test_each_group_of_a_plan_saves_by_its_own_policy():
     plan = Plan(
         num_layers=tiny.NUM_LAYERS,
         groups=((0,), (1, 2), (3,)),
@@ -237,8 +237,8 @@ def test_groups_of_one_plan_keep_each_their_own():
     assert_runs_again("llama", reentrant)
 
 
-def test_an_operator_is_kept_under_its_full_name():
-    """The trap: `aten::mm` passes every check and matches no operator, so that nothing is kept and nobody is told."""
+def test_an_operator_is_saved_under_its_full_name():
+    """The trap: `aten::mm` passes every check and matches no operator, so that nothing is saved, without an error."""
     plans = [plan_of("selective:mm"), plan_of("selective:aten::mm")]
     plans.append(plans[0].with_policies(keep=("aten::mm",)))
     assert counted("llama", plans[0]) == counted("llama", plans[1]) == counted("llama", plans[2])
@@ -250,7 +250,7 @@ def test_an_operator_is_kept_under_its_full_name():
 
 
 def test_a_llama_by_hand():
-    """One layer: 2 x tokens x (q, k, v, o; gate, up, down) and attention; down is the product that is not run again."""
+    """One layer: 2 x tokens x (q, k, v, o; gate, up, down) and attention; down is not recomputed."""
     tokens, length, width, inner, kv_width = BATCH_SIZE * 12, 12, 32, 64, 16
     projections = 2 * tokens * (width * width + 2 * width * kv_width + width * width)
     up, down = 2 * tokens * 2 * width * inner, 2 * tokens * inner * width
@@ -278,8 +278,8 @@ def test_a_llama_by_hand():
         assert set(again) <= {aten.mm, aten._scaled_dot_product_flash_attention_for_cpu}, strategy
 
 
-def test_dropout_behind_the_last_product_has_it_run_again():
-    """GPT-2's dropout saves its mask after the product before it: the whole layer is run again, as one of 4 passes."""
+def test_dropout_after_the_last_product_has_it_recomputed():
+    """GPT-2's dropout saves its mask after the product before it: the whole layer is recomputed, as one of 4 passes."""
     forward = sum(product.flops for layer in layers_of("gpt2") for product in layer.products)
     again = counted("gpt2", plan_of("per-layer")) - counted_off("gpt2")
     assert again.total() == forward

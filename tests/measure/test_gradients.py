@@ -157,7 +157,7 @@ def test_another_step_cannot_be_compared():
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_not_a_number_is_never_a_small_difference(value):
     """The trap: comparisons with NaN are false, so `difference > tolerance` lets everything through; and two cells
-    whose gradients are all NaN agree bit by bit, which proves nothing."""
+    whose gradients are all NaN are bit-identical, which proves nothing."""
     good, bad = random_grads(), random_grads()
     bad["layer.bias"][7] = value
     assert fingerprint(good).is_finite and not fingerprint(bad).is_finite
@@ -346,7 +346,7 @@ def test_a_layer_that_is_not_recomputed_is_caught(measured, monkeypatch):
 
 
 def test_a_parameter_that_loses_its_gradient_is_caught(measured, monkeypatch):
-    """The reentrant variant's trap: inputs without a gradient, and the layers behind them are not trained."""
+    """The reentrant variant's trap: inputs without a gradient, and the layers after them are not trained."""
 
     def spoil() -> None:
         take = take_fingerprint.take

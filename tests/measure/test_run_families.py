@@ -113,8 +113,8 @@ def test_pretrained_weights_are_the_ones_that_are_trained(cli, model, tmp_path):
     assert checksums[0] != checksums[1] == checksums[2]
 
 
-def test_what_was_decided_for_the_user_is_said(cli, model, tmp_path):
-    """Defaults that depend on the device or the model, and strategies left out, are told and kept in the report."""
+def test_decisions_made_for_the_user_are_reported(cli, model, tmp_path):
+    """Defaults that depend on the device or the model, and strategies left out, are shown and stored in the report."""
     folder = tmp_path / "run"
     result = cli("run", "-m", model(num_hidden_layers=2), *QUICK, "-b", 1, "--out", folder)
     assert result.code == 0, result.err

@@ -1,4 +1,4 @@
-"""The scheduling of a run, with children that answer from a script: what is measured when, and what is kept."""
+"""The scheduling of a run, with children that answer from a script: what is measured when, and what is stored."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class ScriptedChildren:
 
 
 class Ticker(QuietProgress):
-    """Writes down what it is told."""
+    """Notes its calls."""
 
     def __init__(self) -> None:
         self.said: list[str] = []

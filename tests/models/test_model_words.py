@@ -42,7 +42,7 @@ BART = {
 
 def notices(config, **overrides):
     source = ModelSource(name="it", origin="a test", config=config, location=".")
-    return preflight.examine(source, preflight.Wanted(overrides=overrides)).notices
+    return preflight.examine(source, preflight.Requested(overrides=overrides)).notices
 
 
 # A model for something else than text to come
@@ -90,7 +90,7 @@ def test_nothing_is_said_of_a_causal_lm(config):
 
 def test_no_model_of_the_catalogue_is_said_to_be_another():
     for entry in catalogue.architectures():
-        said = preflight.examine(sources.resolve(entry.name), preflight.Wanted(overrides={})).notices
+        said = preflight.examine(sources.resolve(entry.name), preflight.Requested(overrides={})).notices
         assert all("is published in" in notice for notice in said), entry.name
 
 
@@ -123,7 +123,7 @@ def test_an_encoder_decoder_that_does_not_say_so_is_one_all_the_same():
 def refusal(config, folder):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UnavailableError) as refused:
-        preflight.examine(sources.resolve(str(folder)), preflight.Wanted(overrides={}))
+        preflight.examine(sources.resolve(str(folder)), preflight.Requested(overrides={}))
     return str(refused.value)
 
 
@@ -161,7 +161,7 @@ def test_the_command_that_is_told_makes_a_model_that_can_be_taken(tmp_path, conf
     assert text["model_type"] == kind and text["hidden_size"] == TEXT["hidden_size"]
     from gcbench.models import build as models
 
-    source = preflight.examine(sources.resolve(str(tmp_path / "text.json")), preflight.Wanted(overrides={}))
+    source = preflight.examine(sources.resolve(str(tmp_path / "text.json")), preflight.Requested(overrides={}))
     built = models.build_config(source, layers=None, overrides={})
     assert models.facts(source, built, None).num_layers == tiny.NUM_LAYERS
 

@@ -1,4 +1,4 @@
-"""What is said while something takes long: shares of cells, in plain lines through a pipe, and signs of life."""
+"""Progress of long work: how many cells are done, in plain lines through a pipe, also during a long wait."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from gcbench.processes.progress import Heartbeat
 
 
 @pytest.fixture
-def said():
+def printed():
     """A console and the lines that were printed on it."""
     text = io.StringIO()
     return Console(file=text, width=40), lambda: text.getvalue().splitlines()
 
 
-def test_cells_are_counted_in_plain_lines(said, monkeypatch):
+def test_cells_are_counted_in_plain_lines(printed, monkeypatch):
     """The first and the last always, those between now and then, and none of them broken at 40 characters."""
-    console, lines = said
+    console, lines = printed
     now = iter(range(0, 1000, 2))
     monkeypatch.setattr(counting.time, "monotonic", lambda: float(next(now)))
     with counting.PlainCounter(console, verb="predicting", noun="cells") as counter:
@@ -38,25 +38,25 @@ def test_cells_are_counted_in_plain_lines(said, monkeypatch):
     assert all(re.fullmatch(r"predicting: \d+ of 12 cells \(\d+ %\) \[.* elapsed\]", line) for line in lines())
 
 
-def test_what_is_done_now_is_said_where_it_is_known():
-    assert counting.said("planning", "steps", 1, 4, "searching plans") == (
+def test_the_current_item_is_shown_where_it_is_known():
+    assert counting.line("planning", "steps", 1, 4, "searching plans") == (
         "planning: 1 of 4 steps (25 %), searching plans"
     )
 
 
-def test_a_long_silence_is_broken_and_a_word_begins_it_anew():
+def test_a_line_is_repeated_in_a_long_wait_and_other_output_restarts_the_wait():
     beats = threading.Semaphore(0)
     heart = Heartbeat(beats.release, silences_s=(0.005, 0.01))
     heart.start()
     assert all(beats.acquire(timeout=30) for _ in range(3))
-    heart.spoken()
+    heart.restart()
     assert beats.acquire(timeout=30)
     heart.stop()
     assert not heart._thread.is_alive()
 
 
-def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
-    """The trap: the thread of the display told in forty lines what the main thread tells in one."""
+def test_a_heartbeat_that_cannot_print_shows_no_traceback(capfd):
+    """The trap: the display's thread printed a traceback of forty lines for what the main thread reports in one."""
     tried = threading.Semaphore(0)
 
     def fails():
@@ -70,20 +70,20 @@ def test_a_heart_that_cannot_speak_is_no_traceback(capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_a_run_tells_the_share_that_is_done_and_what_it_is_at(said):
-    console, lines = said
+def test_a_run_shows_the_share_that_is_done_and_the_current_step(printed):
+    console, lines = printed
     cell = outcome("per-layer", peaks(1, 2, 3), [[0.5]])
     display = progress.PlainProgress(console)
     with display:
-        display._still_there()
+        display._print_last_step()
         display.begin(num_steps=8, num_rounds=2)
         display.enter(cell.cell, round=0, num_steps=2)
-        display._still_there()
+        display._print_last_step()
         display.step(Event(kind="timed", step=2, seconds=0.5))
-        display._still_there()
+        display._print_last_step()
         display.leave(cell)
-    said_lines = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
-    assert said_lines == [
+    shown = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
+    assert shown == [
         "importing torch, reading the model … [now]",
         "measuring: 8 training steps or more, in 2 rounds",
         "round 1/2 per-layer, batch 16 × 64: building the model … [now]",
@@ -92,15 +92,15 @@ def test_a_run_tells_the_share_that_is_done_and_what_it_is_at(said):
     ]
 
 
-def test_quiet_says_nothing(said):
-    console, lines = said
+def test_quiet_shows_nothing(printed):
+    console, lines = printed
     with counting.choose(console, verb="checking", noun="combinations", quiet=True) as counter:
         counter.count(1, 2)
     assert lines() == []
     assert type(counting.choose(console, verb="a", noun="b", quiet=False)) is counting.PlainCounter
 
 
-def test_a_terminal_has_a_display_that_goes_again():
+def test_a_terminal_has_a_display_that_is_removed_at_the_end():
     text = io.StringIO()
     console = Console(file=text, width=60, force_terminal=True)
     with counting.choose(console, verb="checking", noun="combinations", quiet=False) as counter:
@@ -109,7 +109,7 @@ def test_a_terminal_has_a_display_that_goes_again():
 
 
 def test_predict_and_check_count_through_a_pipe(cli, model):
-    """`check` said nothing at all, and predict's cells of a recurrent model take minutes."""
+    """`check` showed nothing, and predict's cells of a recurrent model take minutes."""
     folder = model()
     predicted = cli("predict", "-m", folder, "-b", "1,2", "--seq-len", 8, "--strategies", "off", "--device", "a10")
     assert "predicting: 0 of 2 cells (0 %)" in predicted.err and "2 of 2 cells (100 %)" in predicted.err

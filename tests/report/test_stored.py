@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from processes import PROCESS_TIMEOUT_S
 
-from gcbench.check.cases import Check, Checked, Combination, Setting
+from gcbench.check.cases import Check, CheckResult, CheckSetting, Combination
 from gcbench.check.stored import load_check
 from gcbench.core.errors import ResultsError, UsageError
 from gcbench.core.json_codec import encode
@@ -150,15 +150,15 @@ def test_what_a_stored_plan_cannot_be_asked(cli, folder, flags, said):
 def check_of(verdict="identical"):
     return Check(
         model="gpt2", command="gcbench check", device="cpu", versions={"torch": "2"}, scaled=None, num_params=3,
-        num_layers=2, combinations=(Combination(setting=Setting(), strategy="per-layer"),),
-        results=(Checked(number=0, verdict=verdict, grad_rel_diff=0.0),),
+        num_layers=2, combinations=(Combination(setting=CheckSetting(), strategy="per-layer"),),
+        results=(CheckResult(number=0, verdict=verdict, grad_rel_diff=0.0),),
     )  # fmt: skip
 
 
 def test_a_stored_check_is_shown(cli, tmp_path):
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "check.json").write_text(json.dumps(encode(check_of())))
-    assert "1 of 1 combination trains with the gradients of off, bit by bit." in cli("report", "c").out
+    assert "1 of 1 combination trains with the gradients of off, bit-identical." in cli("report", "c").out
     assert cli("report", "c", "-f", "markdown").out.startswith("# gcbench check: gpt2\n")
     (row,) = cli("report", "c/check.json", "--json").document["rows"]
     assert (row["strategy"], row["verdict"]) == ("per-layer", "identical")
@@ -186,7 +186,7 @@ def test_a_broken_file_is_one_sentence(cli, tmp_path, name, text):
 def test_a_check_whose_results_name_no_combination_is_damaged(tmp_path):
     damaged = replace(check_of(), combinations=())
     (tmp_path / "check.json").write_text(json.dumps(encode(damaged)))
-    with pytest.raises(ResultsError, match="a result of no combination"):
+    with pytest.raises(ResultsError, match="a result belongs to no combination"):
         load_check(tmp_path)
 
 

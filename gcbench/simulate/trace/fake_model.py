@@ -13,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.checkpointing.apply import Groups
 from gcbench.core.records import Phase
 from gcbench.simulate.costs import Work
@@ -262,7 +262,7 @@ class FakeModel:
             stack.callback(lambda: self.fallbacks.update(recorder.fallbacks))
             stack.enter_context(mock.patch.object(checkpointing, "save_on_host", partial(saved_on_host, recorder)))
             if own:
-                stack.callback(checkpointing.Hooks(own_way.switch_on(self.model)).remove)
+                stack.callback(checkpointing.Hooks(own_checkpointing.switch_on(self.model)).remove)
             else:
                 checkpointing.apply_groups(self.model, self.layers, groups, checkpointing.RecomputeCounter())
             stack.callback(checkpointing.end_segments, self.model)

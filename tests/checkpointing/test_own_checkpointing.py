@@ -1,4 +1,4 @@
-"""Models that checkpoint in a way of their own: `own` switches it on, whatever its form, and its layers are counted."""
+"""Models with only their own checkpointing: `own` switches it on, whatever its form, and its layers are counted."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 import gcbench
 from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
-from gcbench.checkpointing import own_way
+from gcbench.checkpointing import own_checkpointing
 from gcbench.strategies import Plan
 from gcbench.training import step as training
 
@@ -37,7 +37,7 @@ def inputs():
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant")
 @pytest.mark.parametrize("way", WAYS)
-def test_own_is_switched_on_counted_and_taken_away(inputs, way):
+def test_own_is_switched_on_counted_and_removed(inputs, way):
     """The traps: setters that today's transformers cannot call, layers called by `forward`, parts of layers alone."""
     model = build(way)
     before, off = state(model), step(model, inputs)
@@ -78,8 +78,8 @@ def test_own_of_an_ordinary_model_is_per_layer(inputs):
     assert state(model) == before
 
 
-def test_the_reentrant_variant_in_old_code_loses_gradients_behind_a_frozen_embedding(inputs):
-    """A finding to be shown, not mended: a user's own run loses them, too."""
+def test_the_reentrant_variant_in_old_code_loses_gradients_after_a_frozen_embedding(inputs):
+    """Reported, not fixed: a user's own run loses them, too."""
     lost = {}
     for way in ("old-setter", "function"):
         model = build(way)
@@ -95,10 +95,12 @@ def test_the_reentrant_variant_in_old_code_loses_gradients_behind_a_frozen_embed
 
 
 @pytest.mark.parametrize("spec", ["per-layer", "every:2", "first:2", "segment:2", "selective:matmul", "reentrant"])
-def test_other_strategies_are_told_what_is_possible(inputs, spec):
+def test_other_strategies_are_refused_with_what_is_possible(inputs, spec):
     model = build()
     before = state(model)
-    words = r"take own, or make Block, of which text\.blocks is made, a .*GradientCheckpointingLayer, with which every"
+    words = (
+        r"take own, or make Block, the class of the layers in text\.blocks, a .*GradientCheckpointingLayer, with which"
+    )
     with pytest.raises(ValueError, match=words) as told:
         gcbench.apply(model, spec)
     assert "train it without" not in str(told.value)
@@ -118,7 +120,7 @@ def test_the_advice_holds(inputs, monkeypatch):
     assert applied.recomputed == {0, 2}
 
 
-def test_a_flag_without_effect_is_told():
+def test_a_flag_without_effect_is_refused():
     with pytest.raises(ValueError, match="changes nothing; train it without"):
         gcbench.apply(build("without-effect"), "own")
 
@@ -137,19 +139,23 @@ def test_a_copy_and_a_pickled_model_count_for_themselves(inputs):
 # Parts
 
 
-def test_layers_are_found_in_the_lists_of_what_has_the_flag():
-    assert list(own_way.listed_layers(build())) == [f"text.blocks.{number}" for number in range(4)]
-    assert list(own_way.listed_layers(build(num_hidden_layers=1))) == ["text.blocks.0"]
+def test_layers_are_those_of_the_lists_in_the_module_with_the_flag():
+    assert list(own_checkpointing.listed_layers(build())) == [f"text.blocks.{number}" for number in range(4)]
+    assert list(own_checkpointing.listed_layers(build(num_hidden_layers=1))) == ["text.blocks.0"]
     model = build()
     model.towers = torch.nn.ModuleList(own_ways.Block("none") for _ in range(3))  # without a flag in it
     model.text.heads = torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))  # no layers
-    assert list(own_way.listed_layers(model)) == [f"text.blocks.{number}" for number in range(4)]
+    assert list(own_checkpointing.listed_layers(model)) == [f"text.blocks.{number}" for number in range(4)]
     assert len(checkpointing.layers_of(model)) == 4
     assert checkpointing.layers_of(ordinary("ctrl")) == []
-    assert not own_way.exists(ordinary("ctrl")) and own_way.exists(ordinary()) and not own_way.is_all(ordinary())
+    assert (
+        not own_checkpointing.exists(ordinary("ctrl"))
+        and own_checkpointing.exists(ordinary())
+        and not own_checkpointing.is_all(ordinary())
+    )
 
 
-def test_the_batch_needs_no_embeddings_that_can_be_asked_for():
+def test_the_batch_needs_no_get_input_embeddings():
     model = build()
     with pytest.raises(NotImplementedError):
         model.get_input_embeddings()
@@ -160,7 +166,7 @@ def test_the_batch_needs_no_embeddings_that_can_be_asked_for():
     assert training.output_embeddings(model) is None
 
 
-def test_own_stands_alone():
+def test_own_cannot_be_combined():
     assert strategies.parse("OWN").plan_for(2) == Plan(num_layers=2, groups=((0,), (1,)), own=True)
     for spec in ("own:2", "own+offload", "own+compile", "own+reentrant", "own+selective:matmul", "own+every:2"):
         with pytest.raises(ValueError, match="own"):
@@ -173,7 +179,7 @@ def test_a_tower_of_transformers_beside_it_changes_nothing(inputs):
     """The trap: its layers can be checkpointed by themselves, and training on text never runs them."""
     model = build("new-setter")
     model.vision = ordinary("llama", num_hidden_layers=1, hidden_size=8, intermediate_size=8).model
-    assert own_way.is_all(model) and len(checkpointing.layers_of(model)) == 4
+    assert own_checkpointing.is_all(model) and len(checkpointing.layers_of(model)) == 4
     applied = gcbench.apply(model, gcbench.Plan(num_layers=4, groups=((0,), (1,), (2,), (3,)), own=True))
     step(model, inputs)
     assert applied.recomputed == ALL

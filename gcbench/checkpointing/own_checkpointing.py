@@ -1,4 +1,4 @@
-"""A model's own checkpointing: the flag on its body that its own code reads, as models had it before every layer could.
+"""A model's own checkpointing: a flag on its body that its own code reads, instead of one on every layer.
 
 Before transformers had `GradientCheckpointingLayer`, a model looped over a list of layers and called
 `torch.utils.checkpoint` in the loop where its `gradient_checkpointing` was set. Code on the Hub still does.
@@ -29,14 +29,14 @@ _ENABLE = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
 _DISABLE = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
 
 
-class Noting(Protocol):
-    """What is told of layers that run again."""
+class Recomputed(Protocol):
+    """Gets the numbers of the layers that are recomputed."""
 
     layers: set[int]
     is_blind: bool
 
 
-# What there is
+# What the model has
 
 
 def exists(model: Module) -> bool:
@@ -48,9 +48,9 @@ def exists(model: Module) -> bool:
 
 
 def listed_layers(model: Module) -> dict[str, Module]:
-    """Path -> layer: the members of the model's outermost lists of modules that have parts of their own.
+    """Map path -> layer: the members, with children of their own, of the model's outermost lists of modules.
 
-    Where a module has the flag, of the lists in it alone.
+    Where modules have the flag, only the lists in those count.
     """
     found = dict(_listed(model, ""))
     holders = [path for path, module in model.named_modules() if path and hasattr(module, _FLAG)]
@@ -63,7 +63,7 @@ def listed_layers(model: Module) -> dict[str, Module]:
 
 
 def layers_without_entry(model: Module) -> dict[str, Module]:
-    """Those of the listed layers that nothing but the model's own code can checkpoint."""
+    """Select the listed layers that only the model's own code can checkpoint."""
     return {
         path: layer
         for path, layer in listed_layers(model).items()
@@ -81,7 +81,7 @@ def _listed(module: Module, path: str) -> Iterator[tuple[str, Module]]:
 
 
 def _is_stack(module: Module, members: Sequence[Module]) -> bool:
-    """Whether a list holds layers: a `Sequential` may hold anything, and does where its members differ."""
+    """Whether a list holds layers: a `Sequential` may hold anything, so its members have to be of one class."""
     if not members or all(isinstance(member, _LISTS) for member in members):
         return False
     if isinstance(module, torch.nn.ModuleList):
@@ -90,15 +90,15 @@ def _is_stack(module: Module, members: Sequence[Module]) -> bool:
 
 
 def advice(model: Module) -> str:
-    """Why layers cannot be chosen, and what can be done instead, in a sentence; for a model whose own way is all."""
+    """Say why layers cannot be chosen, and the remedy, for a model whose own checkpointing is the only one."""
     layers = layers_without_entry(model)
-    reason = f"{type(model).__name__} checkpoints in a way of its own, all that it does or nothing; take own"
+    reason = f"{type(model).__name__} has only checkpointing of its own, which is on or off as a whole; take own"
     if not layers:
         return reason
     path, layer = next(iter(layers.items()))
     return (
-        f"{reason}, or make {type(layer).__name__}, of which {path.rpartition('.')[0] or 'its list'} is made, a "
-        "transformers.modeling_layers.GradientCheckpointingLayer, with which every strategy is possible"
+        f"{reason}, or make {type(layer).__name__}, the class of the layers in {path.rpartition('.')[0] or 'its list'},"
+        " a transformers.modeling_layers.GradientCheckpointingLayer, with which every strategy is possible"
     )
 
 
@@ -106,9 +106,9 @@ def advice(model: Module) -> str:
 
 
 def switch_on(model: Module) -> tuple[Any, ...]:
-    """Switch the model's own checkpointing on, not reentrant where the model leaves that open.
+    """Switch the model's own checkpointing on, non-reentrant where the model leaves that open.
 
-    Returns what has to be removed besides switching off: the hooks that have embeddings ask for gradients.
+    Returns the hooks that make embeddings require gradients; `switch_off` leaves them to the caller.
     """
     before = {name: vars(model)[name] for name in _INPUT_HOOKS if name in vars(model)}
     kwargs = {"use_reentrant": False}
@@ -130,7 +130,7 @@ def switch_on(model: Module) -> tuple[Any, ...]:
 
 
 def switch_off(model: Module) -> None:
-    """Switch all checkpointing of the model off, whoever switched it on."""
+    """Switch all checkpointing of the model off, whatever code switched it on."""
     own = next((name for name in _DISABLE if _overridden(model, name)), None)
     if own is not None:
         with _quietly():
@@ -147,7 +147,7 @@ def _overridden(model: Module, name: str) -> bool:
 
 
 def _takes_a_stride(setter: Callable[..., Any]) -> bool:
-    """Whether this transformers can call it: in the old form, once per module, or with all that it passes today."""
+    """Whether this transformers can call the setter: in the old form, once per module, or with today's arguments."""
     accepted = inspect.signature(setter).parameters
     ours = inspect.signature(PreTrainedModel._set_gradient_checkpointing).parameters
     anything = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
@@ -155,7 +155,7 @@ def _takes_a_stride(setter: Callable[..., Any]) -> bool:
 
 
 def _call(method: Callable[..., Any], **kwargs: Any) -> None:
-    """Call it with those of the arguments that it takes."""
+    """Call a method with those of the arguments that it accepts."""
     accepted = inspect.signature(method).parameters
     anything = any(each.kind is each.VAR_KEYWORD for each in accepted.values())
     method(**{name: value for name, value in kwargs.items() if anything or name in accepted})
@@ -163,7 +163,7 @@ def _call(method: Callable[..., Any], **kwargs: Any) -> None:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the remarks on forms and names that are out of date: the model's author can mend them, its user not."""
+    """Silence deprecation warnings, which the model's author can act on, and its user cannot."""
     logger = logging.getLogger("transformers.modeling_utils")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -175,11 +175,11 @@ def _quietly() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# What it does
+# What it recomputes
 
 
-def watch(layers: Sequence[Module], counter: Noting) -> tuple[Any, ...]:
-    """Count the layers that run again in backward passes, whoever has them do so; returns the hooks."""
+def count_recomputed(layers: Sequence[Module], counter: Recomputed) -> tuple[Any, ...]:
+    """Count the layers that backward passes recompute, whatever code recomputes them; returns the hooks."""
     return tuple(
         module.register_forward_pre_hook(partial(_note, counter, number))
         for number, layer in enumerate(layers)
@@ -188,7 +188,7 @@ def watch(layers: Sequence[Module], counter: Noting) -> tuple[Any, ...]:
 
 
 def parts(layer: Module, layers: Sequence[Module]) -> list[Module]:
-    """A layer and the modules in it that are no other layer's: its code may have a part of it alone run again."""
+    """List a layer and its children that it shares with no other layer: code may recompute only a part of a layer."""
     users = Counter(id(child) for each in layers for child in each.children())
     return [layer, *(child for child in layer.children() if users[id(child)] == 1)]
 
@@ -198,28 +198,28 @@ def in_backward() -> bool:
     return bool(torch._C._current_graph_task_id() != -1)
 
 
-def _note(counter: Noting, number: int, module: Module, inputs: object) -> None:
+def _note(counter: Recomputed, number: int, module: Module, inputs: object) -> None:
     if torch.compiler.is_compiling():
         counter.is_blind = True
     elif in_backward():
         counter.layers.add(number)
 
 
-class GroupsSeen:
-    """Which layers a training step in the context recomputes, and which of them together.
+class RecomputedGroups:
+    """Finds which layers a training step in the context recomputes, and which of them as one group.
 
     Attributes:
-        groups: ordered and disjoint; to be read after the context.
+        groups: numbers of layers, ordered and disjoint; to be read after the context.
     """
 
     def __init__(self, layers: Sequence[Module]) -> None:
         self.layers = layers
         self.groups: tuple[tuple[int, ...], ...] = ()
-        self._again: list[int | None] = []
-        """Numbers of layers as they run again; None where a gradient comes to one."""
+        self._recomputed: list[int | None] = []
+        """Numbers of layers as they are recomputed; None where a gradient arrives at the output of one."""
         self._hooks: list[Any] = []
 
-    def __enter__(self) -> GroupsSeen:
+    def __enter__(self) -> RecomputedGroups:
         for number, layer in enumerate(self.layers):
             self._hooks += [
                 module.register_forward_pre_hook(partial(self._enter, number)) for module in parts(layer, self.layers)
@@ -233,7 +233,7 @@ class GroupsSeen:
         groups: list[list[int]] = []
         done: set[int] = set()
         follows = False
-        for number in self._again:
+        for number in self._recomputed:
             if number is None:
                 follows = False
             elif number not in done:
@@ -247,18 +247,18 @@ class GroupsSeen:
 
     def _enter(self, number: int, module: Module, inputs: object) -> None:
         if in_backward():
-            self._again.append(number)
+            self._recomputed.append(number)
 
     def _leave(self, module: Module, inputs: object, outputs: object) -> None:
         for value in tree_leaves(outputs):
             if isinstance(value, torch.Tensor) and value.requires_grad:
-                value.register_hook(lambda gradient: self._again.append(None))  # type: ignore[no-untyped-call]
+                value.register_hook(lambda gradient: self._recomputed.append(None))  # type: ignore[no-untyped-call]
 
 
 def is_all(model: Module) -> bool:
-    """Whether a model's own way is the only one: it has no layer that can be checkpointed by itself.
+    """Whether a model's own checkpointing is the only one: none of its layers can be checkpointed by itself.
 
-    Code from the Hub may put a vision tower of transformers beside its own, larger stack of layers.
+    Code from the Hub may combine a vision tower of transformers with its own, larger stack of layers, which decides.
     """
     if not exists(model):
         return False

@@ -23,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.mark.parametrize("way", ["old-setter", "function", "second", "pairs"])
-def test_a_prediction_takes_what_a_step_takes(way):
-    """To the byte, and with nothing left behind that the next trace would meet."""
+def test_a_predicted_step_has_the_peak_of_a_real_one(way):
+    """To the byte, and nothing is left that the next trace would see."""
     found = {}
     for spec in ("off", "own", "off"):
         model = build(way)
@@ -72,7 +72,7 @@ def folder(tmp_path):
 REMOTE = ("--trust-remote-code", "--json")
 
 
-def test_run_measures_off_and_own_unless_told_otherwise(cli, folder):
+def test_run_measures_off_and_own_by_default(cli, folder):
     done = cli("run", "-m", folder("second"), "-b", 1, "--rounds", 1, "--steps", 1, *REMOTE)
     assert done.code == 0, done
     assert [(row["status"], row["layers_checkpointed"], row["num_layers"]) for row in done.rows.values()] == [
@@ -84,7 +84,7 @@ def test_run_measures_off_and_own_unless_told_otherwise(cli, folder):
     assert "default strategies are off and own" in done.err
 
 
-def test_predict_tells_what_is_possible(cli, folder):
+def test_predict_reports_what_is_possible(cli, folder):
     done = cli("predict", "-m", folder(), "-b", 1, "--strategies", "off,own,every:2", *REMOTE)
     assert done.code == 0, done
     assert [row["status"] for row in done.rows.values()] == ["ok", "ok", "unsupported"]
@@ -92,7 +92,7 @@ def test_predict_tells_what_is_possible(cli, folder):
     assert done.rows["own"]["layers_checkpointed"] == done.rows["own"]["num_layers"] == 4
 
 
-def test_plan_weighs_own(cli, folder):
+def test_plan_considers_own(cli, folder):
     made = folder("function")
     ask = ("-b", 64, "--seq-len", 64, "--device", "cpu", *REMOTE)
     free = cli("plan", "-m", made, *ask, "--device-memory", "1GiB")
@@ -105,7 +105,7 @@ def test_plan_weighs_own(cli, folder):
     )
 
 
-def test_check_tries_own_in_place_of_what_is_not_possible(cli, folder):
+def test_check_tests_own_instead_of_unsupported_strategies(cli, folder):
     done = cli("check", "-m", folder(), "--no-compile", *REMOTE)
     verdicts = {row["tuned"]: row["verdict"] for row in done.document["rows"] if row["precision"] == "fp32"}
     assert {row["strategy"] for row in done.document["rows"]} == {"own"}
