@@ -16,7 +16,7 @@ TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## ([^\n]+)\n(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
 EDIT = re.compile(
     r"(?P<verb>Create|Append to|In) `(?P<path>gcbench/[^`]+)`[^\n]*?(?:after[^`\n]*`(?P<anchor>[^`\n]+)`)?:\n\n"
-    r"```(?:toml|python)\n(?P<text>.*?)```",
+    r"```(?:toml|python|text)\n(?P<text>.*?)```",
     re.DOTALL,
 )
 COMMANDS = re.compile(r"```sh\n(.*?)```", re.DOTALL)
