@@ -64,7 +64,7 @@ def accuracy(_: str) -> str:
                 "gradients",
                 "`off`, CPU, scaled down",
                 f"{types} model types",
-                f"{trained} train with those of `off` under every strategy but `reentrant`",
+                f"{trained} train with those of `off` under every strategy but `reentrant`; the others cannot be tried",
                 "full size",
             ],
         ],
