@@ -31,6 +31,9 @@ lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: $(READY) ## Write the generated parts of README.md and docs/ again
+	$(BIN)/python docs/write_pages.py
+
 bench: $(READY) ## Measure gcbench itself: start-up, waits, overhead of the default job
 	$(BIN)/python benchmarks/startup.py
 	PYTHONPATH=tests/plan:tests/support $(BIN)/python benchmarks/waits.py
@@ -80,4 +83,4 @@ bench-plan: $(READY) ## Measure how good plans are: regret on this machine, fron
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test test-slow lint bench reference truth gpu-hour accuracy bench-predict bench-plan frontier families clean
+.PHONY: help install run test test-slow lint docs bench reference truth gpu-hour accuracy bench-predict bench-plan frontier families clean

@@ -1,4 +1,4 @@
-"""`python -m gcbench`."""
+"""Runs the command line for `python -m gcbench`."""
 
 from gcbench.cli.entry import main
 
