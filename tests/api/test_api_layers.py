@@ -162,9 +162,9 @@ class Several(torch.nn.Module):
     ],
 )
 def test_mistakes_are_reported_with_a_remedy(make, strategy, error, words):
-    with pytest.raises(error, match=words) as told:
+    with pytest.raises(error, match=words) as raised:
         gcbench.apply(make(), strategy)
-    assert ";" in str(told.value) and "--" not in str(told.value)
+    assert ";" in str(raised.value) and "--" not in str(raised.value)
 
 
 def test_offload_is_refused_without_a_gpu(monkeypatch):

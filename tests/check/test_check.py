@@ -34,13 +34,13 @@ def task(folder, combinations, **changes):
     )
 
 
-def results(asked):
+def results(requested):
     """The results of a child, in this process."""
-    told = []
-    answer = checker.check(asked, told.append)
+    events = []
+    answer = checker.check(requested, events.append)
     assert answer.refusal is None, answer
-    found = [result for result in told if not isinstance(result, ReferenceRun)]
-    return {asked.combinations[r.number][1]: r for r in found}
+    found = [result for result in events if not isinstance(result, ReferenceRun)]
+    return {requested.combinations[r.number][1]: r for r in found}
 
 
 PLAIN = CheckSetting()
@@ -49,8 +49,8 @@ PLAIN = CheckSetting()
 @pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "gemma2", "bloom"])
 def test_every_strategy_has_the_gradients_of_off(model, family):
     """Dropout, experts, two kinds of masks, layers that return tuples."""
-    asked = [Combination(setting=PLAIN, strategy=strategy) for strategy in checks.DEFAULT_STRATEGIES]
-    found = results(task(model(family), asked))
+    combinations = [Combination(setting=PLAIN, strategy=strategy) for strategy in checks.DEFAULT_STRATEGIES]
+    found = results(task(model(family), combinations))
     assert {c.strategy: r.verdict for c, r in found.items()} == dict.fromkeys(checks.DEFAULT_STRATEGIES, IDENTICAL)
     for combination, result in found.items():
         expected = {"every:2": 2, "first:1": 1}.get(combination.strategy, tiny.NUM_LAYERS)
@@ -67,19 +67,19 @@ def test_sharing_a_process_changes_no_answer(model):
         CheckSetting(precision="bf16-mixed"),
         CheckSetting(tuned=checks.FROZEN_BASE),
     ]
-    asked = [Combination(setting=s, strategy=name) for name in ("reentrant", "segment:2", "every:2") for s in settings]
+    cases = [Combination(setting=s, strategy=name) for name in ("reentrant", "segment:2", "every:2") for s in settings]
     folder = model("gpt2")
 
-    def told(combinations):
+    def outcomes(combinations):
         return {
             combination: json_codec.encode(result) | {"number": None, "steps_s": None}
             for combination, result in results(task(folder, combinations)).items()
         }
 
-    together = told(asked)
+    together = outcomes(cases)
     assert {result["verdict"] for result in together.values()} == {IDENTICAL, FAILED}
-    assert told(list(reversed(asked))) == together
-    assert {combination: told([combination])[combination] for combination in asked} == together
+    assert outcomes(list(reversed(cases))) == together
+    assert {combination: outcomes([combination])[combination] for combination in cases} == together
 
 
 def test_a_wrong_recompute_is_called_wrong_with_its_cause(model, monkeypatch):
@@ -90,8 +90,8 @@ def test_a_wrong_recompute_is_called_wrong_with_its_cause(model, monkeypatch):
         return real(*args, **kwargs, preserve_rng_state=False)
 
     monkeypatch.setattr(checkpointing, "checkpoint", forgetful)
-    asked = Combination(setting=PLAIN, strategy="per-layer")
-    result = results(task(model("gpt2"), [asked]))[asked]
+    combination = Combination(setting=PLAIN, strategy="per-layer")
+    result = results(task(model("gpt2"), [combination]))[combination]
     assert result.verdict == WRONG
     assert 0.05 < result.grad_rel_diff < 1
     assert result.worst_param is not None
@@ -105,15 +105,15 @@ def test_a_layer_that_is_not_recomputed_is_called_wrong(model, monkeypatch):
         return real(model, layers, groups[:-1], counter)
 
     monkeypatch.setattr(checkpointing, "apply_groups", lazy)
-    asked = Combination(setting=PLAIN, strategy="per-layer")
-    result = results(task(model("llama"), [asked]))[asked]
+    combination = Combination(setting=PLAIN, strategy="per-layer")
+    result = results(task(model("llama"), [combination]))[combination]
     assert (result.verdict, result.message) == (WRONG, "recomputed 3 of 4 layers")
 
 
 def test_parameters_that_lost_their_gradient_are_named(model):
     """Reentrant below a frozen embedding: no error, no gradient. Known, so its remedy is shown."""
-    asked = Combination(setting=CheckSetting(tuned=checks.FROZEN_BASE), strategy="reentrant")
-    result = results(task(model("llama"), [asked]))[asked]
+    combination = Combination(setting=CheckSetting(tuned=checks.FROZEN_BASE), strategy="reentrant")
+    result = results(task(model("llama"), [combination]))[combination]
     assert result.verdict == WRONG
     assert all(name.startswith(("model.layers.2", "model.layers.3")) for name in result.params_without_grad)
     assert "use_reentrant=False" in result.remedy
@@ -121,32 +121,32 @@ def test_parameters_that_lost_their_gradient_are_named(model):
 
 
 @pytest.mark.parametrize(
-    ("family", "strategy", "said"),
+    ("family", "strategy", "words"),
     [
         ("llama", "offload", "on a CPU it is there already"),
         ("llama", "every:9", "needs at least 9 layers"),
         ("ctrl", "per-layer", "does not support gradient checkpointing"),
     ],
 )
-def test_an_impossible_strategy_is_unsupported(model, family, strategy, said):
-    asked = Combination(setting=PLAIN, strategy=strategy)
-    result = results(task(model(family), [asked]))[asked]
+def test_an_impossible_strategy_is_unsupported(model, family, strategy, words):
+    combination = Combination(setting=PLAIN, strategy=strategy)
+    result = results(task(model(family), [combination]))[combination]
     assert result.verdict == UNSUPPORTED
-    assert said in result.message
+    assert words in result.message
 
 
 def test_a_setting_that_fails_without_checkpointing_is_unsupported(model):
     """gemma2 refuses sdpa: the reference fails, so there is nothing to compare a strategy with."""
-    asked = Combination(setting=CheckSetting(attn_implementation="flash_attention_2"), strategy="per-layer")
-    result = results(task(model("llama"), [asked]))[asked]
+    combination = Combination(setting=CheckSetting(attn_implementation="flash_attention_2"), strategy="per-layer")
+    result = results(task(model("llama"), [combination]))[combination]
     assert result.verdict == UNSUPPORTED
     assert "does not run without checkpointing either" in result.message
 
 
 def test_compiled_layers_are_compared_within_the_noise_of_their_kernels(model):
     """With dropout: compiled layers draw it as others do, or they would all be wrong."""
-    asked = Combination(setting=PLAIN, strategy="per-layer+compile")
-    result = results(task(model("gpt2"), [asked]))[asked]
+    combination = Combination(setting=PLAIN, strategy="per-layer+compile")
+    result = results(task(model("gpt2"), [combination]))[combination]
     assert result.verdict in (IDENTICAL, WITHIN_NOISE), result
     assert result.layers_recomputed is None
 
@@ -172,23 +172,23 @@ def test_the_difference_of_gradients_is_that_of_the_textbook():
 
 
 def test_by_default_one_thing_differs_at_a_time():
-    asked = checks.combinations()
-    assert len(asked) >= 40
-    assert len(set(asked)) == len(asked)
-    settings = {combination.setting for combination in asked}
+    combinations = checks.combinations()
+    assert len(combinations) >= 40
+    assert len(set(combinations)) == len(combinations)
+    settings = {combination.setting for combination in combinations}
     labels = {setting.label for setting in settings}
     assert {"plain", "bf16", "bf16-mixed", "fp16-mixed", "adafactor", "sgd", "eager", "lora", "frozen-base"} <= labels
-    assert {c.strategy for c in asked if c.setting == PLAIN} == {*checks.DEFAULT_STRATEGIES, *checks.COMPILED}
+    assert {c.strategy for c in combinations if c.setting == PLAIN} == {*checks.DEFAULT_STRATEGIES, *checks.COMPILED}
     assert "offload" in {c.strategy for c in checks.combinations(on_cuda=True)}
     assert not any("compile" in c.strategy for c in checks.combinations(compiled=False))
 
 
 def test_chosen_values_are_combined_with_each_other():
-    asked = checks.combinations(
+    combinations = checks.combinations(
         chosen_strategies=["per-layer", "segment:2"], precisions=["bf16", "fp32"], tuned=["lora"], compiled=True
     )
-    assert len(asked) == 4
-    assert {(c.strategy, c.setting.precision, c.setting.tuned) for c in asked} == {
+    assert len(combinations) == 4
+    assert {(c.strategy, c.setting.precision, c.setting.tuned) for c in combinations} == {
         (strategy, precision, "lora") for strategy in ("per-layer", "segment:2") for precision in ("bf16", "fp32")
     }
 
@@ -198,8 +198,8 @@ def test_chosen_values_are_combined_with_each_other():
 
 def test_a_check_from_the_command_line(cli, model, tmp_path):
     folder = tmp_path / "check"
-    asked = ("--strategies", "off,per-layer,segment:2", "--train", "full,lora", "--optim", "sgd")
-    result = cli("check", "-m", model(), *QUICK, *asked, "--json", "--out", folder)
+    flags = ("--strategies", "off,per-layer,segment:2", "--train", "full,lora", "--optim", "sgd")
+    result = cli("check", "-m", model(), *QUICK, *flags, "--json", "--out", folder)
     assert result.code == 0, result.err
     rows = result.document["rows"]
     assert [(row["strategy"], row["tuned"], row["verdict"]) for row in rows] == [
@@ -217,8 +217,8 @@ def test_a_check_from_the_command_line(cli, model, tmp_path):
 
 def test_the_exit_code_is_for_what_a_user_would_run(cli, model):
     """Reentrant is known to fail with LoRA, which is shown and ends with 0; any other failing strategy ends with 1."""
-    asked = ("-m", model(), *QUICK, "--train", "lora", "--strategies")
-    forgiven = cli("check", *asked, "reentrant")
+    flags = ("-m", model(), *QUICK, "--train", "lora", "--strategies")
+    forgiven = cli("check", *flags, "reentrant")
     assert forgiven.code == 0, forgiven.err
     assert "reentrant with lora" in forgiven.out
     assert "use_reentrant=False" in forgiven.out
@@ -239,11 +239,11 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
         def __exit__(self, *exc):
             return None
 
-        def run(self, asked, *, on_event, timeout_s):
+        def run(self, requested, *, on_event, timeout_s):
             from gcbench.core.records import Machine, ModelFacts
             from gcbench.processes.messages import Answer
 
-            if isinstance(asked, CheckTask):
+            if isinstance(requested, CheckTask):
                 on_event(wrong)
             facts = ModelFacts(
                 model="m",
@@ -268,7 +268,7 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "words"),
     [
         (("--strategies", "banana"), 2, "there is no strategy 'banana'"),
         (("--strategies", "reentrant+selective:matmul"), 2, "leave one out"),
@@ -281,8 +281,8 @@ def test_a_wrong_combination_ends_with_one(cli, model, monkeypatch):
         (("--device", "tpu"), 2, "legal are auto, cpu, cuda"),
     ],
 )
-def test_bad_input_is_one_sentence(cli, model, flags, code, said):
-    cli("check", "-m", model(), *QUICK, *flags).refused(code, said)
+def test_bad_input_is_one_sentence(cli, model, flags, code, words):
+    cli("check", "-m", model(), *QUICK, *flags).refused(code, words)
 
 
 def test_a_child_that_dies_costs_one_combination():
@@ -302,10 +302,10 @@ def test_a_child_that_dies_costs_one_combination():
     )
 
     class Children:
-        def run(self, asked, *, on_event, timeout_s):
-            if not isinstance(asked, CheckTask):
+        def run(self, requested, *, on_event, timeout_s):
+            if not isinstance(requested, CheckTask):
                 return Answer(machine=Machine(device="cpu", device_name="CPU", device_memory_bytes=None, platform="p"))
-            for number, combination in asked.combinations:
+            for number, combination in requested.combinations:
                 if combination.strategy == "segment:2":
                     return Answer(failure=Failure(kind="crash", message="it fell over"))
                 on_event(checks.CheckResult(number=number, verdict=IDENTICAL))
@@ -326,13 +326,13 @@ def test_a_child_that_dies_costs_one_combination():
 def test_time_goes_into_steps(model):
     """At most half as long again as the steps themselves, once everything is imported; the best of three, as others use
     the machine too."""
-    asked = checks.combinations(compiled=False)[:21]
+    combinations = checks.combinations(compiled=False)[:21]
     folder = model("llama")
-    results(task(folder, asked[:1]))
+    results(task(folder, combinations[:1]))
     ratios = []
     for _ in range(3):
-        told = []
+        events = []
         begin = time.perf_counter()
-        checker.check(task(folder, asked), told.append)
-        ratios.append((time.perf_counter() - begin) / sum(event.steps_s for event in told))
+        checker.check(task(folder, combinations), events.append)
+        ratios.append((time.perf_counter() - begin) / sum(event.steps_s for event in events))
     assert min(ratios) <= 1.5, ratios

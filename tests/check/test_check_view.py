@@ -12,11 +12,11 @@ SETTINGS = [CheckSetting(), CheckSetting(tuned="lora"), CheckSetting(precision="
 
 def check_of(**results):
     """(verdict, message) by strategy, one for each setting."""
-    asked, done = [], []
+    combinations, done = [], []
     for strategy, pairs in results.items():
         for setting, (verdict, message) in zip(SETTINGS, pairs, strict=True):
-            done.append(CheckResult(number=len(asked), verdict=verdict, message=message))
-            asked.append(Combination(setting=setting, strategy=strategy))
+            done.append(CheckResult(number=len(combinations), verdict=verdict, message=message))
+            combinations.append(Combination(setting=setting, strategy=strategy))
     return Check(
         model="m",
         command="",
@@ -25,12 +25,12 @@ def check_of(**results):
         scaled=None,
         num_params=1,
         num_layers=4,
-        combinations=tuple(asked),
+        combinations=tuple(combinations),
         results=tuple(done),
     )
 
 
-def told(check):
+def outcomes(check):
     return [(view.where(problem, check), problem.message) for problem in view.problems(check)]
 
 
@@ -68,7 +68,7 @@ LORA = [(UNSUPPORTED, f"{each.label} does not run without checkpointing either (
     ],
 )
 def test_problems_with_one_cause_are_shown_as_one(results, expected):
-    assert told(check_of(**results)) == expected
+    assert outcomes(check_of(**results)) == expected
 
 
 def test_a_refusal_of_everything_is_one_paragraph_in_text_and_markdown():

@@ -189,17 +189,17 @@ def check(cli, folder, *flags):
 
 
 @pytest.mark.parametrize(
-    ("code", "exit_code", "verdict", "said"),
+    ("code", "exit_code", "verdict", "words"),
     [
         ({"inner": "mask(np.random.rand, 2 * width)"}, 1, WRONG, "did not train as off does"),
         ({"outside": "mask(random.SystemRandom().random, width)"}, 1, NOT_REPEATABLE, "off does not repeat itself"),
     ],
 )
-def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code, exit_code, verdict, said):
+def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code, exit_code, verdict, words):
     folder = drawing.write(tmp_path / "m", **code)
     result = check(cli, folder, "--strategies", "per-layer,every:2", "--precision", "fp32", "--json", "-o", "kept")
     assert result.code == exit_code
-    assert said in result.err
+    assert words in result.err
     assert [row["verdict"] for row in result.document["rows"]] == [verdict] * 2
     text = Path("kept/check.md").read_text()
     assert f"## {verdict}: all combinations" in text
@@ -207,7 +207,7 @@ def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code
 
 
 @pytest.mark.parametrize(
-    ("family", "flags", "code", "said"),
+    ("family", "flags", "code", "words"),
     [
         ("ctrl", (), 1, "nothing was tested, so nothing is shown: CTRLLMHeadModel does not support"),
         ("llama", ("--strategies", "every:9"), 2, "every:9 needs at least 9 layers"),
@@ -219,11 +219,11 @@ def test_a_check_that_shows_nothing_good_does_not_end_with_0(cli, tmp_path, code
         ("gpt2", ("--strategies", "off,off"), 2, "name another"),
     ],
 )
-def test_nothing_tested_is_not_success(cli, model, family, flags, code, said):
+def test_nothing_tested_is_not_success(cli, model, family, flags, code, words):
     """The trap: a CI job that stays green."""
     result = cli("check", "-m", model(family), "--device", "cpu", "--no-compile", *flags)
     assert result.code == code, result
-    assert said in result.err.replace("\n", " ")
+    assert words in result.err.replace("\n", " ")
     assert (result.out == "") == (code == 2), "what cannot be is refused before anything is trained"
 
 
@@ -237,8 +237,8 @@ def test_a_strategy_that_only_the_whole_model_has_room_for_is_not_shown(cli, mod
 
 
 def test_a_check_and_a_run_refuse_a_length_in_the_same_words(cli, model):
-    asked = ("-m", model("gpt2"), "--device", "cpu", "--seq-len", 300)
-    refused = [cli(*command, *asked).err for command in (("check",), ("run", "-b", 1), ("predict", "-b", 1))]
+    flags = ("-m", model("gpt2"), "--device", "cpu", "--seq-len", 300)
+    refused = [cli(*command, *flags).err for command in (("check",), ("run", "-b", 1), ("predict", "-b", 1))]
     assert refused[0] == refused[1] == refused[2]
 
 
@@ -269,7 +269,7 @@ def test_an_off_that_does_not_repeat_itself_is_one_problem():
     """One paragraph for all strategies, not one for each."""
     settings = [CheckSetting(precision=name) for name in ("fp32", "bf16", "bf16-mixed", "fp16-mixed")]
     settings += [CheckSetting(optim=name) for name in ("sgd", "adafactor")]
-    asked = tuple(Combination(setting=s, strategy=name) for name in ("per-layer", "every:2") for s in settings)
+    cases = tuple(Combination(setting=s, strategy=name) for name in ("per-layer", "every:2") for s in settings)
     check = checks.Check(
         model="m",
         command="c",
@@ -278,11 +278,11 @@ def test_an_off_that_does_not_repeat_itself_is_one_problem():
         scaled=None,
         num_params=1,
         num_layers=4,
-        combinations=asked,
-        results=tuple(CheckResult(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(asked))),
+        combinations=cases,
+        results=tuple(CheckResult(number=n, verdict=UNSUPPORTED, message="why") for n in range(len(cases))),
     )
     (problem,) = view.problems(check)
     assert view.where(problem, check) == "all combinations"
     good = Combination(setting=CheckSetting(tuned="lora"), strategy="per-layer")
-    more = replace(check, combinations=(*asked, good, replace(good, strategy="every:2")))
+    more = replace(check, combinations=(*cases, good, replace(good, strategy="every:2")))
     assert view.where(problem, more) == "all strategies with plain and 5 others"

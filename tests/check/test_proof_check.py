@@ -17,22 +17,23 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def results(folder, *strategies, precision="fp32"):
     """Strategy -> its result, in this process."""
-    asked = [Combination(setting=CheckSetting(precision=precision), strategy=strategy) for strategy in strategies]
-    told = []
+    setting = CheckSetting(precision=precision)
+    combinations = [Combination(setting=setting, strategy=strategy) for strategy in strategies]
+    events = []
     task = CheckTask(
         source=sources.resolve(str(folder), pretrained=False, trust_remote_code=True),
         layers=None,
         overrides={},
         device="cpu",
         full_size=True,
-        combinations=tuple(enumerate(asked)),
+        combinations=tuple(enumerate(combinations)),
         batch_size=2,
         seq_len=8,
         seed=0,
     )
-    answer = checker.check(task, told.append)
+    answer = checker.check(task, events.append)
     assert answer.refusal is None, answer
-    return {asked[r.number].strategy: r for r in told if not isinstance(r, ReferenceRun)}
+    return {combinations[r.number].strategy: r for r in events if not isinstance(r, ReferenceRun)}
 
 
 WRONG_DRAWS = {

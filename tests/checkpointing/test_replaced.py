@@ -26,7 +26,7 @@ def inputs():
     return {"input_ids": IDS[:2], "labels": IDS[:2]}
 
 
-def said(caught):
+def messages(caught):
     """The warnings of gcbench."""
     return [str(warning.message) for warning in caught if "gcbench." in str(warning.message)]
 
@@ -38,7 +38,7 @@ def trained(trainer):
         with Calls(trainer.model) as calls:
             trainer.train()
     most = max(calls.values())
-    return {number for (_, number), count in calls.items() if count == most > min(2, most)}, said(caught)
+    return {number for (_, number), count in calls.items() if count == most > min(2, most)}, messages(caught)
 
 
 def arguments(kind, folder, **more):
@@ -87,13 +87,13 @@ def plain_trainer(folder, **more):
 def test_a_trainer_that_checkpoints_is_named_with_the_setting_that_stops_it(tmp_path, make, more, words):
     model = build()
     applied = gcbench.apply(model, "every:2")
-    again, told = trained(make(tmp_path, **more)(model))
+    again, warned = trained(make(tmp_path, **more)(model))
     assert applied.recomputed == again == ({0, 2} if words is None else set(ALL))
-    assert len(told) == (words is not None)
+    assert len(warned) == (words is not None)
     if words is not None:
-        assert re.match(words, told[0])
-        assert "gcbench.apply(model, 'every:2') by its own checkpointing: 4 of 4 layers are recomputed" in told[0]
-        assert "(the plan has 2)" in told[0]
+        assert re.match(words, warned[0])
+        assert "gcbench.apply(model, 'every:2') by its own checkpointing: 4 of 4 layers are recomputed" in warned[0]
+        assert "(the plan has 2)" in warned[0]
 
 
 def test_a_call_after_apply_warns_once_and_remove_restores_all(inputs):
@@ -114,7 +114,7 @@ def test_a_call_after_apply_warns_once_and_remove_restores_all(inputs):
     step(model, inputs)
     model.disable_input_require_grads()
     enable(model, every_n_layers=2)
-    step(model, inputs)  # told already
+    step(model, inputs)  # warned already
     assert applied.recomputed == set(ALL)
     applied.reset()
     step(model, inputs)

@@ -65,9 +65,9 @@ def test_flags_and_toml_mean_the_same():
         "lora_r": 8,
         "lora_target_modules": ["q_proj", "v_proj"],
     }
-    wanted = settings(FULL)
-    assert wanted == settings(from_toml)
-    assert wanted == Settings(
+    parsed = settings(FULL)
+    assert parsed == settings(from_toml)
+    assert parsed == Settings(
         model="gpt2",
         batch_size=(1, 2, 4),
         seq_len=(64, 128),
@@ -98,8 +98,8 @@ def test_a_setting_that_is_not_set_has_its_default():
 @pytest.mark.parametrize("given", [LEAST, FULL, {**LEAST, "timeout": "none"}, {**LEAST, "set": {"a.b": None}}])
 def test_settings_survive_a_report(given):
     """The trap: None for "no limit" read back as "not set", which is an hour."""
-    wanted = settings(given)
-    assert settings(as_json(wanted)) == wanted
+    parsed = settings(given)
+    assert settings(as_json(parsed)) == parsed
 
 
 def test_every_field_can_be_set():
@@ -190,11 +190,11 @@ def test_a_flag_wins_over_the_file_and_the_file_over_what_is_stored(cli, model, 
 
 
 def test_all_mistakes_are_reported_at_once():
-    told = mistakes({"batch_size": 0, "seq_len": "x", "strategies": "every:0", "optim": 3, "colour": "red"})
+    messages = mistakes({"batch_size": 0, "seq_len": "x", "strategies": "every:0", "optim": 3, "colour": "red"})
     starts = ["--batch: 0 is", "--seq-len: 'x' is", "--strategies: 'every:0'", "--optim: 3 is", "there is no setting"]
-    assert len(told) == 6
+    assert len(messages) == 6
     for start in [*starts, "--model is missing"]:
-        assert any(line.startswith(start) for line in told), told
+        assert any(line.startswith(start) for line in messages), messages
 
 
 def test_a_mistake_in_a_value_is_not_reported_as_missing_too():
@@ -202,7 +202,7 @@ def test_a_mistake_in_a_value_is_not_reported_as_missing_too():
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("given", "words"),
     [
         ({"batch_size": True}, "True is not a whole number"),
         ({"batch_size": 1.5}, "1.5 is not a whole number"),
@@ -228,21 +228,21 @@ def test_a_mistake_in_a_value_is_not_reported_as_missing_too():
         ({"lora_r": 8, "lora_target_modules": []}, "has an empty item"),
     ],
 )
-def test_a_value_of_the_wrong_kind(given, said):
-    (told,) = mistakes({**LEAST, **given})
-    assert said in told
+def test_a_value_of_the_wrong_kind(given, words):
+    (messages,) = mistakes({**LEAST, **given})
+    assert words in messages
 
 
 def test_repeated_items_are_one_cell():
-    wanted = settings({**LEAST, "batch_size": "2,2,1", "strategies": "off,OFF,every:2,every:02"})
-    assert wanted.batch_size == (2, 1)
-    assert wanted.strategies == ("off", "every:2")
+    parsed = settings({**LEAST, "batch_size": "2,2,1", "strategies": "off,OFF,every:2,every:02"})
+    assert parsed.batch_size == (2, 1)
+    assert parsed.strategies == ("off", "every:2")
 
 
 @pytest.mark.parametrize("typed", ["all-linear", "ALL_LINEAR", ["all-linear"]])
 def test_every_spelling_of_all_linear_layers(typed):
-    wanted = settings({**LEAST, "lora_r": 8, "lora_target_modules": typed})
-    assert wanted.lora == Lora(r=8, target_modules=("all-linear",))
+    parsed = settings({**LEAST, "lora_r": 8, "lora_target_modules": typed})
+    assert parsed.lora == Lora(r=8, target_modules=("all-linear",))
 
 
 def test_a_missing_rank_is_reported_once():

@@ -20,9 +20,9 @@ LORA = ("--lora-r", 4)
 GPT2 = ("-m", "gpt2", "-b", 1)
 
 
-def examined(config, **wanted):
+def examined(config, **requested):
     source = ModelSource(name="it", origin="a test", config=config, location=".")
-    return preflight.examine(source, preflight.Requested(**{"overrides": {}, **wanted}))
+    return preflight.examine(source, preflight.Requested(**{"overrides": {}, **requested}))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_the_positions_of_a_text_model_within_another_count():
 
 
 @pytest.mark.parametrize(
-    ("config", "wanted"),
+    ("config", "requested"),
     [
         # Not one list of layers: an encoder and a decoder, a vision tower besides, one layer run many times.
         ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text", "num_hidden_layers": 2}}, "every:5"),
@@ -117,8 +117,8 @@ def test_the_positions_of_a_text_model_within_another_count():
         ({"model_type": "gpt2", "n_layer": 4, "num_hidden_layers": 8, "n_positions": 8}, "every:6"),
     ],
 )
-def test_what_the_config_does_not_show_is_left_to_the_child(config, wanted):
-    examined(config, strategies=(wanted,), seq_lens=(8,))
+def test_what_the_config_does_not_show_is_left_to_the_child(config, requested):
+    examined(config, strategies=(requested,), seq_lens=(8,))
 
 
 def test_code_of_the_models_own_is_left_to_the_child():
@@ -129,8 +129,8 @@ def test_code_of_the_models_own_is_left_to_the_child():
         location=".",
         trust_remote_code=True,
     )
-    wanted = preflight.Requested(overrides={"own": 1}, seq_lens=(64,), strategies=("every:99",))
-    assert preflight.examine(source, wanted) == source
+    requested = preflight.Requested(overrides={"own": 1}, seq_lens=(64,), strategies=("every:99",))
+    assert preflight.examine(source, requested) == source
 
 
 @pytest.mark.parametrize("name", ["0", "q_proj", "layers.3.self_attn.q_proj", "embed_tokens", "lm_head", "all-linear"])
@@ -213,8 +213,8 @@ def test_a_transformers_that_reads_otherwise_leaves_all_to_the_child(monkeypatch
         cached.cache_clear()
     try:
         config = {"model_type": "lama", "num_hidden_layers": 2, "max_position_embeddings": 8}
-        wanted = {"seq_lens": (64,), "strategies": ("every:9",), "overrides": {"x": 1}}
-        assert examined(config, lora=Lora(r=4, target_modules=("x",)), **wanted).notices == ()
+        requested = {"seq_lens": (64,), "strategies": ("every:9",), "overrides": {"x": 1}}
+        assert examined(config, lora=Lora(r=4, target_modules=("x",)), **requested).notices == ()
     finally:
         for cached in (library_text._causal_lms, library_text._module):
             cached.cache_clear()

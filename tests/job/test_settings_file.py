@@ -51,7 +51,7 @@ def test_a_card_is_a_device_where_predictions_are_made(tmp_path, command):
 
 @pytest.mark.parametrize("command", KEYS)
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "words"),
     [
         (
             "modle = 'x'\n",
@@ -62,10 +62,10 @@ def test_a_card_is_a_device_where_predictions_are_made(tmp_path, command):
         ("model = gpt2\n", "is not valid TOML"),
     ],
 )
-def test_a_file_with_a_mistake_is_one_sentence(tmp_path, command, text, said):
+def test_a_file_with_a_mistake_is_one_sentence(tmp_path, command, text, words):
     with pytest.raises(UsageError) as caught:
         settings_file.read(write(tmp_path, text), command)
-    assert said in str(caught.value) and "\n" not in str(caught.value)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_legal_keys_are_all_of_the_commands(tmp_path):

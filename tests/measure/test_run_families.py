@@ -118,8 +118,8 @@ def test_decisions_made_for_the_user_are_reported(cli, model, tmp_path):
     folder = tmp_path / "run"
     result = cli("run", "-m", model(num_hidden_layers=2), *QUICK, "-b", 1, "--out", folder)
     assert result.code == 0, result.err
-    for said in ("64 tokens, the default", "CPU figures", "Weights are random", "every:4 needs at least 4 layers"):
-        assert said in result.err, result.err
+    for words in ("64 tokens, the default", "CPU figures", "Weights are random", "every:4 needs at least 4 layers"):
+        assert words in result.err, result.err
     stored = reports.load(folder)
     assert [outcome.cell.strategy for outcome in stored.outcomes] == ["off", "per-layer", "every:2"]
     assert stored.settings["seq_len"] == [64] and stored.settings["strategies"] == ["off", "per-layer", "every:2"]

@@ -79,19 +79,19 @@ class Ticker(QuietProgress):
     """Notes its calls."""
 
     def __init__(self) -> None:
-        self.said: list[str] = []
+        self.shown: list[str] = []
 
     def begin(self, *, num_steps, num_rounds):
-        self.said.append(f"begin {num_steps} {num_rounds}")
+        self.shown.append(f"begin {num_steps} {num_rounds}")
 
     def enter(self, cell, *, round, num_steps):
-        self.said.append(f"enter {cell.strategy} {round} {num_steps}")
+        self.shown.append(f"enter {cell.strategy} {round} {num_steps}")
 
     def leave(self, outcome):
-        self.said.append(f"leave {outcome.cell.strategy}")
+        self.shown.append(f"leave {outcome.cell.strategy}")
 
     def skip(self, *, num_steps):
-        self.said.append(f"skip {num_steps}")
+        self.shown.append(f"skip {num_steps}")
 
 
 def go(
@@ -153,9 +153,9 @@ def test_a_failed_cell_is_not_measured_again(tmp_path):
     assert by_strategy["per-layer"].failure.kind == "timeout" and by_strategy["per-layer"].rounds == ()
     assert by_strategy["every:2"].failure.kind == "oom" and len(by_strategy["every:2"].rounds) == 1
     assert by_strategy["off"].failure is None and len(by_strategy["off"].rounds) == 3
-    assert ticker.said[0] == "begin 30 3"  # nine rounds of one warm-up and two timed steps, three with a memory step
-    assert ticker.said.count("skip 3") == 3
-    assert len([line for line in ticker.said if line.startswith("leave")]) == len(children.calls)
+    assert ticker.shown[0] == "begin 30 3"  # nine rounds of one warm-up and two timed steps, three with a memory step
+    assert ticker.shown.count("skip 3") == 3
+    assert len([line for line in ticker.shown if line.startswith("leave")]) == len(children.calls)
 
 
 def test_the_report_is_saved_after_every_result(tmp_path):
@@ -232,15 +232,15 @@ def test_more_rounds_add_to_what_is_there_and_fewer_change_nothing(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("machine", "said"),
+    ("machine", "shown"),
     [
         (replace(MACHINE, device_name="Another CPU"), "A CPU and this is Another CPU"),
         (replace(MACHINE, versions={"torch": "3"}), "the torch of the stored run: that was 2 and this is 3"),
     ],
 )
-def test_a_run_is_not_continued_on_another_machine(tmp_path, machine, said):
+def test_a_run_is_not_continued_on_another_machine(tmp_path, machine, shown):
     stored = go(tmp_path, ScriptedChildren())
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=shown):
         go(tmp_path, ScriptedChildren(machine=machine), previous=stored)
 
 
