@@ -98,7 +98,7 @@ def _about_weights(source: ModelSource, precision: str | None) -> tuple[str, ...
     if source.quantised:
         return (quantized.notice(source.quantised, full),)
     if source.published_in is not None:
-        return (f"{source.name} is published in {source.published_in}; here its weights are full ones {full}.",)
+        return (f"{source.name} is published in {source.published_in}; gcbench uses full weights {full}.",)
     return ()
 
 

@@ -1,1 +1,1 @@
-"""From the name of a model to the model: sources, catalogue, config, adapters."""
+"""Find, configure and build models: sources, catalogue, config, adapters."""

@@ -1,4 +1,4 @@
-"""From a model's config to the model: on the meta device, with random weights, or with pretrained ones."""
+"""Build a model from its config: on the meta device, with random weights, or with pretrained ones."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from gcbench.training.seeding import seed_generators
 
 
 def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> PreTrainedConfig:
-    """The model's config with the user's changes applied.
+    """Return the model's config with the user's changes applied.
 
-    Raises UnavailableError for a type that transformers cannot build as a causal LM, for a quantised checkpoint whose
-    weights are not to be taken as full ones, and for values that transformers refuses; UsageError for a change of a
-    field that the config does not have or to a value that is refused.
+    Raises UnavailableError for a type that transformers cannot build as a causal LM, for a quantised checkpoint unless
+    the changes remove its quantisation, and for values that transformers rejects; UsageError for a change of a field
+    that the config does not have, or to a value that transformers rejects.
     """
     values = copy.deepcopy(source.config)
     if source.trust_remote_code and "auto_map" in values:
@@ -54,17 +54,17 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
             raise missing from None
         if overrides or layers is not None:
             raise UsageError(
-                f"transformers refuses the config of {source.name!r} with --layers and --set as given: "
+                f"transformers rejects the config of {source.name!r} with these --layers and --set: "
                 f"{first_sentence(err)}; change them"
             ) from None
         raise UnavailableError(
-            f"transformers refuses the config of {source.name!r}: {first_sentence(err)}; mend it, or change it with "
+            f"transformers rejects the config of {source.name!r}: {first_sentence(err)}; fix it, or change it with "
             "--set"
         ) from None
 
 
 def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
-    """The model without storage: shapes, names and flags only. With `lora`, raises what `with_adapters` does."""
+    """Build the model on the meta device, without storage. With `lora`, raises what `with_adapters` does."""
     with torch.device("meta"), _uninitialised():
         model = _from_config(config, **kwargs)
         return model if lora is None else with_adapters(model, lora)
@@ -80,9 +80,9 @@ def build(
     seed: int,
     lora: Lora | None = None,
 ) -> torch.nn.Module:
-    """The model on its device in training mode, with random weights drawn from `seed`, or pretrained ones.
+    """Build the model on its device in training mode, with random weights drawn from `seed`, or pretrained ones.
 
-    With `lora`, frozen and with adapters in it; raises what `with_adapters` does.
+    With `lora` the model is frozen and has adapters; raises what `with_adapters` does.
     """
     seed_generators(seed)
     kwargs: dict[str, Any] = {"dtype": dtype}
@@ -105,7 +105,7 @@ def build(
 
 @contextmanager
 def _uninitialised() -> Iterator[None]:
-    """No layer of torch's fills its parameters: on meta there is nothing to fill, and going about it takes a while."""
+    """Skip torch's initialisation of parameters, which does nothing on the meta device but takes time."""
 
     def untouched(tensor: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         return tensor
@@ -117,9 +117,9 @@ def _uninitialised() -> Iterator[None]:
 
 
 def _from_config(config: PreTrainedConfig, **kwargs: Any) -> torch.nn.Module:
-    # A copy: building writes the choices it makes into the config.
+    # A copy, because building the model changes its config.
     model = AutoModelForCausalLM.from_config(copy.deepcopy(config), **kwargs)
-    own_checkpointing.switch_off(model)  # old configs have a field that switches checkpointing on
+    own_checkpointing.switch_off(model)  # old configs may switch checkpointing on
     return model  # type: ignore[no-any-return]
 
 
@@ -131,11 +131,11 @@ def facts(
     changed: bool = False,
     lora: Lora | None = None,
 ) -> ModelFacts:
-    """What the model is, read off the model built without storage.
+    """Return facts about the model, read from the model built on the meta device.
 
-    Raises UsageError when the model refuses the attention implementation, or when it cannot be built and its config
-    was `changed` by the user; UnavailableError when transformers cannot build it as it is; and what `with_adapters`
-    raises.
+    Raises UsageError when the model does not support the attention implementation, or when it cannot be built and its
+    config was `changed` by the user; UnavailableError when transformers cannot build it unchanged; and what
+    `with_adapters` raises.
     """
     kwargs: dict[str, Any] = {"trust_remote_code": source.trust_remote_code}
     if attn_implementation is not None:
@@ -153,12 +153,12 @@ def facts(
         if attn_implementation is not None:
             named = flash_attention.FLASH if attn_implementation == flash_attention.STAND_IN else attn_implementation
             raise UsageError(
-                f"{source.name!r} refuses --attn-implementation {named}: {first_sentence(err)}; "
-                "leave the flag out to take the model's own choice"
+                f"{source.name!r} does not support --attn-implementation {named}: {first_sentence(err)}; "
+                "leave the flag out to use the model's default"
             ) from None
         if changed:
             raise UsageError(
-                f"transformers cannot build {source.name!r} with --layers and --set as given: {first_sentence(err)}; "
+                f"transformers cannot build {source.name!r} with these --layers and --set: {first_sentence(err)}; "
                 "change them"
             ) from None
         raise UnavailableError(
@@ -178,7 +178,7 @@ def facts(
 
 
 def check_layers(source: ModelSource, changed: ModelFacts, layers: int, overrides: Mapping[str, Json]) -> None:
-    """Raise UsageError when `--layers` did not change the depth, as in a model that derives it from other fields."""
+    """Raise UsageError when `--layers` has no effect because the model derives its depth from other fields."""
     original = facts(source, build_config(source, layers=None, overrides=quantized.taken_out(overrides)), None)
     if original.num_layers and changed.num_layers == original.num_layers != layers:
         raise UsageError(
@@ -195,7 +195,7 @@ def _attention_in_use(model: torch.nn.Module) -> str | None:
 
 
 def possible_limits(config: PreTrainedConfig) -> tuple[int, ...]:
-    """What may be the most positions of a model with code of its own, by the names that such code uses for it."""
+    """Return possible maximum lengths of a model with its own code, by the field names that such code uses."""
     if config.model_type in CONFIG_MAPPING:
         return ()
     values = vars(config.get_text_config())
@@ -209,7 +209,7 @@ _LIMITS = (
 
 
 def max_seq_len(config: PreTrainedConfig) -> int | None:
-    """The model's own maximum length; None where its config does not tell it as transformers' configs do."""
+    """Return the model's maximum length in tokens; None when its config has no `max_position_embeddings`."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return length if isinstance(length, int) and length > 0 else None
 
@@ -226,7 +226,7 @@ def _config_class(source: ModelSource, values: Mapping[str, Any]) -> Any:
 
 
 def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
-    """Change the depth, and with it every list that holds one entry per layer (`layer_types` and the like)."""
+    """Change the number of layers, and every list with one entry per layer (`layer_types` and the like)."""
     defaults = config_class()
     text_defaults = defaults.get_text_config()
     part = next((name for name, value in vars(defaults).items() if value is text_defaults), None)
@@ -237,7 +237,7 @@ def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
     if depth is None:
         raise UsageError(f"--layers: {config_class.__name__} has no number of layers; change its fields with --set")
     text[name] = layers
-    if hasattr(text_defaults, "decoder_layers"):  # the half of an encoder-decoder that is a causal LM
+    if hasattr(text_defaults, "decoder_layers"):  # the decoder of an encoder-decoder is the causal LM
         text["decoder_layers"] = layers
     for field, value in text.items():
         if isinstance(value, list) and len(value) == depth and depth > 1:
@@ -245,7 +245,7 @@ def _set_layers(values: dict[str, Any], config_class: Any, layers: int) -> None:
 
 
 def _set(values: dict[str, Any], config_class: Any, name: str, value: Json) -> None:
-    """Set the field `name` (dots lead into nested configs) of a config's raw values."""
+    """Set the field `name` (dots separate nested configs) in a config's raw values."""
     known = config_class().to_dict() | values
     target, scope = values, known
     *outer, last = name.split(".")
@@ -258,5 +258,5 @@ def _set(values: dict[str, Any], config_class: Any, name: str, value: Json) -> N
         target = target[part]
     if last not in scope and last not in config_class.attribute_map:
         raise refusals.no_such_field(name, scope)
-    # The value goes under the native name (n_embd), or one spelling would silently win over the other.
+    # Stored under the native name (n_embd); otherwise one spelling would silently override the other.
     target[config_class.attribute_map.get(last, last) if not outer else last] = value

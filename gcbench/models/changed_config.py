@@ -1,4 +1,4 @@
-"""What `--layers` and `--set` come to in a model's config, and whether pretrained weights still fit it."""
+"""Find how `--layers` and `--set` change a model's config, and whether pretrained weights still fit it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _NOT_OF_THE_MODEL = ("transformers_version", "_name_or_path", "architectures", "
 
 
 def of(source: ModelSource, *, layers: int | None, overrides: Mapping[str, Json]) -> ChangedConfig:
-    """Every field that differs from the model's own config, those that follow from others included.
+    """Return every field that differs from the model's own config, derived fields included.
 
     Raises what `models.build_config` does for changes that cannot be made.
     """

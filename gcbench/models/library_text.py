@@ -1,7 +1,7 @@
-"""What the installed transformers says of a type of model, read in its files as text: importing it takes seconds.
+"""Look up a type of model in the source text of the installed transformers, whose import takes seconds.
 
-Where a file is missing or reads otherwise the answer is None, and the child process, which imports it, decides. A word
-that stands nowhere in these files is no name of a field or module; one that does may still be none.
+When a file is missing or has another form the answer is None, and the child process, which imports it, decides. A
+word that is nowhere in these files is not the name of a field or module; one that is may still not be.
 """
 
 from __future__ import annotations

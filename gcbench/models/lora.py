@@ -1,4 +1,4 @@
-"""LoRA adapters in a model, as peft puts them there: the only module that knows peft. Imports torch."""
+"""Add LoRA adapters to a model with peft; the only module that uses peft. Imports torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from gcbench.training.step import output_embeddings
 
 
 def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
-    """The causal LM `model`, frozen, with adapters in it that are trained: the model within peft's own wrapper.
+    """Freeze the causal LM `model`, add trainable adapters, and return it without peft's wrapper.
 
-    It is changed in place, on whatever device it is, meta included. Rank and targets are those of `lora`, and all else
-    is peft's default: alpha, no dropout, fp32 adapters in a model of 16 bits.
+    The model is changed in place, on any device, including meta. Rank and targets are those of `lora`; the rest is
+    peft's default: alpha, no dropout, fp32 adapters in a 16-bit model.
 
-    Raises UnavailableError where peft cannot be imported; UsageError when a target is no module of the model or none
-    that can have an adapter, and when none is named and peft knows none for this model.
+    Raises UnavailableError when peft cannot be imported; UsageError when a target is not a module of the model or
+    cannot have an adapter, and when none is named and peft has no default for this model.
     """
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError as err:
         raise UnavailableError(
-            f"--lora-r needs the package peft, which is missing or broken here ({first_sentence(err)}); "
+            f"--lora-r needs the package peft, which is missing or broken ({first_sentence(err)}); "
             "install it with pip install 'gcbench[lora]'"
         ) from None
     names = lora.target_modules
@@ -40,7 +40,7 @@ def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
     linear = linear_names(model)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they tell of defaults that peft mends by itself
+            warnings.simplefilter("ignore")  # about defaults that peft corrects by itself
             adapted = get_peft_model(model, config)
     except (MemoryError, RuntimeError):  # of the device, and not of the names
         raise
@@ -58,7 +58,7 @@ def with_adapters(model: torch.nn.Module, lora: Lora) -> torch.nn.Module:
 def _refusal(
     err: Exception, model: torch.nn.Module, lora: Lora, modules: Sequence[str], linear: Sequence[str]
 ) -> UsageError:
-    """What an exception of peft means to the user."""
+    """Turn an exception of peft into an error with a remedy."""
     text = first_sentence(err).removeprefix("[PEFT:PeftType.LORA] ")
     kind = getattr(model.config, "model_type", type(model).__name__)
     remedy = refusals.name_targets(str(kind), linear)
@@ -74,7 +74,7 @@ def _refusal(
     if lora.target_modules == (ALL_LINEAR,) and refusals.possible_targets(str(kind), linear) == (ALL_LINEAR,):
         remedy = f"name some of its linear layers: {refusals.some_of(linear)}"
     return UsageError(
-        f"--lora-target-modules {','.join(lora.target_modules)}: peft {why}; {remedy.replace('add ', 'take ', 1)}"
+        f"--lora-target-modules {','.join(lora.target_modules)}: peft {why}; {remedy.replace('add ', 'use ', 1)}"
     )
 
 
@@ -83,23 +83,23 @@ def _no_such_module(lost: Sequence[str], modules: Sequence[str], linear: Sequenc
 
 
 def default_targets(model: torch.nn.Module) -> tuple[str, ...] | None:
-    """None where peft knows which modules of this type of model get adapters; else all that it can adapt."""
+    """Return None when peft has default targets for this type of model, else all modules that it can adapt."""
     try:
         from peft.utils import constants
     except ImportError:
-        return None  # `with_adapters` says what is missing
+        return None  # `with_adapters` reports what is missing
     kind = str(getattr(model.config, "model_type", ""))
     known = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     return None if kind in known else refusals.possible_targets(kind, linear_names(model))
 
 
 def _fits(name: str, modules: Iterable[str]) -> bool:
-    """Whether peft would find a module by this name: its whole path, or the end of it from a dot on."""
+    """Return whether peft finds a module by this name: its full path, or the end of it after a dot."""
     return any(path == name or path.endswith(f".{name}") for path in modules)
 
 
 def linear_names(model: torch.nn.Module) -> list[str]:
-    """The last parts of the names of the linear layers, each once, in the model's order; without the output layer."""
+    """Return the last parts of the names of linear layers, each once, in the model's order, less the output layer."""
     head = output_embeddings(model)
     names = (
         path.rpartition(".")[2]

@@ -1,7 +1,7 @@
-"""Recognises a quantised checkpoint by its config.json, and says what it is. No torch.
+"""Recognise a quantised checkpoint by its config.json, and name its quantisation. No torch.
 
-The bytes of quantised weights, and what their kernels keep for the backward pass, are not modelled: such a checkpoint
-is refused, unless the user asks for full weights in their place.
+The size of quantised weights, and what their kernels save for the backward pass, are not modelled: such a checkpoint
+is refused, unless the user requests full weights instead.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from gcbench.core.records import Json
 KEY = "quantization_config"
 OVERRIDE = f"--set {KEY}=null"
 _DICTS = (KEY, "compression_config", "quantization", "quant_config")
-"""Fields that hold what was done: transformers' own, that of older compressed-tensors, MLX's, and older AWQ's."""
+"""Fields with quantisation settings: of transformers, older compressed-tensors, MLX, and older AWQ."""
 _FLAGS = {"load_in_4bit": ("bitsandbytes", "4"), "load_in_8bit": ("bitsandbytes", "8")}
-"""Fields of older bitsandbytes checkpoints, beside the sizes of the model."""
+"""Top-level fields of older bitsandbytes checkpoints."""
 _BIT_FIELDS = ("quantization_bit",)
-"""Fields of older checkpoints with code of their own (ChatGLM, Qwen-VL), 0 where nothing is quantised."""
+"""Fields of older checkpoints with their own code (ChatGLM, Qwen-VL); 0 means not quantised."""
 _DTYPES = ("dtype", "torch_dtype")
 _FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq", "hf_quant_config.json": "modelopt"}
 """Files beside config.json, and the methods that write them."""
@@ -33,7 +33,7 @@ _BITS_OF_METHOD = {
     **dict.fromkeys(("mxfp4", "nvfp4", "fp_quant", "fouroversix"), "4"),
     "bitnet": "2",
 }
-"""Where the config need not say it; BitNet packs ternary weights four to a byte."""
+"""Bits by method, where the config may omit them; BitNet packs four ternary weights into a byte."""
 _NUMBER_FIELDS = ("bits", "w_bit", "nbits", "num_bits", "weight_bits", "quantization_bit", "bits_per_weight")
 _TEXT_FIELDS = (
     "weights",
@@ -53,13 +53,13 @@ _NAMED_BITS = (
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """One place of a config that says that weights are quantised.
+    """One field of a config that declares quantised weights.
 
     Attributes:
-        path: the names that lead to the (nested) config with it; empty for the config itself.
-        field: the field, or the file beside config.json.
+        path: names of the nested configs that contain it; empty for the config itself.
+        field: name of the field, or of the file beside config.json.
         method: `bitsandbytes nf4`, `gptq`, …, as the config names it.
-        bits: bits of a weight; None where the config does not say.
+        bits: bits per weight; None when the config does not declare them.
     """
 
     path: tuple[str, ...]
@@ -69,14 +69,14 @@ class Quantisation:
 
     @property
     def words(self) -> str:
-        """`4-bit (bitsandbytes nf4)`."""
+        """Description such as `4-bit (bitsandbytes nf4)`."""
         if self.bits is None:
             return f"quantised ({self.method})" if self.method else "quantised"
         return f"{self.bits}-bit ({self.method})" if self.method else f"{self.bits}-bit"
 
 
 def found(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> tuple[Quantisation, ...]:
-    """Every place of a raw config, nested ones included, that says that weights are quantised."""
+    """Return every field of a raw config, nested ones included, that declares quantised weights."""
     places = list(_own(config, path))
     for name, value in config.items():
         if isinstance(value, Mapping) and name not in _DICTS:
@@ -85,7 +85,7 @@ def found(config: Mapping[str, Any], path: tuple[str, ...] = ()) -> tuple[Quanti
 
 
 def found_beside(folder: Path) -> tuple[Quantisation, ...]:
-    """What the files of a checkpoint's folder beside config.json say."""
+    """Return the quantisation that files beside config.json declare."""
     places = []
     for name, maker in _FILES.items():
         try:
@@ -101,9 +101,9 @@ def found_beside(folder: Path) -> tuple[Quantisation, ...]:
 
 
 def without(config: Mapping[str, Any], overrides: Mapping[str, Json]) -> dict[str, Any]:
-    """A copy of the config less what `overrides` take out, by `quantization_config=null` at the top or in a part.
+    """Return a copy of the config without the quantisation that `overrides` remove by `quantization_config=null`.
 
-    Of a part, what lies within it goes, and at the top all of it.
+    In a nested config this removes the quantisation inside it; at the top level, all of it.
     """
     paths = [tuple(name.split(".")[:-1]) for name, value in overrides.items() if _takes_out(name, value)]
     result = copy.deepcopy(dict(config))
@@ -117,21 +117,21 @@ def without(config: Mapping[str, Any], overrides: Mapping[str, Json]) -> dict[st
 
 
 def other_changes(overrides: Mapping[str, Json]) -> dict[str, Json]:
-    """The changes of a config that are left once quantisation has been taken out."""
+    """Return the changes of a config that do not remove quantisation."""
     return {name: value for name, value in overrides.items() if not _takes_out(name, value)}
 
 
 def taken_out(overrides: Mapping[str, Json]) -> dict[str, Json]:
-    """The changes that take quantisation out of a config, without which a quantised one is refused."""
+    """Return the changes that remove quantisation from a config, without which a quantised one is refused."""
     return {name: value for name, value in overrides.items() if _takes_out(name, value)}
 
 
 def check(
     name: str, config: Mapping[str, Any], overrides: Mapping[str, Json], beside: tuple[Quantisation, ...] = ()
 ) -> tuple[Quantisation, ...]:
-    """What is taken for full weights since `overrides` say so; empty for a checkpoint that is not quantised.
+    """Return the quantisation that `overrides` replace by full weights; empty for a checkpoint without any.
 
-    Raises UnavailableError for a quantised one, also for one that `overrides` make so.
+    Raises UnavailableError for a quantised checkpoint, and for one that `overrides` would quantise.
     """
     places = (*found(config), *beside)
     left = (*found(_changed(without(config, overrides), overrides)), *(() if _all_out(overrides) else beside))
@@ -141,25 +141,25 @@ def check(
 
 
 def refusal(name: str, place: Quantisation) -> str:
-    """Why a quantised checkpoint is not taken, with the remedy."""
+    """Return why a quantised checkpoint is refused, with the remedy."""
     return (
-        f"{name!r} is a quantised checkpoint: its weights are {place.words}, whose memory gcbench cannot tell yet; "
-        f"give the unquantised model, or add {OVERRIDE} to take its weights as full ones in --precision"
+        f"{name!r} is a quantised checkpoint: its weights are {place.words}, whose memory gcbench does not "
+        f"model; use the unquantised model, or add {OVERRIDE} to use full weights in --precision instead"
     )
 
 
 def pretrained_refusal(name: str, place: Quantisation) -> str:
-    """Why the weights of a quantised checkpoint are not loaded."""
+    """Return why the weights of a quantised checkpoint are not loaded, with the remedy."""
     return (
-        f"--pretrained: the stored weights of {name!r} are {place.words}, and cannot be loaded as full ones; leave out "
-        "--pretrained, or give the unquantised model"
+        f"--pretrained: the stored weights of {name!r} are {place.words} and cannot be loaded as full weights; leave "
+        "out --pretrained, or use the unquantised model"
     )
 
 
 def notice(places: tuple[Quantisation, ...], full: str) -> str:
-    """What every output says once quantised weights are taken for full ones; `full` is `in bf16`."""
+    """Return the notice that full weights replace quantised ones; `full` is `in bf16`."""
     words = " and ".join(dict.fromkeys(place.words for place in places))
-    return f"The checkpoint is {words}; here its weights are full ones {full}."
+    return f"The checkpoint is {words}; gcbench uses full weights {full}."
 
 
 def _takes_out(name: str, value: Json) -> bool:
@@ -173,7 +173,7 @@ def _all_out(overrides: Mapping[str, Json]) -> bool:
 
 
 def _changed(config: dict[str, Any], overrides: Mapping[str, Json]) -> dict[str, Any]:
-    """The config with those of the changes that could make it a quantised one."""
+    """Return the config with those changes that could quantise it."""
     for name, value in other_changes(overrides).items():
         *outer, last = name.split(".")
         if last not in (*_DICTS, *_FLAGS, *_BIT_FIELDS, *_DTYPES):
@@ -211,7 +211,7 @@ def _own(config: Mapping[str, Any], path: tuple[str, ...]) -> Iterator[Quantisat
 
 
 def _is_quantisation(values: Mapping[str, Any]) -> bool:
-    """Whether a field with a common name speaks of weights: it names a method or bits."""
+    """Return whether a field with a common name declares quantisation: it names a method or bits."""
     return bool(_method(values)) or _bits(values, None) is not None
 
 
@@ -235,7 +235,7 @@ def _is_on(values: Mapping[str, Any], flag: str) -> bool:
 
 
 def _bits(values: Mapping[str, Any], method: str | None) -> str | None:
-    """Bits of a weight, from flags, numbers or names, wherever in the field they are."""
+    """Return the bits per weight, from flags, numbers or names anywhere in the field."""
     for flag, (_, bits) in _FLAGS.items():
         if _is_on(values, flag):
             return bits
@@ -251,7 +251,7 @@ def _bits(values: Mapping[str, Any], method: str | None) -> str | None:
 
 
 def _numbers(value: Any) -> Iterator[str]:
-    """Bits that a field gives as a number: those of weights before any nested one's, never those of activations."""
+    """Yield numeric bits in a field: top-level ones before nested ones, without those of activations."""
     if not isinstance(value, Mapping):
         return
     for name in _NUMBER_FIELDS:
@@ -280,7 +280,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _strings(value: Any) -> Iterator[str]:
-    """All text within a value, names of fields included: torchao names its kinds of weights there."""
+    """Yield all text in a value, including field names, which torchao uses for kinds of weights."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):

@@ -1,4 +1,7 @@
-"""What is said of a model that is refused, or built as another than its config says: sentences. No torch."""
+"""Word the errors and notices about a model that is refused, or built with another class than its config names.
+
+No torch.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,9 @@ from gcbench.models import catalogue, library_text
 from gcbench.models.sources import ModelSource
 
 _MOST_NAMES = 10
-"""Names that an error message lists."""
+"""Most names that an error message lists."""
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
-"""What two models of the same sizes have in common, besides the vocabulary."""
+"""Fields, besides the vocabulary, by which two models have the same sizes."""
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 _MULTIMODAL = re.compile(r"vision|audio|image|speech|video")
 _LABELS = re.compile(r"For(Sequence|Token)Classification|ForQuestionAnswering|ForMultipleChoice|Reward|ForNextSentence")
@@ -25,26 +28,26 @@ _CAUSAL_NAME = re.compile(r"ForCausalLM|LMHeadModel|LMHead$|WithLMHead")
 
 
 def own_code(source: ModelSource) -> UnavailableError:
-    """The model brings code, and nobody has asked to run it."""
+    """Return the error for a model with its own code, which the user has not allowed to run."""
     return UnavailableError(
-        f"{source.name!r} brings its own code for model_type {source.config.get('model_type')!r}, which is not run "
-        "unless asked for; read that code, then add --trust-remote-code"
+        f"{source.name!r} brings its own code for model_type {source.config.get('model_type')!r}, which gcbench does "
+        "not run by default; read that code, then add --trust-remote-code"
     )
 
 
 def unknown_type(source: ModelSource, known: Iterable[str] = ()) -> UnavailableError:
-    """transformers has no such type; `known` are those that it has."""
+    """Return the error for a type that transformers does not have; `known` are those that it has."""
     model_type = str(source.config.get("model_type"))
     near = difflib.get_close_matches(model_type, list(known), n=1, cutoff=0.75)
     hint = f"did you mean {near[0]}? Else " if near else ""
     return UnavailableError(
         f"the config of {source.name!r} has model_type {model_type!r}, which this transformers does not know; {hint}"
-        "upgrade transformers (or, for a type that it has dropped, take an older one), or mend the config"
+        "upgrade transformers (or, for a type that it has dropped, install an older one), or fix the config"
     )
 
 
 def not_causal(source: ModelSource) -> UnavailableError:
-    """transformers has no causal LM of the type; the text model within, if there is one, is told with what to type."""
+    """Return the error for a type without a causal LM; with the command that extracts its text model, if it has one."""
     model_type = source.config.get("model_type")
     what = f"{source.name!r} is a {model_type} model, which transformers cannot build as a causal language model"
     text = _text_part(source.config)
@@ -53,13 +56,13 @@ def not_causal(source: ModelSource) -> UnavailableError:
     part, values, kind = text
     twin = same_sizes(values, kind)
     if twin is not None:
-        return UnavailableError(f"{what}; its text model has the sizes of {twin}, so take -m {twin}")
+        return UnavailableError(f"{what}; its text model has the sizes of {twin}, so use -m {twin}")
     command = _to_type(source, part, values, kind)
-    return UnavailableError(f"{what}; write its text model to a file of its own: {command}, then take -m text.json")
+    return UnavailableError(f"{what}; write its text model to a separate file: {command}, then use -m text.json")
 
 
 def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
-    """Whether a config is of a model of two halves, of which a causal LM would be one."""
+    """Return whether a config is one of an encoder-decoder, whose decoder alone would be the causal LM."""
     name, stated = _architecture(config), config.get("is_encoder_decoder")
     if name and _CAUSAL_NAME.search(name):
         return False
@@ -67,7 +70,7 @@ def is_encoder_decoder(config: Mapping[str, Any]) -> bool:
 
 
 def encoder_decoder(source: ModelSource, built: str) -> UnavailableError:
-    """Half of the model would be built, and taken for all of it."""
+    """Return the error for an encoder-decoder, of which only the decoder would be built."""
     return UnavailableError(
         f"{source.name!r} is an encoder-decoder ({_architecture(source.config) or source.config.get('model_type')}), "
         f"and gcbench trains causal LMs; choose one, or add --set is_encoder_decoder=false to train its decoder alone "
@@ -76,14 +79,14 @@ def encoder_decoder(source: ModelSource, built: str) -> UnavailableError:
 
 
 def no_such_field(name: str, scope: Iterable[str]) -> UsageError:
-    """A change of a field that the config does not have."""
+    """Return the error for a change of a field that the config does not have."""
     near = difflib.get_close_matches(name.rpartition(".")[2], list(scope), n=3)
     hint = f"; did you mean {' or '.join(near)}?" if near else "; look the name up in its config.json"
     return UsageError(f"--set {name}: the model's config has no such field{hint}")
 
 
 def no_such_module(lost: Sequence[str], parts: Iterable[str], linear: Sequence[str]) -> UsageError:
-    """LoRA targets that the model does not have; `parts` are names that it has, `linear` those of linear layers."""
+    """Return the error for LoRA targets that the model lacks; `parts` names its modules, `linear` its linear layers."""
     others = [name for name in parts if not name.isdecimal()]
     near = dict.fromkeys(found for name in lost for found in difflib.get_close_matches(name, [*linear, *others], n=1))
     hint = f"did you mean {' and '.join(near)}? " if near else ""
@@ -94,14 +97,14 @@ def no_such_module(lost: Sequence[str], parts: Iterable[str], linear: Sequence[s
 
 
 def no_default_targets(model_type: str, linear: Sequence[str]) -> UsageError:
-    """peft has no list of target modules for this type of model."""
+    """Return the error for a type of model without default target modules in peft."""
     return UsageError(
-        f"--lora-r: peft knows no target modules for a {model_type} model; {name_targets(model_type, linear)}"
+        f"--lora-r: peft has no default target modules for a {model_type} model; {name_targets(model_type, linear)}"
     )
 
 
 def name_targets(model_type: str, linear: Sequence[str]) -> str:
-    """The remedy where peft cannot choose: what it takes."""
+    """Return the remedy when peft has no default: the targets that it accepts."""
     possible = possible_targets(model_type, linear)
     if possible != (ALL_LINEAR,):
         return f"add --lora-target-modules {','.join(possible)}, the linear layers that peft can adapt, or some of them"
@@ -110,19 +113,19 @@ def name_targets(model_type: str, linear: Sequence[str]) -> str:
 
 
 def possible_targets(model_type: str, linear: Sequence[str]) -> tuple[str, ...]:
-    """All linear layers, or those of them that peft can adapt, in the words of --lora-target-modules."""
+    """Return the linear layers that peft can adapt, as values of --lora-target-modules."""
     refused = library_text.no_lora_on(model_type)
     return tuple(name for name in linear if name not in refused) if refused & set(linear) else (ALL_LINEAR,)
 
 
 def some_of(names: Sequence[str]) -> str:
-    """The names, or the first of very many."""
+    """Join the names, or the first few of many."""
     more = ", …" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
 
 
 def missing_library(name: str, err: BaseException) -> MissingLibrary | None:
-    """The model's code needs a package that is not installed; None for any other error."""
+    """Return the error for a missing package that the model's code needs; None for any other error."""
     text = " ".join(str(err).split())
     found = re.search(r"requires the (\S+) library", text) or re.search(r"pip install (?:-U )?`?([\w.\[\]-]+)", text)
     if not found and isinstance(err, ModuleNotFoundError) and err.name:
@@ -130,35 +133,37 @@ def missing_library(name: str, err: BaseException) -> MissingLibrary | None:
     if not isinstance(err, ImportError) or not found:
         return None
     return MissingLibrary(
-        f"the code of {name!r} needs the package {found[1]}, which is missing here ({first_sentence(err)}); install it "
-        f"with pip install {found[1]}"
+        f"the code of {name!r} needs the package {found[1]}, which is not installed ({first_sentence(err)}); install "
+        f"it with pip install {found[1]}"
     )
 
 
 def other_architecture(config: Mapping[str, Any], built: str) -> str | None:
-    """What every output says of a config of another kind of model than the causal LM that is built; None for one."""
+    """Return the notice for a config of another class than the causal LM that is built; None for a causal LM."""
     name = _architecture(config)
     if name == built or (name and _CAUSAL_NAME.search(name)):
         return None
     if library_text.is_encoder_decoder(str(config["model_type"])):
-        return f"The config is of {name or 'an encoder-decoder'}; gcbench trains its decoder alone ({built})."
+        return f"The config is of {name or 'an encoder-decoder'}; gcbench trains only its decoder ({built})."
     if not name:
         return None
     if any(_MULTIMODAL.search(field) and isinstance(value, Mapping) for field, value in config.items()):
-        return f"The config is of {name}; gcbench trains its text model alone ({built})."
+        return f"The config is of {name}; gcbench trains only its text model ({built})."
     vocabulary = config.get("vocab_size")
     size = f"{vocabulary:,} " if isinstance(vocabulary, int) else ""
-    start = f"The config is of {name}; gcbench trains {built} in its place, a causal LM"
+    start = f"The config is of {name}; gcbench trains {built} instead, a causal LM"
     if name.endswith("ForMaskedLM"):
-        return f"{start} with the same layers and logits over {size}tokens, each of which sees only those before it."
+        return (
+            f"{start} with the same layers and logits over {size}tokens, each of which attends to only those before it."
+        )
     logits = f"with logits over {size}tokens at every position"
     if _LABELS.search(name) or _BODY.search(name):
         return f"{start} {logits}, which {name} does not have: its own memory and time are lower."
-    return f"{start} {logits}; memory and time of {name} are others."
+    return f"{start} {logits}; memory and time of {name} differ."
 
 
 def same_sizes(values: Mapping[str, Any], model_type: str) -> str | None:
-    """A model of the catalogue with these sizes and this type; None without one."""
+    """Return a model of the catalogue with these sizes and this type; None without one."""
     sizes = [values.get(field) for field in _SIZES]
     if not all(isinstance(size, int) for size in sizes[:3]):
         return None
@@ -179,7 +184,7 @@ def _architecture(config: Mapping[str, Any]) -> str | None:
 
 
 def _text_part(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str, Any], str] | None:
-    """Where the text model of a model of several kinds of input is, its values, and a type that can be built of it."""
+    """Return the path of the text model in a multimodal config, its values, and a type that it can be built as."""
     for name in _TEXT_PARTS:
         part = config.get(name)
         if not isinstance(part, Mapping):
@@ -198,16 +203,16 @@ def _text_part(config: Mapping[str, Any]) -> tuple[tuple[str, ...], Mapping[str,
 
 
 def _causal_type(model_type: str) -> str | None:
-    """The type itself, or that of the text model it was made of (`qwen2_5_vl_text` of `qwen2`)."""
+    """Return the type itself, or that of its text model (`qwen2` for `qwen2_5_vl_text`); None without a causal LM."""
     plain = re.sub(r"_(vl|omni|audio|v|text|thinker)(?=_|$)", "", model_type)
     versions = (model_type, plain, re.sub(r"(?<=[a-z0-9])v(?=_|$)", "", plain), re.sub(r"(\d)_5(?=_|$)", r"\1", plain))
     return next((each for each in versions if library_text.causal_lm_class(each)), None)
 
 
 def _to_type(source: ModelSource, part: tuple[str, ...], values: Mapping[str, Any], kind: str) -> str:
-    """A command that writes the text model's config to text.json.
+    """Return a command that writes the text model's config to text.json.
 
-    Positions in several dimensions (mrope) are of images alone, and unknown to text models.
+    It leaves out positions in several dimensions (mrope), which only images need and text models do not accept.
     """
     where = "".join(f"[{name!r}]" for name in part)
     ropes = [name for name in ("rope_scaling", "rope_parameters") if _is_mrope(values.get(name))]

@@ -1,8 +1,8 @@
-"""A smaller relative of any causal LM: fewer layers, less width, every kind of layer kept. No torch.
+"""Scale any causal LM down: fewer layers and less width, with every kind of layer retained. No torch.
 
-Fields are told apart by their names and by how their values relate to one another, not by family, so that a new
-family is scaled as well. What comes out trains a step in a fraction of a second on a CPU; its time and memory say
-nothing about those of the model that it was made from.
+Fields are recognised by their names and by how their values relate to each other, not by model family, so new
+families are scaled too. The result trains a step in a fraction of a second on a CPU; its time and memory do not
+predict those of the original model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from gcbench.core.records import Json
 
 WIDTH = 64
-"""The hidden size of every part of a model, so that parts which share a width still do."""
+"""Hidden size of every part of a model, so that parts with equal widths still have equal widths."""
 HEADS = 4
 VOCAB = 512
 MAX_LAYERS = 8
@@ -57,7 +57,7 @@ _TOKENS = re.compile(r"token_(id|ids|index)$")
 
 
 def scaled_down(values: Mapping[str, Json], *, layers: int = 4, seq_len: int = 0) -> dict[str, Json]:
-    """The config's values with fewer layers and less width, as a new dict; nothing is larger than it was.
+    """Return the config's values with fewer layers and less width, as a new dict; no value grows.
 
     Fields that are left to their defaults are filled in. `layers` is the depth, unless that is too few for a layer of
     each kind: then it goes up to MAX_LAYERS. Positions for `seq_len` tokens stay. Lists with an entry per layer keep
@@ -224,20 +224,20 @@ def _kept_layers(values: Mapping[str, Json], layers: int) -> list[int]:
     if not depth:
         return []
     columns = {name: _flags(name, value, depth) or value for name, value in values.items()}
-    told = {name: column for name, column in columns.items() if isinstance(column, list) and len(column) == depth}
+    per_layer = {name: column for name, column in columns.items() if isinstance(column, list) and len(column) == depth}
     own = values.get("per_layer_config")
     different = {int(key): fields for key, fields in own.items()} if isinstance(own, dict) else {}
-    kinds = [str([*(column[i] for column in told.values()), different.get(i)]) for i in range(depth)]
+    kinds = [str([*(column[i] for column in per_layer.values()), different.get(i)]) for i in range(depth)]
     # zamba's hybrid layers share their weights with one another, for which it takes two.
-    wanted = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < (2 if "'hybrid'" in kind else 1)]
+    firsts = [i for i, kind in enumerate(kinds) if kinds[:i].count(kind) < (2 if "'hybrid'" in kind else 1)]
     periods = [len(v) for k, v in values.items() if k.endswith("_types") and isinstance(v, list) and len(v) < depth]
-    if not any(isinstance(column[0], str) for column in told.values()):  # which would say what the period means
+    if not any(isinstance(column[0], str) for column in per_layer.values()):  # which would say what the period means
         periods += [v for k, v in values.items() if _PERIODS.search(k) and isinstance(v, int)]
     fewest = min(depth, max([layers, *(period for period in periods if period <= most)]))
-    if wanted[-1] < most:
-        return list(range(max(fewest, wanted[-1] + 1)))
-    others = [i for i in range(depth) if i not in wanted]
-    return sorted([*wanted[:most], *others[: max(0, fewest - len(wanted))]])
+    if firsts[-1] < most:
+        return list(range(max(fewest, firsts[-1] + 1)))
+    others = [i for i in range(depth) if i not in firsts]
+    return sorted([*firsts[:most], *others[: max(0, fewest - len(firsts))]])
 
 
 def _fields(values: Mapping[str, Json]) -> Iterator[tuple[str, Json]]:

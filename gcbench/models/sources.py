@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, a config file, the catalogue, the Hub's cache or the Hub. No torch."""
+"""Find a model's config and weights: in a folder, a file, the catalogue, the Hub's cache or the Hub. No torch."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.j
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSource:
-    """A model's config and where its weights are.
+    """A model's config and the location of its weights.
 
     Attributes:
-        name: what the user called it.
+        name: the name that the user typed.
         origin: where the config was found, in words.
         config: the content of its config.json.
-        location: folder or Hub id that custom code would be loaded from.
+        location: folder or Hub id that custom code is loaded from.
         weights: folder with pretrained weights; None for random ones.
-        config_path: the file that the config was read from; None for the catalogue's.
-        quantised: what its config said of quantised weights, which are full ones here; `config` has it no more.
-        published_in: what the weights of a model of the catalogue are quantised in, such as `FP8`.
-        notices: what every output has to say of the model.
+        config_path: the file that the config was read from; None for a config of the catalogue.
+        quantised: quantisation that full weights replace; it is removed from `config`.
+        published_in: format in which the weights of a model of the catalogue are published, such as `FP8`.
+        notices: sentences on the model that every output shows.
     """
 
     name: str
@@ -54,7 +54,7 @@ class ModelSource:
 
     @property
     def own_folder(self) -> Path | None:
-        """The folder whose other files speak of the same weights as the config; None where they may be others'."""
+        """The folder whose other files describe the same weights as the config; None when they may not."""
         path = None if self.config_path is None else Path(self.config_path)
         return path.parent if path is not None and path.name == "config.json" else None
 
@@ -69,7 +69,7 @@ def resolve(
     """Find the model `name`: a path that exists, then the catalogue, the Hub's cache, and last the network.
 
     Raises UnavailableError, with near names, when there is no such model or it cannot be reached, and for a quantised
-    checkpoint, before its weights are fetched, unless `overrides` have its weights taken as full ones.
+    checkpoint, before its weights are fetched, unless `overrides` replace them by full weights.
     """
     source, fetch_weights = _located(name)
     changes = overrides or {}
@@ -80,8 +80,8 @@ def resolve(
             raise UnavailableError(quantized.pretrained_refusal(name, places[0]))
         if source.published_in is not None:
             raise UnavailableError(
-                f"--pretrained: the published weights of {name!r} are {source.published_in}, and cannot be loaded as "
-                "full ones; leave out --pretrained, or give a folder with unquantised weights"
+                f"--pretrained: the published weights of {name!r} are {source.published_in} and cannot be loaded as "
+                "full weights; leave out --pretrained, or use a folder with unquantised weights"
             )
     return replace(
         source,
@@ -93,12 +93,12 @@ def resolve(
 
 
 def _located(name: str) -> tuple[ModelSource, Callable[[], str]]:
-    """The model without weights, and what would fetch them."""
+    """Return the model's source without weights, and a function that fetches them."""
     path = Path(name).expanduser()
     if path.exists():
         return _from_path(name, path)
     if name.endswith(".json") or name.startswith(("/", "./", "../", "~")):
-        raise UnavailableError(f"there is no {name}; give a folder with a config.json, a config file or a model id")
+        raise UnavailableError(f"there is no {name}; use a folder with a config.json, a config file or a model id")
     known = catalogue.find(name)
     if known is not None:
         source = ModelSource(
@@ -127,7 +127,7 @@ def _from_path(name: str, path: Path) -> tuple[ModelSource, Callable[[], str]]:
         raise _no_config(name, folder)
     if config_path.suffix in _STORED_WEIGHTS:
         raise UnavailableError(
-            f"{name} holds weights, in a form that gcbench does not read; give the folder with the model's config.json"
+            f"{name} is a weights file in a format that gcbench does not read; use the folder with its config.json"
         )
 
     def weights() -> str:
@@ -148,13 +148,13 @@ def _from_path(name: str, path: Path) -> tuple[ModelSource, Callable[[], str]]:
 
 
 def _no_config(name: str, folder: Path) -> UnavailableError:
-    """For a folder without a config.json: what it holds instead, where that is known."""
+    """Return the error for a folder without a config.json, naming the adapter in it, if there is one."""
     try:
         base = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
-        return UnavailableError(f"folder {name} has no config.json; give one that save_pretrained wrote")
+        return UnavailableError(f"folder {name} has no config.json; use one that save_pretrained wrote")
     return UnavailableError(
-        f"folder {name} holds a LoRA adapter of {base}; give that model, with --lora-r for adapters"
+        f"folder {name} contains a LoRA adapter of {base}; use that model, with --lora-r for adapters"
     )
 
 
@@ -163,7 +163,7 @@ def _read(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as err:
         raise UnavailableError(
-            f"{path} is not valid JSON (line {err.lineno}, column {err.colno}: {err.msg}); mend or fetch it again"
+            f"{path} is not valid JSON (line {err.lineno}, column {err.colno}: {err.msg}); fix it or fetch it again"
         ) from None
     except (OSError, UnicodeDecodeError) as err:
         raise UnavailableError(f"{path} cannot be read ({err}); check its permissions") from None
@@ -172,14 +172,13 @@ def _read(path: Path) -> object:
 def _checked(name: str, config: object) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
         raise UnavailableError(
-            f"the config of {name!r} names no model_type, so it is not a transformers model; "
-            "give the config.json of one"
+            f"the config of {name!r} names no model_type, so it is not a transformers model; use the config.json of one"
         )
     return config
 
 
 def _hub(action: Callable[[], str], *, name: str, what: str) -> str:
-    """Run a download, with each of the Hub's refusals turned into one sentence."""
+    """Run a download, and turn each of the Hub's errors into one sentence."""
     from huggingface_hub import errors
 
     known = _near_names(name)
@@ -187,7 +186,7 @@ def _hub(action: Callable[[], str], *, name: str, what: str) -> str:
         return action()
     except errors.GatedRepoError:
         raise UnavailableError(
-            f"{name!r} is gated on the Hub: ask for access there and log in with hf auth login"
+            f"{name!r} is gated on the Hub; request access there and log in with hf auth login"
         ) from None
     except errors.RepositoryNotFoundError:
         raise UnavailableError(f"there is no model {name!r} on the Hub, or it is private{known}") from None
@@ -198,7 +197,7 @@ def _hub(action: Callable[[], str], *, name: str, what: str) -> str:
     except errors.EntryNotFoundError:
         raise UnavailableError(f"{name!r} on the Hub has no {what}; choose a transformers model{known}") from None
     except (errors.HfHubHTTPError, OSError) as err:
-        raise UnavailableError(f"the Hub did not give {what} of {name!r} ({err}); try again later{known}") from None
+        raise UnavailableError(f"the Hub did not return {what} of {name!r} ({err}); try again later{known}") from None
 
 
 def _near_names(name: str) -> str:
@@ -207,19 +206,20 @@ def _near_names(name: str) -> str:
 
 
 def _not_cached(name: str, what: str) -> str:
-    """Nothing could be fetched; a name that is right needs no near ones."""
+    """Return the error for files that are not cached while the Hub is unreachable, with near names if they may help."""
     if what != _WEIGHTS_WORD:
         return f"{what} of {name!r} is not in the cache and the Hub cannot be reached{_near_names(name)}"
     known = catalogue.find(name)
     hub_id = known.hub_id if known else name
     return (
-        f"the weights of {name!r} are not in the cache and the Hub cannot be reached; fetch them where there is a "
-        f"network (hf download {hub_id}), or leave out --pretrained for random ones, which need as much memory and time"
+        f"the weights of {name!r} are not in the cache and the Hub cannot be reached; fetch them on a machine "
+        f"with a network (hf download {hub_id}), or leave out --pretrained for random ones, which need as much memory "
+        "and time"
     )
 
 
 def _from_hub(name: str) -> str:
-    """Path of the model's config.json in the cache, fetched if need be."""
+    """Return the path of the model's config.json in the cache, fetched if necessary."""
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -235,7 +235,7 @@ def _from_hub(name: str) -> str:
 
 
 def _download_weights(name: str, hub_id: str) -> str:
-    """Folder with the weights in the cache, fetched if need be."""
+    """Return the folder with the weights in the cache, fetched if necessary."""
     from huggingface_hub import snapshot_download
 
     def fetch() -> str:
@@ -245,8 +245,8 @@ def _download_weights(name: str, hub_id: str) -> str:
 
 
 def _online() -> bool:
-    """Whether the Hub's host, or the proxy before it, takes a connection; asked first because the Hub's client
-    retries for 23 s before it says that there is no network."""
+    """Return whether the Hub's host, or its proxy, accepts a connection; checked first because the Hub's client
+    retries for 23 s before it reports that there is no network."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -264,7 +264,7 @@ def _online() -> bool:
         except OSError:
             answer.set_result(False)
 
-    # In a thread: looking a name up has no timeout of its own.
+    # In a thread, because a DNS lookup has no timeout.
     Thread(target=connect, daemon=True).start()
     try:
         return answer.result(timeout=_CONNECT_TIMEOUT_S)
@@ -273,12 +273,12 @@ def _online() -> bool:
 
 
 def slug(name: str) -> str:
-    """A model's name as a folder name: the last part of a path or id, without awkward characters."""
+    """Return a model's name as a folder name: the last part of a path or id, without special characters."""
     last = Path(name.removesuffix(".json").removesuffix("/config")).name or "model"
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last)
 
 
 def modules(source: ModelSource) -> tuple[str, ...]:
-    """The module of the model's own code, for the server process to import once for all children."""
+    """Return the module with the model's code, which the server process imports once for all children."""
     family = str(source.config["model_type"]).replace("-", "_").removesuffix("_text")
     return (f"transformers.models.{family}.modeling_{family}",)

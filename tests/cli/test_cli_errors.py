@@ -94,7 +94,7 @@ def test_a_change_of_a_field_the_config_does_not_have(cli, model):
 
 def test_a_change_to_a_value_that_transformers_refuses(cli, model):
     result = cli("run", "-m", model(), *QUICK, "--set", "hidden_size=31")
-    result.refused(2, "with --layers and --set as given", "(31) is not a multiple of", "change them")
+    result.refused(2, "with these --layers and --set", "(31) is not a multiple of", "change them")
 
 
 def test_a_change_that_is_no_assignment(cli, model):
@@ -245,7 +245,7 @@ def test_an_attention_that_the_model_refuses(cli, model, tmp_path):
     result = cli(
         "run", "-m", model("gemma2"), *QUICK, "--attn-implementation", "flash_attention_2", "--out", tmp_path / "run"
     )
-    result.refused(2, "refuses --attn-implementation flash_attention_2", "leave the flag out")
+    result.refused(2, "does not support --attn-implementation flash_attention_2", "leave the flag out")
     assert not (tmp_path / "run").exists()
 
 

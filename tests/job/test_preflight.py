@@ -60,7 +60,7 @@ def test_a_mistake_that_the_config_shows_needs_no_torch(args, code, said, monkey
     ("config", "said"),
     [
         ({"model_type": "lama"}, "does not know; did you mean llama?"),
-        ({"model_type": "transfo-xl"}, "take an older one"),
+        ({"model_type": "transfo-xl"}, "install an older one"),
         ({"model_type": "vit"}, "choose a causal LM"),
         ({"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}, "add --trust-remote-code"),
     ],

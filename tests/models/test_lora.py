@@ -240,9 +240,9 @@ def test_adapters_that_cannot_be_meant(cli, model, tmp_path, flags, said):
 
 def test_a_model_for_which_peft_has_no_default(cli, model):
     command = ("run", "-m", model("mamba"), *QUICK, "--lora-r", 4)
-    cli(*command).refused(2, "peft knows no target modules for a mamba model", "--lora-target-modules", "in_proj")
+    cli(*command).refused(2, "peft has no default target modules for a mamba model", "--lora-target-modules", "in_proj")
     unsuited = cli(*command, "--lora-target-modules", "all-linear")
-    unsuited.refused(2, "'out_proj' is incompatible with Mamba", "take --lora-target-modules in_proj,x_proj,dt_proj")
+    unsuited.refused(2, "'out_proj' is incompatible with Mamba", "use --lora-target-modules in_proj,x_proj,dt_proj")
 
 
 def test_without_peft(cli_process, model, tmp_path):

@@ -57,10 +57,10 @@ def notices(config, **overrides):
         ({**BERT, "architectures": ["BertForMaskedLM"]}, ("the same layers", "only those before it")),
         ({**BERT, "architectures": ["BertModel"]}, ("does not have", "are lower")),
         ({**TEXT, "architectures": ["LlamaForSequenceClassification"]}, ("LlamaForCausalLM", "are lower")),
-        ({**tiny.CONFIGS["gpt2"], "architectures": ["GPT2DoubleHeadsModel"]}, ("GPT2LMHeadModel", "are others")),
+        ({**tiny.CONFIGS["gpt2"], "architectures": ["GPT2DoubleHeadsModel"]}, ("GPT2LMHeadModel", "differ")),
         (
             {"model_type": "llama4", "architectures": ["Llama4ForConditionalGeneration"], "vision_config": {}},
-            ("its text model alone (Llama4ForCausalLM)",),
+            ("only its text model (Llama4ForCausalLM)",),
         ),
         ({**TEXT, "architectures": ["LlamaForRewardModel"]}, ("LlamaForCausalLM", "are lower")),
     ],
@@ -108,7 +108,7 @@ def test_half_a_model_is_not_taken_for_all_of_it(cli, tmp_path):
     cli(*args).refused(3, "encoder-decoder (BartForConditionalGeneration)", "--set is_encoder_decoder=false")
     result = cli(*args, "--set", "is_encoder_decoder=false", "--json")
     assert result.code == 0, result.err
-    assert "gcbench trains its decoder alone (BartForCausalLM)" in result.rows["off"]["model_notice"]
+    assert "gcbench trains only its decoder (BartForCausalLM)" in result.rows["off"]["model_notice"]
 
 
 def test_an_encoder_decoder_that_does_not_say_so_is_one_all_the_same():
@@ -155,7 +155,7 @@ MROPE = {"type": "mrope", "mrope_section": [1, 1, 2]}
 )
 def test_the_command_that_is_told_makes_a_model_that_can_be_taken(tmp_path, config, kind):
     said = refusal(config, tmp_path)
-    command = re.search(r'python -c "(.*)", then take -m text\.json', said)[1]
+    command = re.search(r'python -c "(.*)", then use -m text\.json', said)[1]
     subprocess.run([sys.executable, "-c", command], cwd=tmp_path, check=True)
     text = json.loads((tmp_path / "text.json").read_text())
     assert text["model_type"] == kind and text["hidden_size"] == TEXT["hidden_size"]
@@ -169,7 +169,7 @@ def test_the_command_that_is_told_makes_a_model_that_can_be_taken(tmp_path, conf
 def test_a_catalogue_model_of_the_same_sizes_is_named(tmp_path):
     config = catalogue.config_of(catalogue.find("qwen3-8b"))
     said = refusal({"model_type": "qwen3_vl", "text_config": {**config, "model_type": "qwen3_vl_text"}}, tmp_path)
-    assert said.endswith("its text model has the sizes of qwen3-8b, so take -m qwen3-8b")
+    assert said.endswith("its text model has the sizes of qwen3-8b, so use -m qwen3-8b")
 
 
 # Packages, adapters, weights
@@ -201,7 +201,7 @@ def test_a_folder_with_an_adapter_names_its_model(cli, tmp_path):
 
 def test_a_file_of_weights_is_no_config(cli, tmp_path):
     (tmp_path / "model.Q4_K_M.gguf").write_bytes(b"GGUF\x03\x00")
-    cli("predict", "-m", tmp_path / "model.Q4_K_M.gguf", "-b", 1).refused(3, "holds weights", "config.json")
+    cli("predict", "-m", tmp_path / "model.Q4_K_M.gguf", "-b", 1).refused(3, "is a weights file", "config.json")
 
 
 def test_weights_that_cannot_be_fetched_are_told_without_near_names(cli, monkeypatch, tmp_path):

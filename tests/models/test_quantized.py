@@ -22,7 +22,7 @@ NF4 = {
     "bnb_4bit_compute_dtype": "bfloat16",
     "quant_method": "bitsandbytes",
 }
-SAID = "The checkpoint is 4-bit (bitsandbytes nf4); here its weights are full ones"
+SAID = "The checkpoint is 4-bit (bitsandbytes nf4); gcbench uses full weights"
 INT4_GROUP = {"weights": {"num_bits": 4, "type": "int"}, "input_activations": {"num_bits": 8}}
 
 FORMS = {
@@ -95,7 +95,7 @@ def test_each_form_is_recognised_with_its_method_and_bits(form):
     config, words = FORMS[form]
     places = quantized.found({"model_type": "llama", **config})
     assert [place.words for place in places] == [words]
-    with pytest.raises(UnavailableError, match="give the unquantised model"):
+    with pytest.raises(UnavailableError, match="use the unquantised model"):
         quantized.check("x", config, {})
 
 
@@ -265,6 +265,6 @@ def test_what_a_catalogue_model_is_published_in_is_said(cli):
         *("--layers", 1, "--precision", "bf16", "--json"),
     )
     assert result.rows["off"]["model_notice"] == (
-        "gpt-oss-20b is published in MXFP4; here its weights are full ones in bf16."
+        "gpt-oss-20b is published in MXFP4; gcbench uses full weights in bf16."
     )
     cli("run", "-m", "deepseek-v3", *QUICK, "--pretrained").refused(3, "FP8", "leave out --pretrained")

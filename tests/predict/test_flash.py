@@ -46,7 +46,7 @@ def test_weights_in_fp32_are_cast_for_the_kernel(cli, model):
         (("--precision", "fp32"), "computes in 16 bits only; add --precision bf16"),
         (("--device", "t4"), "older than Ampere; leave the flag out"),
         (("--strategies", "selective:attention"), "of which selective:attention keeps none; leave that strategy out"),
-        (("--attn-implementation", "fa3"), "is not predicted; take flash_attention_2"),
+        (("--attn-implementation", "fa3"), "is not predicted; use flash_attention_2"),
         (("--attn-implementation", "flex"), "cannot be predicted: torch traces its backward pass on a GPU only"),
     ],
 )
@@ -57,7 +57,7 @@ def test_what_it_cannot_do_is_one_sentence(cli, model, flags, said):
 def test_a_model_without_it_says_so_by_its_own_name(cli, model):
     """The trap: the stand-in's name, which nobody typed."""
     result = cli("predict", "-m", model("mamba"), *QUICK, "--attn-implementation", "fa2")
-    result.refused(2, "refuses --attn-implementation flash_attention_2", "leave the flag out")
+    result.refused(2, "does not support --attn-implementation flash_attention_2", "leave the flag out")
     assert flash_attention.STAND_IN not in result.err
 
 
