@@ -18,7 +18,7 @@ from rich.console import Console
 from gcbench.core import headroom
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
-from gcbench.core.records import Failure, Outcome, Report
+from gcbench.core.records import ERROR_KINDS, Failure, Outcome, Report
 from gcbench.core.units import counted, format_bytes
 from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job import preflight
@@ -81,7 +81,7 @@ def predict(
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_kept(store, done)) from None
-    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
+    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ERROR_KINDS]
     if broken:
         raise GcbenchError(
             f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed or timed out; the table says why"
