@@ -5,7 +5,7 @@ from __future__ import annotations
 from gcbench.core.records import Report
 from gcbench.report import sentences
 from gcbench.report.predictions import by_workload
-from gcbench.report.rows import OFF
+from gcbench.strategies import OFF
 
 
 def not_covered(report: Report) -> tuple[str, ...]:

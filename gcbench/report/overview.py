@@ -9,7 +9,8 @@ from gcbench.core.records import Report, Row, Workload
 from gcbench.core.text_table import UNKNOWN, Column, Table
 from gcbench.core.units import format_bytes, format_percent
 from gcbench.report import sentences
-from gcbench.report.rows import OFF, by_workload, failed_proof, rows
+from gcbench.report.rows import by_workload, failed_proof, rows
+from gcbench.strategies import OFF
 
 _SHAPE = "batch × tokens"
 

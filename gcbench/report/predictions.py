@@ -14,8 +14,8 @@ from gcbench.core.units import format_bytes, format_percent
 from gcbench.devices import cards
 from gcbench.report import rows as tables
 from gcbench.report import sentences as words
-from gcbench.report.rows import OFF
 from gcbench.report.sentences import PHASES, listed
+from gcbench.strategies import OFF
 
 NOT_MEASURED = "Predicted, not measured: the memory of a training step, and nothing about its time."
 

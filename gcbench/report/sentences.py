@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from gcbench.core import model_changes
 from gcbench.core.records import Report, Row, Workload
 from gcbench.core.units import format_bytes, format_percent, format_seconds
-from gcbench.report.rows import NOTHING_SHOWN, OFF, failed_proof, hides_saving
+from gcbench.report.rows import NOTHING_SHOWN, failed_proof, hides_saving
 from gcbench.report.stats import MIN_ROUNDS
+from gcbench.strategies import OFF
 
 FAILURES = {
     "oom": "out of memory",

@@ -225,16 +225,3 @@ def test_allocator_retries_are_a_warning_beside_the_figures():
 def test_rows_group_by_workload_in_order():
     groups = tables.by_workload(tables.rows(mixed_report()))
     assert [(w.batch_size, len(group)) for w, group in groups.items()] == [(8, 3), (32, 3)]
-
-
-def test_the_frame_has_nullable_columns():
-    """A missing peak must not turn the byte column into floats."""
-    pandas = pytest.importorskip("pandas")
-    frame = tables.frame(mixed_report())
-    assert tuple(frame.columns) == tables.columns()
-    assert str(frame["peak_allocated_bytes"].dtype) == "Int64"
-    assert str(frame["batch_size"].dtype) == "Int64"
-    assert str(frame["step_time_s"].dtype) == "Float64"
-    assert str(frame["proof"].dtype) == "string"
-    assert frame["peak_allocated_bytes"][3] is pandas.NA
-    assert frame["peak_allocated_bytes"][0] == 2480 * MIB

@@ -17,8 +17,9 @@ from gcbench.report.formats.terminal import table_columns
 from gcbench.report.overview import overview
 from gcbench.report.plots import memory_over_step, run_plots
 from gcbench.report.predictions import PredictedCell
-from gcbench.report.rows import NOTHING_SHOWN, OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import NOTHING_SHOWN, by_workload, failed_proof, hides_saving, rows
 from gcbench.report.sentences import notes
+from gcbench.strategies import OFF
 
 NAME = "markdown"
 SUFFIX = ".md"

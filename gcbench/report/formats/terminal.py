@@ -18,7 +18,8 @@ from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.overview import overview
 from gcbench.report.predictions import PredictedCell
-from gcbench.report.rows import OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import by_workload, failed_proof, hides_saving, rows
+from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

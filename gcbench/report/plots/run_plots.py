@@ -14,8 +14,9 @@ from gcbench.report.plots import memory_over_step
 from gcbench.report.plots.figure import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, shortened, write
 from gcbench.report.plots.label_placement import MARGIN, Box, Label, place
 from gcbench.report.plots.lettering import choose_font
-from gcbench.report.rows import NOT_REPEATABLE, OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import NOT_REPEATABLE, by_workload, failed_proof, hides_saving, rows
 from gcbench.report.sentences import how_it_ended
+from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
