@@ -147,4 +147,4 @@ def _writable(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        raise UsageError(f"--out {place} cannot be written ({err.strerror}); take another --out") from None
+        raise UsageError(f"--out {place} cannot be written ({err.strerror}); choose another --out") from None

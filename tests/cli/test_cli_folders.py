@@ -36,14 +36,14 @@ def test_an_output_folder_with_other_things_in_it(cli, model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     result = cli("run", "-m", model(), *QUICK, "--out", tmp_path / "photos")
-    result.refused(2, "exists and is not empty", "take another --out")
+    result.refused(2, "exists and is not empty", "choose another --out")
     assert "--resume" not in result.err
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/gcbench", "/dev/null"])
 def test_an_output_folder_that_cannot_be_written(cli, model, tmp_path, place):
     (tmp_path / "file").touch()
-    cli("run", "-m", model(), *QUICK, "--out", place).refused(2, f"--out {place} ", "take another --out")
+    cli("run", "-m", model(), *QUICK, "--out", place).refused(2, f"--out {place} ", "choose another --out")
 
 
 def test_a_relative_output_folder_is_below_the_current_one(cli, model, tmp_path):

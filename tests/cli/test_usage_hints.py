@@ -23,6 +23,7 @@ SHOWN_BY = {
     "calibration/op_times.py": ("plan",),
     "devices/cards.py": ("predict", "plan"),
     "check/worker.py": ("check",),
+    "cli/check_options.py": ("check",),
     "check/models.py": ("check",),
     "check/session.py": ("check",),
     "checkpointing/apply.py": FOUR,
@@ -115,9 +116,9 @@ def test_a_message_names_options_that_its_commands_have(path):
 
 def test_only_what_can_be_resumed_is_offered_to_be(tmp_path):
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(UsageError, match="add --resume to continue it, or take another --out"):
+    with pytest.raises(UsageError, match="add --resume to continue it, or choose another --out"):
         Store.create(tmp_path, can_resume=True)
-    with pytest.raises(UsageError, match="is not empty; take another --out"):
+    with pytest.raises(UsageError, match="is not empty; choose another --out"):
         Store.create(tmp_path)
 
 

@@ -238,5 +238,5 @@ def test_a_folder_that_is_taken_is_left_alone(cli, model, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     result = cli("predict", "-m", model(), *QUICK, "--out", tmp_path / "run")
-    result.refused(2, "exists and is not empty", "take another --out")
+    result.refused(2, "exists and is not empty", "choose another --out")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]

@@ -225,7 +225,7 @@ def test_off_that_fails_its_own_proof_is_no_baseline():
 def test_cpu_figures_are_said_to_be_cpu_figures():
     found = sentences.summary(tables.rows(report(outcome("off", peaks(900, 1000, 400), steady(0.5)))))
     assert found.endswith(
-        "These are CPU figures: the memory that activations take carries over to a GPU only roughly, and times do not."
+        "These are CPU figures: the memory of activations carries over to a GPU only roughly, and times do not."
     )
     nothing = sentences.summary(tables.rows(report(outcome("off", failure=OUT_OF_MEMORY))))
     assert "CPU" not in nothing
