@@ -84,7 +84,7 @@ def test_a_prediction_is_ended_at_once_and_keeps_its_cells(popen, model, cli, tm
     out, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
-    assert f"predicted and kept in {tmp_path / 'out'}; show them with: gcbench report {tmp_path / 'out'}" in err
+    assert f"predicted and stored in {tmp_path / 'out'}; show them with: gcbench report {tmp_path / 'out'}" in err
     await_nobody(process)
     done = [outcome for outcome in reports.load(tmp_path / "out").outcomes if outcome.prediction]
     assert 0 < len(done) < 48

@@ -72,7 +72,7 @@ def predicting(patch, make):
     def predictor(session, optim):
         with torch.device("meta"):
             model = make()
-        return Predictor(model, precision="fp32", optim=optim, road=session.way.road, exact=session.task.exact)
+        return Predictor(model, precision="fp32", optim=optim, road=session.device_model.road, exact=session.task.exact)
 
     patch.setattr(Session, "_predictor", predictor)
 

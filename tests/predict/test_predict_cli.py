@@ -159,7 +159,7 @@ def test_a_model_that_asks_for_values_is_unsupported_and_said_so(cli, tmp_path):
         assert row["status"] == "unsupported"
         assert row["peak_allocated_bytes"] is None
         assert row["message"] == (
-            "its code asks for values of tensors, and a prediction has none; measure it with gcbench run"
+            "its code reads values of tensors, and fake tensors have none; measure it with gcbench run"
         )
     assert table(tmp_path / "run")["off"]["status"] == "unsupported"
 
