@@ -1,4 +1,4 @@
-"""A disk that is full below --out of a plan, a check or a prediction: the answer is shown, and one sentence says it."""
+"""A full disk below --out of a plan, check or prediction: the result is printed, and one sentence reports the disk."""
 
 from __future__ import annotations
 

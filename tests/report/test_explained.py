@@ -61,7 +61,7 @@ def test_the_sentence_begins_with_the_memory_that_the_best_lever_reduces():
     assert tied.startswith("the saved activations take 30 %"), "of two equal levers, the one whose kind is larger"
 
 
-def test_a_cell_without_levers_says_why():
+def test_a_cell_without_levers_gives_the_reason():
     assert levers(LAYERS) == (
         "the logits take 61 % of the peak, and no change that was tried reduces it: every layer is checkpointed"
     )

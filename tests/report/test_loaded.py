@@ -61,7 +61,7 @@ def test_the_frame_holds_the_figures_of_the_csv(folder):
     pandas.testing.assert_frame_equal(frame, read)
 
 
-def test_runs_and_predictions_are_told_by_their_kind(tmp_path, folder):
+def test_kind_distinguishes_runs_and_predictions(tmp_path, folder):
     predicted = tmp_path / "predicted"
     predicted.mkdir()
     report_file.save(card_report(), predicted)

@@ -37,7 +37,7 @@ def cells(report):
     return found
 
 
-def said(*outcomes, **changes):
+def summary_of(*outcomes, **changes):
     return predicted.summary(cells(predicted_report(*outcomes, **changes)))
 
 
@@ -109,7 +109,7 @@ def test_a_cell_that_does_not_fit_has_its_figures_and_its_deficit():
 
 
 @pytest.mark.parametrize("name", ["terminal", "markdown"])
-def test_no_prediction_is_said_to_have_run_out_of_memory(name):
+def test_no_prediction_claims_to_have_run_out_of_memory(name):
     """The trap: the words of a measurement, for a step that never ran."""
     nothing = predicted_report(fitting("off", -500), fitting("per-layer", -100))
     for report in (card_report(explain=True), nothing):
@@ -120,7 +120,7 @@ def test_no_prediction_is_said_to_have_run_out_of_memory(name):
 
 @pytest.mark.parametrize("build", [card_report, cpu_report])
 @pytest.mark.parametrize("name", ["terminal", "markdown"])
-def test_that_it_is_predicted_is_said_once(build, name):
+def test_a_prediction_is_labelled_as_one_once(build, name):
     """Also with several workloads, whose tables follow one another."""
     text = " ".join(formats.get(name).render(build(explain=True)).split())
     assert text.count(predicted.NOT_MEASURED) == 1
@@ -169,7 +169,7 @@ def test_the_device_is_named_with_its_memory_once():
 
 
 def test_off_that_fits_needs_no_strategy():
-    text = said(fitting("off", 3000), fitting("per-layer", 9000, backward=6000))
+    text = summary_of(fitting("off", 3000), fitting("per-layer", 9000, backward=6000))
     assert text == (
         "off fits in 24.00 GiB with 2.93 GiB of headroom: nothing has to be recomputed. per-layer leaves the most "
         "headroom, 8.79 GiB. The peak of off is in the loss and logits (backward pass)."
@@ -178,7 +178,7 @@ def test_off_that_fits_needs_no_strategy():
 
 def test_of_those_that_fit_the_fewest_layers_are_named():
     """The trap: the leanest strategy recommended although one that recomputes less fits, too."""
-    text = said(
+    text = summary_of(
         fitting("off", -2000, attention={"flash": 3}),
         fitting("per-layer", 9000),
         fitting("every:2", 4000),
@@ -194,41 +194,41 @@ def test_of_those_that_fit_the_fewest_layers_are_named():
 
 def test_little_headroom_is_called_tight():
     large = 5 * LIMIT
-    assert "with 3.42 GiB of headroom, which is tight." in said(
+    assert "with 3.42 GiB of headroom, which is tight." in summary_of(
         fitting("off", -10, limit=large), fitting("per-layer", 3500, limit=large)
     )
-    assert "tight" not in said(fitting("off", -10), fitting("per-layer", 900))
-    assert "tight" in said(fitting("off", -10), fitting("per-layer", 900, retries=2))
+    assert "tight" not in summary_of(fitting("off", -10), fitting("per-layer", 900))
+    assert "tight" in summary_of(fitting("off", -10), fitting("per-layer", 900, retries=2))
 
 
 def test_many_strategies_are_counted_and_not_listed():
     failing = [
         fitting(name, -100 * place) for place, name in enumerate(("off", *(f"every:{k}" for k in range(3, 8))), 1)
     ]
-    text = said(*failing, fitting("per-layer", 900))
+    text = summary_of(*failing, fitting("per-layer", 900))
     assert "6 strategies do not fit; off comes nearest, 100 MiB too large." in text
 
 
 def test_where_nothing_fits_the_nearest_is_named():
-    text = said(fitting("off", -900), fitting("per-layer", -500))
+    text = summary_of(fitting("off", -900), fitting("per-layer", -500))
     assert text.startswith(
         "Nothing fits in 24.00 GiB: per-layer comes nearest and needs 500 MiB more than there is. Try a smaller batch, "
         "a shorter sequence or a leaner optimizer."
     )
-    alone = said(cell("off", prediction(peaks(1, 2000, 1), limit=1000), work=replace(CARD, batch_size=1)))
+    alone = summary_of(cell("off", prediction(peaks(1, 2000, 1), limit=1000), work=replace(CARD, batch_size=1)))
     assert "off does not fit in 1000 MiB: it needs 1000 MiB more" in alone
     assert "smaller batch" not in alone, "there is none below 1"
 
 
 def test_parameters_that_do_not_fit_by_themselves_are_reported():
     """The trap: advice to checkpoint more or to shrink the batch, where neither can help."""
-    text = said(fitting("off", -9000, standing=30_000), fitting("per-layer", -8000, standing=30_000))
+    text = summary_of(fitting("off", -9000, standing=30_000), fitting("per-layer", -8000, standing=30_000))
     assert "Parameters, gradients and optimizer state alone take 29.30 GiB, so no strategy and no batch fits" in text
     assert "LoRA (--lora-r)" in text
     assert "smaller batch" not in text
     tuned = replace(CARD, lora_r=8)
     lora = cell("off", prediction(peaks(1, 40_000, 1), limit=LIMIT, standing=30_000), work=tuned)
-    assert "LoRA" not in said(lora)
+    assert "LoRA" not in summary_of(lora)
 
 
 def test_without_a_limit_the_largest_saving_and_the_cheapest_similar_one_are_reported():
@@ -245,15 +245,15 @@ def test_without_a_limit_the_largest_saving_and_the_cheapest_similar_one_are_rep
 
 def test_a_negligible_saving_is_not_reported_twice():
     """The trap: `per-layer saves 0.7 % of the peak of off. off comes within 1 % of the same peak.`"""
-    text = said(
+    text = summary_of(
         cell("off", prediction(peaks(1, 1000, 1)), work=CPU), cell("per-layer", prediction(peaks(1, 993, 1)), work=CPU)
     )
     assert "per-layer saves 0.7 % of the peak of off" in text
     assert "comes within" not in text
 
 
-def test_no_layer_left_is_not_called_nothing_saved():
-    text = said(
+def test_no_layer_left_to_checkpoint_is_not_called_no_saving():
+    text = summary_of(
         cell("off", prediction(peaks(1, 9, 1)), work=CPU), cell("per-layer", prediction(peaks(1, 5, 1)), work=CPU)
     )
     assert text.endswith(
@@ -262,9 +262,9 @@ def test_no_layer_left_is_not_called_nothing_saved():
 
 
 def test_the_consequence_of_the_math_kernel_is_explained():
-    text = said(fitting("off", 2000, attention={"math": 12}))
+    text = summary_of(fitting("off", 2000, attention={"math": 12}))
     assert "attention uses the math kernel, which saves whole score matrices" in text
-    assert "flash and math kernels." in said(fitting("off", 2000, attention={"flash": 1, "math": 1}))
+    assert "flash and math kernels." in summary_of(fitting("off", 2000, attention={"flash": 1, "math": 1}))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A report on disk: what is written comes back, and every damage is named."""
+"""Reports on disk: loading returns what was saved, and every kind of damage is reported."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_each_strategy_has_a_panel_or_is_listed_as_not_shown():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_peak_says_its_size_where_it_is(case):
+def test_each_peak_is_labelled_with_its_size(case):
     report = CASES[case]
     cells = list(predicted.by_workload(report).values())[-1]
     sizes = [c.row.peak_allocated_bytes for c in cells if c.prediction]
@@ -115,7 +115,7 @@ def test_what_is_stacked_adds_up():
     assert [band.get_label() for band in axes.collections] == [kind_name(kind) for kind in curve.kinds]
 
 
-def test_the_axis_says_that_it_is_not_time():
+def test_the_axis_is_labelled_as_not_time():
     for case in CASES:
         assert memory_over_step.ORDER_NOT_TIME in " ".join(figure(case).get_supxlabel().split())
         for axes in figure(case).axes:
@@ -151,7 +151,7 @@ def test_a_device_far_larger_than_the_step_does_not_flatten_the_curves():
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_lies_on_anything_else_or_beyond_the_edge(case):
+def test_nothing_overlaps_or_exceeds_the_edge(case):
     drawn = figure(case)
     renderer = drawn.canvas.get_renderer()
     (legend,) = drawn.legends
