@@ -1,1 +1,1 @@
-"""The command line: flags in, one call out."""
+"""The command line: parses flags and calls one function per command."""

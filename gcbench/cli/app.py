@@ -1,4 +1,4 @@
-"""The command line: parse, call one function, render."""
+"""Defines the commands of gcbench: each parses its flags and calls one function of its package."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import options, usage
+from gcbench.cli import check_options, options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -28,15 +28,15 @@ app = typer.Typer(
         # A flag that is unset rather than False makes Typer import pydantic, half of the time of a wrong flag.
         "default_map": {"help": False},
     },
-    help="Which gradient (activation) checkpointing settings to use, measured on the real model.",
+    help="Measure, predict and plan gradient (activation) checkpointing for a model.",
     epilog="Start with: gcbench run --model gpt2 --batch 16",
 )
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document to standard output.")]
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(is_passed: bool) -> None:
+    if is_passed:
         print(f"gcbench {__version__}")
         raise typer.Exit
 
@@ -44,10 +44,10 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Which gradient (activation) checkpointing settings to use, measured on the real model."""
+    """Measure, predict and plan gradient (activation) checkpointing for a model."""
 
 
 @app.command()
@@ -78,16 +78,15 @@ def run(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Measure a model with each checkpointing setting: real training steps, peak memory, time, proof.
+    """Measure peak memory and step time of real training steps under each strategy, and verify their gradients.
 
-    Every setting is measured in fresh processes, in interleaved rounds.
-
-    Gradient checkpointing is also called activation checkpointing; the two mean the same here.
+    Every strategy is measured in fresh processes, in interleaved rounds. Gradient checkpointing is also known as
+    activation checkpointing.
     """
-    given = options.given(locals())
+    flags = options.settings_passed(locals())
     from gcbench.measure import command as run_command
 
-    run_command.run(given, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+    run_command.run(flags, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
 
 
 @app.command()
@@ -115,19 +114,20 @@ def predict(
     explain: options.Explain = False,
     exact: options.Exact = False,
     config: options.Config = None,
-    out: options.Out = None,
+    out: options.PredictOut = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Predict the peak memory of each setting on any card, without one: the real step on fake tensors.
+    """Predict the peak memory of each strategy on a card that need not be here.
 
-    Nothing is computed. What the step allocates is replayed through the card's allocator.
+    The training step runs on fake tensors (shapes and dtypes, no data), and its allocations are replayed through a
+    simulation of the card's allocator.
     """
-    given = options.given(locals())
+    flags = options.settings_passed(locals())
     from gcbench.predict import command as predict_command
 
     predict_command.run(
-        given,
+        flags,
         device_memory=device_memory,
         device_file=device_file,
         reserve=reserve,
@@ -167,20 +167,20 @@ def plan(
     seed: options.Seed = None,
     timeout: options.Timeout = None,
     config: options.Config = None,
-    out: options.Out = None,
+    out: options.PlanOut = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Decide: the batch size and the checkpointing that give the most tokens per second within a device's memory.
+    """Choose the batch size and the checkpointing with the most tokens per second within a device's memory.
 
-    Memory is predicted, time is estimated from the device's figures. Beyond the named strategies, plans are found:
-    which outputs each layer keeps, and how many layers keep how much.
+    Memory is predicted and time is estimated from the device's figures. Besides named strategies, gcbench searches
+    plans of its own: which operator outputs each layer saves.
     """
-    given = options.given(locals())
+    flags = options.settings_passed(locals())
     from gcbench.plan import command as plan_command
 
     plan_command.run(
-        given,
+        flags,
         batch=batch_size,
         reserve=reserve,
         emit=emit,
@@ -200,15 +200,15 @@ def plan(
 @app.command()
 def check(
     model: options.Model = None,
-    strategies: options.CheckStrategies = None,
-    precision: options.CheckPrecision = None,
-    optim: options.CheckOptim = None,
-    attn_implementation: options.CheckAttention = None,
-    train: options.Train = None,
-    no_compile: options.NoCompile = False,
-    full_size: options.FullSize = False,
-    batch_size: options.CheckBatchSize = None,
-    seq_len: options.CheckSeqLen = None,
+    strategies: check_options.Strategies = None,
+    precision: check_options.Precision = None,
+    optim: check_options.Optim = None,
+    attn_implementation: check_options.Attention = None,
+    train: check_options.Train = None,
+    no_compile: check_options.NoCompile = False,
+    full_size: check_options.FullSize = False,
+    batch_size: check_options.BatchSize = None,
+    seq_len: check_options.SeqLen = None,
     device: options.Device = None,
     layers: options.Layers = None,
     set_: options.Set = None,
@@ -216,24 +216,25 @@ def check(
     seed: options.Seed = None,
     timeout: options.Timeout = None,
     config: options.Config = None,
-    out: options.CheckOut = None,
+    out: check_options.Out = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
     """Check that checkpointing works for a model: gradients, recomputed layers, errors with their known causes.
 
-    Small real training steps, each against those of off: strategies with precisions, optimizers, attention, LoRA and
-    frozen layers, and torch.compile. The model is scaled down first, so that it takes seconds on a CPU.
+    Short training steps of the scaled-down model under each strategy are compared with those of off, for several
+    precisions, optimizers, attention implementations, LoRA, frozen layers and torch.compile: seconds on a CPU.
 
-    Without a choice, one thing differs from the plain setting at a time; what is chosen is combined with all else that
-    is chosen.
+    Without further flags, one option at a time differs from its default. The values passed for --precision, --optim,
+    --attn-implementation and --train are checked in all combinations.
     """
+    flags = options.settings_passed(locals())
     tried = {"precision": precision, "optim": optim, "attn_implementation": attn_implementation}
-    given = {name: value for name, value in options.given(locals()).items() if name not in tried}
+    flags = {name: value for name, value in flags.items() if name not in tried}
     from gcbench.check import command as check_command
 
     check_command.run(
-        given,
+        flags,
         **tried,
         tuned=train,
         compiled=not no_compile,
@@ -249,19 +250,23 @@ def check(
 @app.command()
 def compare(
     a: Annotated[
-        Path, typer.Argument(metavar="A", help="A run, prediction or plan folder, or its JSON: the one before.")
+        Path, typer.Argument(metavar="A", help="Folder of a run, prediction or plan, or its JSON file: the baseline.")
     ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The one after.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="The run, prediction or plan to compare with it.")],
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
-            "--fail-on", metavar="memory:1%", help="Exit with 1 when memory or time got worse by more; repeatable."
+            "--fail-on",
+            metavar="memory:1%",
+            help="Exit with 1 if B is worse by more than this in memory or time; repeatable.",
         ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Compare across devices and precisions.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Compare even if devices, precisions or model sizes differ.")
+    ] = False,
     json: Json = False,
 ) -> None:
-    """Compare two runs, predictions or plans cell by cell: better, worse, or no difference shown."""
+    """Compare two runs, predictions or plans cell by cell: better, worse or no significant difference."""
     from gcbench.cli import results
 
     results.compare(a, b, fail_on=fail_on or [], force=force, as_json=json)
@@ -270,15 +275,18 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[
-        Path, typer.Argument(metavar="DIR", help="A folder of a run, prediction, plan or check, or its JSON.")
+        Path, typer.Argument(metavar="DIR", help="Folder of a run, prediction, plan or check, or its JSON file.")
     ],
-    format: Annotated[str, typer.Option("--format", "-f", help="terminal, markdown, csv, json or png.")] = "terminal",
+    format: Annotated[
+        str,
+        typer.Option("--format", "-f", help="Output format: terminal, markdown, csv, json or png (default: terminal)."),
+    ] = "terminal",
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="File to write (for png: a folder); else standard output.")
+        Path | None, typer.Option("--out", "-o", help="File to write, or for png a folder (default: standard output).")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Show a stored run, prediction, plan or check again, in any format."""
+    """Render a stored run, prediction, plan or check in any format."""
     from gcbench.cli import results
 
     results.report(folder, format="json" if json else format, out=out)
@@ -286,9 +294,9 @@ def report(
 
 @app.command()
 def models(json: Json = False) -> None:
-    """List the architectures that --model knows by a short name: parameters, Hub id.
+    """List the built-in model architectures, which work offline: name, parameters, Hub id.
 
-    They work offline. --model takes any other causal LM too: a Hub id, a folder or a config.json.
+    --model also accepts the Hub id, folder or config.json of any other causal LM.
     """
     from gcbench.cli import listings as commands
 
@@ -297,7 +305,7 @@ def models(json: Json = False) -> None:
 
 @app.command()
 def strategies(json: Json = False) -> None:
-    """List the ways to checkpoint: what each keeps, what it recomputes, who else calls it what."""
+    """List the strategies: what each saves, what it recomputes, and its names in other tools."""
     from gcbench.cli import listings as commands
 
     commands.strategies(as_json=json)
@@ -308,7 +316,7 @@ def devices(
     device_file: options.DeviceFile = None,
     json: Json = False,
 ) -> None:
-    """List the cards that predict and plan know by name: memory, capability, rates."""
+    """List the cards that predict and plan know by name: memory, compute capability, peak rates."""
     from gcbench.cli import listings as commands
 
     commands.devices(device_file, as_json=json)
@@ -316,9 +324,12 @@ def devices(
 
 @app.command()
 def env(
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto", json: Json = False
+    device: Annotated[
+        str, typer.Option("--device", help="Device to describe: auto, cpu, cuda or cuda:N (default: auto).")
+    ] = "auto",
+    json: Json = False,
 ) -> None:
-    """Print what an issue report needs: versions, device, driver, allocator settings."""
+    """Print the environment for a bug report: versions, device, driver, allocator settings."""
     from gcbench.cli import listings as commands
 
     commands.env(device=device, as_json=json)
@@ -328,13 +339,13 @@ def main() -> NoReturn:
     """Run the command line; the one place where errors become sentences and exit codes."""
     with streams.guarded(), interruptible():
         code = _code(_parse_and_run)
-        # What was printed may still be on its way, and must not fail after the last word.
+        # Printed text may still be buffered; a failure to write it must not surface at exit.
         code = _code(lambda: sys.stdout.flush()) or code
     sys.exit(code)
 
 
 def _code(work: Callable[[], int | None]) -> int:
-    """The exit code that `work` ends in; an error is told."""
+    """Return the exit code of `work`, after printing its error."""
     try:
         return work() or 0
     except GcbenchError as err:
@@ -350,11 +361,11 @@ def _code(work: Callable[[], int | None]) -> int:
 
 
 def _parse_and_run() -> int:
-    """The exit code of a command that ended by itself; raises UsageError for a wrong flag or command."""
+    """Return the exit code of the command; raises UsageError for a wrong flag or command."""
     streams.require_output()
     try:
-        # Not standalone: then a wrong flag is told like every other mistake, and at once (Typer's own panel takes
-        # as long to import as everything else here together).
+        # Not standalone, so that a wrong flag is reported like any other mistake, and quickly: Typer's own panel takes
+        # as long to import as everything else here together.
         code = app(prog_name="gcbench", standalone_mode=False)
     except Exception as err:
         if type(err).__name__ == "Abort":  # what some versions of Typer make of Ctrl-C
@@ -363,25 +374,25 @@ def _parse_and_run() -> int:
         if not (hasattr(err, "format_message") and hasattr(err, "exit_code")):
             raise
         message = str(err.format_message()).strip().rstrip(".")
-        if not message:  # help was shown in place of a missing command
+        if not message:  # a missing command, for which the help was printed
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        meant = usage.hint(message, command.rpartition(" ")[2], _options())
-        if meant is not None:
+        hint = usage.hint(message, command.rpartition(" ")[2], _options())
+        if hint is not None:
             message = message.partition(" (Possible options")[0]
-        told = [
+        parts = [
             f"{message[:1].lower()}{message[1:]};",
-            *([meant if meant.endswith("?") else f"{meant};"] if meant else []),
+            *([hint if hint.endswith("?") else f"{hint};"] if hint else []),
         ]
-        raise UsageError(f"{' '.join(told)} see {command} --help") from None
-    if code == Interrupted.exit_code:  # what others make of it
+        raise UsageError(f"{' '.join(parts)} see {command} --help") from None
+    if code == Interrupted.exit_code:  # how some versions of Typer report Ctrl-C
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0
 
 
 def _options() -> dict[str, frozenset[str]]:
-    """Command -> its long and short options."""
+    """Return the long and short options of each command."""
     commands = getattr(typer.main.get_command(app), "commands", {})
     return {
         name: frozenset(option for parameter in command.params for option in parameter.opts)

@@ -1,4 +1,4 @@
-"""Where the program starts: nothing is imported before an interruption can be told."""
+"""Starts the program; imports nothing before Ctrl-C can be reported."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """`gcbench.cli.app.main`, and a word where Ctrl-C comes while that is imported."""
+    """Run `gcbench.cli.app.main`, and report a Ctrl-C that arrives while it is being imported."""
     try:
-        from gcbench.cli import app as cli
+        from gcbench.cli import app
 
-        cli.main()
+        app.main()
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)

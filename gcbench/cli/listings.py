@@ -1,4 +1,4 @@
-"""What the commands that list something print: models, devices, strategies, env."""
+"""Prints the lists of models, devices and strategies, and the environment."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gcbench.report.formats.json_rows import print_rows
 
 
 def models(*, as_json: bool) -> None:
-    """List the catalogue."""
+    """Print the model catalogue."""
     from gcbench.models import catalogue
 
     known = catalogue.architectures()
@@ -40,7 +40,7 @@ def models(*, as_json: bool) -> None:
 
 
 def devices(device_file: Path | None, *, as_json: bool) -> None:
-    """List the cards that a prediction can be made for."""
+    """Print the cards of the catalogue and of `device_file`."""
     from gcbench.devices import cards
 
     known = (*cards.cards(), *(cards.read(device_file) if device_file else ()))
@@ -59,8 +59,8 @@ def devices(device_file: Path | None, *, as_json: bool) -> None:
         Column(header="name", cells=tuple(card.full_name or unknown for card in known), right=False, drop=1),
     )
     summary = (
-        "Memory is what torch finds, not what is on the box; rates are dense peaks. Sources of every figure: --json. "
-        "Cards of your own: --device-file."
+        "Memory is what torch reports, not the advertised size; rates are dense peaks. --json adds the source of every "
+        "figure, --device-file adds cards."
     )
     screen.show([Table(columns=columns, summary=summary)])
 
@@ -70,37 +70,36 @@ def _as_json(value: object) -> object:
 
 
 def strategies(*, as_json: bool) -> None:
-    """List the kinds of strategies."""
+    """Print the kinds of strategies."""
     from gcbench.strategies import kinds
 
-    listed = [
-        {"strategy": k.syntax, "kept": k.kept, "recomputed": k.recomputed, "elsewhere": k.elsewhere} for k in kinds()
-    ]
+    known = kinds()
     if as_json:
-        print_rows(listed)
+        print_rows(
+            {"strategy": k.syntax, "kept": k.kept, "recomputed": k.recomputed, "elsewhere": k.elsewhere} for k in known
+        )
         return
     from rich.console import Console
     from rich.table import Table as Grid
     from rich.text import Text
 
     console = Console()
-    for row in listed:
-        spec, *said = row.items()
-        console.print(Text(spec[1], style="bold"))
+    for kind in known:
+        console.print(Text(kind.syntax, style="bold"))
         grid = Grid.grid(padding=(0, 2, 0, 0))
-        for name, text in said:
+        for name, text in (("saved", kind.kept), ("recomputed", kind.recomputed), ("also known as", kind.elsewhere)):
             grid.add_row(f"  {name}", text)
         console.print(grid)
 
 
 def env(*, device: str, as_json: bool) -> None:
-    """Describe the machine, asked of a child process."""
+    """Print versions and settings of this machine, which a child process reports."""
     from gcbench.job.describe import DescribeTask
     from gcbench.processes.children import ForkedChildren
 
-    wanted = configs.parse_device(device)
+    task = DescribeTask(device=configs.parse_device(device))
     with ForkedChildren() as children:
-        answer = children.run(DescribeTask(device=wanted), on_event=lambda event: None, timeout_s=120)
+        answer = children.run(task, on_event=lambda event: None, timeout_s=120)
     raise_refusal(answer)
     machine = answer.machine
     assert machine is not None

@@ -1,4 +1,4 @@
-"""The flags of `run`, each once; a command takes one by naming it in its signature, under its name in `Settings`."""
+"""Defines every command-line option once; a command has those that its signature names, as fields of `Settings`."""
 
 from __future__ import annotations
 
@@ -10,15 +10,27 @@ from typing import Annotated
 import typer
 
 WORKLOAD, MEASURING, RUN = "Workload", "Measuring", "Run"
-"""The panels of the help."""
+"""The panels of the help page."""
 
 Model = Annotated[
     str | None,
-    typer.Option("--model", "-m", help="Catalogue name, Hub id, folder or config.json.", rich_help_panel=WORKLOAD),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Model to train: catalogue name (gcbench models), Hub id, folder or config.json.",
+        rich_help_panel=WORKLOAD,
+    ),
 ]
 BatchSize = Annotated[
     str | None,
-    typer.Option("--batch", "-b", "--batch-size", metavar="N[,N…]", rich_help_panel=WORKLOAD, help="Sequences."),
+    typer.Option(
+        "--batch",
+        "-b",
+        "--batch-size",
+        metavar="N[,N…]",
+        rich_help_panel=WORKLOAD,
+        help="Sequences per training step (micro-batch size).",
+    ),
 ]
 SeqLen = Annotated[
     str | None,
@@ -27,7 +39,7 @@ SeqLen = Annotated[
         "--sequence-length",
         metavar="N[,N…]",
         rich_help_panel=WORKLOAD,
-        help="Tokens in a sequence (1024 on a GPU, 64 on a CPU, at most the model's maximum).",
+        help="Tokens per sequence (default: 1024 on a GPU, 64 on a CPU, at most the model's maximum).",
     ),
 ]
 Strategies = Annotated[
@@ -37,12 +49,16 @@ Strategies = Annotated[
         "--strategy",
         metavar="S[,S…]",
         rich_help_panel=WORKLOAD,
-        help="What to compare (off,per-layer,every:2,every:4); see gcbench strategies.",
+        help="Strategies to compare; gcbench strategies lists them (default: off, per-layer, every:2, every:4).",
     ),
 ]
 Precision = Annotated[
     str | None,
-    typer.Option("--precision", rich_help_panel=WORKLOAD, help="fp32 (default), bf16, bf16-mixed or fp16-mixed."),
+    typer.Option(
+        "--precision",
+        rich_help_panel=WORKLOAD,
+        help="Precision of weights and computation: fp32, bf16, bf16-mixed or fp16-mixed (default: fp32).",
+    ),
 ]
 Optim = Annotated[
     str | None,
@@ -50,7 +66,7 @@ Optim = Annotated[
         "--optim",
         "--optimizer",
         rich_help_panel=WORKLOAD,
-        help="adamw_torch (default), adamw_torch_fused, sgd or adafactor.",
+        help="Optimizer: adamw_torch, adamw_torch_fused, sgd or adafactor (default: adamw_torch).",
     ),
 ]
 AttnImplementation = Annotated[
@@ -59,34 +75,55 @@ AttnImplementation = Annotated[
         "--attn-implementation",
         "--attention-implementation",
         rich_help_panel=WORKLOAD,
-        help="eager, sdpa, flash_attention_2, … (the model's own choice).",
+        help="Attention implementation: eager, sdpa, flash_attention_2, … (default: the model's own choice).",
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option("--device", rich_help_panel=WORKLOAD, help="auto (default), cpu, cuda or cuda:N.")
+    str | None,
+    typer.Option(
+        "--device", rich_help_panel=WORKLOAD, help="Device to train on: auto, cpu, cuda or cuda:N (default: auto)."
+    ),
 ]
 Layers = Annotated[
     str | None,
-    typer.Option("--layers", "--num-layers", metavar="N", rich_help_panel=WORKLOAD, help="Change the model's depth."),
+    typer.Option(
+        "--layers",
+        "--num-layers",
+        metavar="N",
+        rich_help_panel=WORKLOAD,
+        help="Number of layers to build the model with (default: as in its config).",
+    ),
 ]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", rich_help_panel=WORKLOAD, help="Change a field of its config; repeatable."
+        "--set",
+        metavar="KEY=VALUE",
+        rich_help_panel=WORKLOAD,
+        help="Override a field of the model's config; repeatable.",
     ),
 ]
 Pretrained = Annotated[
     bool | None,
-    typer.Option("--pretrained", rich_help_panel=WORKLOAD, help="Load real weights instead of random ones."),
+    typer.Option(
+        "--pretrained", rich_help_panel=WORKLOAD, help="Load the pretrained weights (default: random weights)."
+    ),
 ]
 TrustRemoteCode = Annotated[
     bool | None,
-    typer.Option("--trust-remote-code", rich_help_panel=WORKLOAD, help="Run code that the model brings."),
+    typer.Option(
+        "--trust-remote-code",
+        rich_help_panel=WORKLOAD,
+        help="Run Python code from the model's repository (default: refuse it).",
+    ),
 ]
 LoraR = Annotated[
     str | None,
     typer.Option(
-        "--lora-r", metavar="N", rich_help_panel=WORKLOAD, help="Train LoRA adapters of this rank, and nothing else."
+        "--lora-r",
+        metavar="N",
+        rich_help_panel=WORKLOAD,
+        help="Train only LoRA adapters of this rank (default: train all parameters).",
     ),
 ]
 LoraTargetModules = Annotated[
@@ -95,37 +132,59 @@ LoraTargetModules = Annotated[
         "--lora-target-modules",
         metavar="M[,M…]",
         rich_help_panel=WORKLOAD,
-        help="Modules that get one, or all-linear (peft's choice for the model).",
+        help="Modules that get a LoRA adapter, or all-linear (default: peft's choice for the model).",
     ),
 ]
 MemoryLimit = Annotated[
     str | None,
-    typer.Option("--memory-limit", metavar="8GiB", rich_help_panel=WORKLOAD, help="Stand for a device of this size."),
+    typer.Option(
+        "--memory-limit", metavar="8GiB", rich_help_panel=WORKLOAD, help="Emulate a device with this much memory."
+    ),
 ]
 Warmup = Annotated[
     str | None,
     typer.Option(
-        "--warmup", "--warmup-steps", metavar="N", rich_help_panel=MEASURING, help="Untimed steps (GPU 2, CPU 1)."
+        "--warmup",
+        "--warmup-steps",
+        metavar="N",
+        rich_help_panel=MEASURING,
+        help="Untimed steps per round (default: 2 on a GPU, 1 on a CPU).",
     ),
 ]
 Steps = Annotated[
     str | None,
-    typer.Option("--steps", metavar="N", rich_help_panel=MEASURING, help="Timed steps a round (one second of them)."),
+    typer.Option(
+        "--steps",
+        metavar="N",
+        rich_help_panel=MEASURING,
+        help="Timed steps per round (default: as many as fit in 1 s).",
+    ),
 ]
 Rounds = Annotated[
     str | None,
     typer.Option(
-        "--rounds", metavar="N", rich_help_panel=MEASURING, help="Fresh processes for each cell, interleaved (3)."
+        "--rounds",
+        metavar="N",
+        rich_help_panel=MEASURING,
+        help="Rounds per cell, each in a fresh process, interleaved (default: 3).",
     ),
 ]
 Seed = Annotated[
     str | None,
-    typer.Option("--seed", metavar="N", rich_help_panel=MEASURING, help="Of weights, batch and dropout (0)."),
+    typer.Option(
+        "--seed",
+        metavar="N",
+        rich_help_panel=MEASURING,
+        help="Random seed for weights, batch and dropout (default: 0).",
+    ),
 ]
 Timeout = Annotated[
     str | None,
     typer.Option(
-        "--timeout", metavar="SECONDS", rich_help_panel=MEASURING, help="For one round of a cell (3600); or none."
+        "--timeout",
+        metavar="SECONDS",
+        rich_help_panel=MEASURING,
+        help="Time limit for one child process, or none for no limit (default: 3600).",
     ),
 ]
 TargetDevice = Annotated[
@@ -134,31 +193,43 @@ TargetDevice = Annotated[
         "--device",
         metavar="NAME",
         rich_help_panel=WORKLOAD,
-        help="A card (gcbench devices lists them), cpu, or auto: what this machine has.",
+        help="Device to predict for: a card (gcbench devices), cpu, or auto for this machine's (default: auto).",
     ),
 ]
 DeviceMemory = Annotated[
     str | None,
     typer.Option(
-        "--device-memory", metavar="24GiB", rich_help_panel=WORKLOAD, help="Memory of the device, if not all of it."
+        "--device-memory",
+        metavar="24GiB",
+        rich_help_panel=WORKLOAD,
+        help="Memory of the device (default: all that it has).",
     ),
 ]
 DeviceFile = Annotated[
     Path | None,
-    typer.Option("--device-file", metavar="FILE.toml", rich_help_panel=WORKLOAD, help="Cards of your own."),
+    typer.Option(
+        "--device-file", metavar="FILE.toml", rich_help_panel=WORKLOAD, help="File that describes additional cards."
+    ),
 ]
 ExpandableSegments = Annotated[
     bool,
     typer.Option(
-        "--expandable-segments", rich_help_panel=WORKLOAD, help="As with PYTORCH_ALLOC_CONF=expandable_segments:True."
+        "--expandable-segments",
+        rich_help_panel=WORKLOAD,
+        help="Predict for expandable_segments:True in PYTORCH_ALLOC_CONF (default: without).",
     ),
 ]
 Explain = Annotated[
-    bool, typer.Option("--explain", rich_help_panel=RUN, help="Say what is alive at the peak and what would move it.")
+    bool,
+    typer.Option(
+        "--explain", rich_help_panel=RUN, help="Explain the peak: what is allocated there and what would reduce it."
+    ),
 ]
 Exact = Annotated[
     bool,
-    typer.Option("--exact", rich_help_panel=RUN, help="Trace every layer, not a few for all (slower)."),
+    typer.Option(
+        "--exact", rich_help_panel=RUN, help="Trace every layer, which is slower (default: a few represent the rest)."
+    ),
 ]
 DECISION = "Decision"
 PlanBatch = Annotated[
@@ -169,7 +240,7 @@ PlanBatch = Annotated[
         "--batch-size",
         metavar="auto|N[,N…]",
         rich_help_panel=WORKLOAD,
-        help="Batch sizes to choose from (auto: all that may pay).",
+        help="Batch sizes to choose from, or auto to search all useful sizes (default: auto).",
     ),
 ]
 Reserve = Annotated[
@@ -178,7 +249,7 @@ Reserve = Annotated[
         "--reserve",
         metavar="5%",
         rich_help_panel=WORKLOAD,
-        help="Part of the memory that is held back (5% on a card, none on a CPU).",
+        help="Share of the device's memory to leave unused (default: 5% on a card, none on a CPU).",
     ),
 ]
 Emit = Annotated[
@@ -187,13 +258,16 @@ Emit = Annotated[
         "--emit",
         metavar="TOOL",
         rich_help_panel=DECISION,
-        help="Print the settings for trainer, trl, axolotl, llama-factory, accelerate-fsdp, torchtitan or python.",
+        help="Print the plan as settings for: trainer, trl, axolotl, llama-factory, accelerate-fsdp, torchtitan or "
+        "python.",
     ),
 ]
 MeasureFlag = Annotated[
     bool,
     typer.Option(
-        "--measure", rich_help_panel=DECISION, help="Run the few that could be the best, on this machine, and decide."
+        "--measure",
+        rich_help_panel=DECISION,
+        help="Benchmark the leading candidates on this machine before choosing (default: estimate their times).",
     ),
 ]
 FromRun = Annotated[
@@ -202,7 +276,7 @@ FromRun = Annotated[
         "--from",
         metavar="DIR",
         rich_help_panel=DECISION,
-        help="Decide from a stored run in place of predicting, or take a stored plan.",
+        help="Decide from the measurements of a stored run, or reuse a stored plan (default: predict).",
     ),
 ]
 PlanStrategies = Annotated[
@@ -212,64 +286,9 @@ PlanStrategies = Annotated[
         "--strategy",
         metavar="S[,S…]",
         rich_help_panel=DECISION,
-        help="Named strategies to weigh against what is found.",
+        help="Named strategies to compare the searched plans with (default: off, per-layer, every:2, "
+        "every:4, selective:attention, selective:matmul).",
     ),
-]
-CHECK = "What to try"
-CheckStrategies = Annotated[
-    str | None,
-    typer.Option(
-        "--strategies",
-        "--strategy",
-        metavar="S[,S…]",
-        rich_help_panel=CHECK,
-        help="Each against off (per-layer, every:2, segment:2, first:1, selective:…, reentrant, compile).",
-    ),
-]
-CheckPrecision = Annotated[
-    str | None,
-    typer.Option("--precision", metavar="P[,P…]", rich_help_panel=CHECK, help="Of fp32, bf16, bf16-mixed, …"),
-]
-CheckOptim = Annotated[
-    str | None, typer.Option("--optim", "--optimizer", metavar="O[,O…]", rich_help_panel=CHECK, help="Optimizers.")
-]
-CheckAttention = Annotated[
-    str | None,
-    typer.Option(
-        "--attn-implementation",
-        "--attention-implementation",
-        metavar="A[,A…]",
-        rich_help_panel=CHECK,
-        help="default (the model's own choice), eager, sdpa, …",
-    ),
-]
-CheckBatchSize = Annotated[
-    str | None,
-    typer.Option("--batch", "-b", "--batch-size", metavar="N", rich_help_panel=WORKLOAD, help="Sequences (2)."),
-]
-CheckSeqLen = Annotated[
-    str | None,
-    typer.Option(
-        "--seq-len",
-        "--sequence-length",
-        metavar="N",
-        rich_help_panel=WORKLOAD,
-        help="Tokens in a sequence (32, or all positions).",
-    ),
-]
-CheckOut = Annotated[
-    Path | None,
-    typer.Option("--out", "--output-dir", "-o", rich_help_panel=RUN, help="Folder for check.json, check.md."),
-]
-Train = Annotated[
-    str | None,
-    typer.Option("--train", metavar="T[,T…]", rich_help_panel=CHECK, help="Of full, lora and frozen-base."),
-]
-NoCompile = Annotated[
-    bool, typer.Option("--no-compile", rich_help_panel=CHECK, help="Leave torch.compile out, which takes its time.")
-]
-FullSize = Annotated[
-    bool, typer.Option("--full-size", rich_help_panel=CHECK, help="The model as it is, not scaled down.")
 ]
 Config = Annotated[
     Path | None,
@@ -277,24 +296,57 @@ Config = Annotated[
         "--config",
         metavar="FILE.toml",
         rich_help_panel=RUN,
-        help="Settings from a file, keys as the options here; flags win, and keys of other commands are left out.",
+        help="Read settings from a file whose keys are these options; flags override it, and keys of other commands "
+        "are ignored.",
     ),
 ]
 Out = Annotated[
     Path | None,
-    typer.Option("--out", "--output-dir", "-o", rich_help_panel=RUN, help="Folder (results/MODEL-TIME)."),
+    typer.Option(
+        "--out",
+        "--output-dir",
+        "-o",
+        rich_help_panel=RUN,
+        help="Folder to store the run in (default: results/MODEL-TIME).",
+    ),
+]
+PredictOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "--output-dir", "-o", rich_help_panel=RUN, help="Folder to store the results in (default: store none)."
+    ),
+]
+PlanOut = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "--output-dir",
+        "-o",
+        rich_help_panel=RUN,
+        help="Folder to store the plan in (default: results/plan-MODEL-TIME).",
+    ),
 ]
 Resume = Annotated[
-    bool, typer.Option("--resume", rich_help_panel=RUN, help="Finish the run in --out; repeats nothing.")
+    bool,
+    typer.Option(
+        "--resume", rich_help_panel=RUN, help="Finish the interrupted run in --out without measuring any round again."
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", rich_help_panel=RUN, help="Print one JSON document on standard output.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=RUN, help="No progress and no notices.")]
+Json = Annotated[bool, typer.Option("--json", rich_help_panel=RUN, help="Print one JSON document to standard output.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", rich_help_panel=RUN, help="Print no progress and no notices.")]
 
 
-def given(parameters: Mapping[str, object]) -> dict[str, object]:
-    """Of a command's parameters, as `locals()` has them on its first line, those that are settings and were given.
+def settings_passed(parameters: Mapping[str, object]) -> dict[str, object]:
+    """Select, from all parameters of a command, the settings that the user passed as flags.
 
-    Their keys are the names in `Settings`; a parameter that Python would not let have its name ends in `_`.
+    A command calls it as `settings_passed(locals())` on its first line, where its local variables are exactly its
+    parameters; a local variable that is bound earlier would be read as a flag.
+
+    Args:
+        parameters: parameter name -> value, None or [] where the flag is absent. Names are fields of `Settings`, with
+            a trailing `_` where the bare name is a builtin; all others are ignored.
+
+    Returns: field of `Settings` -> value.
     """
     from gcbench.job.settings import Settings
 

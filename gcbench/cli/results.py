@@ -1,4 +1,4 @@
-"""What `gcbench report` and `gcbench compare` do with a stored run, prediction, plan or check."""
+"""Runs `gcbench report` and `gcbench compare` on stored runs, predictions, plans and checks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gcbench.report.formats.json_rows import print_rows
 
 
 def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: bool) -> None:
-    """Match two runs, predictions or plans and say what changed; raises ThresholdBroken when a --fail-on is."""
+    """Print what changed between two runs, predictions or plans; raises ThresholdBroken when B exceeds a --fail-on."""
     from gcbench.report import compare as comparing
 
     mistakes: list[str] = []
@@ -48,7 +48,7 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
 
 
 def report(folder: Path, *, format: str, out: Path | None) -> None:
-    """Render a stored run, prediction, plan or check."""
+    """Render a stored run, prediction, plan or check to standard output or `out`."""
     legal = (*formats.names(), "png")
     if format not in legal:
         raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
@@ -99,7 +99,7 @@ def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) ->
     else:
         check = load_check(folder)
         if format == "png":
-            raise UsageError("--format png: a check has no plots; take terminal, markdown, csv or json")
+            raise UsageError("--format png: a check has no plots; use terminal, markdown, csv or json")
         if format == "terminal" and out is None:
             check_view.show(check)
             return
@@ -115,21 +115,21 @@ def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) ->
 
 
 def _are_plans(a: Path, b: Path) -> bool:
-    """Whether both are plans; raises UsageError for what cannot be set side by side."""
+    """Return whether both are plans; raises UsageError for results that cannot be compared."""
     kinds = [stored_kind.kind_of(place) for place in (a, b)]
     if "check" in kinds:
-        raise UsageError(f"{(a, b)[kinds.index('check')]} is a check, which has no figures to compare; give two runs")
+        raise UsageError(f"{(a, b)[kinds.index('check')]} is a check, which has no figures to compare; pass two runs")
     measured = [(place.parent if place.suffix == ".json" else place) / reports.REPORT_NAME for place in (a, b)]
     if kinds.count("plan") == 1 and not measured[kinds.index("plan")].exists():
         raise UsageError(
-            f"{(a, b)[kinds.index('plan')]} is a plan, and the other is none; compare two plans, or two runs or "
+            f"{(a, b)[kinds.index('plan')]} is a plan and the other is not; compare two plans, or two runs or "
             "predictions"
         )
     return kinds == ["plan", "plan"]
 
 
 def _compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: bool, as_json: bool) -> None:
-    """Set two plans side by side; raises ThresholdBroken when one of `thresholds` is."""
+    """Print what changed between two plans; raises ThresholdBroken when B exceeds one of `thresholds`."""
     plans = load_plan(a), load_plan(b)
     changes = comparing_plans.compare(*plans, force=force)
     broken = comparing_plans.broken(changes, thresholds)
@@ -143,8 +143,8 @@ def _compare_plans(a: Path, b: Path, thresholds: Mapping[str, float], *, force: 
 
 @contextmanager
 def _writable(place: Path) -> Iterator[None]:
-    """A block that writes to `--out`; raises UsageError where it cannot be written."""
+    """Turn an OSError of the block, which writes to `--out`, into a UsageError."""
     try:
         yield
     except OSError as err:
-        raise UsageError(f"--out {place} cannot be written ({err.strerror}); take another --out") from None
+        raise UsageError(f"--out {place} cannot be written ({err.strerror}); choose another --out") from None

@@ -1,4 +1,4 @@
-"""What a command line that cannot be parsed probably meant: options of other tools and of other commands, values."""
+"""Suggests what a command line that cannot be parsed was meant to say: options of other tools or commands, values."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NUMBERS = re.compile(r"\d+(?:\s*,\s*\d+)*,?")
 
 
 def hint(message: str, command: str, options: Mapping[str, frozenset[str]]) -> str | None:
-    """What to write instead, for the message of a parser about `command`; None where nothing is known.
+    """Return what to write instead, for a parser's message about `command`; None when there is no suggestion.
 
     Args:
         options: command -> its options, like `--seq-len`.

@@ -14,6 +14,8 @@ from gcbench.core.prediction import Prediction
 SCHEMA = 1
 
 FailureKind = Literal["oom", "unsupported", "timeout", "killed", "crash"]
+ERROR_KINDS: tuple[FailureKind, ...] = ("timeout", "killed", "crash")
+"""Failures that make a command exit with 1; out of memory and unsupported are results."""
 
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 

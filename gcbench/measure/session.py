@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
-from gcbench.core.records import Report
+from gcbench.core.records import ERROR_KINDS, Report
 from gcbench.core.units import counted, format_bytes
 from gcbench.job import preflight
 from gcbench.job.settings import Settings
@@ -22,9 +22,6 @@ from gcbench.processes.children import ForkedChildren
 from gcbench.report import report_file as reports
 from gcbench.report.publish import publish, show
 from gcbench.report.run_folder import Store
-
-FAILED_STATUSES = ("crash", "timeout", "killed")
-"""Those that make `run` exit with 1: out of memory and unsupported are results."""
 
 
 def measure(
@@ -62,7 +59,7 @@ def measure(
             show(report, store.folder, as_json=as_json, quiet=quiet, err=err)
         finally:
             store.close()
-    broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in FAILED_STATUSES]
+    broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in ERROR_KINDS]
     if broken:
         raise GcbenchError(
             f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed, timed out or were killed; "

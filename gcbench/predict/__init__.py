@@ -1,1 +1,1 @@
-"""`gcbench predict`: what training steps would take on a device that is not here."""
+"""`gcbench predict`: the memory of training steps on a device that need not be here."""

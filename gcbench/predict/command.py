@@ -1,4 +1,4 @@
-"""What `gcbench predict` does with its flags."""
+"""Runs `gcbench predict`: checks flags and settings file, then predicts."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def run(
     quiet: bool,
     argv: Sequence[str],
 ) -> None:
-    """Settings, cells, predictions, report: what `flags` and the file say would take on the device they name."""
+    """Predict what `flags` and the settings file describe; raises UsageError for wrong values."""
     from gcbench.core.headroom import parse_reserve
     from gcbench.devices.target import TargetOptions
 
     file = settings_file.read(config, "predict")
     raw = {**file.settings, **flags}
-    # A card's name is no device of this machine; memory and segments are settings of a prediction alone.
+    # The device may be a card of the catalogue; its memory and segments are settings of predictions alone.
     device = raw.pop("device", None)
     memory = memory_of_device(device_memory, file, raw.pop("memory_limit", None))
     if device is not None and not isinstance(device, str):
         raise UsageError(f"--device: {device!r} is not a name; write it as text")
-    wanted = configs.settings(raw)
+    settings = configs.settings(raw)
     target_options = TargetOptions(
         device=None if device is None else spellings.device(device),
         device_memory=memory,
@@ -50,8 +50,8 @@ def run(
         reserve_frac=parse_reserve(file.text("reserve", reserve)),
     )
     tell(file, raw, quiet=quiet)
-    from gcbench.predict import session as forecast  # only now: a wrong value is told before anything else is imported
+    from gcbench.predict import session as forecast  # lazily: a wrong value is reported before heavy imports
 
     forecast.predict(
-        wanted, target_options, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+        settings, target_options, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
     )

@@ -1,4 +1,4 @@
-"""One prediction from settings to what is printed: target and model found, cells answered by a child, results shown."""
+"""Runs one prediction: resolves target and model, has child processes predict the cells, prints the results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rich.console import Console
 from gcbench.core import headroom
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
-from gcbench.core.records import Failure, Outcome, Report
+from gcbench.core.records import ERROR_KINDS, Failure, Outcome, Report
 from gcbench.core.units import counted, format_bytes
 from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job import preflight
@@ -37,17 +37,18 @@ from gcbench.report.run_folder import Store
 OnCell = Callable[[Report, int, int], object]
 
 _MOST_CHILDREN = 4
-_OF_MEASUREMENTS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
+_MEASUREMENT_SETTINGS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
 
 
 def predict(
-    wanted: Settings, target_options: TargetOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool
+    settings: Settings, target_options: TargetOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool
 ) -> None:
-    """Predict every cell, show it, and keep it in `out` if given; raises GcbenchError when a cell crashed."""
-    early = resolve_target(
-        target_options, None
-    )  # a name that is not in the catalogue is told before anything is imported
-    source = preflight.model_of(wanted)
+    """Predict every cell, print it, and store it in `out` if there is one.
+
+    Raises GcbenchError when a cell crashed or timed out, and ThresholdBroken when no cell fits.
+    """
+    early = resolve_target(target_options, None)  # reports an unknown name before anything heavy is imported
+    source = preflight.model_of(settings)
     err = Console(stderr=True)
     with ExitStack() as stack:
         store = stack.enter_context(Store.create(out)) if out is not None else None
@@ -67,7 +68,7 @@ def predict(
                         store.save(so_far)
 
                 report = forecast(
-                    wanted, target_options, early, source=source, children=children, command=command, on_cell=keep
+                    settings, target_options, early, source=source, children=children, command=command, on_cell=keep
                 )
             if store is not None:
                 store.save(report)
@@ -80,8 +81,8 @@ def predict(
                     store.close()
         except KeyboardInterrupt:
             ignore_more()
-            raise Interrupted(_kept(store, done)) from None
-    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ("crash", "timeout", "killed")]
+            raise Interrupted(_stored(store, done)) from None
+    broken = [o for o in report.outcomes if o.failure and o.failure.kind in ERROR_KINDS]
     if broken:
         raise GcbenchError(
             f"{len(broken)} of {counted(len(report.outcomes), 'cell')} crashed or timed out; the table says why"
@@ -91,25 +92,25 @@ def predict(
         raise ThresholdBroken(nothing)
 
 
-def _kept(store: Store | None, done: int) -> str:
-    """After an interruption: what there is."""
+def _stored(store: Store | None, done: int) -> str:
+    """Return the message of an interruption: what was predicted and where it is."""
     if not done:
         return "interrupted before anything was predicted"
     cells = f"{done} {'cell was' if done == 1 else 'cells were'} predicted"
     if store is None:
-        return f"interrupted; {cells}, and kept nowhere, as there was no --out"
+        return f"interrupted; {cells}, and not stored, as there was no --out"
     folder = shlex.quote(str(store.folder))
-    return f"interrupted; {cells} and kept in {store.folder}; show them with: gcbench report {folder}"
+    return f"interrupted; {cells} and stored in {store.folder}; show them with: gcbench report {folder}"
 
 
 def num_children() -> int:
-    """A prediction keeps one core busy, and holds less than 1 GiB."""
+    """Return how many child processes to start; a prediction uses one core and less than 1 GiB."""
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(cores, _MOST_CHILDREN)
 
 
 def forecast(
-    wanted: Settings,
+    settings: Settings,
     target_options: TargetOptions,
     target: Target | None,
     *,
@@ -118,38 +119,39 @@ def forecast(
     command: str,
     on_cell: OnCell = lambda so_far, answered, waiting: None,
 ) -> Report:
-    """The report of a prediction; `target` None is what this machine has. Cells are shared out among `children`.
+    """Predict all cells, shared out among `children`, and return the report.
 
-    `on_cell` is called before the first cell and after each, never twice at a time, with the report so far, how many
-    cells are answered and how many there are.
+    Args:
+        target: None for the device of this machine.
+        on_cell: is called before the first cell and after each, never concurrently, with the report so far, the number
+            of predicted cells and the number of all cells.
     """
     here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
-    _check_attention(wanted, target)
-    machine, facts = describe(replace(wanted, device=here), source, children[0], target=target)
+    _check_attention(settings, target)
+    machine, facts = describe(replace(settings, device=here), source, children[0], target=target)
     if target is None:
         target = resolve_target(target_options, machine)
-        _check_attention(wanted, target)
+        _check_attention(settings, target)
     assert target is not None
-    job = resolve(wanted, facts, described(machine, target), target, model_notices=source.notices)
-    if flash_attention.is_stood_in(wanted.attn_implementation, target):
+    job = resolve(settings, facts, described(machine, target), target, model_notices=source.notices)
+    if flash_attention.is_stood_in(settings.attn_implementation, target):
         job = replace(job, notices=(*job.notices, flash_attention.NOTICE))
     report = begin(job, described(machine, target), facts, command)
-    # What decides how a measurement is made decides nothing here.
-    settings = {name: value for name, value in report.settings.items() if name not in _OF_MEASUREMENTS}
-    report = replace(report, source="predicted", settings=settings | target_options.as_json())
-    return _answered(report, job, target_options, target, source, children, on_cell)
+    used = {name: value for name, value in report.settings.items() if name not in _MEASUREMENT_SETTINGS}
+    report = replace(report, source="predicted", settings=used | target_options.as_json())
+    return _predicted(report, job, target_options, target, source, children, on_cell)
 
 
-def _check_attention(wanted: Settings, target: Target | None) -> None:
+def _check_attention(settings: Settings, target: Target | None) -> None:
     flash_attention.check(
-        wanted.attn_implementation,
+        settings.attn_implementation,
         target,
-        precision=wanted.precision,
-        specs=wanted.strategies or DEFAULT_STRATEGIES,
+        precision=settings.precision,
+        specs=settings.strategies or DEFAULT_STRATEGIES,
     )
 
 
-def _answered(
+def _predicted(
     report: Report,
     job: ResolvedRun,
     target_options: TargetOptions,
@@ -158,7 +160,7 @@ def _answered(
     children: Sequence[Children],
     on_cell: OnCell,
 ) -> Report:
-    """The report with every cell answered, shared out among `children`."""
+    """Return the report with every cell predicted, shared out among `children`."""
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
@@ -189,7 +191,7 @@ def _answered(
         try:
             for done in works:
                 done.result()
-        except BaseException:  # an interruption must not wait for what the others are at
+        except BaseException:  # an interruption must not wait for the other children
             halted.set()
             for own in children:
                 own.halt()
@@ -198,11 +200,11 @@ def _answered(
 
 
 def _shares(waiting: Sequence[int], outcomes: Sequence[Outcome], count: int) -> list[list[int]]:
-    """Cells for each child: whole workloads where there are enough of them, since their cells have most in common."""
+    """Share out cells: whole workloads where there are enough, because their cells share the most work."""
     workloads = list(dict.fromkeys(outcomes[number].cell.workload for number in waiting))
     shares: list[list[int]] = [[] for _ in range(count)]
-    for place, number in enumerate(waiting):
-        turn = workloads.index(outcomes[number].cell.workload) if len(workloads) >= count else place
+    for position, number in enumerate(waiting):
+        turn = workloads.index(outcomes[number].cell.workload) if len(workloads) >= count else position
         shares[turn % count].append(number)
     return shares
 
@@ -216,7 +218,7 @@ def _answer(
     timeout_s: float | None,
     halted: threading.Event,
 ) -> None:
-    """Have a child answer the cells; one that takes the child down costs one row, and another child goes on."""
+    """Have a child predict the cells; a cell that crashes the child costs one row, and another child continues."""
     waiting = {cell.number: cell for cell in cells}
 
     def on_event(event: object) -> None:
@@ -227,10 +229,10 @@ def _answer(
     while waiting and not halted.is_set():
         answer = children.run(task(tuple(waiting.values())), on_event=on_event, timeout_s=timeout_s)
         raise_refusal(Answer(refusal=answer.refusal))
-        if waiting and not halted.is_set():  # the child ended at the first of those that are left
+        if waiting and not halted.is_set():  # the child ended at the first of the waiting cells
             number = next(iter(waiting))
             del waiting[number]
-            failure = answer.failure or Failure(kind="crash", message="the child gave no prediction")
+            failure = answer.failure or Failure(kind="crash", message="the child process returned no prediction")
             note(number, Predicted(number=number, failure=failure))
 
 
@@ -268,11 +270,11 @@ def _task(
 
 
 def _outcome(outcome: Outcome, event: Predicted, reserve_frac: float) -> Outcome:
-    said = event.prediction
-    failure = event.failure
-    if said is not None:
-        said = replace(said, reserve_frac=reserve_frac)
-    if said is not None and said.usable_bytes is not None and said.needed_bytes > said.usable_bytes:
-        there = headroom.held_back(said.limit_bytes or 0, reserve_frac)
-        failure = Failure(kind="oom", message=f"needs {format_bytes(said.needed_bytes)}, and there are {there}")
-    return replace(outcome, prediction=said, failure=failure)
+    if event.prediction is None:
+        return replace(outcome, prediction=None, failure=event.failure)
+    prediction, failure = replace(event.prediction, reserve_frac=reserve_frac), event.failure
+    needed, usable = prediction.needed_bytes, prediction.usable_bytes
+    if usable is not None and needed > usable:
+        available = headroom.held_back(prediction.limit_bytes or 0, reserve_frac)
+        failure = Failure(kind="oom", message=f"needs {format_bytes(needed)}, and there are {available}")
+    return replace(outcome, prediction=prediction, failure=failure)

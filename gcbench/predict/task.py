@@ -1,4 +1,4 @@
-"""What a child is asked for predictions, and how it answers. No torch."""
+"""The request for predictions that a child process receives, and its answers. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gcbench.strategies import Plan
 
 @dataclass(frozen=True, kw_only=True)
 class CellToPredict:
-    """One cell of a `PredictTask`; `number` is its place in the report."""
+    """One cell of a `PredictTask`; `number` is its index in the report."""
 
     number: int
     batch_size: int
@@ -24,7 +24,7 @@ class CellToPredict:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictTask:
-    """Predict the memory of cells that share all but batch size, length and plan."""
+    """Predict the memory of cells that differ only in batch size, sequence length and plan."""
 
     handler: ClassVar[str] = "gcbench.predict.worker:predict"
 
@@ -32,21 +32,21 @@ class PredictTask:
     layers: int | None
     overrides: dict[str, Json]
     attn_implementation: str | None
-    """As the user asked for it; None for the model's own choice."""
+    """As requested; None for the model's own choice."""
     lora: Lora | None
     precision: str
     optim: str
     target: Target
     cells: tuple[CellToPredict, ...]
     explain: bool
-    """Also try what would move the peak."""
+    """Whether to search for levers that reduce the peak."""
     exact: bool
-    """Trace every layer."""
+    """Whether to trace every layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """One cell answered."""
+    """The prediction of one cell, or its failure."""
 
     number: int
     prediction: Prediction | None = None

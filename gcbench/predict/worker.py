@@ -1,4 +1,4 @@
-"""What a child process does to predict cells: the model is built once, every cell is answered as it is done."""
+"""Predicts cells in a child process: builds the model once and reports every cell as soon as it is predicted."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gcbench.models import build as models
 from gcbench.models import flash_attention
 from gcbench.predict.task import CellToPredict, Predicted, PredictTask
 from gcbench.processes.messages import Answer, Refusal
+from gcbench.report.predictions import NEGLIGIBLE_FRAC
 from gcbench.simulate import timeline
 from gcbench.simulate.additions import additions
 from gcbench.simulate.allocator.caching_allocator import OutOfMemory
@@ -31,14 +32,12 @@ from gcbench.strategies import Plan
 from gcbench.training.step import parameter_dtype
 
 CHUNKS = 8
-"""Parts in which a chunked loss makes the logits, in the lever that names it."""
+"""Chunks of the logits in the lever of a chunked loss."""
 _FUSED = "adamw_torch_fused"
-_WORTH_NAMING = 0.005
-"""Of the peak; smaller gains are no lever."""
 
 
 def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
-    """Predict every cell of the task and tell each as it is done."""
+    """Predict every cell of the task and report each with `tell`."""
     try:
         session = Session(task)
     except GcbenchError as err:
@@ -52,21 +51,21 @@ def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
 
 
 class Session:
-    """The cells of one task: one model on one target."""
+    """Predicts the cells of one task: one model on one target."""
 
     def __init__(self, task: PredictTask) -> None:
         self.task = task
         self.target: Target = task.target
-        self.way: DeviceModel = device_model_for(task.target)
+        self.device_model: DeviceModel = device_model_for(task.target)
         self.predictor = self._predictor(task.optim)
         self._fused: Predictor | None = None
 
     @classmethod
     def on(cls, other: Session, target: Target) -> Session:
-        """The same steps, replayed on a target that differs in its allocator alone."""
-        found = copy(other)
-        found.target = target
-        return found
+        """Return a session with the same steps, replayed on a target that differs in its allocator alone."""
+        session = copy(other)
+        session.target = target
+        return session
 
     def _predictor(self, optim: str) -> Predictor:
         task = self.task
@@ -87,15 +86,15 @@ class Session:
             model,
             precision=task.precision,
             optim=optim,
-            trace_mode=self.way.trace_mode,
-            resident=self.way.resident,
+            trace_mode=self.device_model.trace_mode,
+            resident=self.device_model.resident,
             steps_on_device=self.target.kind == "cpu" or optim == _FUSED,
             exact=task.exact,
         )
 
     def predict(self, cell: CellToPredict) -> Prediction:
-        """One cell; raises what the model's code raises on tensors without values."""
-        attention = self.way.attention
+        """Predict one cell; raises what the model's code raises on fake tensors."""
+        attention = self.device_model.attention
         if attention is not None:
             attention.chosen.clear()
         step = self._step(self.predictor, cell.plan, cell)
@@ -109,7 +108,7 @@ class Session:
             limit_bytes=limit,
             spare_bytes=None if limit is None else limit - needed,
             num_alloc_retries=None if self.target.kind == "cpu" else peak.num_alloc_retries,
-            terms=self.way.terms,
+            terms=self.device_model.terms,
             attention=kernels,
             layers_traced=step.layers_traced,
             why_in_full=step.why_in_full,
@@ -124,58 +123,58 @@ class Session:
         return predictor.step(plan, batch_size=cell.batch_size, seq_len=cell.seq_len)
 
     def fallback(self, step: Step, peak: Peak) -> Fallback | None:
-        """What PyTorch code made of the peak where the target would run a package's kernels."""
+        """Return what PyTorch code allocated at the peak where the target, with packages, would run fused kernels."""
         packages = self.predictor.fake_model.fallbacks
         if self.target.kind == "cpu" or not packages:
             return None
         return Fallback(packages=tuple(sorted(packages)), nbytes=fallback_bytes(step.assembly, peak))
 
     def counts(self, peak: Peak) -> int:
-        """Bytes that count against the device's memory: on CUDA what the process holds, on a CPU what tensors do."""
+        """Return the bytes that count against the device's memory: of the process on CUDA, of tensors on a CPU."""
         return (peak.memory.process_bytes or 0) if self.target.kind == "cuda" else peak.memory.allocated_bytes
 
     def weighed(self, line: Timeline) -> tuple[int, Peak]:
-        """(bytes that count against the device's memory, the peak) of a step."""
+        """Return (bytes that count against the device's memory, peak) of a step."""
         peak = self.peak(line)
         return self.counts(peak), peak
 
     def peak(self, line: Timeline) -> Peak:
-        """What the target sees of a step: behind its allocator and within its memory, if it fits in there at all."""
+        """Replay a step through the target's allocator, within its memory if it fits."""
         if self.target.kind == "cpu":
             return timeline.exact(line)
         expandable = self.target.expandable_segments
-        outside, limit = self.way.outside_bytes, self.target.memory_bytes
+        outside, limit = self.device_model.outside_bytes, self.target.memory_bytes
         peak = timeline.cached(line, expandable_segments=expandable)
         short = limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit
         if limit is not None and short and peak.memory.allocated_bytes + outside <= limit:
             with suppress(OutOfMemory):
-                # Short of memory, the allocator gives back what it caches and tries again.
+                # Short of memory, the allocator frees its cache and tries again.
                 peak = timeline.cached(line, limit_bytes=limit - outside, expandable_segments=expandable)
         process = (peak.memory.reserved_bytes or 0) + outside
         return replace(peak, memory=replace(peak.memory, process_bytes=process))
 
     def _levers(self, step: Step, peak: Peak, cell: CellToPredict) -> list[Lever]:
-        """What would move the peak: each replayed, none asserted. Gains too small to name are left out."""
+        """Replay the step with each change that may reduce the peak; negligible gains are left out."""
         tried = [
-            (f"a loss computed in {CHUNKS} chunks", self._with_sizes(step.assembly)),
-            ("checkpointing every layer", self._with_plan(cell)),
+            (f"a loss computed in {CHUNKS} chunks", self._with_chunked_loss(step.assembly)),
+            ("checkpointing every layer", self._with_every_layer(cell)),
         ]
         if self.task.optim == "adamw_torch":
-            tried.append(("the fused optimizer", self._with_fused(cell)))
+            tried.append(("the fused optimizer", self._with_fused_optimizer(cell)))
         now = peak.memory.allocated_bytes
         return [
-            Lever(name=name, peak_bytes=there)
-            for name, there in tried
-            if there is not None and (now - there > _WORTH_NAMING * now or name.startswith("checkpointing"))
+            Lever(name=name, peak_bytes=peak_bytes)
+            for name, peak_bytes in tried
+            if peak_bytes is not None and (now - peak_bytes > NEGLIGIBLE_FRAC * now or name.startswith("checkpointing"))
         ]
 
-    def _with_sizes(self, assembly: Assembly) -> int | None:
+    def _with_chunked_loss(self, assembly: Assembly) -> int | None:
         sizes = without_logits(assembly, CHUNKS)
         if (sizes == assembly.timeline.nbytes).all():
             return None
         return self.peak(replace(assembly.timeline, nbytes=sizes)).memory.allocated_bytes
 
-    def _with_plan(self, cell: CellToPredict) -> int | None:
+    def _with_every_layer(self, cell: CellToPredict) -> int | None:
         layers = cell.plan.num_layers
         model = self.predictor.fake_model.model
         if checkpointing.refusal(model) is not None:
@@ -186,24 +185,24 @@ class Session:
             return None
         return self.peak(self._step(self.predictor, every, cell).timeline).memory.allocated_bytes
 
-    def _with_fused(self, cell: CellToPredict) -> int:
+    def _with_fused_optimizer(self, cell: CellToPredict) -> int:
         if self._fused is None:
             self._fused = self._predictor(_FUSED)
         return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
 
 
 def failure(err: BaseException) -> Failure:
-    """Why a cell has no prediction."""
-    why = first_sentence(err)
+    """Return the reason why a cell has no prediction."""
+    reason = first_sentence(err)
     if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):
         return Failure(
             kind="unsupported",
-            message="its code asks for values of tensors, and a prediction has none; measure it with gcbench run",
-            detail=why,
+            message="its code reads values of tensors, and fake tensors have none; measure it with gcbench run",
+            detail=reason,
         )
     return Failure(
         kind="unsupported",
-        message=f"its training step cannot be traced without values ({type(err).__name__}: {why}); "
+        message=f"its training step cannot be traced on fake tensors ({type(err).__name__}: {reason}); "
         "measure it with gcbench run",
         detail=str(err),
     )

@@ -1,1 +1,1 @@
-"""From a report to what people and programs read: rows, sentences, tables, formats, plots."""
+"""Renders a report: rows, sentences, tables, file formats, plots."""

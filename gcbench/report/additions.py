@@ -1,4 +1,4 @@
-"""Says what a real run may add to a predicted step, with its bytes and what no longer fits then. No torch."""
+"""Reports what a real run may add to a predicted step: bytes, and which strategies no longer fit. No torch."""
 
 from __future__ import annotations
 
@@ -11,20 +11,18 @@ from gcbench.report import predictions as predicted
 from gcbench.report.predictions import PredictedCell
 from gcbench.report.sentences import listed
 
-_WORTH_NAMING = 0.005
-"""Of the peak."""
 _WHAT = {
-    ACCUMULATION: "gradient accumulation (all gradients are held from the second micro-batch on)",
-    KEPT_OUTPUTS: "a loop that keeps `outputs` in a variable (and so the logits)",
+    ACCUMULATION: "gradient accumulation (all gradients stay allocated from the second micro-batch on)",
+    KEPT_OUTPUTS: "a loop that keeps `outputs`, and so the logits, in a variable",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One setting with what may be added to it.
+    """One setting and what a real run may add to it.
 
     Attributes:
-        fits: whether it fits without.
+        fits: whether it fits without the additions.
     """
 
     name: str
@@ -33,9 +31,9 @@ class Setting:
 
 
 def sentence(chosen: Setting, others: Sequence[Setting], *, usable_bytes: int | None) -> str | None:
-    """`Not in these figures: gradient accumulation, … adds 14.96 GiB to off, …`; None where nothing of weight is added.
+    """Return `Not in these figures: gradient accumulation … adds 14.96 GiB to off, …`; None without additions.
 
-    `usable_bytes` is what of the device's memory may be used; None without a bound.
+    `usable_bytes` is the device's memory less the reserve; None without a limit.
     """
     parts = []
     for addition in chosen.additions:
@@ -50,14 +48,14 @@ def sentence(chosen: Setting, others: Sequence[Setting], *, usable_bytes: int | 
 
 
 def kernels_sentence(fallback: Fallback | None, name: str, peak_bytes: int) -> str | None:
-    """What the peak of a setting would lose with the packages that bring fused kernels; None where that is little."""
-    if fallback is None or fallback.nbytes < _WORTH_NAMING * peak_bytes:
+    """Return how much of a setting's peak is due to missing packages with fused kernels; None if negligible."""
+    if fallback is None or fallback.nbytes < predicted.NEGLIGIBLE_FRAC * peak_bytes:
         return None
     packages = listed(list(fallback.packages))
     return (
-        "Its recurrent layers were traced with transformers' PyTorch code, which makes "
+        "Its recurrent layers were traced with transformers' PyTorch code, which accounts for "
         f"{format_bytes(fallback.nbytes)} of the {format_bytes(peak_bytes)} of {name}; with {packages} installed, "
-        "a card runs fused kernels that need little of it."
+        "a card runs fused kernels, which need little of it."
     )
 
 
@@ -68,25 +66,25 @@ def _is_lost(setting: Setting, name: str, usable_bytes: int | None) -> bool:
 
 
 def paragraphs(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
-    """What is said beneath the table of one workload's predictions."""
+    """Return the paragraphs below the table of one workload's predictions."""
     return tuple(text for text in (predicted.summary(cells), *of_cells(cells)) if text)
 
 
 def of_cells(cells: Sequence[PredictedCell]) -> tuple[str, ...]:
-    """What a real run may have that the predictions of one workload have not, and the other way round."""
+    """Return how memory in a real run may differ from the predictions of one workload."""
     best = predicted.choice(cells)
     if best is None or best.prediction is None:
         return ()
 
     def setting(cell: PredictedCell) -> Setting:
-        found = cell.prediction.additions if cell.prediction else ()
-        return Setting(name=cell.row.strategy, fits=predicted.may_run(cell), additions=found)
+        additions = cell.prediction.additions if cell.prediction else ()
+        return Setting(name=cell.row.strategy, fits=predicted.may_run(cell), additions=additions)
 
     fallback = best.prediction.fallback
     peak = best.prediction.memory.allocated_bytes
     others = [setting(cell) for cell in cells if cell is not best]
-    told = (
+    sentences = (
         kernels_sentence(fallback, best.row.strategy, peak),
         sentence(setting(best), others, usable_bytes=best.row.usable_bytes),
     )
-    return tuple(text for text in told if text)
+    return tuple(text for text in sentences if text)

@@ -1,4 +1,4 @@
-"""Two runs side by side: which cells match, what changed in memory and time, and whether a threshold is broken."""
+"""Compares two runs: matches their cells, judges memory and time, and checks thresholds."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Verdict = Literal[
     "both fail",
     "not measured",
 ]
-"""`same` is for memory that is equal to the byte; `above` and `below` are for a prediction beside a measurement; `too
-few rounds` for times without an interval; `not measured` where both runs passed without that figure."""
+"""`same`: memory is equal to the byte. `above`, `below`: a prediction against a measurement. `too few rounds`: times
+have no interval. `not measured`: both runs passed without that figure."""
 
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
@@ -45,7 +45,7 @@ _TOO_FEW_ROUNDS = (
     f"times have too few rounds for an interval, so they are not judged; --rounds {stats.MIN_ROUNDS} in both gives one"
 )
 _ANY = ""
-"""Stands in a key for what is not to count."""
+"""Replaces, in the key of a cell, a value that is not compared."""
 
 _IN_THE_KEY = {
     "model",
@@ -58,12 +58,12 @@ _IN_THE_KEY = {
     "device",
     "lora_r",
 }
-"""Settings that decide which cells there are; a difference shows in the cells themselves."""
+"""Settings that decide which cells a run has; they are compared as parts of the cells."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """One cell of A, of B or of both; fractions are of A's value, positive when B takes more. Unknown is None.
+    """One cell of A, of B or of both; fractions are relative to A, positive when B takes more. Unknown is None.
 
     Attributes:
         precision, device: None when the runs differ in it and were compared by force.
@@ -96,7 +96,7 @@ class Change:
 
     @property
     def name(self) -> str:
-        """The model, with what was changed about it."""
+        """The model, with the changes to its config."""
         a, b = self.model_changes_a, self.model_changes_b
         if a == b or self.status_b is None:
             return changes.named(self.model, a)
@@ -106,7 +106,7 @@ class Change:
 
     @property
     def cell(self) -> str:
-        """The cell's workload, in words."""
+        """The cell's workload, as a title."""
         parts = [self.name, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
         parts += [words.lora(self.lora_r) if self.lora_r is not None else None, self.attn_implementation, self.device]
         return " · ".join(part for part in parts if part is not None)
@@ -114,7 +114,7 @@ class Change:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The cells of two runs, those of A first, and what else differs between the runs, in sentences."""
+    """The cells of two runs, those of A first, and in sentences what else differs between the runs."""
 
     changes: tuple[Change, ...]
     notices: tuple[str, ...]
@@ -122,7 +122,7 @@ class Comparison:
 
 @dataclass(frozen=True, kw_only=True)
 class _Side:
-    """A cell as one run has it."""
+    """A cell in one of the runs."""
 
     row: Row
     outcome: Outcome
@@ -135,14 +135,14 @@ class _Side:
 def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     """Match the cells of two runs and judge each.
 
-    Raises UsageError when the runs differ in device, precision or the model's size, unless `force`, which takes
-    them out of the comparison; and when no cell matches.
+    Raises UsageError when the runs differ in device, precision or the model's size, unless `force`, which ignores
+    these; and when no cell matches.
     """
     clashes = _clashes(a, b)
     if clashes and not force:
         raise UsageError(
             f"the runs cannot be compared: {'; '.join(clashes.values())}; "
-            f"measure again under the same conditions, or add {FORCE} to compare all the same"
+            f"measure again under the same conditions, or add {FORCE} to compare anyway"
         )
     ignored = {*clashes, *(["device"] if a.source != b.source else [])}
     cells_a, cells_b = _cells(a, ignored), _cells(b, ignored)
@@ -156,10 +156,10 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
 
 
 def broken(comparison: Comparison, thresholds: Mapping[str, float]) -> list[str]:
-    """The thresholds (fractions, by name) that B breaks, a sentence per cell.
+    """Return a sentence for each cell of B that breaks one of the thresholds (name -> fraction).
 
-    Memory is exact: any peak beyond the threshold breaks it. Time breaks it when the centre lies beyond and the
-    interval shows a difference at all. A cell that fails only in B breaks every threshold.
+    Memory is exact: any peak beyond the threshold breaks it. Time breaks it when the centre lies beyond it and the
+    interval excludes no difference. A cell that fails only in B breaks every threshold.
     """
     sentences = []
     for change in comparison.changes if thresholds else ():
@@ -168,14 +168,14 @@ def broken(comparison: Comparison, thresholds: Mapping[str, float]) -> list[str]
             sentences.append(f"{where}: passed in A and fails in B ({_status(change.status_b)})")
             continue
         for name, limit in thresholds.items():
-            frac, said = _growth(change, name)
+            frac, text = _growth(change, name)
             if frac is not None and frac > limit:
-                sentences.append(f"{where}: {said}, and {100 * limit:g} % is allowed")
+                sentences.append(f"{where}: {text}, and {100 * limit:g} % is allowed")
     return sentences
 
 
 def _growth(change: Change, name: str) -> tuple[float | None, str]:
-    """By how much B is worse in memory or time, and that in words; None where it is not shown to be worse."""
+    """Return by how much B is worse in memory or time, and that in words; None where it is not shown to be worse."""
     a, b = change.peak_allocated_a_bytes, change.peak_allocated_b_bytes
     if name == "memory" and change.memory_verdict in ("worse", "above") and a is not None and b is not None:
         percent = _percent(change.memory_change_frac)
@@ -190,12 +190,12 @@ def _growth(change: Change, name: str) -> tuple[float | None, str]:
 
 
 def to_rows(comparison: Comparison) -> list[dict[str, object]]:
-    """The changes for --json: bytes, seconds and fractions, null for what is unknown."""
+    """Return the changes for --json, in bytes, seconds and fractions; unknown is None."""
     return [asdict(change) for change in comparison.changes]
 
 
 def render(comparison: Comparison) -> list[RenderableType]:
-    """For the screen: a table per workload, then what else differs."""
+    """Return a table per workload, then notes on what else differs."""
     from rich.text import Text
 
     groups: dict[str, list[Change]] = {}
@@ -237,7 +237,7 @@ def _table(title: str, group: Sequence[Change]) -> Table:
 def _memory(change: Change) -> str:
     frac = change.memory_change_frac
     if change.memory_verdict in ("above", "below") and frac is not None:
-        return f"{100 * frac:+.3f} %".replace("-", "−")  # a prediction is told by what is wrong with it
+        return f"{100 * frac:+.3f} %".replace("-", "−")  # the error of a prediction
     return "same" if change.memory_verdict == "same" else _percent(frac)
 
 
@@ -250,14 +250,14 @@ def _status(status: str | None) -> str:
 
 
 def _cells(report: Report, ignored: Collection[str]) -> dict[Cell, _Side]:
-    """What a run has come to, under cells stripped of all that does not make two cells different."""
+    """Return the cells of a run that have a result, by a key without what is not compared."""
     cells = {}
     for row, outcome in zip(rows(report), report.outcomes, strict=True):
         if outcome.rounds or outcome.failure or outcome.prediction:
             w = outcome.cell.workload
             w = replace(w, device=_ANY if "device" in ignored else words.device_type(w.device))
             w = replace(w, precision=_ANY) if "precision" in ignored else w
-            w = replace(w, model_changes=None)  # what is changed may change nothing about the step
+            w = replace(w, model_changes=None)  # different changes may build the same model
             cells[replace(outcome.cell, workload=w)] = _Side(row=row, outcome=outcome)
     return cells
 
@@ -296,7 +296,7 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
 
 
 def _as_far_as_known(side: _Side | None, other: _Side | None) -> _Side | None:
-    """A side; beside a measurement, a prediction that does not fit has a peak to compare all the same."""
+    """Return `side`; if it is a prediction that does not fit and `other` was measured, count it as passed."""
     if side is None or other is None or side.row.source == other.row.source or side.row.source != "predicted":
         return side
     if other.status == "ok" and side.row.status == "oom" and side.row.peak_allocated_bytes is not None:
@@ -305,7 +305,7 @@ def _as_far_as_known(side: _Side | None, other: _Side | None) -> _Side | None:
 
 
 def _state(a: _Side | None, b: _Side | None) -> Verdict | None:
-    """The verdict of a cell that has not passed in both runs; None of one that has."""
+    """Return the verdict on a cell that did not pass in both runs; None if it did."""
     if a is None or b is None:
         return "only in B" if a is None else "only in A"
     passed = (a.status == "ok", b.status == "ok")
@@ -336,21 +336,21 @@ def _time_verdict(paid: stats.Estimate | None) -> Verdict:
 
 
 def _clashes(a: Report, b: Report) -> dict[str, str]:
-    """What makes figures incomparable, by name; device and precision are also the parts of the key they concern."""
+    """Return what makes figures incomparable: name -> sentence; `device` and `precision` are fields of the key."""
     devices = [f"{report.machine.device_name} ({words.device_type(report.machine.device)})" for report in (a, b)]
     precisions = [
         ", ".join(dict.fromkeys(outcome.cell.workload.precision for outcome in report.outcomes)) for report in (a, b)
     ]
     pairs = {"device": devices, "precision": precisions}
     if a.source != b.source and a.machine.device_name == b.machine.device_name:
-        del pairs["device"]  # a card has its name in a prediction, and its number in a run
+        del pairs["device"]  # named in a prediction, numbered in a run
     if a.model.model == b.model.model:  # the same name, changed by --layers or --set
         pairs["number of parameters"] = [f"{report.model.num_params:,}" for report in (a, b)]
     return {name: _differ(name, *pair) for name, pair in pairs.items() if pair[0] != pair[1] and all(pair)}
 
 
 def _differences(a: Report, b: Report) -> list[str]:
-    """What else differs between the runs: it may explain a change and does not forbid the comparison."""
+    """Return what else differs between the runs, which may explain a change."""
     facts_a, facts_b = _facts(a), _facts(b)
     names = dict.fromkeys((*facts_a, *facts_b))
     return [
@@ -363,7 +363,7 @@ def _differences(a: Report, b: Report) -> list[str]:
 
 
 def _about_models(a: Report, b: Report) -> list[str]:
-    """In what the models differ from what their configs say."""
+    """Return how the models differ from their configs, and in which run."""
     notices = dict.fromkeys((*a.model_notices, *b.model_notices))
     both = {text: [name for name, report in (("A", a), ("B", b)) if text in report.model_notices] for text in notices}
     return [f"{' and '.join(names)}: {text}" for text, names in both.items()]
@@ -385,7 +385,7 @@ def _differ(name: str, a: str, b: str) -> str:
 
 
 def _extent(report: Report) -> str:
-    """The cells of a run in words, for a message."""
+    """Return the cells of a run in words, for a message."""
     strategies: dict[str, list[str]] = {}
     for outcome in report.outcomes:
         if outcome.rounds or outcome.failure or outcome.prediction:

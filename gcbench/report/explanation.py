@@ -1,4 +1,4 @@
-"""Why a predicted peak is what it is: what is alive there, which change would move it, and what was added unseen."""
+"""Explains a predicted peak: what is allocated there, what would reduce it, and what was added outside the trace."""
 
 from __future__ import annotations
 
@@ -10,48 +10,51 @@ from typing import TYPE_CHECKING
 from gcbench.core.prediction import LayerShare, Prediction, Share, Term
 from gcbench.core.records import Report
 from gcbench.core.units import counted, format_bytes, format_percent
-from gcbench.report.predictions import NOTHING, PredictedCell, checkpointing_lever, where
+from gcbench.report.predictions import NEGLIGIBLE_FRAC, PredictedCell, checkpointing_lever, where
 from gcbench.report.sentences import listed
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 REST = "all else"
-"""Together, the kinds that are too small to be told apart."""
-UNSEEN = "Added to every figure, as no operator of the step shows it:"
+"""The sum of the kinds that are too small to list."""
+OUTSIDE_TRACE = "Added to every figure, because no operator of the traced step allocates it:"
 
-_TOO_SMALL, _NOT_WRITTEN = 0.005, 0.0005
-"""Of the peak: what is told together, and what would read 0.0 %."""
+_SMALL_FRAC, _INVISIBLE_FRAC = 0.005, 0.0005
+"""Fractions of the peak: smaller kinds are summed up, and a sum that would read 0.0 % is left out."""
 _MOST_AMOUNTS = 6
-"""Different amounts that layers keep, told one by one."""
+"""Up to so many different amounts that layers save are listed one by one."""
 _MOST_NUMBERS = 4
-"""Layers told by their numbers, where these are not in a row."""
+"""Up to so many layers that are not consecutive are listed by number."""
 _LONGEST_BAR, _SHORTEST_BAR = 24, 6
 _GAP = 2
-_LABEL_WIDTH = 12
+_LABEL_WIDTH = 15
+
+_KIND_NAMES = {"boundaries": "layer inputs", "kept activations": "saved activations"}
+"""Kinds of memory that stored reports have under another name than tables and plots."""
 
 _SUBJECTS = {
     "parameters": "the parameters take",
     "inputs, buffers, workspaces": "inputs, buffers and workspaces take",
     "optimizer state": "the optimizer state takes",
     "gradients": "the gradients take",
-    "boundaries": "the boundaries take",
-    "kept activations": "the kept activations take",
+    "layer inputs": "the layer inputs take",
+    "saved activations": "the saved activations take",
     "logits and loss": "the logits take",
     "recomputed activations": "the recomputed activations take",
     "temporaries": "temporaries take",
 }
-_MOVES = {"a loss": "logits and loss", "checkpointing": "kept activations", "the fused optimizer": "temporaries"}
-"""How a lever's name begins, and the kind of memory that it moves."""
+_MOVES = {"a loss": "logits and loss", "checkpointing": "saved activations", "the fused optimizer": "temporaries"}
+"""How the name of a lever begins -> the kind of memory that it reduces."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Block:
-    """What is told of one cell, or of several that are alike.
+class PeakExplanation:
+    """The explanation of one cell's peak, or of several identical ones.
 
     Attributes:
-        shares: what is alive at the peak, largest first, with what is too small to matter as one.
-        facts: (what it is about, text).
+        shares: what is allocated at the peak, largest first, with small kinds summed up.
+        facts: (label, text).
     """
 
     strategies: tuple[str, ...]
@@ -76,7 +79,7 @@ class Block:
         yield Text("")
 
     def _bars(self, width: int) -> str:
-        """A line per share: its kind, percent and size, and a bar where there is room."""
+        """Return a line per share: kind, percent, size, and a bar where there is room."""
         rows = [(s.kind, format_percent(s.nbytes / self.peak_bytes), format_bytes(s.nbytes)) for s in self.shares]
         kind, percent, size = (max(len(row[place]) for row in rows) for place in range(3))
         room = min(width - kind - percent - size - 3 * _GAP, _LONGEST_BAR)
@@ -89,64 +92,69 @@ class Block:
         return "\n".join(lines)
 
 
-def blocks(cells: Sequence[PredictedCell], *, tried: bool = True) -> list[Block]:
-    """What is told of the cells of one workload, alike ones once; `tried` where levers were looked for."""
-    found: dict[Block, list[str]] = {}
+def explanations(cells: Sequence[PredictedCell], *, tried: bool = True) -> list[PeakExplanation]:
+    """Explain the peaks of one workload, identical ones once; `tried` says whether levers were searched for."""
+    strategies: dict[PeakExplanation, list[str]] = {}
     for cell in cells:
-        block = _block(cell, tried=tried)
-        if block is not None:
-            found.setdefault(block, []).append(cell.row.strategy)
-    return [replace(block, strategies=tuple(strategies)) for block, strategies in found.items()]
+        explained = _explained(cell, tried=tried)
+        if explained is not None:
+            strategies.setdefault(explained, []).append(cell.row.strategy)
+    return [replace(explained, strategies=tuple(names)) for explained, names in strategies.items()]
+
+
+def kind_name(kind: str) -> str:
+    """Return the name that tables and plots use for a kind of memory."""
+    return _KIND_NAMES.get(kind, kind)
 
 
 def terms(report: Report) -> tuple[Term, ...]:
-    """What was added to the figures that the trace cannot see, each once."""
-    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
-    return tuple(dict.fromkeys(term for prediction in said for term in prediction.terms))
+    """Return what was added to the figures for memory outside the trace, each term once."""
+    predictions = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
+    return tuple(dict.fromkeys(term for prediction in predictions for term in prediction.terms))
 
 
 def term_list(report: Report) -> list[RenderableType]:
-    """The terms as a list for the screen; empty where there are none."""
+    """Render the terms for the screen; empty where there are none."""
     from rich.padding import Padding
     from rich.text import Text
 
     parts: list[RenderableType] = []
-    for source, alike in groupby(terms(report), key=lambda term: term.source):
-        lines = [f"{term.name}: {format_bytes(term.nbytes)}, {side(term)}" for term in alike]
+    for source, group in groupby(terms(report), key=lambda term: term.source):
+        lines = [f"{term.name}: {format_bytes(term.nbytes)}, {side(term)}" for term in group]
         parts.append(Padding(Text("\n".join(lines)), (0, 0, 0, _GAP)))
         parts.append(Padding(Text(source), (0, 0, 0, 2 * _GAP)))
-    return [Text(UNSEEN), *parts, Text("")] if parts else []
+    return [Text(OUTSIDE_TRACE), *parts, Text("")] if parts else []
 
 
 def side(term: Term) -> str:
-    """Whether it counts for the allocator, or for the process alone."""
+    """Return whether a term is part of the allocator's memory or only of the process's."""
     return "in the allocator" if term.in_allocator else "outside the allocator"
 
 
 def lever_sentence(cell: PredictedCell, *, tried: bool = True) -> str | None:
-    """What takes most that a change could move, and what each change would save; None where there is nothing to say."""
+    """Return which memory a change could reduce and what each change would save; None where nothing was tried."""
     prediction = cell.prediction
-    said = prediction.explanation if prediction else None
-    if prediction is None or said is None or not said.shares:
+    explanation = prediction.explanation if prediction else None
+    if prediction is None or explanation is None or not explanation.shares:
         return None
-    now = prediction.memory.allocated_bytes
-    sizes = {share.kind: share.nbytes for share in said.shares}
-    by_gain = sorted(said.levers, key=lambda lever: (lever.peak_bytes, -sizes.get(_moved(lever.name) or "", 0)))
+    now, shares = prediction.memory.allocated_bytes, _named(explanation.shares)
+    sizes = {share.kind: share.nbytes for share in shares}
+    by_gain = sorted(explanation.levers, key=lambda lever: (lever.peak_bytes, -sizes.get(_moved(lever.name) or "", 0)))
     gains = [_gain(lever.name, now - lever.peak_bytes, now) for lever in by_gain]
-    effective = [lever for lever in by_gain if now - lever.peak_bytes >= NOTHING * now]
-    subject = _subject(said.shares, effective[0].name if effective else None, now)
+    effective = [lever for lever in by_gain if now - lever.peak_bytes >= NEGLIGIBLE_FRAC * now]
+    subject = _subject(shares, effective[0].name if effective else None, now)
     already = checkpointing_lever(prediction) is None and 0 < cell.row.num_layers <= cell.row.layers_checkpointed
     if gains:
         return f"{subject}: {', '.join(gains)}" + ("; every layer is checkpointed already" if already else "")
     if not tried:
         return None
-    return f"{subject}, and no change that was tried lowers it" + (": every layer is checkpointed" if already else "")
+    return f"{subject}, and no change that was tried reduces it" + (": every layer is checkpointed" if already else "")
 
 
-def kept_text(kept: Sequence[LayerShare]) -> str:
-    """`layers 0 to 31: 32.0 MiB each`, with the layers that keep the same told together."""
+def saved_text(runs: Sequence[LayerShare]) -> str:
+    """Return `layers 0 to 31: 32.0 MiB each`, with layers that save the same amount listed together."""
     by_size: dict[int, list[int]] = {}
-    for run in kept:
+    for run in runs:
         by_size.setdefault(run.nbytes, []).extend(range(run.first, run.last + 1))
     if len(by_size) > _MOST_AMOUNTS:
         least, most = min(by_size), max(by_size)
@@ -162,50 +170,54 @@ def kept_text(kept: Sequence[LayerShare]) -> str:
 
 
 def traced_text(prediction: Prediction, num_layers: int) -> str:
-    """How many layers the answer was made from."""
+    """Return how many layers were traced, and why if it was every one."""
     if prediction.why_in_full is not None:
-        return f"every layer traced: {prediction.why_in_full}"
+        return f"every layer: {prediction.why_in_full}"
     if prediction.layers_traced >= num_layers:
-        return "every layer traced"
-    return f"{prediction.layers_traced} of {num_layers} layers traced for all"
+        return "every layer"
+    return f"{prediction.layers_traced} of {num_layers} layers, which represent the rest"
 
 
-def _block(cell: PredictedCell, *, tried: bool) -> Block | None:
+def _explained(cell: PredictedCell, *, tried: bool) -> PeakExplanation | None:
     prediction = cell.prediction
-    said = prediction.explanation if prediction else None
-    if prediction is None or said is None:
+    explanation = prediction.explanation if prediction else None
+    if prediction is None or explanation is None:
         return None
     peak = prediction.memory.allocated_bytes
     attention = ", ".join(
         f"{kernel} ({counted(count, 'call')} traced)" for kernel, count in prediction.attention.items()
     )
     facts = (
-        ("operator", said.op),
-        ("layers keep", kept_text(said.kept)),
-        ("levers", lever_sentence(cell, tried=tried)),
+        ("operator", explanation.op),
+        ("saved by layers", saved_text(explanation.kept)),
+        ("would reduce it", lever_sentence(cell, tried=tried)),
         ("attention", attention),
-        ("made from", traced_text(prediction, cell.row.num_layers)),
+        ("traced", traced_text(prediction, cell.row.num_layers)),
     )
-    return Block(
+    return PeakExplanation(
         strategies=(),
         peak_bytes=peak,
         place=where(cell),
-        shares=_told_apart(said.shares, peak),
+        shares=_with_small_ones_summed(_named(explanation.shares), peak),
         facts=tuple((name, text) for name, text in facts if text),
     )
 
 
-def _told_apart(shares: Sequence[Share], peak: int) -> tuple[Share, ...]:
-    large = [share for share in shares if share.nbytes >= _TOO_SMALL * peak]
-    small = [share for share in shares if share.nbytes < _TOO_SMALL * peak]
+def _named(shares: Sequence[Share]) -> tuple[Share, ...]:
+    return tuple(replace(share, kind=kind_name(share.kind)) for share in shares)
+
+
+def _with_small_ones_summed(shares: Sequence[Share], peak: int) -> tuple[Share, ...]:
+    large = [share for share in shares if share.nbytes >= _SMALL_FRAC * peak]
+    small = [share for share in shares if share.nbytes < _SMALL_FRAC * peak]
     rest = sum(share.nbytes for share in small)
-    if rest < _NOT_WRITTEN * peak:
+    if rest < _INVISIBLE_FRAC * peak:
         return tuple(large)
     return (*large, *small) if len(small) == 1 else (*large, Share(kind=REST, nbytes=rest))
 
 
 def _subject(shares: Sequence[Share], lever: str | None, peak: int) -> str:
-    """`the logits take 61 % of the peak`: the kind that the best lever moves, or the largest."""
+    """Return `the logits take 61 % of the peak`, for the kind that the best lever reduces, or the largest."""
     moved = _moved(lever) if lever else None
     share = next((share for share in shares if share.kind == moved), shares[0])
     subject = _SUBJECTS.get(share.kind, f"{share.kind} take")
@@ -213,16 +225,16 @@ def _subject(shares: Sequence[Share], lever: str | None, peak: int) -> str:
 
 
 def _moved(lever: str) -> str | None:
-    """The kind of memory that a lever moves."""
+    """Return the kind of memory that a lever reduces."""
     return next((kind for start, kind in _MOVES.items() if lever.startswith(start)), None)
 
 
 def _gain(name: str, saved: int, peak: int) -> str:
-    """`a loss in 8 chunks saves 4.10 GiB`."""
+    """Return `a loss in 8 chunks saves 4.10 GiB`."""
     change = name.replace("a loss computed in", "a loss in")
-    if saved >= NOTHING * peak:
+    if saved >= NEGLIGIBLE_FRAC * peak:
         return f"{change} saves {format_bytes(saved)}"
-    if saved > -NOTHING * peak:
+    if saved > -NEGLIGIBLE_FRAC * peak:
         return f"{change.replace('checkpointing every layer', 'checkpointing more')} saves nothing"
     return f"{change} adds {format_bytes(-saved)}"
 
@@ -241,7 +253,7 @@ def _layers(layers: Sequence[int]) -> str:
 
 
 def _hanging(name: str, text: str) -> RenderableType:
-    """A name, and beside it a text that may take several lines."""
+    """Render a label, and beside it a text that may take several lines."""
     from rich.table import Table
     from rich.text import Text
 

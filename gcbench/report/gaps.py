@@ -1,15 +1,15 @@
-"""What a prediction does not cover: what a reader might look for and not find. No torch."""
+"""Lists what a prediction does not cover. No torch."""
 
 from __future__ import annotations
 
 from gcbench.core.records import Report
 from gcbench.report import sentences
 from gcbench.report.predictions import by_workload
-from gcbench.report.rows import OFF
+from gcbench.strategies import OFF
 
 
 def not_covered(report: Report) -> tuple[str, ...]:
-    """What a reader might look for and not find, a sentence each."""
+    """Return what a reader may miss in the report, a sentence each."""
     gaps = ["time: how long a step takes is not predicted"]
     for workload, cells in by_workload(report).items():
         place = sentences.title(workload, model=False, device=False)
@@ -19,17 +19,17 @@ def not_covered(report: Report) -> tuple[str, ...]:
                 gaps.append(f"{cell.row.strategy} at {place}: {ended}")
         if OFF not in {cell.row.strategy for cell in cells}:
             gaps.append(f"savings at {place}: off is not among its strategies")
-    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
-    if said and all(prediction.memory.process_bytes is None for prediction in said):
-        gaps.append("the memory of the process: on a CPU, only what tensors hold is predicted")
-    if any(prediction.terms for prediction in said):
+    predictions = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
+    if predictions and all(prediction.memory.process_bytes is None for prediction in predictions):
+        gaps.append("the memory of the process: on a CPU, only allocated memory is predicted")
+    if any(prediction.terms for prediction in predictions):
         gaps.append(
-            "the exact size of what the trace cannot see: it is what the sources named above say, and another driver "
-            "or another version of a library may take more or less"
+            "the exact size of memory outside the trace: it comes from the sources named above, and may differ with "
+            "another driver or library version"
         )
         gaps.append(
-            "cards other than an H100: with one, allocated peaks agreed within 0.02 % and reserved ones within 9 % in "
-            "71 cells (make accuracy); on others nothing was compared yet"
+            "cards other than an H100: there, allocated peaks agree within 0.02 % and reserved ones within 9 % in "
+            "71 cells (make accuracy); no other card was compared yet"
         )
-    gaps.append("what runs beside the training step: evaluation, saving, and other programs on the device")
+    gaps.append("everything outside the training step: evaluation, saving, and other programs on the device")
     return tuple(gaps)

@@ -1,4 +1,4 @@
-"""A grid of cells at a glance: a row per workload, a column per strategy, before the tables of each workload."""
+"""Summarizes a grid of cells in one table: a row per workload, a column per strategy."""
 
 from __future__ import annotations
 
@@ -9,23 +9,24 @@ from gcbench.core.records import Report, Row, Workload
 from gcbench.core.text_table import UNKNOWN, Column, Table
 from gcbench.core.units import format_bytes, format_percent
 from gcbench.report import sentences
-from gcbench.report.rows import OFF, by_workload, failed_proof, rows
+from gcbench.report.rows import by_workload, failed_proof, rows
+from gcbench.strategies import OFF
 
 _SHAPE = "batch × tokens"
 
 
 def overview(report: Report) -> Table | None:
-    """The overview of a run or a prediction; None where there is one workload, whose table is one."""
+    """Return the overview of a run or prediction; None for a single workload."""
     groups = by_workload(rows(report))
     if len(groups) < 2:
         return None
-    columns, said = columns_of(groups, is_predicted=report.source == "predicted")
+    columns, content = columns_of(groups, is_predicted=report.source == "predicted")
     cells = sum(map(len, groups.values()))
-    return Table(title=f"Overview of {cells} cells: {said}", subtitle=_in_common(list(groups)), columns=columns)
+    return Table(title=f"Overview of {cells} cells: {content}", subtitle=_in_common(list(groups)), columns=columns)
 
 
 def columns_of(groups: dict[Workload, tuple[Row, ...]], *, is_predicted: bool) -> tuple[tuple[Column, ...], str]:
-    """The columns, and what stands in them, in words."""
+    """Return the columns, and in words what they show."""
     cell: Callable[[Row], str] = _predicted if is_predicted else _measured
     names = dict.fromkeys(row.strategy for group in groups.values() for row in group)
     found = {(workload, row.strategy): cell(row) for workload, group in groups.items() for row in group}
@@ -43,7 +44,7 @@ def columns_of(groups: dict[Workload, tuple[Row, ...]], *, is_predicted: bool) -
 
 
 def _labels(workloads: Sequence[Workload]) -> tuple[str, ...]:
-    """What tells each workload from the others: batch and length, and what else differs."""
+    """Return a label for each workload: batch and length, and whatever else differs between them."""
     differing = [
         f.name
         for f in fields(Workload)
@@ -58,7 +59,7 @@ def _labels(workloads: Sequence[Workload]) -> tuple[str, ...]:
 
 
 def _in_common(workloads: Sequence[Workload]) -> str:
-    """`gpt2 · fp32 · adamw_torch`: the parts of the titles that are the same in all."""
+    """Return `gpt2 · fp32 · adamw_torch`: the parts that all titles share."""
     titles = [sentences.title(each).split(" · ") for each in workloads]
     common = (part for part in titles[0] if all(part in title for title in titles))
     return " · ".join(part for part in common if not part.startswith("batch "))

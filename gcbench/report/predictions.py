@@ -1,4 +1,4 @@
-"""What a prediction tells a person: the columns of its tables, the sentences beneath them, and what it leaves out."""
+"""Renders predictions: the columns of their tables and the sentences below them."""
 
 from __future__ import annotations
 
@@ -14,35 +14,33 @@ from gcbench.core.units import format_bytes, format_percent
 from gcbench.devices import cards
 from gcbench.report import rows as tables
 from gcbench.report import sentences as words
-from gcbench.report.rows import OFF
-from gcbench.report.sentences import PHASES, listed
+from gcbench.report.sentences import PHASES, SAME_PEAK_FRAC, listed
+from gcbench.strategies import OFF
 
-NOT_MEASURED = "Predicted, not measured: the memory of a training step, and nothing about its time."
+NOT_MEASURED = "Predicted, not measured: the peak memory of a training step. Its time is not predicted."
 
-NOTHING = 0.005
-"""Of the peak; who saves less than this saves nothing."""
-_SAME_PEAK = 0.01
-"""Peaks this close count as the same when one with less recomputation is looked for."""
-_TIGHT = 0.03
-"""Of the device's memory; what is left below this is called tight."""
+NEGLIGIBLE_FRAC = 0.005
+"""Savings and additions below this fraction of the peak count as none."""
+_TIGHT_FRAC = 0.03
+"""Headroom below this fraction of the device's memory is called tight."""
 _MOST_NAMES = 4
 """Strategies listed by name in a sentence."""
-_STANDING = ("parameters", "gradients", "optimizer state")
+_MODEL_STATE = ("parameters", "gradients", "optimizer state")
 """Kinds of memory that no strategy changes."""
 _EVERY_LAYER = "checkpointing every layer"
-"""The lever that a strategy could pull."""
+"""The lever that is itself a strategy."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictedCell:
-    """One cell: its row, and the prediction it was made of; None where there is none."""
+    """One cell: its row and its prediction, None where there is none."""
 
     row: Row
     prediction: Prediction | None
 
 
 def by_workload(report: Report) -> dict[Workload, tuple[PredictedCell, ...]]:
-    """The cells of each workload, in the order of their first appearance."""
+    """Group cells by workload, in the order of their first appearance."""
     groups: dict[Workload, list[PredictedCell]] = {}
     for row, outcome in zip(tables.rows(report), report.outcomes, strict=True):
         groups.setdefault(outcome.cell.workload, []).append(PredictedCell(row=row, prediction=outcome.prediction))
@@ -50,7 +48,7 @@ def by_workload(report: Report) -> dict[Workload, tuple[PredictedCell, ...]]:
 
 
 def target(report: Report) -> str:
-    """`NVIDIA A10, 21.99 GiB`: the device that the report is for, with its memory where there is a bound."""
+    """Return `NVIDIA A10, 21.99 GiB`: the device that the report is for, with its memory where that is limited."""
     name = "the CPU" if words.device_type(report.machine.device) == "cpu" else report.machine.device_name
     limit = limit_bytes(report)
     memory = format_bytes(limit)
@@ -58,13 +56,12 @@ def target(report: Report) -> str:
 
 
 def limit_bytes(report: Report) -> int | None:
-    """Memory of the device; None where there is no bound."""
-    said = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
-    return next((prediction.limit_bytes for prediction in said), None)
+    """Return the memory of the device; None without a limit."""
+    return next((outcome.prediction.limit_bytes for outcome in report.outcomes if outcome.prediction), None)
 
 
 def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
-    """The columns of one workload's table, as text; those that are empty in all rows are left out."""
+    """Return the columns of one workload's table, as text; columns that are empty in all rows are left out."""
 
     def of(text: Callable[[Row], str]) -> tuple[str, ...]:
         return tuple(text(row) for row in group)
@@ -82,7 +79,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac)), drop=5),
         Column(header="reserved", cells=of(lambda r: format_bytes(r.peak_reserved_bytes)), drop=2),
         Column(header="process", cells=of(lambda r: format_bytes(r.peak_process_bytes)), drop=3),
-        Column(header="to spare", cells=of(lambda r: signed_bytes(r.spare_bytes))),
+        Column(header="headroom", cells=of(lambda r: signed_bytes(r.spare_bytes))),
         Column(header="fits", cells=of(_fits), right=False, short=of(_fits_shortly), shorten=2),
     )
     always = ("strategy", "peak allocated")
@@ -90,20 +87,20 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def signed_bytes(count: int | None) -> str:
-    """`−3.20 GiB`, with a minus sign that is as wide as a digit."""
+    """Return `−3.20 GiB`, with a minus sign as wide as a digit."""
     return format_bytes(count).replace("-", "−")
 
 
 def notes(group: Sequence[Row]) -> tuple[str, ...]:
-    """A line for each row that has a message; not for those whose columns say it."""
+    """Return a line for each row with a message that its columns do not show."""
     return words.notes(row for row in group if row.status != "oom" or row.spare_bytes is None)
 
 
 def choice(cells: Sequence[PredictedCell]) -> PredictedCell | None:
-    """The strategy to look at first: of those that fit, the one that checkpoints the fewest layers.
+    """Return the strategy to consider first: of those that fit, the one that checkpoints the fewest layers.
 
-    Where nothing fits, the one that comes nearest; without a bound, the lowest peak, or the fewest layers among those
-    within 1 % of it. None where nothing was predicted.
+    Where nothing fits, it is the one that comes nearest; without a memory limit, the one with the fewest layers among
+    the peaks within 1 % of the lowest. None where nothing was predicted.
     """
     there = [cell for cell in cells if cell.row.peak_allocated_bytes is not None]
     bounded = [cell for cell in there if cell.row.spare_bytes is not None]
@@ -116,50 +113,50 @@ def choice(cells: Sequence[PredictedCell]) -> PredictedCell | None:
             return min(sure or fitting, key=lambda cell: (cell.row.layers_checkpointed, -_spare(cell)))
         return max(bounded, key=_spare)
     lowest = min(map(_peak, there))
-    alike = [cell for cell in there if _peak(cell) <= lowest * (1 + _SAME_PEAK)]
-    return min(alike, key=lambda cell: (cell.row.layers_checkpointed, _peak(cell)))
+    near = [cell for cell in there if _peak(cell) <= lowest * (1 + SAME_PEAK_FRAC)]
+    return min(near, key=lambda cell: (cell.row.layers_checkpointed, _peak(cell)))
 
 
 def summary(cells: Sequence[PredictedCell]) -> str:
-    """The sentences under the table of one workload."""
+    """Return the sentences below the table of one workload."""
     best = choice(cells)
     if best is None:
         return "Nothing could be predicted."
     there = [cell for cell in cells if cell.row.peak_allocated_bytes is not None]
     bounded = [cell for cell in there if cell.row.spare_bytes is not None]
-    sentences = _room(bounded, best) if bounded else _savings(there, best)
+    sentences = _fits_sentences(bounded, best) if bounded else _savings(there, best)
     sentences.append(_peak_sentence(best, there))
     kernels = dict.fromkeys(kernel for cell in there if cell.prediction for kernel in cell.prediction.attention)
     if kernels:
         plural = "kernels" if len(kernels) > 1 else "kernel"
         aside = (
-            ", which keeps whole matrices of scores, as no fused kernel takes it" if list(kernels) == ["math"] else ""
+            ", which saves whole score matrices, as no fused kernel supports it" if list(kernels) == ["math"] else ""
         )
-        sentences.append(f"On this device attention takes the {listed(list(kernels))} {plural}{aside}.")
+        sentences.append(f"On this device attention uses the {listed(list(kernels))} {plural}{aside}.")
     return " ".join(sentences)
 
 
 def where(cell: PredictedCell) -> str:
-    """`in the loss and logits (backward pass)`: where in the step its peak is."""
-    said = cell.prediction.explanation if cell.prediction else None
-    if said is None:
+    """Return `in the loss and logits (backward pass)`: where in the step the peak is."""
+    explanation = cell.prediction.explanation if cell.prediction else None
+    if explanation is None:
         return f"in the {PHASES[cell.row.peak_phase or 'forward']}"
-    place, _, phase = said.part.rpartition(", ")
+    place, _, phase = explanation.part.rpartition(", ")
     if not place or phase not in PHASES:
-        return f"in the {said.part}"
+        return f"in the {explanation.part}"
     if place == "before the layers":
-        return f"below the first layer ({PHASES[phase]})"
+        return f"before the first layer ({PHASES[phase]})"
     return f"in {'' if place.startswith('layer ') else 'the '}{place} ({PHASES[phase]})"
 
 
 def checkpointing_lever(prediction: Prediction | None) -> Lever | None:
-    """What checkpointing every layer would do; None where every layer is, or where it was not tried."""
+    """Return the lever that checkpoints every layer; None where it was not tried, or every layer is checkpointed."""
     levers = prediction.explanation.levers if prediction and prediction.explanation else ()
     return next((lever for lever in levers if lever.name == _EVERY_LAYER), None)
 
 
-def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
-    """Which strategies fit, and with how much to spare."""
+def _fits_sentences(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
+    """Say which strategies fit, and with how much headroom."""
     limit = best.row.device_memory_bytes or 0
     failing = [cell for cell in cells if not may_run(cell)]
     if len(failing) == len(cells):
@@ -168,42 +165,42 @@ def _room(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
     fitting = [cell for cell in cells if cell not in failing and cell not in close]
     name, spare = best.row.strategy, format_bytes(_spare(best))
     flushes = best.prediction is not None and bool(best.prediction.num_alloc_retries)
-    tight = ", which is tight" if flushes or _spare(best) < _TIGHT * limit else ""
+    tight = ", which is tight" if flushes or _spare(best) < _TIGHT_FRAC * limit else ""
     of = f"{best.row.layers_checkpointed} of {best.row.num_layers}"
     if not fitting:
         sentences = [
-            f"Whether {name} fits in {format_bytes(limit)} is too close to tell: it leaves {spare}, and what the "
-            f"device holds may be {format_bytes(uncertain_bytes(best))} more than predicted."
+            f"Whether {name} fits in {format_bytes(limit)} is too close to tell: it leaves {spare}, and the "
+            f"process may need {format_bytes(uncertain_bytes(best))} more than predicted."
         ]
     elif best.row.layers_checkpointed == 0:
         sentences = [
-            f"{name} fits in {format_bytes(limit)} with {spare} to spare{tight}: nothing has to be recomputed."
+            f"{name} fits in {format_bytes(limit)} with {spare} of headroom{tight}: nothing has to be recomputed."
         ]
     elif len(fitting) == 1:
         only = "Only " if failing and not close else ""
-        sentences = [f"{only}{name} fits in {format_bytes(limit)}, with {spare} to spare{tight}."]
+        sentences = [f"{only}{name} fits in {format_bytes(limit)}, with {spare} of headroom{tight}."]
     elif len({cell.row.layers_checkpointed for cell in fitting}) == 1:
         sentences = [
             f"{_several(fitting)} fit in {format_bytes(limit)}, each with {of} layers checkpointed; {name} leaves the "
-            f"most, {spare}{tight}."
+            f"most headroom, {spare}{tight}."
         ]
     else:
         sentences = [
             f"{_several(fitting)} fit in {format_bytes(limit)}; {name} checkpoints the fewest layers ({of}) and leaves "
-            f"{spare} to spare{tight}."
+            f"{spare} of headroom{tight}."
         ]
     roomiest = max(fitting or close, key=_spare)
-    if _spare(roomiest) > _spare(best) * (1 + _SAME_PEAK):
-        sentences.append(f"{roomiest.row.strategy} leaves the most, {format_bytes(_spare(roomiest))}.")
+    if _spare(roomiest) > _spare(best) * (1 + SAME_PEAK_FRAC):
+        sentences.append(f"{roomiest.row.strategy} leaves the most headroom, {format_bytes(_spare(roomiest))}.")
     others = [cell for cell in close if cell is not best]
     if others:
         rooms = listed([format_bytes(_spare(cell)) for cell in others])
         verb = "are" if len(others) > 1 else "is"
-        sentences.append(f"{listed(_names(others))} {verb} too close to tell, with {rooms} to spare.")
-    held = [cell for cell in failing if _spare(cell) >= 0]
-    if held:
-        verb = "fit" if len(held) > 1 else "fits"
-        sentences.append(f"{listed(_names(held))} {verb} only without the reserve ({_reserve(best)}).")
+        sentences.append(f"{listed(_names(others))} {verb} too close to tell, with {rooms} of headroom.")
+    reserved = [cell for cell in failing if _spare(cell) >= 0]
+    if reserved:
+        verb = "fit" if len(reserved) > 1 else "fits"
+        sentences.append(f"{listed(_names(reserved))} {verb} only without the reserve ({_reserve(best)}).")
     beyond = [cell for cell in failing if _spare(cell) < 0]
     if beyond:
         sentences.append(_failing(beyond))
@@ -227,69 +224,69 @@ def _nothing_fits(cells: Sequence[PredictedCell], best: PredictedCell, limit: in
     nearest = f"{row.strategy} comes nearest and" if len(cells) > 1 else "it"
     if _spare(best) >= 0:
         return [
-            f"{opening} in {_usable(best)}: {nearest} needs {format_bytes(-_room_left(best))} more.",
+            f"{opening} in {_usable(best)}: {nearest} needs {format_bytes(-_usable_headroom(best))} more.",
             _only_the_reserve(cells, best),
         ]
     sentence = f"{opening} in {format_bytes(limit)}: {nearest} needs {format_bytes(-_spare(best))} more than there is."
-    standing = _standing_bytes(best.prediction)
-    if standing > limit:
+    state = _model_state_bytes(best.prediction)
+    if state > limit:
         lora = "LoRA (--lora-r), " if row.lora_r is None else ""
-        told = [
+        sentences = [
             sentence,
-            f"Parameters, gradients and optimizer state alone take {format_bytes(standing)}, so no strategy and no "
+            f"Parameters, gradients and optimizer state alone take {format_bytes(state)}, so no strategy and no "
             f"batch fits; {lora}a leaner optimizer, a smaller model or a larger device might.",
         ]
-        devices = cards.among(standing, limit)
+        devices = cards.among(state, limit)
         if devices is not None:
-            told.append(
-                f"No card holds that much: {devices} or more of this size could share it (FSDP or ZeRO-3 in the "
-                "trainer), and gcbench predicts one device."
+            sentences.append(
+                f"No card has that much memory: {devices} or more of this size could share it (FSDP or ZeRO-3 in the "
+                "trainer), but gcbench predicts one device."
             )
-        return told
+        return sentences
     batch = "a smaller batch, " if row.batch_size > 1 else ""
     return [sentence, f"Try {batch}a shorter sequence or a leaner optimizer."]
 
 
 def _only_the_reserve(cells: Sequence[PredictedCell], best: PredictedCell) -> str:
-    """What a smaller reserve would let in, and whether that is sure to fit."""
+    """Say what fits with a smaller reserve, and whether that is certain."""
     limit, frac = best.row.device_memory_bytes or 0, _reserve_frac(best)
     smaller = headroom.smaller_reserve(limit - _spare(best), limit_bytes=limit, reserve_frac=frac) or 0.0
     there = headroom.usable_bytes(limit, smaller)
-    let_in = [cell for cell in cells if limit - _spare(cell) <= there]
-    verb = "fit" if len(let_in) > 1 else "fits"
-    sure = ", which is too close to tell" if all(cell.row.fits == CLOSE for cell in let_in) else ""
+    fitting = [cell for cell in cells if limit - _spare(cell) <= there]
+    verb = "fit" if len(fitting) > 1 else "fits"
+    sure = ", which is too close to tell" if all(cell.row.fits == CLOSE for cell in fitting) else ""
     return (
-        f"Only the reserve stands in the way: with {headroom.reserve_flag(smaller)} {_several(let_in)} {verb}, with "
-        f"{format_bytes(max(map(_spare, let_in)))} of the device to spare{sure}."
+        f"Only the reserve is in the way: with {headroom.reserve_flag(smaller)} {_several(fitting)} {verb}, with "
+        f"{format_bytes(max(map(_spare, fitting)))} of headroom{sure}."
     )
 
 
 def nothing_fits(report: Report) -> str | None:
-    """The sentence that ends a prediction of which no cell fits, with a remedy; None where one does."""
+    """Return the error message, with a remedy, of a prediction in which no cell fits; None where one does."""
     cells = [cell for group in by_workload(report).values() for cell in group]
     bounded = [cell for cell in cells if cell.row.spare_bytes is not None]
     if not bounded or len(bounded) < len(cells) or any(map(may_run, bounded)):
         return None
     best = max(bounded, key=_spare)
     needs = format_bytes((best.row.device_memory_bytes or 0) - _spare(best))
-    said = f"nothing fits into {_usable(best)}, the nearest is {best.row.strategy} with {needs}"
+    message = f"nothing fits into {_usable(best)}, the nearest is {best.row.strategy} with {needs}"
     if _spare(best) >= 0:
-        return f"{said}; {_only_the_reserve(bounded, best).removesuffix('.').replace('Only', 'only')}"
-    ways = ["a smaller batch"] if best.row.batch_size > 1 else []
-    ways += ["a shorter sequence", "a leaner optimizer", "LoRA (--lora-r)" if best.row.lora_r is None else ""]
-    return f"{said}; take {', '.join(filter(None, ways))} or a larger device"
+        return f"{message}; {_only_the_reserve(bounded, best).removesuffix('.').replace('Only', 'only')}"
+    remedies = ["a smaller batch"] if best.row.batch_size > 1 else []
+    remedies += ["a shorter sequence", "a leaner optimizer", "LoRA (--lora-r)" if best.row.lora_r is None else ""]
+    return f"{message}; try {', '.join(filter(None, remedies))} or a larger device"
 
 
-def _standing_bytes(prediction: Prediction | None) -> int:
-    """What parameters, gradients and optimizer state hold together at their highest; 0 where it is unknown."""
+def _model_state_bytes(prediction: Prediction | None) -> int:
+    """Return the peak of parameters, gradients and optimizer state together, in bytes; 0 where it is unknown."""
     if prediction is None or prediction.curve is None:
         return 0
     of_kind = dict(zip(prediction.curve.kinds, prediction.curve.nbytes, strict=True))
-    return max(map(sum, zip(*(of_kind[kind] for kind in _STANDING if kind in of_kind), strict=True)), default=0)
+    return max(map(sum, zip(*(of_kind[kind] for kind in _MODEL_STATE if kind in of_kind), strict=True)), default=0)
 
 
 def _savings(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
-    """What checkpointing saves where no bound says what fits."""
+    """Say what checkpointing saves, for a device without a memory limit."""
     off = next((cell for cell in cells if cell.row.strategy == OFF), None)
     lowest = min(cells, key=_peak)
     if off is None:
@@ -297,7 +294,7 @@ def _savings(cells: Sequence[PredictedCell], best: PredictedCell) -> list[str]:
     saved = lowest.row.memory_saved_frac or 0.0
     if len(cells) == 1:
         return [f"off has a peak of {format_bytes(_peak(off))}."]
-    if saved < NOTHING:
+    if saved < NEGLIGIBLE_FRAC:
         return ["No strategy saves memory."]
     row = lowest.row
     text = f"{row.strategy} saves {format_percent(saved)} of the peak of off"
@@ -315,13 +312,13 @@ def _peak_sentence(best: PredictedCell, cells: Sequence[PredictedCell]) -> str:
     if 0 < best.row.num_layers <= best.row.layers_checkpointed:
         return f"{text}, and no layer is left to checkpoint."
     left = _with_more_layers(best, cells)
-    if left is not None and _peak(best) - left < NOTHING * _peak(best):
+    if left is not None and _peak(best) - left < NEGLIGIBLE_FRAC * _peak(best):
         return f"{text}, where checkpointing more saves nothing."
     return f"{text}."
 
 
 def _with_more_layers(best: PredictedCell, cells: Sequence[PredictedCell]) -> int | None:
-    """The lowest peak that more layers give, by the lever or by the other strategies; None where none was tried."""
+    """Return the lowest peak with more layers checkpointed, of the lever and the other strategies; None if untried."""
     lever = checkpointing_lever(best.prediction)
     tried = [_peak(cell) for cell in cells if cell.row.layers_checkpointed > best.row.layers_checkpointed]
     return min([*tried, *([lever.peak_bytes] if lever else [])], default=None)
@@ -339,18 +336,18 @@ def _spare(cell: PredictedCell) -> int:
     return cell.row.spare_bytes or 0
 
 
-def _room_left(cell: PredictedCell) -> int:
-    """What the cell leaves of what may be used; negative where it does not fit there."""
+def _usable_headroom(cell: PredictedCell) -> int:
+    """Return what the cell leaves of the usable memory, in bytes; negative where it does not fit."""
     return _spare(cell) - (cell.row.device_memory_bytes or 0) + (cell.row.usable_bytes or 0)
 
 
 def may_run(cell: PredictedCell) -> bool:
-    """Whether it stays within the memory that may be used; it may still be too close to tell."""
-    return _room_left(cell) >= 0
+    """Return whether the cell fits in the usable memory; it may still be too close to tell."""
+    return _usable_headroom(cell) >= 0
 
 
 def uncertain_bytes(cell: PredictedCell) -> int:
-    """By how much what the cell holds may be more than predicted."""
+    """Return by how many bytes the cell may exceed its prediction."""
     return headroom.uncertain_bytes(cell.row.peak_reserved_bytes)
 
 
@@ -359,7 +356,7 @@ def _reserve_frac(cell: PredictedCell) -> float:
 
 
 def _reserve(cell: PredictedCell) -> str:
-    """`5.0 % of 39.39 GiB`."""
+    """Return `5.0 % of 39.39 GiB`."""
     return f"{format_percent(_reserve_frac(cell))} of {format_bytes(cell.row.device_memory_bytes)}"
 
 

@@ -1,4 +1,4 @@
-"""Writes the tables and plots of a run or prediction beside its report, and shows it."""
+"""Writes the tables and plots of a run or prediction beside its report, and prints it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from gcbench.report.run_folder import Store
 
 
 def publish(report: Report, store: Store, *, plots: bool = True) -> None:
-    """Write the tables and plots beside the report; a full disk is told by the store."""
+    """Write the tables and plots beside the report; the store reports a write that fails."""
     with store.forgiving(report):
         if plots:
             from gcbench.report.plots.run_plots import draw
@@ -28,7 +28,7 @@ def publish(report: Report, store: Store, *, plots: bool = True) -> None:
 def show(
     report: Report, folder: Path | None, *, explain: bool = False, as_json: bool, quiet: bool, err: Console
 ) -> None:
-    """Print the report, and on standard error what was decided for the user and where everything is."""
+    """Print the report, and on standard error its notices and the folder."""
     with streams.stored_in(folder) if folder is not None else nullcontext():
         if as_json:
             streams.print_json(formats.get("json").render(report))

@@ -1,4 +1,4 @@
-"""A run's report on disk: saved after every result, loaded with every fault named."""
+"""Saves and loads `report.json`; a file that cannot be read gives a ResultsError that says why."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ REPORT_NAME = "report.json"
 
 
 def report_path(place: Path) -> Path:
-    """The report file of a run folder, or the file itself."""
+    """Return the report file of a run folder, or the file itself."""
     return place if place.suffix == ".json" else place / REPORT_NAME
 
 
 def save(report: Report, folder: Path) -> None:
-    """Write `report.json` in one step, so that a reader or a crash never sees half of it; raises OSError."""
+    """Write `report.json` atomically; raises OSError."""
     write_text(folder / REPORT_NAME, json.dumps(encode(report), indent=1) + "\n")
 
 
 def load(place: Path) -> Report:
-    """The report in a run folder or file.
+    """Load the report in a run folder or file.
 
     Raises ResultsError when there is none, when it is damaged, or when a newer gcbench wrote it.
     """
@@ -39,14 +39,14 @@ def load(place: Path) -> Report:
 
 
 def parsed(path: Path, writer: str) -> object:
-    """The JSON document in a file that `writer` left.
+    """Load the JSON document in a file that the command `writer` wrote.
 
-    Raises ResultsError when there is none, when it is no JSON, or when a newer gcbench wrote it.
+    Raises ResultsError when there is none, when it is not JSON, or when a newer gcbench wrote it.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ResultsError(f"there is no {path}; give a folder that {writer} wrote") from None
+        raise ResultsError(f"there is no {path}; pass a folder that {writer} wrote") from None
     except (OSError, UnicodeDecodeError) as err:
         raise ResultsError(f"{path} cannot be read ({err}); check the path and its permissions") from None
     except json.JSONDecodeError as err:
@@ -64,21 +64,21 @@ def parsed(path: Path, writer: str) -> object:
 
 
 def _with_changes(report: Report) -> Report:
-    """The report with what was changed about the model in every cell, for one that was stored before cells told it."""
-    told = model_changes.describe(report.settings.get("layers"), report.settings.get("set"))
-    if told is None:
+    """Return the report with the changes to the model in every cell; older reports have them in the settings alone."""
+    changes = model_changes.describe(report.settings.get("layers"), report.settings.get("set"))
+    if changes is None:
         return report
     return replace(
         report,
         outcomes=tuple(
-            replace(o, cell=replace(o.cell, workload=replace(o.cell.workload, model_changes=told)))
+            replace(o, cell=replace(o.cell, workload=replace(o.cell.workload, model_changes=changes)))
             for o in report.outcomes
         ),
     )
 
 
 def reopen(folder: Path) -> Report:
-    """A stored run to continue; raises UsageError when there is none, ResultsError when it is damaged."""
+    """Load a stored run to continue; raises UsageError when there is none, ResultsError when it is damaged."""
     if not (folder / REPORT_NAME).exists():
-        raise UsageError(f"--resume: {folder} holds no run; give the --out of one that was begun")
+        raise UsageError(f"--resume: {folder} holds no run; pass the --out of an interrupted one")
     return load(folder)

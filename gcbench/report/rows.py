@@ -1,32 +1,27 @@
-"""From a report to one row per cell: what it took, what it saves against `off`, and whether it is proven."""
+"""Builds one row per cell of a report: memory, time, both relative to `off`, and the verdict of its proof."""
 
 from __future__ import annotations
 
 import math
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
 
 from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Prediction
 from gcbench.core.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
 from gcbench.core.units import counted
 from gcbench.report import stats
+from gcbench.strategies import OFF
 
-if TYPE_CHECKING:
-    import pandas  # type: ignore[import-untyped]  # its stubs are a package of their own
-
-OFF = "off"
 IDENTICAL, WITHIN_NOISE, NO_REFERENCE, FAILED = "identical", "within noise", "no reference", "FAILED"
 NOT_REPEATABLE = "not repeatable"
-"""`off` differs from itself by far more than roundoff, so that no difference from it shows anything."""
+"""Gradients of `off` differ between runs by far more than roundoff, so comparing with them proves nothing."""
 NOT_ITSELF = "does not repeat itself: nothing can be shown"
 NOTHING_SHOWN = f"off {NOT_ITSELF}"
 SEEDED = (
     "torch's, NumPy's and Python's global generators are seeded before each step: draw from those alone, and keep no "
     "state from one step to the next"
 )
-"""What a model can do about it."""
+"""The remedy, for whoever writes the model."""
 NOT_MEASURED_YET = "not measured: the run ended before this cell"
 
 _UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
@@ -34,22 +29,22 @@ _UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 _TOLERATED_ROUNDOFFS, _TOLERATED_NOISE = 4, 2
 _REORDERED = ("compile", "reentrant")
 _ROUNDINGS_A_LAYER = 40
-"""One after the other in a transformer layer, forward and backward: about twenty operators each way."""
+"""Consecutive roundings in a transformer layer: about twenty operators in each of forward and backward."""
 
 
 def columns() -> tuple[str, ...]:
-    """The column names of every table, in order."""
+    """Return the column names of CSV, JSON and data frame, in order."""
     return tuple(f.name for f in fields(Row))
 
 
 def rows(report: Report) -> tuple[Row, ...]:
-    """One row per outcome, in their order. Bytes, seconds and fractions; unknown is None."""
+    """Return one row per outcome, in their order, in bytes, seconds and fractions; unknown is None."""
     off = {outcome.cell.workload: _summary(outcome) for outcome in report.outcomes if outcome.cell.strategy == OFF}
     return tuple(_row(report, outcome, off.get(outcome.cell.workload)) for outcome in report.outcomes)
 
 
 def by_workload(table: Iterable[Row]) -> dict[Workload, tuple[Row, ...]]:
-    """The rows of each workload, in the order of their first appearance."""
+    """Group rows by workload, in the order of their first appearance."""
     groups: dict[Workload, list[Row]] = {}
     for row in table:
         groups.setdefault(workload(row), []).append(row)
@@ -57,22 +52,22 @@ def by_workload(table: Iterable[Row]) -> dict[Workload, tuple[Row, ...]]:
 
 
 def workload(row: Row) -> Workload:
-    """The workload of a row."""
+    """Return the workload of a row."""
     return Workload(**{f.name: getattr(row, f.name) for f in fields(Workload)})
 
 
 def failed_proof(row: Row) -> bool:
-    """Whether the cell did not do what its strategy says, so that its saving must not be shown."""
+    """Return whether the cell did not do what its strategy says, so its saving must not be shown."""
     return row.proof is not None and row.proof.startswith(FAILED)
 
 
 def hides_saving(row: Row) -> bool:
-    """Whether the proof forbids to show what the cell saves: it failed, or nothing could be shown."""
+    """Return whether what the cell saves must not be shown: its proof failed, or `off` is not repeatable."""
     return _hides_saving(row.proof)
 
 
 def unproven(table: Iterable[Row]) -> tuple[str, ...]:
-    """A sentence for whoever chooses among rows of which nothing could be shown."""
+    """Return a warning where `off` is not repeatable, so nothing about the gradients is proven."""
     if not any(row.proof == NOT_REPEATABLE for row in table):
         return ()
     return (f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]} about the gradients; memory and times are measured.",)
@@ -82,28 +77,16 @@ def _hides_saving(proof: str | None) -> bool:
     return proof is not None and proof.startswith((FAILED, NOT_REPEATABLE))
 
 
-def frame(report: Report) -> pandas.DataFrame:
-    """The rows as a pandas data frame with nullable column types, for notebooks."""
-    import pandas
-
-    table, kinds = rows(report), typing.get_type_hints(Row)
-    return pandas.DataFrame(
-        {name: pandas.array([getattr(row, name) for row in table], dtype=_nullable(kinds[name])) for name in columns()}
-    )
-
-
-def _nullable(kind: object) -> str:
-    members = typing.get_args(kind) or (kind,)
-    return "Int64" if int in members else "Float64" if float in members else "string"
-
-
 @dataclass(frozen=True, kw_only=True)
 class _Summary:
-    """What the rounds of a cell say together; counts are the worst over the rounds, None without rounds.
+    """The rounds of a cell in one record; counts are the worst over the rounds, None without rounds.
 
-    `layers_recomputed` is the fewest, so it differs from the most when rounds disagree. `noise` is the largest
-    difference of the rounds after the first, and of repeats, from the reference: for `off`, what changes from run to
-    run.
+    Attributes:
+        memory: of the first round that has it, or as predicted.
+        layers_recomputed, most_layers_recomputed: fewest and most over the rounds.
+        noise: largest relative difference from the reference of the rounds after the first and of repeats; for `off`,
+            the difference between runs.
+        is_reordered: its kernels round, or its gradients are summed, in another order than those of `off`.
     """
 
     rounds: tuple[RoundResult, ...]
@@ -116,18 +99,17 @@ class _Summary:
     grad_rel_diff: float | None
     noise: float | None
     alloc_retries: int
-    is_reordered: bool = False
-    """Its kernels round, or its gradients add up, in another order than those of `off`."""
-    proof: str | None = None
+    is_reordered: bool
 
 
 def _summary(outcome: Outcome) -> _Summary:
-    rounds, said = tuple(sorted(outcome.rounds, key=lambda r: r.round)), outcome.prediction
+    rounds = tuple(sorted(outcome.rounds, key=lambda r: r.round))
+    predicted = outcome.prediction.memory if outcome.prediction else None
     counts = [r.layers_recomputed for r in rounds if r.layers_recomputed is not None]
     diffs = [(r.round, r.grad_rel_diff) for r in rounds if r.grad_rel_diff is not None]
     return _Summary(
         rounds=rounds,
-        memory=next((r.memory for r in rounds if r.memory is not None), said.memory if said else None),
+        memory=next((r.memory for r in rounds if r.memory is not None), predicted),
         layers_run=max((r.layers_run for r in rounds), default=None),
         layers_planned=max((r.layers_planned for r in rounds), default=None),
         layers_recomputed=min(counts, default=None),
@@ -141,86 +123,144 @@ def _summary(outcome: Outcome) -> _Summary:
 
 
 def _largest(values: Iterable[float]) -> float | None:
-    """The largest, where not-a-number counts as larger than everything; None without values."""
+    """Return the largest value, with NaN above all others; None without values."""
     return max(values, key=lambda value: (math.isnan(value), value), default=None)
 
 
 def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
-    w, mine, is_off = outcome.cell.workload, _summary(outcome), outcome.cell.strategy == OFF
+    """Return the row of an outcome; `off` summarizes the cell of `off` in the same workload."""
+    mine, workload, is_off = _summary(outcome), outcome.cell.workload, outcome.cell.strategy == OFF
     planned = outcome.layers_checkpointed if mine.layers_planned is None else mine.layers_planned
-    off_proof = _proof(off, off, w, 0) if off else None
-    proof = off_proof if is_off else _proof(mine, off, w, planned)
-    said = outcome.prediction
-    # A prediction has nothing to prove: it is that of the plan.
-    comparable = said is not None or not any(_hides_saving(v or FAILED) for v in (proof, off_proof))
-    step = stats.step_time(mine.rounds)
-    paid = stats.overhead(mine.rounds, off.rounds) if off and comparable else None
-    if paid and is_off:
-        known = None if paid.interval is None else 0.0
-        paid = stats.Estimate(centre=0.0, low=known, high=known, num_units=paid.num_units)
-    peak = mine.memory.allocated_bytes if mine.memory else None
-    off_peak = off.memory.allocated_bytes if off and off.memory and comparable else None
+    off_proof = _proof(off, off, workload, 0) if off else None
+    proof = off_proof if is_off else _proof(mine, off, workload, planned)
+    # Only what is proven is compared with off; a prediction is that of the plan itself, so it needs no proof.
+    is_comparable = outcome.prediction is not None or not any(_hides_saving(v or FAILED) for v in (proof, off_proof))
+    reference = off if is_comparable else None
     return Row(
-        model=w.model,
+        **vars(workload),
+        **vars(_memory_columns(mine.memory, reference)),
+        **vars(_time_columns(mine, reference, tokens_per_step=workload.batch_size * workload.seq_len, is_off=is_off)),
+        **vars(_prediction_columns(outcome.prediction)),
         strategy=outcome.cell.strategy,
         status=outcome.failure.kind if outcome.failure else "ok",
-        device=w.device,
-        batch_size=w.batch_size,
-        seq_len=w.seq_len,
-        precision=w.precision,
-        optim=w.optim,
-        attn_implementation=w.attn_implementation,
-        num_params=report.model.num_params,
-        num_layers=mine.layers_run if mine.layers_run is not None else report.model.num_layers,
-        layers_checkpointed=planned,
-        peak_allocated_bytes=peak,
-        peak_reserved_bytes=mine.memory.reserved_bytes if mine.memory else None,
-        peak_process_bytes=mine.memory.process_bytes if mine.memory else None,
-        peak_phase=mine.memory.peak_phase if mine.memory else None,
-        step_time_s=step.centre if step else None,
-        step_time_low_s=step.low if step else None,
-        step_time_high_s=step.high if step else None,
-        tokens_per_s=w.batch_size * w.seq_len / step.centre if step else None,
-        memory_saved_frac=1 - peak / off_peak if peak is not None and off_peak else None,
-        time_overhead_frac=paid.centre if paid else None,
-        grad_rel_diff=mine.grad_rel_diff,
         source=report.source,
-        message=_message(outcome, mine, proof),
+        num_params=report.model.num_params,
+        num_layers=report.model.num_layers if mine.layers_run is None else mine.layers_run,
+        layers_checkpointed=planned,
         layers_recomputed=mine.layers_recomputed,
         params_without_grad=mine.params_without_grad,
-        peak_forward_bytes=mine.memory.forward_bytes if mine.memory else None,
-        peak_backward_bytes=mine.memory.backward_bytes if mine.memory else None,
-        peak_optimizer_bytes=mine.memory.optimizer_bytes if mine.memory else None,
-        time_overhead_low_frac=paid.low if paid else None,
-        time_overhead_high_frac=paid.high if paid else None,
+        grad_rel_diff=mine.grad_rel_diff,
         grad_noise_floor=off.noise if off else None,
         proof=proof,
-        lora_r=w.lora_r,
-        peak_op=said.explanation.op if said and said.explanation else None,
-        peak_layer=said.explanation.layer if said and said.explanation else None,
-        attention_kernel="+".join(said.attention) or None if said else None,
-        device_memory_bytes=said.limit_bytes if said else None,
-        spare_bytes=said.spare_bytes if said else None,
-        usable_bytes=said.usable_bytes if said else None,
-        fits=said.fit if said else None,
-        model_changes=w.model_changes,
-        accumulation_adds_bytes=_adds(said, ACCUMULATION),
-        kept_outputs_add_bytes=_adds(said, KEPT_OUTPUTS),
+        message=_message(outcome, mine, proof),
         model_notice=" ".join(report.model_notices) or None,
     )
 
 
-def _adds(said: Prediction | None, name: str) -> int | None:
-    return next((addition.nbytes for addition in said.additions if addition.name == name), None) if said else None
+@dataclass(frozen=True, kw_only=True)
+class _MemoryColumns:
+    """The columns of `Row` about memory, which are all unknown without a measured or predicted peak."""
+
+    peak_allocated_bytes: int | None = None
+    peak_reserved_bytes: int | None = None
+    peak_process_bytes: int | None = None
+    peak_phase: str | None = None
+    peak_forward_bytes: int | None = None
+    peak_backward_bytes: int | None = None
+    peak_optimizer_bytes: int | None = None
+    memory_saved_frac: float | None = None
+
+
+def _memory_columns(memory: MemoryPeaks | None, reference: _Summary | None) -> _MemoryColumns:
+    """Return the columns about memory; what is saved is relative to the peak of `reference`."""
+    if memory is None:
+        return _MemoryColumns()
+    reference_bytes = reference.memory.allocated_bytes if reference and reference.memory else 0
+    return _MemoryColumns(
+        peak_allocated_bytes=memory.allocated_bytes,
+        peak_reserved_bytes=memory.reserved_bytes,
+        peak_process_bytes=memory.process_bytes,
+        peak_phase=memory.peak_phase,
+        peak_forward_bytes=memory.forward_bytes,
+        peak_backward_bytes=memory.backward_bytes,
+        peak_optimizer_bytes=memory.optimizer_bytes,
+        memory_saved_frac=1 - memory.allocated_bytes / reference_bytes if reference_bytes else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _TimeColumns:
+    """The columns of `Row` about time, which are all unknown where no step was timed."""
+
+    step_time_s: float | None = None
+    step_time_low_s: float | None = None
+    step_time_high_s: float | None = None
+    tokens_per_s: float | None = None
+    time_overhead_frac: float | None = None
+    time_overhead_low_frac: float | None = None
+    time_overhead_high_frac: float | None = None
+
+
+def _time_columns(mine: _Summary, reference: _Summary | None, *, tokens_per_step: int, is_off: bool) -> _TimeColumns:
+    """Return the columns about time; the overhead is relative to `reference`, and 0 for `off` itself."""
+    step = stats.step_time(mine.rounds)
+    if step is None:
+        return _TimeColumns()
+    overhead = stats.overhead(mine.rounds, reference.rounds) if reference else None
+    if overhead and is_off:
+        end = None if overhead.interval is None else 0.0
+        overhead = stats.Estimate(centre=0.0, low=end, high=end, num_units=overhead.num_units)
+    return _TimeColumns(
+        step_time_s=step.centre,
+        step_time_low_s=step.low,
+        step_time_high_s=step.high,
+        tokens_per_s=tokens_per_step / step.centre,
+        time_overhead_frac=overhead.centre if overhead else None,
+        time_overhead_low_frac=overhead.low if overhead else None,
+        time_overhead_high_frac=overhead.high if overhead else None,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PredictionColumns:
+    """The columns of `Row` that only predictions have."""
+
+    peak_op: str | None = None
+    peak_layer: int | None = None
+    attention_kernel: str | None = None
+    device_memory_bytes: int | None = None
+    spare_bytes: int | None = None
+    usable_bytes: int | None = None
+    fits: str | None = None
+    accumulation_adds_bytes: int | None = None
+    kept_outputs_add_bytes: int | None = None
+
+
+def _prediction_columns(prediction: Prediction | None) -> _PredictionColumns:
+    """Return the columns of a prediction; all unknown for a measurement."""
+    if prediction is None:
+        return _PredictionColumns()
+    added_bytes = {addition.name: addition.nbytes for addition in prediction.additions}
+    return _PredictionColumns(
+        peak_op=prediction.explanation.op if prediction.explanation else None,
+        peak_layer=prediction.explanation.layer if prediction.explanation else None,
+        attention_kernel="+".join(prediction.attention) or None,
+        device_memory_bytes=prediction.limit_bytes,
+        spare_bytes=prediction.spare_bytes,
+        usable_bytes=prediction.usable_bytes,
+        fits=prediction.fit,
+        accumulation_adds_bytes=added_bytes.get(ACCUMULATION),
+        kept_outputs_add_bytes=added_bytes.get(KEPT_OUTPUTS),
+    )
 
 
 def _proof(mine: _Summary, off: _Summary | None, workload: Workload, layers_checkpointed: int) -> str | None:
-    """Whether the cell recomputed what its plan says and changed nothing else; None when nothing was measured."""
+    """Return whether the cell recomputed what its plan says and changed no gradient; None if nothing was measured."""
     if mine.params_without_grad is None:
         return None
     diff, precision, device = mine.grad_rel_diff, workload.precision, workload.device
     if off and not is_repeatable(off.noise, precision, device):
-        return NOT_REPEATABLE  # before all else: layers may come and go by chance, too, and gradients agree by it
+        return NOT_REPEATABLE  # first, since counts of layers may be random too, and gradients may agree by chance
     fewest, most = mine.layers_recomputed, mine.most_layers_recomputed
     if fewest is not None and not fewest == most == layers_checkpointed:
         other = "" if fewest == most else f" in one round and {most} in another"
@@ -240,13 +280,13 @@ def _proof(mine: _Summary, off: _Summary | None, workload: Workload, layers_chec
 
 
 def is_repeatable(noise: float | None, precision: str, device: str) -> bool:
-    """Whether `noise`, the relative difference of the gradients of two runs of `off`, can be that of roundoff.
+    """Return whether roundoff can explain `noise`, the relative difference of the gradients of two runs of `off`.
 
-    On a card, where kernels add in any order, it can up to the root of the unit roundoff. Where a rounding decides
-    something, as the expert that a token goes to, it does so for a share of them in proportion to the roundoff, and
-    the norm of what changes goes with the root of that share. Random numbers that are drawn anew change a share that
-    has nothing to do with it. Kernels of a CPU add in one order, so that a few units of roundoff are much there; in
-    fp32 the root is as little. NaN says nothing.
+    On a GPU, whose kernels sum in any order, it can explain up to the square root of the unit roundoff: where a
+    rounding decides something, such as the expert of a token, it does so for a share of tokens proportional to the
+    roundoff, and the norm of the change grows with the root of that share. Random numbers drawn anew change a share
+    that does not depend on the roundoff. Kernels on a CPU sum in a fixed order, so a few units of roundoff are the
+    limit there, or in fp32 the root, which is as small. NaN counts as repeatable.
     """
     most = math.sqrt(_unit_roundoff(precision))
     if device.partition(":")[0] == "cpu":
@@ -255,7 +295,7 @@ def is_repeatable(noise: float | None, precision: str, device: str) -> bool:
 
 
 def needs_repeat(outcome: Outcome, off: Outcome) -> bool:
-    """Whether the verdict on an outcome depends on the noise of `off`, and that is not known."""
+    """Return whether the verdict on an outcome depends on the noise of `off`, which is not known yet."""
     mine, reference = _summary(outcome), _summary(off)
     if reference.noise is not None or not mine.grad_rel_diff:
         return False
@@ -267,13 +307,13 @@ def _unit_roundoff(precision: str) -> float:
 
 
 def tolerance(precision: str, *, reordered_layers: int = 0, noise: float | None = None) -> float:
-    """The relative difference of gradients that another choice of kernels explains.
+    """Return the relative difference of gradients that a different choice of kernels explains.
 
-    Twice the `noise` of two runs of `off` is tolerated, too: ask `is_repeatable` first whether it can be roundoff's.
+    Twice the `noise` of two runs of `off` is tolerated too; check with `is_repeatable` that it can be roundoff.
 
-    Compiled layers round at other places throughout, and reentrant ones add gradients in another order. Roundings that
-    are as good as random add up as the root of their number (Higham and Mary, A new approach to probabilistic rounding
-    error analysis, 2019); twice that is tolerated.
+    Compiled layers round in other places, and reentrant ones sum gradients in another order. Independent roundings
+    grow with the square root of their number (Higham and Mary, A new approach to probabilistic rounding error
+    analysis, 2019); twice that is tolerated.
     """
     rounding = max(_TOLERATED_ROUNDOFFS, 2 * math.sqrt(_ROUNDINGS_A_LAYER * reordered_layers))
     floor = _TOLERATED_NOISE * noise if noise is not None and math.isfinite(noise) else 0.0
@@ -281,8 +321,8 @@ def tolerance(precision: str, *, reordered_layers: int = 0, noise: float | None 
 
 
 def _cause(outcome: Outcome, mine: _Summary) -> str:
-    """What is known to make a proof fail in this way, with the remedy."""
-    from gcbench.diagnoses.known_causes import Observation, diagnose  # what a sound run does not need
+    """Return the known cause of a proof that failed in this way, with its remedy; empty when none is known."""
+    from gcbench.diagnoses.known_causes import Observation, diagnose  # lazily: most runs need no diagnosis
 
     known = diagnose(
         Observation.of_strategy(
@@ -308,12 +348,12 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
         parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}{_cause(outcome, mine)}")
     if proof == NOT_REPEATABLE and outcome.cell.strategy == OFF:
         parts.append(f"{NOT_ITSELF}; {SEEDED}")
-    said = outcome.prediction
-    if said and said.num_alloc_retries and not outcome.failure:
+    prediction = outcome.prediction
+    if prediction and prediction.num_alloc_retries and not outcome.failure:
         parts.append("it fits only by flushing the allocator's cache, so it is near out of memory")
     if any(result.draws_other_dropout for result in outcome.rounds):
         parts.append(
-            "compiled layers draw other dropout than off, so that gradients cannot be compared; see gcbench check"
+            "compiled layers draw other dropout than off, so their gradients cannot be compared; see gcbench check"
         )
     if mine.alloc_retries:
         times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
@@ -321,6 +361,6 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
             f"the allocator had to flush and retry {times}: timings are pessimistic and the setting is near "
             "out of memory"
         )
-    if not outcome.rounds and not outcome.failure and not outcome.prediction:
+    if not outcome.rounds and not outcome.failure and not prediction:
         parts.append(NOT_MEASURED_YET)
     return "; ".join(parts) or None

@@ -1,4 +1,4 @@
-"""The run folder: made once, saved after every result, and nothing lost when it cannot be written."""
+"""Manages a run folder: locks it, saves after every result, and saves elsewhere when it cannot be written."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 GRADIENTS = "gradients"
 LOCK_NAME = ".gcbench.lock"
-"""In a folder that is being written to. What a killed process leaves of it locks nothing."""
+"""Exists while a process writes to the folder; one that a killed process left behind locks nothing."""
 _TRIES = 5
 
 
 class Store:
-    """Where a run's report and gradient fingerprints go, and what keeps other processes out of it.
+    """A locked folder for a run's report and gradient fingerprints.
 
-    A context manager: an error inside takes a folder away again that was made for nothing. A write that fails while
-    cells are measured is told once and tried again with the next result; `close` puts what could not be written into
-    the system's temporary folder.
+    A context manager: on an error inside, a folder that is new and still without a report is removed. A write that
+    fails while cells are measured is reported once and retried with the next result; `close` writes what is still
+    unwritten to the system's temporary folder.
     """
 
     def __init__(self, folder: Path, *, made: bool = False, lock: BaseFileLock | None = None) -> None:
@@ -41,12 +41,12 @@ class Store:
         self._failed: OSError | None = None
         self._unwritten: Report | None = None
         self._incomplete = False
-        self._told = False
+        self._is_reported = False
         self._gradients: dict[str, str] = {}
 
     @classmethod
     def create(cls, folder: Path, *, can_resume: bool = False) -> Store:
-        """A new folder of results; raises UsageError when it holds something already, is in use or cannot be written.
+        """Create a folder of results; raises UsageError when it is not empty, is in use or cannot be written.
 
         Args:
             can_resume: whether the command has --resume.
@@ -61,7 +61,7 @@ class Store:
         try:
             if any(path.name != LOCK_NAME for path in folder.iterdir()):
                 begun = can_resume and (folder / REPORT_NAME).exists()
-                advice = "add --resume to continue it, or take another --out" if begun else "take another --out"
+                advice = "add --resume to continue it, or choose another --out" if begun else "choose another --out"
                 raise UsageError(f"--out {folder} exists and is not empty; {advice}")
             with tempfile.TemporaryFile(dir=folder):
                 pass
@@ -75,7 +75,7 @@ class Store:
 
     @classmethod
     def new(cls, slug: str, created: str) -> Store:
-        """A new folder of its own for what began at `created`: see `default_folder`; raises UsageError."""
+        """Create a new folder named by `default_folder`; raises UsageError."""
         while True:
             folder = default_folder(slug, created)
             try:
@@ -83,7 +83,7 @@ class Store:
                 folder.mkdir()
             except OSError as err:
                 if isinstance(err, FileExistsError) and folder.is_dir():
-                    continue  # another process was faster
+                    continue  # another process created it first
                 raise _unwritable(folder, err) from None
             store = cls.create(folder)
             store._made = True
@@ -91,7 +91,7 @@ class Store:
 
     @classmethod
     def reopen(cls, folder: Path) -> Store:
-        """The folder of a run to continue; raises UsageError when another process writes to it."""
+        """Lock the folder of a run to continue; raises UsageError when another process writes to it."""
         try:
             return cls(folder, lock=_locked(folder))
         except OSError as err:
@@ -106,7 +106,7 @@ class Store:
             self.discard_if_empty()
 
     def release(self) -> None:
-        """Let other processes have the folder, and leave no trace of having kept them out."""
+        """Unlock the folder and remove the lock file."""
         if self._lock is None:
             return
         with suppress(OSError):
@@ -116,7 +116,7 @@ class Store:
         self._lock = None
 
     def save(self, report: Report) -> None:
-        """Write the report; a failure is told on stderr and does not stop the run."""
+        """Write the report; a failure is reported on stderr and does not stop the run."""
         try:
             reports.save(report, self.folder)
             self._unwritten = None
@@ -125,7 +125,7 @@ class Store:
 
     @contextmanager
     def forgiving(self, report: Report) -> Iterator[None]:
-        """A block that writes beside the report; its failure is told like one of `save`, and again by `close`."""
+        """Handle an OSError of the block, which writes beside the report, as `save` does; `close` reports it again."""
         try:
             yield
         except OSError as err:
@@ -134,23 +134,23 @@ class Store:
 
     def _note(self, report: Report, err: OSError) -> None:
         self._unwritten = report
-        if not self._told:
-            self._told = True
+        if not self._is_reported:
+            self._is_reported = True
             print(
-                f"warning: {self.folder} cannot be written ({err.strerror}); it goes on, and saving is tried "
-                "again after each result",
+                f"warning: {self.folder} cannot be written ({err.strerror}); the run continues, and saving is "
+                "retried after each result",
                 file=sys.stderr,
             )
 
     def save_gradients(self, cell: Cell, number: int, text: str) -> None:
-        """Keep the fingerprint of a cell's gradients, for cells measured later or by --resume."""
+        """Store the fingerprint of a cell's gradients, for cells measured later or by --resume."""
         name = f"{cell.key}-r{number}.json"
         self._gradients[name] = text
-        with suppress(OSError):  # told by `save`, which follows
+        with suppress(OSError):  # `save`, which follows, reports it
             write_text(self.folder / GRADIENTS / name, text)
 
     def load_gradients(self, cell: Cell, number: int) -> str | None:
-        """A stored fingerprint; None when there is none."""
+        """Load a stored fingerprint; None when there is none."""
         name = f"{cell.key}-r{number}.json"
         if name not in self._gradients:
             try:
@@ -161,27 +161,27 @@ class Store:
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """A block that writes files that are no report; a failure is told by `close`, after all has been shown."""
+        """Leave an OSError of the block, which writes other files than a report, for `close` to report."""
         try:
             yield
         except OSError as err:
             self._failed = err
 
     def discard_if_empty(self) -> None:
-        """Take the folder away again, if this run made it and ended before it had a report."""
+        """Remove the folder if this run created it and ended before it had a report."""
         if self._made and not (self.folder / REPORT_NAME).exists():
             with suppress(OSError):
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Try the last save again.
+        """Retry a failed save.
 
-        Raises GcbenchError naming the other place when the folder stays unwritable, and when something that belongs
-        beside the report is missing from it.
+        Raises GcbenchError when the folder stays unwritable, with the place where the report is instead, and when
+        tables or plots beside the report are missing.
         """
         if self._failed is not None:
             raise GcbenchError(
-                f"{self.folder} could not be written ({self._failed.strerror}), so what is above is all there is; copy "
+                f"{self.folder} could not be written ({self._failed.strerror}), so only the output above exists; copy "
                 "it, or repeat the command with another --out"
             )
         if self._unwritten is not None:
@@ -200,7 +200,7 @@ class Store:
         except OSError as err:
             raise GcbenchError(
                 f"the results could not be written to {self.folder} nor to the temporary folder ({err.strerror}); "
-                "the table above is all there is: copy it"
+                "only the table above exists: copy it"
             ) from None
         raise GcbenchError(
             f"the results could not be written to {self.folder}; they are in {other}: move them once there is room"
@@ -208,15 +208,15 @@ class Store:
 
 
 def _unwritable(folder: Path, err: OSError) -> UsageError:
-    return UsageError(f"--out {folder} cannot be written ({err.strerror}); take another --out")
+    return UsageError(f"--out {folder} cannot be written ({err.strerror}); choose another --out")
 
 
 def _locked(folder: Path) -> BaseFileLock | None:
-    """The folder's lock, taken; None where its file system has none. Raises UsageError when another process holds it.
+    """Lock the folder; None where its file system has no locks. Raises UsageError when another process holds it.
 
-    The operating system gives it back when its holder ends, however that happens.
+    The operating system releases it when its holder ends, in whichever way.
     """
-    from filelock import FileLock, Timeout  # only now: most commands write to no folder
+    from filelock import FileLock, Timeout  # lazily: most commands write to no folder
 
     for _ in range(_TRIES):
         lock = FileLock(folder / LOCK_NAME, timeout=0)
@@ -224,18 +224,18 @@ def _locked(folder: Path) -> BaseFileLock | None:
             lock.acquire()
         except Timeout:
             raise UsageError(
-                f"--out {folder} is being written to by another gcbench; wait for its end, or take another --out"
+                f"--out {folder} is being written to by another gcbench; wait for its end, or choose another --out"
             ) from None
         except (OSError, NotImplementedError):
             return None
         if Path(lock.lock_file).exists():
             return lock
-        lock.release()  # the holder took its file away as it ended, and this was still that one
+        lock.release()  # its former holder removed the file in between
     return None
 
 
 def default_folder(model_slug: str, created: str) -> Path:
-    """`results/MODEL-DATE-TIME` below the current folder, with a number behind it when that is taken."""
+    """Return `results/MODEL-DATE-TIME` below the current folder, with a number appended when it exists."""
     stamp = created[:19].replace("-", "").replace(":", "").replace("T", "-")
     first = Path("results") / f"{model_slug}-{stamp}"
     others = (first.with_name(f"{first.name}-{number}") for number in itertools.count(2))

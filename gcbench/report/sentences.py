@@ -1,4 +1,4 @@
-"""What a table says, in sentences: the strategy that saves most, what it costs, and where the peak is now."""
+"""Summarizes a table in sentences: the strategy that saves most, what it costs, and where the peak is then."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 from gcbench.core import model_changes
 from gcbench.core.records import Report, Row, Workload
 from gcbench.core.units import format_bytes, format_percent, format_seconds
-from gcbench.report.rows import NOTHING_SHOWN, OFF, failed_proof, hides_saving
+from gcbench.report.rows import NOTHING_SHOWN, failed_proof, hides_saving
 from gcbench.report.stats import MIN_ROUNDS
+from gcbench.strategies import OFF
 
 FAILURES = {
     "oom": "out of memory",
@@ -18,7 +19,7 @@ FAILURES = {
     "killed": "killed",
     "crash": "crashed",
 }
-"""What a person reads for each kind of failure."""
+"""Kind of failure -> the words for it in tables."""
 
 PHASES = {"forward": "forward pass", "backward": "backward pass", "optimizer": "optimizer step"}
 
@@ -29,14 +30,14 @@ _CANNOT_HELP = (
     "raise the batch, or use a leaner optimizer."
 )
 
-_SAME_PEAK = 0.01
-"""Peaks this close count as the same when a cheaper strategy is looked for."""
-_NOTHING = 0.0005
-"""A fraction that would be written as 0.0 %."""
+SAME_PEAK_FRAC = 0.01
+"""Peaks that differ by less count as the same when a cheaper strategy is searched for."""
+_INVISIBLE_FRAC = 0.0005
+"""A smaller fraction reads 0.0 %."""
 
 
 def title(workload: Workload, *, model: bool = True, device: bool = True) -> str:
-    """`gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`; without model or device where that is clear."""
+    """Return `gpt2 · batch 16 × 64 tokens · fp32 · adamw_torch · sdpa · cpu`, on request without model or device."""
     parts = [model_changes.named(workload.model, workload.model_changes)] if model else []
     parts += [f"batch {workload.batch_size} × {workload.seq_len} tokens", workload.precision, workload.optim]
     if workload.lora_r is not None:
@@ -49,24 +50,24 @@ def title(workload: Workload, *, model: bool = True, device: bool = True) -> str
 
 
 def model_of(report: Report) -> str:
-    """The model of a report, with what was changed about it."""
+    """Return the model of a report, with the changes to its config."""
     return model_changes.named(
         report.model.model, model_changes.describe(report.settings.get("layers"), report.settings.get("set"))
     )
 
 
 def lora(rank: int) -> str:
-    """`LoRA r=8`."""
+    """Return `LoRA r=8`."""
     return f"LoRA r={rank}"
 
 
 def how_it_ended(row: Row) -> str:
-    """How a cell ended, in words; one that was only predicted did not run out of anything."""
+    """Return how a failed cell ended; a prediction does not fit rather than runs out of memory."""
     return "does not fit" if row.status == "oom" and row.source == "predicted" else FAILURES[row.status]
 
 
 def notes(rows: Iterable[Row]) -> tuple[str, ...]:
-    """A line for each row that has a message."""
+    """Return a line for each row that has a message."""
     return tuple(
         f"{row.strategy}: {row.message if row.status == 'ok' else f'{how_it_ended(row)}: {row.message}'}"
         for row in rows
@@ -75,12 +76,12 @@ def notes(rows: Iterable[Row]) -> tuple[str, ...]:
 
 
 def device_type(device: str) -> str:
-    """`cuda` of `cuda:1`."""
+    """Return `cuda` for `cuda:1`."""
     return device.partition(":")[0]
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """The sentences under the table of one workload; `rows` are the cells of that workload."""
+    """Return the sentences below the table of one workload; `rows` are the cells of that workload."""
     usable = [row for row in rows if row.status == "ok" and row.peak_allocated_bytes is not None]
     proven = [row for row in usable if not hides_saving(row)]
     off = next((row for row in rows if row.strategy == OFF), None)
@@ -99,14 +100,13 @@ def summary(rows: Sequence[Row]) -> str:
         sentences.append(_broken(broken))
     if usable and device_type(usable[0].device) == "cpu":
         sentences.append(
-            "These are CPU figures: the memory that activations take carries over to a GPU only roughly, "
-            "and times do not."
+            "These are CPU figures: the memory of activations carries over to a GPU only roughly, and times do not."
         )
     return " ".join(sentences)
 
 
 def interval(low: float | None, high: float | None) -> str | None:
-    """0.22 and 0.33 as `22 to 33 %`, with a decimal when both are below 10 % or would look equal; None without both."""
+    """Return `22 to 33 %` for 0.22 and 0.33, with a decimal below 10 % or where both would look equal."""
     if low is None or high is None:
         return None
     whole = max(abs(low), abs(high)) >= 0.0995 and round(100 * low) != round(100 * high)
@@ -115,7 +115,7 @@ def interval(low: float | None, high: float | None) -> str | None:
 
 
 def time_paid(row: Row) -> str:
-    """`for 27 % more time (95 %: 22 to 33 %)`, with the interval or the reason why there is none."""
+    """Return `for 27 % more time (95 %: 22 to 33 %)`, with the interval or the reason why there is none."""
     paid, low, high = row.time_overhead_frac, row.time_overhead_low_frac, row.time_overhead_high_frac
     if paid is None:
         return "at a time that was not measured against off"
@@ -126,7 +126,7 @@ def time_paid(row: Row) -> str:
         basis = f"95 %: {limits}"
         if low <= 0 <= high:
             return f"with no difference in time shown ({basis})"
-    if abs(paid) < _NOTHING:
+    if abs(paid) < _INVISIBLE_FRAC:
         return f"for less than 0.1 % of the time ({basis})"
     return f"for {format_percent(abs(paid))} {'more' if paid > 0 else 'less'} time ({basis})"
 
@@ -138,9 +138,9 @@ def _against_off(off: Row, others: Sequence[Row], tried: Sequence[Row]) -> list[
         return [f"Only off was measured{reason}; its peak is {peak}, in the {where}."]
     best = min(others, key=_by_peak)
     saved = best.memory_saved_frac or 0.0
-    if saved < _NOTHING and off.peak_phase == "optimizer":
+    if saved < _INVISIBLE_FRAC and off.peak_phase == "optimizer":
         return [_CANNOT_HELP]
-    if saved < _NOTHING:
+    if saved < _INVISIBLE_FRAC:
         return [f"No strategy saves memory: off has a peak of {peak}, in the {where}, and none is below it."]
     text = f"{best.strategy} saves {format_percent(saved)} of peak memory {time_paid(best)}"
     sentences = [f"{text}; {_where_now(best, off)}."]
@@ -157,12 +157,12 @@ def _where_now(best: Row, off: Row) -> str:
 
 
 def _cheaper(best: Row, others: Sequence[Row]) -> Row | None:
-    """The cheapest strategy with the same peak that is shown to be cheaper; None where intervals lack."""
-    limit = (best.peak_allocated_bytes or 0) * (1 + _SAME_PEAK)
-    found = [
+    """Return the cheapest strategy with the same peak whose interval shows it to be cheaper; None if there is none."""
+    limit = (best.peak_allocated_bytes or 0) * (1 + SAME_PEAK_FRAC)
+    cheaper = [
         row for row in others if row is not best and (row.peak_allocated_bytes or 0) <= limit and _is_cheaper(row, best)
     ]
-    return min(found, key=_by_time, default=None)
+    return min(cheaper, key=_by_time, default=None)
 
 
 def _is_cheaper(row: Row, than: Row) -> bool:
@@ -200,7 +200,7 @@ def _nothing_measured(rows: Sequence[Row]) -> str:
 
 
 def _endings(rows: Iterable[Row]) -> str:
-    """`off crashed, per-layer timed out`, with equal endings said once."""
+    """Return `off crashed; per-layer timed out`, with strategies that ended the same way grouped."""
     endings: dict[str, list[str]] = {}
     for row in rows:
         endings.setdefault(FAILURES.get(row.status, "was not reached"), []).append(row.strategy)
@@ -230,7 +230,7 @@ def _unrepeatable(off: Row) -> str:
     size = f" by {noise:.2g}" if noise is not None and math.isfinite(noise) else ""
     return (
         f"{NOTHING_SHOWN[0].upper()}{NOTHING_SHOWN[1:]}. Its gradients differ{size} from run to run, with the same "
-        "weights, batch and seeds, so that no saving is shown; peaks and times are what was measured."
+        "weights, batch and seeds, so no saving is shown; peaks and times are as measured."
     )
 
 
@@ -239,7 +239,7 @@ def _why(row: Row) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """`off, per-layer and every:2`."""
+    """Return `off, per-layer and every:2`."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 

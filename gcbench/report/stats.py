@@ -1,4 +1,4 @@
-"""Centres, 95 % intervals and ratios of step times; the standard library only."""
+"""Computes centres, 95 % intervals and ratios of step times, with the standard library only."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from gcbench.core.records import RoundResult
 CONFIDENCE = 0.95
 _UPPER_TAIL = 0.5 + CONFIDENCE / 2
 MIN_ROUNDS = 3
-"""Fewer give no interval. With two, Student's t has one degree of freedom: where rounds scatter by 6 %, half of the
-intervals reach beyond 44 %, one in twenty beyond 190 % and one in twenty not beyond 3.5 %, and an overhead of 30 % is
-shown in 36 % of the runs. With three, it is shown in 94 %, and 13, 30 and 3.4 % take the place of 44, 190 and 3.5 %."""
+"""Fewer rounds give no interval. With two, Student's t has one degree of freedom: where rounds scatter by 6 %, half of
+the intervals reach beyond 44 %, one in twenty beyond 190 % and one in twenty not beyond 3.5 %, and an overhead of 30 %
+is detected in 36 % of the runs. With three, it is detected in 94 %, and these figures are 13, 30 and 3.4 %."""
 _MIN_ORDER_STATISTICS = 6
-"""From six units on, the smallest and the largest enclose the median with 1 - 2/2^6 = 96.9 %; with five, 93.75 %."""
+"""With six units, the smallest and the largest enclose the median with 1 - 2/2^6 = 96.9 %; with five, 93.75 %."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Estimate:
 
     Attributes:
         low, high: the interval, which contains the centre; both None with fewer than `MIN_ROUNDS` units.
-        num_units: independent values the estimate rests on.
+        num_units: number of independent values.
     """
 
     centre: float
@@ -40,7 +40,7 @@ class Estimate:
         return None if self.low is None or self.high is None else (self.low, self.high)
 
     def minus(self, offset: float) -> Estimate:
-        """Centre and interval shifted down by `offset`."""
+        """Return the estimate shifted down by `offset`."""
         low, high = self.interval or (None, None)
         return Estimate(
             centre=self.centre - offset,
@@ -51,21 +51,20 @@ class Estimate:
 
 
 def units(rounds: Sequence[RoundResult]) -> tuple[float, ...]:
-    """The independent values, in seconds per step.
+    """Return the independent values, in seconds per step: the median of each round.
 
-    Steps of one process share its memory layout and its moment on the machine, so a round counts once: by the median
-    of its samples.
+    Steps of one process share its memory layout and the state of the machine, so they are not independent.
     """
     return tuple(statistics.median(r.step_times_s) for r in rounds if r.step_times_s)
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
-    """The median of positive, independent values and its 95 % interval; None without values.
+    """Return the median of positive, independent values and its 95 % interval; None without values.
 
-    From six values on the interval is made of order statistics and assumes nothing about the distribution
+    With six or more values the interval consists of order statistics and assumes nothing about the distribution
     (H. A. David and H. N. Nagaraja, Order Statistics, 3rd ed., 2003, section 7.1). With three to five it is Student's t
-    interval of the mean logarithm, carried back, which takes the noise to be lognormal, and it is widened where it
-    would leave the median out. With fewer there is none: see `MIN_ROUNDS`.
+    interval of the mean logarithm, exponentiated, which assumes lognormal noise, and is widened to include the median.
+    With fewer there is none: see `MIN_ROUNDS`.
     """
     if not values:
         return None
@@ -84,14 +83,14 @@ def estimate(values: Sequence[float]) -> Estimate | None:
 
 
 def step_time(rounds: Sequence[RoundResult]) -> Estimate | None:
-    """Seconds per step over the rounds; None when nothing was timed."""
+    """Return seconds per step over the rounds; None when nothing was timed."""
     return estimate(units(rounds))
 
 
 def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estimate | None:
-    """The time paid against `off`, as a fraction of off's time, with its 95 % interval.
+    """Return the time overhead relative to `off`, as a fraction of its time, with its 95 % interval.
 
-    The ratio is taken within a round, whose two processes ran one after the other, so a drift of the machine over the
+    Ratios are formed within a round, whose two processes ran one after the other, so a drift of the machine over the
     run cancels out. Rounds timed on one side only are ignored. None when no round is common.
     """
     mine = {r.round: r.step_times_s for r in rounds if r.step_times_s}
@@ -102,11 +101,11 @@ def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estim
 
 
 def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estimate | None:
-    """How much longer a step takes in `after`, a run independent of `before`, as a fraction, with its 95 % interval.
+    """Return by which fraction a step takes longer in `after`, a run independent of `before`, with its 95 % interval.
 
     The centre is the ratio of the medians. The interval is Welch's for the difference of the mean logarithms
-    (B. L. Welch, Biometrika 34, 1947, 28-35), widened where it would leave the centre out; None with fewer than
-    `MIN_ROUNDS` units on a side. `num_units` counts the smaller side. None when a side has no times.
+    (B. L. Welch, Biometrika 34, 1947, 28-35), widened to include the centre; None with fewer than `MIN_ROUNDS` units on
+    a side. `num_units` counts the smaller side. None when a side has no times.
     """
     a, b = units(before), units(after)
     if not a or not b:
@@ -127,10 +126,10 @@ def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estim
 
 @cache
 def median_rank(n: int) -> int:
-    """The largest r for which the r-th smallest and r-th largest of n values enclose the median with 95 %.
+    """Return the largest r for which the r-th smallest and r-th largest of n values enclose the median with 95 %.
 
     The number of values below the median is binomial(n, 1/2), so the coverage is 1 - 2 P(binomial < r), exactly.
-    Raises ValueError for n < 6, where even the extremes do not reach it.
+    Raises ValueError for n < 6, where even the extremes do not suffice.
     """
     if n < _MIN_ORDER_STATISTICS:
         raise ValueError(f"{n} values cannot enclose the median with 95 %; it takes {_MIN_ORDER_STATISTICS}")
@@ -143,7 +142,7 @@ def median_rank(n: int) -> int:
 
 @cache
 def t_quantile(probability: float, df: float) -> float:
-    """The t below which Student's distribution has `probability` (0.5 to under 1); `df` need not be whole.
+    """Return the t below which Student's distribution has `probability` (0.5 to under 1); `df` need not be whole.
 
     Found by bisection on the distribution function to the last bit; agrees with the table of the NIST/SEMATECH
     e-Handbook, section 1.3.6.7.2.
@@ -165,7 +164,7 @@ def _t_upper_tail(t: float, df: float) -> float:
 
 
 def _incomplete_beta(x: float, a: float, b: float) -> float:
-    """The regularised I_x(a, b) by its continued fraction, DLMF 8.17.22, evaluated with Lentz's method."""
+    """Return the regularised I_x(a, b) by its continued fraction, DLMF 8.17.22, evaluated with Lentz's method."""
     if x <= 0 or x >= 1:
         return min(max(x, 0.0), 1.0)
     if x > (a + 1) / (a + b + 2):
@@ -188,5 +187,5 @@ def _incomplete_beta(x: float, a: float, b: float) -> float:
 
 
 def _around(log_centre: float, half: float) -> tuple[float, float]:
-    """The interval of a logarithm, carried back."""
+    """Return the interval of a logarithm, exponentiated."""
     return math.exp(log_centre - half), math.exp(log_centre + half)

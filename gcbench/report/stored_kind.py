@@ -1,15 +1,12 @@
-"""A plan or a check that a folder keeps, read again: what it was, so that it can be shown and handed over anew."""
+"""Tells whether a folder or JSON file holds a run, a plan or a check."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from gcbench.report.report_file import REPORT_NAME
-
-if TYPE_CHECKING:
-    pass
 
 PLANNED_NAME = "planned.json"
 CHECK_NAME = "check.json"
@@ -20,10 +17,7 @@ Kind = Literal["run", "plan", "check"]
 
 
 def kind_of(place: Path) -> Kind:
-    """What a folder or file holds; a run where nothing else is there.
-
-    Raises ResultsError for a plan that was stored before plans could be shown again.
-    """
+    """Return what a folder or file holds; "run" also for predictions, and where it holds none of these."""
     if place.suffix == ".json":
         if place.name in (PLANNED_NAME, _DECISION_NAME, PLAN_NAME):
             return "plan"
@@ -38,7 +32,7 @@ def kind_of(place: Path) -> Kind:
 
 
 def _has(path: Path, keys: set[str]) -> bool:
-    """Whether a file is a JSON object with these keys; of one that cannot be read, nobody knows."""
+    """Return whether a file is a JSON object with these keys; False for one that cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

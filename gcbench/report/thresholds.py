@@ -1,4 +1,4 @@
-"""The thresholds of `compare --fail-on`. No torch."""
+"""Parses the thresholds of `compare --fail-on`. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ THRESHOLDS = ("memory", "time")
 
 
 def parse_threshold(text: str) -> tuple[str, float]:
-    """`"memory:1%"` as `("memory", 0.01)`; raises ValueError with the legal form on anything else."""
+    """Parse `"memory:1%"` as `("memory", 0.01)`; raises ValueError that shows the legal form."""
     name, colon, share = (part.strip() for part in text.partition(":"))
     example = "write it like memory:1% or time:5%"
     if name not in THRESHOLDS:

@@ -59,7 +59,7 @@ def test_a_path_that_is_not_there(cli):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('{"model_type": "llama",', "is not valid JSON (line 1"),
         ("", "is not valid JSON (line 1"),
@@ -71,10 +71,10 @@ def test_a_path_that_is_not_there(cli):
         ('{"model_type": "llama", "num_hidden_layers": "many"}', "num_hidden_layers"),
     ],
 )
-def test_a_config_that_no_model_can_be_built_from(cli, tmp_path, text, said):
+def test_a_config_that_no_model_can_be_built_from(cli, tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     result = cli("run", "-m", tmp_path, *QUICK, "--out", tmp_path / "run")
-    result.refused(3, said)
+    result.refused(3, message)
     assert not (tmp_path / "run").exists()
 
 
@@ -110,7 +110,7 @@ def test_a_malformed_stride(cli, model, spec):
 
 
 @pytest.mark.parametrize(
-    ("spec", "said"),
+    ("spec", "message"),
     [
         ("per_layr", "did you mean per-layer?"),
         ("everything", "legal are off, "),
@@ -119,11 +119,11 @@ def test_a_malformed_stride(cli, model, spec):
         ("", "has an empty item"),
     ],
 )
-def test_an_unknown_strategy(cli, model, spec, said):
-    cli("run", "-m", model(), *QUICK, "--strategies", spec).refused(2, said)
+def test_an_unknown_strategy(cli, model, spec, message):
+    cli("run", "-m", model(), *QUICK, "--strategies", spec).refused(2, message)
 
 
-def test_a_stride_beyond_the_layers_is_refused_when_it_was_asked_for(cli, model, tmp_path):
+def test_a_stride_beyond_the_layers_is_refused_when_it_was_requested(cli, model, tmp_path):
     result = cli("run", "-m", model(), *QUICK, "--strategies", "off,every:5", "--out", tmp_path / "run")
     result.refused(2, "every:5 needs at least 5 layers and the model has 4", "from 1 to 4")
     assert not (tmp_path / "run").exists()
@@ -142,7 +142,7 @@ def test_a_stride_beyond_the_layers_is_left_out_when_it_is_a_default(cli, model)
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "said"),
+    ("flag", "value", "message"),
     [
         ("--batch", "0", "--batch: 0 is too small; it must be 1 or more"),
         ("--batch", "-3", "-3 is too small"),
@@ -171,8 +171,8 @@ def test_a_stride_beyond_the_layers_is_left_out_when_it_is_a_default(cli, model)
         ("--device", "cuda:x", "legal are auto, cpu, cuda and cuda:N"),
     ],
 )
-def test_a_value_that_cannot_be_meant(cli, model, flag, value, said):
-    cli("run", "-m", model(), *QUICK, flag, value).refused(2, said)
+def test_a_value_out_of_range_or_malformed_is_refused(cli, model, flag, value, message):
+    cli("run", "-m", model(), *QUICK, flag, value).refused(2, message)
 
 
 def test_a_length_beyond_the_models_maximum(cli, model, tmp_path):
@@ -184,7 +184,7 @@ def test_a_length_beyond_the_models_maximum(cli, model, tmp_path):
     assert mended.code == 0, mended.err
 
 
-def test_all_mistakes_are_told_together(cli):
+def test_all_mistakes_are_reported_together(cli):
     """The trap: one mistake a run, mended five times over."""
     result = cli("run", "--batch", "0", "--seq-len", "x", "--strategies", "every:0", "--precision", "int4")
     assert result.code == 2 and result.out == ""
@@ -196,7 +196,7 @@ def test_all_mistakes_are_told_together(cli):
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (["run", "--modl", "gpt2"], "--modl"),
         (["run", "--model"], "--model"),
@@ -208,15 +208,15 @@ def test_all_mistakes_are_told_together(cli):
         (["compare", "a", "b", "--fail-on", "memory"], "--fail-on"),
     ],
 )
-def test_a_command_that_cannot_be_read(cli, args, said):
-    cli(*args).refused(2, said)
+def test_a_command_that_cannot_be_read(cli, args, message):
+    cli(*args).refused(2, message)
 
 
 # The config file
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ('model = "x"\nbatch_size = 1\nbatchsize = 2\n', "there is no setting 'batchsize'; did you mean batch_size?"),
         ('model = "x"\nbatch = 1\nzzz = 9\n', "there is no setting 'zzz'; legal are "),
@@ -227,11 +227,11 @@ def test_a_command_that_cannot_be_read(cli, args, said):
         ('[run]\nmodel = "x"\n', "there is no setting 'run'"),
     ],
 )
-def test_a_config_file_with_a_mistake(cli, tmp_path, text, said):
+def test_a_config_file_with_a_mistake(cli, tmp_path, text, message):
     (tmp_path / "run.toml").write_text(text)
     result = cli("run", "--config", tmp_path / "run.toml")
     assert result.code == 2 and result.out == ""
-    assert said in result.err and "Traceback" not in result.err
+    assert message in result.err and "Traceback" not in result.err
 
 
 def test_a_config_file_that_is_not_there(cli):
@@ -253,7 +253,7 @@ def test_an_attention_that_does_not_exist(cli, model):
     cli("run", "-m", model(), *QUICK, "--attn-implementation", "sdpaa").refused(2, "sdpaa", "leave the flag out")
 
 
-def test_the_attention_asked_for_is_the_one_used(cli, model):
+def test_the_requested_attention_is_used(cli, model):
     result = cli("run", "-m", model(), *QUICK, "--attn-implementation", "eager", "--json")
     assert result.code == 0, result.err
     assert {row["attn_implementation"] for row in result.rows.values()} == {"eager"}
@@ -267,8 +267,8 @@ def test_a_device_that_is_not_there(cli, model):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has the device")
 @pytest.mark.parametrize("command", ["run", "env"])
 def test_no_gpu(cli, model, tmp_path, command):
-    asked = ("run", "-m", model(), *QUICK, "--out", tmp_path / "run") if command == "run" else ("env",)
-    cli(*asked, "--device", "cuda").refused(3, "cuda", "--device cpu")
+    arguments = ("run", "-m", model(), *QUICK, "--out", tmp_path / "run") if command == "run" else ("env",)
+    cli(*arguments, "--device", "cuda").refused(3, "cuda", "--device cpu")
     assert not (tmp_path / "run").exists()
 
 

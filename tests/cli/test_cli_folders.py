@@ -36,14 +36,14 @@ def test_an_output_folder_with_other_things_in_it(cli, model, tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
     result = cli("run", "-m", model(), *QUICK, "--out", tmp_path / "photos")
-    result.refused(2, "exists and is not empty", "take another --out")
+    result.refused(2, "exists and is not empty", "choose another --out")
     assert "--resume" not in result.err
 
 
 @pytest.mark.parametrize("place", ["file", "file/below", "/proc/gcbench", "/dev/null"])
 def test_an_output_folder_that_cannot_be_written(cli, model, tmp_path, place):
     (tmp_path / "file").touch()
-    cli("run", "-m", model(), *QUICK, "--out", place).refused(2, f"--out {place} ", "take another --out")
+    cli("run", "-m", model(), *QUICK, "--out", place).refused(2, f"--out {place} ", "choose another --out")
 
 
 def test_a_relative_output_folder_is_below_the_current_one(cli, model, tmp_path):
@@ -103,7 +103,7 @@ def test_a_disk_with_room_again_has_the_results_in_the_end(cli, model, tmp_path,
     assert table(folder)["per-layer"]["status"] == "ok"
 
 
-def test_tables_that_could_not_be_written_are_told_at_the_end(cli, model, tmp_path, monkeypatch):
+def test_tables_that_could_not_be_written_are_reported_at_the_end(cli, model, tmp_path, monkeypatch):
     """The trap: the report fits on the disk, its tables and plots do not, and the run ends with 0."""
     folder = tmp_path / "run"
     disk = FullDisk(monkeypatch, folder, first=10_000)
@@ -208,14 +208,14 @@ def test_json_is_one_document_on_standard_output(cli, tmp_path, command):
     assert result.document["rows"]
 
 
-def test_json_of_a_run_is_one_document_whatever_is_said_beside_it(cli, model):
+def test_json_of_a_run_is_one_document_whatever_else_is_printed(cli, model):
     result = cli("run", "-m", model(), *QUICK, "--json")
     assert result.code == 0, result.err
     assert list(result.document) == ["schema", "rows"]
     assert "Weights are random" in result.err and "round 1/1" in result.err
 
 
-def test_quiet_says_nothing_on_standard_error(cli, model):
+def test_quiet_prints_nothing_to_standard_error(cli, model):
     result = cli("run", "-m", model(), *QUICK, "--quiet")
     assert result.code == 0
     assert result.err == ""

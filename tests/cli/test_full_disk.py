@@ -1,4 +1,4 @@
-"""A disk that is full below --out of a plan, a check or a prediction: the answer is shown, and one sentence says it."""
+"""A full disk below --out of a plan, check or prediction: the result is printed, and one sentence reports the disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from gcbench.plan import session as plan_session
 from gcbench.report import publish, run_folder
 from gcbench.report import report_file as reports
 
-SHOWN_THEN_TOLD = "could not be written (No space left on device), so what is above is all there is"
+SHOWN_THEN_TOLD = "could not be written (No space left on device), so only the output above exists"
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Ctrl-C and a polite kill end every command with a word, 130, nothing running and what is done kept."""
+"""Ctrl-C and SIGTERM end every command with a message and exit code 130; no process stays, results are stored."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HANDLED_BY = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_every_command_says_that_it_was_interrupted(cli, monkeypatch, command, number):
+def test_every_command_reports_an_interruption(cli, monkeypatch, command, number):
     """Typer made of Ctrl-C an exit code without a word."""
     name = command.split()[0]
 
@@ -52,7 +52,7 @@ def test_every_command_says_that_it_was_interrupted(cli, monkeypatch, command, n
     monkeypatch.setattr(*HANDLED_BY.get(name, (listings, name)), interrupted)
     result = cli(*command.split())
     assert (result.code, result.out, result.err) == (130, "", "error: interrupted\n")
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a second one must not cut off what is said"
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN, "a second one must not cut off the message"
 
 
 def test_a_command_that_ends_by_itself_leaves_the_signals_as_they_were(cli):
@@ -61,7 +61,7 @@ def test_a_command_that_ends_by_itself_leaves_the_signals_as_they_were(cli):
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_an_interruption_of_the_imports_is_told(monkeypatch, capsys):
+def test_an_interruption_of_the_imports_is_reported(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
@@ -73,7 +73,7 @@ def test_an_interruption_of_the_imports_is_told(monkeypatch, capsys):
     assert "typer" in sys.modules, "and it is what takes the time"
 
 
-def test_a_prediction_is_ended_at_once_and_keeps_its_cells(popen, model, cli, tmp_path):
+def test_an_interrupted_prediction_ends_at_once_and_stores_its_cells(popen, model, cli, tmp_path):
     """The trap: the pool waits for what each of its children is at, and begins the next."""
     process = popen("predict", "-m", model(), *PREDICT, "--out", tmp_path / "out")
     while not (tmp_path / "out" / "report.json").exists():
@@ -84,7 +84,7 @@ def test_a_prediction_is_ended_at_once_and_keeps_its_cells(popen, model, cli, tm
     out, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
     assert process.returncode == 130, err
     assert out == "" and "Traceback" not in err
-    assert f"predicted and kept in {tmp_path / 'out'}; show them with: gcbench report {tmp_path / 'out'}" in err
+    assert f"predicted and stored in {tmp_path / 'out'}; show them with: gcbench report {tmp_path / 'out'}" in err
     await_nobody(process)
     done = [outcome for outcome in reports.load(tmp_path / "out").outcomes if outcome.prediction]
     assert 0 < len(done) < 48
@@ -92,7 +92,7 @@ def test_a_prediction_is_ended_at_once_and_keeps_its_cells(popen, model, cli, tm
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"report.json"}
 
 
-def test_a_check_keeps_what_was_checked(popen, model, tmp_path):
+def test_an_interrupted_check_stores_what_was_checked(popen, model, tmp_path):
     process = popen("check", "-m", model(), "--out", tmp_path / "out")
     await_line(process, "checking: 0 of")
     os.killpg(process.pid, signal.SIGTERM)

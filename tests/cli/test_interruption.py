@@ -1,4 +1,4 @@
-"""Ctrl-C and kills at any moment: no process stays, what was measured is kept, and --resume finishes."""
+"""Ctrl-C and kills at any moment: no process stays, measurements are stored, and --resume finishes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMPORTING = "the server imports torch"
         ("round 3/3 per-layer", 8),
     ],
 )
-def test_ctrl_c_keeps_what_was_measured_and_resume_finishes(popen, cli, model, tmp_path, moment, kept):
+def test_ctrl_c_stores_what_was_measured_and_resume_finishes(popen, cli, model, tmp_path, moment, kept):
     """The traps: a child that goes on measuring alone, a server caught by the signal in the middle of an import and
     printing its trace, and a resumed run that measures again what it had."""
     folder = tmp_path / "run"
@@ -120,7 +120,7 @@ def test_resuming_with_more_rounds_adds_them(cli, model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (("--batch", 2), "batch_size [1] is now [2]"),
         (("--seed", 1), "seed 0 is now 1"),
@@ -129,12 +129,12 @@ def test_resuming_with_more_rounds_adds_them(cli, model, tmp_path):
         (("--memory-limit", "1GiB"), f"memory_limit None is now {2**30}"),
     ],
 )
-def test_resuming_with_other_settings_is_refused(cli, model, tmp_path, change, said):
-    """The trap: two workloads in one table, told apart by nothing."""
+def test_resuming_with_other_settings_is_refused(cli, model, tmp_path, change, message):
+    """The trap: two workloads in one table that nothing distinguishes."""
     folder = tmp_path / "run"
     assert cli("run", "-m", model(), *QUICK, *THREE, "--rounds", 1, "--out", folder).code == 0
     before = (folder / "report.json").read_bytes()
-    cli("run", "--resume", "--out", folder, *change).refused(2, "--resume", said, "take a new --out")
+    cli("run", "--resume", "--out", folder, *change).refused(2, "--resume", message, "take a new --out")
     assert (folder / "report.json").read_bytes() == before
 
 

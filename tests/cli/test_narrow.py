@@ -162,7 +162,7 @@ def test_one_workload_is_its_own_overview():
     assert "Overview" not in markdown.render(long_report())
 
 
-def test_the_overview_of_a_prediction_says_what_does_not_fit():
+def test_the_overview_of_a_prediction_marks_what_does_not_fit():
     works = [workload(batch=batch, device="a10") for batch in (1, 2)]
     both = report(*(o for work in works for o in card_report(work=work).outcomes))
     both = type(both)(**{**vars(both), "source": "predicted"})

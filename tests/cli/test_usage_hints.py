@@ -1,4 +1,4 @@
-"""A command line that cannot be parsed gets what was meant; no message names an option that its command lacks."""
+"""A command line that cannot be parsed gets a suggestion; no message names an option that its command lacks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ SHOWN_BY = {
     "calibration/op_times.py": ("plan",),
     "devices/cards.py": ("predict", "plan"),
     "check/worker.py": ("check",),
+    "cli/check_options.py": ("check",),
     "check/models.py": ("check",),
     "check/session.py": ("check",),
     "checkpointing/apply.py": FOUR,
@@ -102,7 +103,7 @@ def _modules() -> list[Path]:
 
 @pytest.mark.parametrize("path", _modules(), ids=lambda path: str(path.relative_to(SOURCES)))
 def test_a_message_names_options_that_its_commands_have(path):
-    """The trap: check, which has no --lora-target-modules, told its user to name them there."""
+    """The trap: check, which has no --lora-target-modules, advised its user to name them there."""
     relative = path.relative_to(SOURCES)
     key = next((str(place) for place in (relative, *relative.parents) if str(place) in SHOWN_BY), str(relative))
     assert key in SHOWN_BY, f"{relative} names {sorted(_named(path))}: say which commands show it"
@@ -115,14 +116,14 @@ def test_a_message_names_options_that_its_commands_have(path):
 
 def test_only_what_can_be_resumed_is_offered_to_be(tmp_path):
     (tmp_path / "report.json").write_text("{}")
-    with pytest.raises(UsageError, match="add --resume to continue it, or take another --out"):
+    with pytest.raises(UsageError, match="add --resume to continue it, or choose another --out"):
         Store.create(tmp_path, can_resume=True)
-    with pytest.raises(UsageError, match="is not empty; take another --out"):
+    with pytest.raises(UsageError, match="is not empty; choose another --out"):
         Store.create(tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("args", "message"),
     [
         (("predict", "gpt2"), "did you mean --model gpt2?"),
         (("check", "meta-llama/Llama-3.2-1B"), "did you mean --model meta-llama/Llama-3.2-1B?"),
@@ -140,11 +141,11 @@ def test_only_what_can_be_resumed_is_offered_to_be(tmp_path):
         (("compare", "a", "b", "c"), "extra argument"),
     ],
 )
-def test_what_was_meant_is_named(cli, args, said):
-    cli(*args).refused(2, said, f"see gcbench {args[0]} --help")
+def test_the_intended_option_is_suggested(cli, args, message):
+    cli(*args).refused(2, message, f"see gcbench {args[0]} --help")
 
 
-def test_what_is_meant_instead_is_an_option_of_the_command():
+def test_every_suggestion_is_an_option_of_the_command():
     """Every remedy of the table exists somewhere."""
     from gcbench.cli import usage
 

@@ -61,7 +61,7 @@ def test_a_cell_that_only_the_reserve_excludes_is_reported_with_a_reserve_that_f
     said = summary(fitting("off", -9000), fitting("per-layer", 1946))
     assert said.startswith(
         "Nothing fits in 38.00 GiB (5.0 % of 40.00 GiB held back): per-layer comes nearest and needs 102 MiB more. "
-        "Only the reserve stands in the way: with --reserve 2% per-layer fits, with 1.90 GiB of the device to spare."
+        "Only the reserve is in the way: with --reserve 2% per-layer fits, with 1.90 GiB of headroom."
     )
     told = rows(fitting("off", -9000), fitting("per-layer", 1946))["per-layer"]
     assert (told.status, told.fits, told.spare_bytes) == ("oom", "in the reserve", 1946 * MIB)
@@ -83,7 +83,7 @@ def test_the_cell_fits_with_the_suggested_reserve():
 def test_headroom_below_the_uncertainty_is_not_called_enough(spare_mib):
     """The trap: "fits … nothing has to be recomputed" with 8 MiB of headroom, where the context alone may take more."""
     said = summary(fitting("off", spare_mib, reserve=0.0), fitting("per-layer", 8000, reserve=0.0))
-    assert said.startswith("per-layer fits in 40.00 GiB, with 7.81 GiB to spare.")
+    assert said.startswith("per-layer fits in 40.00 GiB, with 7.81 GiB of headroom.")
     assert "off is too close to tell, with" in said and "nothing has to be recomputed" not in said
     alone = summary(fitting("off", spare_mib, reserve=0.0))
     assert alone.startswith("Whether off fits in 40.00 GiB is too close to tell: it leaves ")
@@ -100,7 +100,7 @@ def test_nothing_fits_has_a_remedy_and_is_not_said_when_something_fits():
     report = predicted_report(fitting("off", -9000), fitting("per-layer", -100))
     told = predicted.nothing_fits(report)
     assert told.startswith("nothing fits into 38.00 GiB (5.0 % of 40.00 GiB held back), the nearest is per-layer with ")
-    assert "; take a smaller batch" in told
+    assert "; try a smaller batch" in told
     assert predicted.nothing_fits(predicted_report(fitting("off", -9000), fitting("per-layer", 9000))) is None
     unbound = cell("off", prediction(peaks(1, 2, 1)), work=workload(device="cpu"))
     assert predicted.nothing_fits(predicted_report(unbound)) is None
@@ -122,7 +122,7 @@ def test_predict_takes_the_reserve_from_the_flag_or_the_file(cli, model, tmp_pat
     assert cli("predict", *work, *memory, "--json").rows["off"]["fits"] == "yes"
     held = cli("predict", *work, *memory, "--reserve", "5%", "--json")
     assert (held.code, held.rows["off"]["status"], held.rows["off"]["fits"]) == (1, "oom", "in the reserve")
-    assert "only the reserve stands in the way: with --reserve 0% off fits" in held.err
+    assert "only the reserve is in the way: with --reserve 0% off fits" in held.err
     (tmp_path / "run.toml").write_text('reserve = "5%"\n')
     assert cli("predict", *work, *memory, "--config", "run.toml", "--json").code == 1
     assert cli("predict", *work, *memory, "--config", "run.toml", "--reserve", "0", "--json").code == 0

@@ -109,10 +109,10 @@ def test_every_field_can_be_set():
 
 
 def test_what_flags_give_has_the_names_of_settings():
-    """The trap: a parameter under another name than its setting, which `given` would silently leave out."""
+    """The trap: a parameter under another name than its setting, which `settings_passed` would silently leave out."""
     parameters = {**dict.fromkeys(inspect.signature(cli.run).parameters), "set_": [], "config": "run.toml"}
-    assert flags.given(parameters) == {}
-    assert flags.given({**parameters, "set_": ["a=1"], "pretrained": False, "lora_r": "8"}) == {
+    assert flags.settings_passed(parameters) == {}
+    assert flags.settings_passed({**parameters, "set_": ["a=1"], "pretrained": False, "lora_r": "8"}) == {
         "set": ["a=1"],
         "pretrained": False,
         "lora_r": "8",

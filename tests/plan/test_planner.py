@@ -73,7 +73,7 @@ def predicting(patch, make):
         with torch.device("meta"):
             model = make()
         return Predictor(
-            model, precision="fp32", optim=optim, trace_mode=session.way.trace_mode, exact=session.task.exact
+            model, precision="fp32", optim=optim, trace_mode=session.device_model.trace_mode, exact=session.task.exact
         )
 
     patch.setattr(Session, "_predictor", predictor)

@@ -27,26 +27,26 @@ SCALARS_BYTES = 256
 )
 def test_a_prediction_for_the_cpu_is_what_a_run_measures_there(cli, model, family, flags):
     """The promise of the command; with dropout and tied weights, and with adapters, a stride and layers left out."""
-    asked = ("-m", model(family), "--batch", 4, "--seq-len", 32, "--device", "cpu", *flags, "--json")
-    predicted = cli("predict", *asked)
-    measured = cli("run", *asked, "--rounds", 1, "--steps", 1)
+    arguments = ("-m", model(family), "--batch", 4, "--seq-len", 32, "--device", "cpu", *flags, "--json")
+    predicted = cli("predict", *arguments)
+    measured = cli("run", *arguments, "--rounds", 1, "--steps", 1)
     assert (predicted.code, measured.code) == (0, 0), predicted.err + measured.err
     assert list(predicted.rows) == list(measured.rows) == flags[1].split(",")
-    for strategy, said in predicted.rows.items():
-        found = measured.rows[strategy]
-        assert said["peak_phase"] == found["peak_phase"]
+    for strategy, forecast in predicted.rows.items():
+        truth = measured.rows[strategy]
+        assert forecast["peak_phase"] == truth["peak_phase"]
         for column in ("allocated", "forward", "backward", "optimizer"):
-            difference = said[f"peak_{column}_bytes"] - found[f"peak_{column}_bytes"]
+            difference = forecast[f"peak_{column}_bytes"] - truth[f"peak_{column}_bytes"]
             assert abs(difference) <= SCALARS_BYTES, (strategy, column)
         shared = ("model", "device", "attn_implementation", "num_params", "num_layers", "layers_checkpointed", "lora_r")
-        assert {name: said[name] for name in shared} == {name: found[name] for name in shared}
-        assert said["memory_saved_frac"] == pytest.approx(found["memory_saved_frac"], abs=1e-3)
+        assert {name: forecast[name] for name in shared} == {name: truth[name] for name in shared}
+        assert forecast["memory_saved_frac"] == pytest.approx(truth["memory_saved_frac"], abs=1e-3)
 
 
 def test_a_grid_is_predicted_in_the_order_of_the_tables(cli, model):
     """Two batches, two lengths, two strategies: one document on standard output, with the columns of a run."""
-    asked = ("--batch", "1,3", "--seq-len", "8,16", "--strategies", "off,per-layer", "--device", "cpu")
-    result = cli("predict", "-m", model(), *asked, "--json")
+    arguments = ("--batch", "1,3", "--seq-len", "8,16", "--strategies", "off,per-layer", "--device", "cpu")
+    result = cli("predict", "-m", model(), *arguments, "--json")
     assert result.code == 0, result.err
     rows = result.document["rows"]
     assert all(tuple(row) == columns() for row in rows)
@@ -59,7 +59,7 @@ def test_a_grid_is_predicted_in_the_order_of_the_tables(cli, model):
     assert "nothing was run there" in result.err
 
 
-def test_a_prediction_is_kept_and_shown_again(cli, model, tmp_path):
+def test_a_prediction_is_stored_and_shown_again(cli, model, tmp_path):
     """The trap: `report` takes it for a measurement, and finds neither times nor proof."""
     folder = tmp_path / "run"
     result = cli("predict", "-m", model(), *QUICK, "--explain", "--out", folder)
@@ -120,9 +120,9 @@ def test_the_device_memory_of_a_flag_wins_over_that_of_the_file(cli, model, tmp_
     (tmp_path / "run.toml").write_text(
         f'model = "{model()}"\nbatch_size = 2\nseq_len = 16\ndevice = "cpu"\ndevice_memory = "1GiB"\n'
     )
-    asked = ("--config", "run.toml", "--strategies", "off")
-    assert cli("predict", *asked, "--json").rows["off"]["device_memory_bytes"] == GIB
-    result = cli("predict", *asked, "--device-memory", "2GiB", "--json")
+    arguments = ("--config", "run.toml", "--strategies", "off")
+    assert cli("predict", *arguments, "--json").rows["off"]["device_memory_bytes"] == GIB
+    result = cli("predict", *arguments, "--device-memory", "2GiB", "--json")
     assert result.code == 0, result.err
     assert result.rows["off"]["device_memory_bytes"] == 2 * GIB
 
@@ -148,7 +148,7 @@ LONGCAT = {
 }
 
 
-def test_a_model_that_asks_for_values_is_unsupported_and_said_so(cli, tmp_path):
+def test_a_model_that_reads_values_is_reported_as_unsupported(cli, tmp_path):
     """Exit 0, a row for each cell, and no trace of torch's own error. It can be measured."""
     (tmp_path / "config.json").write_text(json.dumps(LONGCAT))
     result = cli("predict", "-m", tmp_path, *QUICK, "--json", "--out", tmp_path / "run")
@@ -159,7 +159,7 @@ def test_a_model_that_asks_for_values_is_unsupported_and_said_so(cli, tmp_path):
         assert row["status"] == "unsupported"
         assert row["peak_allocated_bytes"] is None
         assert row["message"] == (
-            "its code asks for values of tensors, and a prediction has none; measure it with gcbench run"
+            "its code reads values of tensors, and fake tensors have none; measure it with gcbench run"
         )
     assert table(tmp_path / "run")["off"]["status"] == "unsupported"
 
@@ -176,7 +176,7 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
 
 
 @pytest.mark.parametrize(
-    ("flags", "code", "said"),
+    ("flags", "code", "message"),
     [
         (("--device", "rtx4091"), 3, ("there is no device 'rtx4091'", "near names: rtx-4090")),
         (("--device", "quantum"), 3, ("there is no device 'quantum'", "gcbench devices lists all that are known")),
@@ -193,14 +193,14 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
         (("--rounds", 3), 2, ("--rounds",)),
     ],
 )
-def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, said):
+def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, message):
     result = cli("predict", "-m", model(), *QUICK, "--out", tmp_path / "run", *flags)
-    result.refused(code, *said)
+    result.refused(code, *message)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("garbage = = 1", "is not valid TOML"),
         ('[[card]]\nname = "x"\n', "card 1 (x): memory_bytes is missing"),
@@ -208,10 +208,10 @@ def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, said):
         ("", "describes no device"),
     ],
 )
-def test_a_device_file_with_a_mistake(cli, model, tmp_path, text, said):
+def test_a_device_file_with_a_mistake(cli, model, tmp_path, text, message):
     (tmp_path / "cards.toml").write_text(text)
     result = cli("predict", "-m", model(), *QUICK, "--device", "x", "--device-file", "cards.toml")
-    result.refused(2, said)
+    result.refused(2, message)
 
 
 def test_a_name_in_the_config_file_that_is_none(cli, model, tmp_path):
@@ -226,7 +226,7 @@ def test_the_card_of_a_machine_without_one(cli, model, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_device_that_is_not_in_the_catalogue_is_told_at_once(cli_process, model):
+def test_a_device_that_is_not_in_the_catalogue_is_reported_at_once(cli_process, model):
     """The trap: seconds of importing torch before a typo is told. A broken torch is not even noticed."""
     folder = model()
     (folder / "torch.py").write_text("raise RuntimeError('torch was imported')\n")
@@ -234,9 +234,9 @@ def test_a_device_that_is_not_in_the_catalogue_is_told_at_once(cli_process, mode
     cli_process("predict", "-m", folder, *QUICK, "--device", "rtx4091", env=env).refused(3, "near names: rtx-4090")
 
 
-def test_a_folder_that_is_taken_is_left_alone(cli, model, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(cli, model, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "notes.txt").write_text("mine")
     result = cli("predict", "-m", model(), *QUICK, "--out", tmp_path / "run")
-    result.refused(2, "exists and is not empty", "take another --out")
+    result.refused(2, "exists and is not empty", "choose another --out")
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]

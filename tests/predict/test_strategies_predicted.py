@@ -1,4 +1,4 @@
-"""The step of every strategy on fake tensors: put together from a few layers as in full, and in full as in reality."""
+"""Every strategy on fake tensors: a step composed of a few layers equals one traced in full, and that a real one."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def assert_composed_is_full(family, plan, *, leaves_out=True, **kwargs):
         *(("mixtral", spec) for spec in ("last:3", "selective:matmul")),
     ],
 )
-def test_a_few_layers_stand_for_all(family, spec):
+def test_a_few_layers_represent_all(family, spec):
     """The traps: a boundary that is kept by a segment and not by its layers; layers of one segment that do not look
     alike, for the first of them keeps its input; the last segment, which is smaller; a reentrant layer's gradients,
     made by a backward pass inside the backward pass; what is kept for one call of an operator only."""
@@ -307,12 +307,12 @@ def test_a_mixed_plan_is_the_real_step(name):
     assert_same_as_real("llama", MIXED[name])
 
 
-def test_strategies_that_differ_are_told_apart():
+def test_peaks_of_strategies_differ_by_more_than_the_tolerance():
     """The trap: a slack so wide that every strategy fits every prediction."""
     peaks = {
         spec: measured("llama", strategies.parse(spec).plan_for(tiny.NUM_LAYERS), batch_size=8, seq_len=64)
         for spec in ("off", "per-layer", "segment:2", "selective:matmul", "last:2")
     }
-    told = [(peak.of_phase("forward"), peak.of_phase("backward")) for peak in peaks.values()]
-    for one, other in itertools.combinations(told, 2):
+    phase_peaks = [(peak.of_phase("forward"), peak.of_phase("backward")) for peak in peaks.values()]
+    for one, other in itertools.combinations(phase_peaks, 2):
         assert any(abs(a - b) > SLACK_BYTES for a, b in zip(one, other, strict=True)), peaks

@@ -1,4 +1,4 @@
-"""What a real run adds to the predicted step is what it really takes, and is said with its bytes."""
+"""What a real run adds to the predicted step: its estimate equals a measurement, and is reported in bytes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def peak_of(step, before):
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("strategy", ["off", "every:2"])
-def test_accumulation_is_what_a_second_micro_batch_takes(tmp_path, family, strategy):
+def test_the_accumulation_estimate_equals_a_second_micro_batch(tmp_path, family, strategy):
     """The traps: gradients that are added at once, and a tied one that waits for its other half (gpt2)."""
     source = sources.resolve(str(tiny.write_model(tmp_path / family, family)))
     step = build(source, "fp32", "adamw_torch", strategy)
@@ -62,9 +62,9 @@ def test_accumulation_is_what_a_second_micro_batch_takes(tmp_path, family, strat
         step.model(**step.inputs).loss.backward()
 
     truth = peak_of(step, first_micro_batch)
-    told = timeline.exact(accumulating(predicted(source, "fp32", strategy))).memory
+    estimate = timeline.exact(accumulating(predicted(source, "fp32", strategy))).memory
     for phase in ("forward", "backward", "optimizer"):
-        assert abs(told.of_phase(phase) - truth.of_phase(phase)) <= SCALARS_BYTES, phase
+        assert abs(estimate.of_phase(phase) - truth.of_phase(phase)) <= SCALARS_BYTES, phase
 
 
 def test_accumulation_of_a_step_traced_in_full_is_at_most_a_gradient_too_low(tmp_path):
@@ -78,7 +78,7 @@ def test_accumulation_of_a_step_traced_in_full_is_at_most_a_gradient_too_low(tmp
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16-mixed"])
-def test_kept_outputs_are_what_a_loop_that_keeps_them_takes(tmp_path, precision):
+def test_the_estimate_for_retained_outputs_equals_a_loop_that_retains_them(tmp_path, precision):
     source = sources.resolve(str(tiny.write_model(tmp_path / "llama", "llama")))
     step = build(source, precision, "adamw_torch", "per-layer")
 
@@ -106,54 +106,45 @@ def test_the_sentence_names_bytes_and_what_would_not_fit():
     )
     other = Setting(name="per-layer", fits=True, additions=(adding(ACCUMULATION, 1, 100),))
     tight = Setting(name="off", fits=True, additions=(adding(ACCUMULATION, 1, 141),))
-    told = sentence(chosen, [other, tight], usable_bytes=140 * GIB)
-    assert told == (
-        "Not in these figures: gradient accumulation (all gradients are held from the second micro-batch on) adds "
-        "14.96 GiB to every:2, which then needs 147 GiB and does not fit (off would not fit); a loop that keeps "
-        "`outputs` in a variable (and so the logits) adds 1.00 GiB to every:2."
+    text = sentence(chosen, [other, tight], usable_bytes=140 * GIB)
+    assert text == (
+        "Not in these figures: gradient accumulation (all gradients stay allocated from the second micro-batch "
+        "on) adds 14.96 GiB to every:2, which then needs 147 GiB and does not fit (off would not fit); a loop that "
+        "keeps `outputs`, and so the logits, in a variable adds 1.00 GiB to every:2."
     )
     assert sentence(other, [], usable_bytes=None) is not None
     assert sentence(Setting(name="off", fits=True, additions=()), [tight], usable_bytes=None) is None
 
 
 def test_kernels_that_would_change_little_are_not_named():
-    """The trap: "makes 0 B of the peak", where the peak is the optimizer's."""
+    """The trap: "accounts for 0 B of the peak", where the peak is the optimizer's."""
     little, much = (Fallback(packages=("mamba-ssm",), nbytes=round(share * GIB)) for share in (0.004, 0.9))
     assert kernels_sentence(None, "off", GIB) is kernels_sentence(little, "off", GIB) is None
-    assert "makes 922 MiB of the 1.00 GiB of off; with mamba-ssm installed" in (
+    assert "accounts for 922 MiB of the 1.00 GiB of off; with mamba-ssm installed" in (
         kernels_sentence(much, "off", GIB) or ""
     )
 
 
-def test_a_prediction_says_what_a_run_adds(cli, model):
+def test_a_prediction_reports_what_a_run_adds(cli, model):
     """On the screen, in the stored report, and as columns."""
-    asked = (
-        "predict",
-        "-m",
-        model(),
-        "--batch",
-        8,
-        "--seq-len",
-        128,
-        "--device",
-        "cpu",
-        "--strategies",
-        "off,per-layer",
+    command = (
+        *("predict", "-m", model(), "--batch", 8, "--seq-len", 128),
+        *("--device", "cpu", "--strategies", "off,per-layer"),
     )
-    told = cli(*asked, "--out", "there")
-    assert "Not in these figures: " in told.out and "gradient accumulation" in told.out
+    result = cli(*command, "--out", "there")
+    assert "Not in these figures: " in result.out and "gradient accumulation" in result.out
     assert "gradient accumulation" in Path("there/report.md").read_text(encoding="utf-8")
-    rows = cli(*asked, "--json").rows
+    rows = cli(*command, "--json").rows
     assert all(row["kept_outputs_add_bytes"] == 8 * 128 * 256 * 4 for row in rows.values())
     assert rows["per-layer"]["accumulation_adds_bytes"] > 0
 
 
-def test_reference_code_in_place_of_a_kernel_is_said_for_a_card_alone(cli, model):
+def test_missing_kernel_packages_are_reported_for_a_card_alone(cli, model):
     """Mamba's scan in PyTorch; the kernels of mamba-ssm cannot be traced. Attention has no such thing."""
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8}
-    asked = ("--batch", 2, "--seq-len", 12, "--strategies", "off")
+    arguments = ("--batch", 2, "--seq-len", 12, "--strategies", "off")
     for device, family, words in (("h100", "mamba", True), ("cpu", "mamba", False), ("h100", "llama", False)):
         changes = sizes if family == "mamba" else {}
-        told = cli("predict", "-m", model(family, **changes), *asked, "--device", device)
-        assert told.code == 0, told.err
-        assert ("with causal-conv1d and mamba-ssm installed" in told.out) is words, told.out
+        result = cli("predict", "-m", model(family, **changes), *arguments, "--device", device)
+        assert result.code == 0, result.err
+        assert ("with causal-conv1d and mamba-ssm installed" in result.out) is words, result.out

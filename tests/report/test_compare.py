@@ -1,4 +1,4 @@
-"""Two runs side by side: what is matched, what is refused, what counts as a change."""
+"""Comparisons of two runs: which cells match, what is refused, what counts as a change."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_another_card_of_the_same_kind_is_the_same_device():
     assert only(run(cell(work=first)), run(cell(work=second))).memory_verdict == "same"
 
 
-def test_another_device_is_refused_with_both_names_and_the_way_out():
+def test_another_device_is_refused_with_both_names_and_a_remedy():
     a, b = run(cell(), device_name="Old CPU"), run(cell(), device_name="New CPU")
     with pytest.raises(UsageError, match=r"different device \(A: Old CPU \(cpu\), B: New CPU \(cpu\)\).*--force"):
         comparing.compare(a, b, force=False)
@@ -140,7 +140,7 @@ def test_another_size_of_the_same_model_is_refused():
     assert only(a, b, force=True).precision == "fp32"
 
 
-def test_force_matches_across_device_and_precision_and_says_so():
+def test_force_matches_across_device_and_precision_with_a_notice():
     a = run(cell())
     b = run(cell(peaks(150, 200, 100), work=workload(precision="bf16", device="cuda:0")), device_name="Card")
     comparison = comparing.compare(a, b, force=True)
@@ -267,7 +267,7 @@ def test_rows_are_plain_json_in_raw_units():
     )
 
 
-def test_the_screen_says_same_and_why_a_cell_fails():
+def test_the_screen_shows_equal_memory_and_why_a_cell_fails():
     text = plain(comparing.render(example()), width=120)
     lines = {line.split()[0]: line for line in text.splitlines() if line}
     assert " same " in lines["off"]

@@ -51,7 +51,7 @@ def test_a_run_without_cells_still_renders(name):
     formats.get(name).render(report())
 
 
-def test_csv_keeps_raw_units_and_leaves_the_unknown_empty():
+def test_csv_has_raw_units_and_empty_fields_for_the_unknown():
     lines = list(csv.DictReader(io.StringIO(formats.get("csv").render(mixed_report()))))
     assert tuple(lines[0]) == tables.columns()
     assert lines[0]["peak_allocated_bytes"] == str(2480 * 2**20)
@@ -92,7 +92,7 @@ def test_no_line_is_wider_than_the_screen_and_no_figure_is_cut(build, width):
         assert verdict in text or width < 80
 
 
-def test_a_difference_that_its_interval_takes_back_is_not_shown_without_it():
+def test_a_difference_whose_interval_includes_zero_is_not_shown_without_it():
     """Where there is no room for the interval, the centre alone would sell noise as a saving."""
     noisy = report(
         outcome("off", peaks(3, 4, 1), steady(0.5, spread=0.01)),
@@ -114,7 +114,7 @@ def test_columns_go_in_their_order_as_the_screen_narrows():
     assert "tokens/s" not in headers[-1]
 
 
-def test_text_from_outside_is_not_taken_for_markup():
+def test_text_from_outside_is_not_interpreted_as_markup():
     """Rich would swallow [12] and turn :2: into a picture; Markdown would end the cell at a bar."""
     strange = report(outcome("off", work=workload(model="a|b"), failure=("crash", "[bold]Errno 12[/] :cat: a|b *c*")))
     assert "[bold]Errno 12[/] :cat: a|b *c*" in terminal.render(strange)
@@ -141,7 +141,7 @@ def test_markdown_names_plots_only_where_there_are_any():
     assert "## Plots" not in markdown.render(report(outcome("off", failure=OUT_OF_MEMORY)))
 
 
-def test_markdown_says_what_was_not_measured():
+def test_markdown_lists_what_was_not_measured():
     gaps = markdown.not_measured(
         tables.rows(
             report(

@@ -1,4 +1,4 @@
-"""Names in any script on plots: drawn, or spelled; no boxes, no formulas and no warning."""
+"""Names in any script on plots are drawn or spelled, without empty boxes, formulas or warnings."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_what_no_font_has_is_spelled(monkeypatch):
     assert len(text) <= 28 and text.startswith("\\u6a21\\u6a21") and text.endswith("…\\u6a21\\u6a21")
 
 
-def test_another_font_is_taken_where_one_has_the_letters(monkeypatch):
+def test_another_font_is_used_where_one_has_the_letters(monkeypatch):
     """With a font of matplotlib's own, as if it were the one that a system has for a script."""
     import matplotlib
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""One process at a time in a folder, and no trace of it afterwards."""
+"""Locks of folders: one process at a time, and no lock file afterwards."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def test_a_folder_in_use_is_refused_to_every_command_and_shown_by_report(cli, ho
     reports.save(begun, tmp_path / "old")
     before = (tmp_path / "run" / "report.json").read_bytes()
     for command in COMMANDS:
-        said = ("--out run is being written to by another gcbench", "another --out")
-        cli(*command.format("run").split()).refused(2, *said)
+        message = ("--out run is being written to by another gcbench", "another --out")
+        cli(*command.format("run").split()).refused(2, *message)
     assert cli("report", "run").code == 0
     assert (tmp_path / "run" / "report.json").read_bytes() == before
     assert {path.name for path in (tmp_path / "run").iterdir()} == {LOCK_NAME, "report.json"}
 
 
-def test_a_killed_process_holds_nothing(holder, tmp_path):
+def test_a_killed_process_leaves_no_lock(holder, tmp_path):
     holder.send_signal(signal.SIGKILL)
     holder.wait(timeout=PROCESS_TIMEOUT_S)
     assert (tmp_path / "run" / LOCK_NAME).exists(), "what it leaves"
@@ -73,7 +73,7 @@ def test_a_killed_process_holds_nothing(holder, tmp_path):
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_the_lock_goes_with_its_holder(tmp_path):
+def test_the_lock_is_removed_with_its_holder(tmp_path):
     with Store.create(tmp_path / "run"):
         for take in (Store.create, Store.reopen):
             with pytest.raises(UsageError, match="by another gcbench"):
@@ -114,7 +114,7 @@ def test_two_at_one_second_have_a_default_folder_each(tmp_path, monkeypatch):
         ]
 
 
-def test_a_default_folder_that_came_to_nothing_goes_again(tmp_path, monkeypatch):
+def test_a_default_folder_without_results_is_removed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError), Store.new("gpt2", "2026-11-02T10:00:00"):
         raise UsageError("refused")

@@ -1,4 +1,4 @@
-"""Plots: which files there are, and that every label can be read."""
+"""Plots: which files are written, and that every label is legible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A report on disk: what is written comes back, and every damage is named."""
+"""Reports on disk: loading returns what was saved, and every kind of damage is reported."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ def test_an_interrupted_write_keeps_the_old_report_and_cleans_up(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
-def test_a_missing_report_is_answered_with_what_to_give(tmp_path):
-    with pytest.raises(ResultsError, match=r"there is no .*report\.json; give a folder"):
+def test_a_missing_report_is_answered_with_what_to_pass(tmp_path):
+    with pytest.raises(ResultsError, match=r"there is no .*report\.json; pass a folder"):
         reports.load(tmp_path / "nowhere")
 
 

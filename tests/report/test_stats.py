@@ -1,4 +1,4 @@
-"""Intervals against published and hand-computed values, and against their own promise by simulation."""
+"""Intervals against published and hand-computed values, and their coverage in simulations."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_t_quantiles_are_the_published_ones(df, published):
     assert stats.t_quantile(0.975, df) == pytest.approx(published, abs=6e-4)
 
 
-def test_t_quantile_takes_degrees_of_freedom_between_whole_numbers():
+def test_t_quantile_accepts_fractional_degrees_of_freedom():
     """Welch's are not whole; rounding them would jump. With df = 1 and df = 2 there are closed forms on both sides."""
     assert stats.t_quantile(0.975, 1) == pytest.approx(math.tan(math.pi * 0.475), rel=1e-9)
     p = 0.95
@@ -170,7 +170,7 @@ def test_intervals_of_a_change_cover_the_true_change():
     assert hits / 1500 >= 0.93
 
 
-def test_overhead_is_taken_within_a_round_so_that_drift_cancels():
+def test_overhead_is_computed_within_a_round_so_that_drift_cancels():
     """A machine that slows down threefold over the run; the ratio of overall medians would have a huge interval."""
     off = [round_result(i, [1.0 + i] * 3) for i in range(3)]
     mine = [round_result(i, [1.25 * (1.0 + i)] * 3) for i in range(3)]

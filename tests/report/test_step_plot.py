@@ -1,4 +1,4 @@
-"""Memory over a predicted step: which files there are, one scale for all strategies, and that all can be read."""
+"""Plots of memory over a predicted step: their files, one scale for all strategies, and legible texts."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fixtures_report import mixed_report, peaks, workload
 
 from gcbench.core.units import format_bytes
 from gcbench.report import predictions as predicted
+from gcbench.report.explanation import kind_name
 from gcbench.report.plots import memory_over_step, run_plots
 
 GPU = ("off", "per-layer", *(f"every:{k}" for k in range(2, 7)), "segment:4+offload:boundaries+pinned")
@@ -63,7 +64,7 @@ def test_one_file_per_workload_named_by_batch_and_length(tmp_path):
     assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in written)
 
 
-def test_a_measurement_has_no_such_picture():
+def test_a_measurement_has_no_plot_of_the_step():
     assert memory_over_step.files(mixed_report()) == {}
 
 
@@ -80,18 +81,18 @@ def test_all_strategies_share_one_scale(case):
     assert axes[0].get_ylim()[0] == 0
 
 
-def test_there_is_a_panel_for_each_strategy_and_a_name_for_what_has_none():
+def test_each_strategy_has_a_panel_or_is_listed_as_not_shown():
     drawn = figure("a card")
     assert [panel.get_title(loc="left") for panel in drawn.axes] == [
         "off (0/12 layers)\ndoes not fit, by 10.57 GiB",
-        "per-layer (12/12 layers)\n4.08 GiB to spare",
-        "every:4 (3/12 layers)\n276 MiB to spare, too close to tell",
+        "per-layer (12/12 layers)\nheadroom 4.08 GiB",
+        "every:4 (3/12 layers)\nheadroom 276 MiB, too close to tell",
     ]
     assert "not shown: every:2 (not supported)" in drawn.get_supxlabel()
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_peak_says_its_size_where_it_is(case):
+def test_each_peak_is_labelled_with_its_size(case):
     report = CASES[case]
     cells = list(predicted.by_workload(report).values())[-1]
     sizes = [c.row.peak_allocated_bytes for c in cells if c.prediction]
@@ -111,10 +112,10 @@ def test_what_is_stacked_adds_up():
     tops = [max(path.vertices[:, 1].max() for path in band.get_paths()) for band in axes.collections]
     heights = [max(map(sum, zip(*curve.nbytes[: n + 1], strict=True))) / 2**30 for n in range(len(curve.kinds))]
     assert tops == pytest.approx(heights)
-    assert [band.get_label() for band in axes.collections] == list(curve.kinds)
+    assert [band.get_label() for band in axes.collections] == [kind_name(kind) for kind in curve.kinds]
 
 
-def test_the_axis_says_that_it_is_no_time():
+def test_the_axis_is_labelled_as_not_time():
     for case in CASES:
         assert memory_over_step.ORDER_NOT_TIME in " ".join(figure(case).get_supxlabel().split())
         for axes in figure(case).axes:
@@ -127,28 +128,30 @@ def test_the_axis_says_that_it_is_no_time():
 
 def lines(axes):
     return {
-        line.get_label(): line.get_ydata()[0] for line in axes.lines if line.get_label().startswith(("dev", "taken"))
+        line.get_label(): line.get_ydata()[0]
+        for line in axes.lines
+        if line.get_label().startswith(("device", "process"))
     }
 
 
 def test_the_memory_of_the_device_and_of_the_process_are_lines():
     """What must fit is what the process takes, not what tensors hold."""
     assert lines(figure("a card").axes[0]) == pytest.approx(
-        {"taken by the process": 35_400 / 1024, "device memory, 24.00 GiB": 24.0}
+        {"process memory": 35_400 / 1024, "device memory, 24.00 GiB": 24.0}
     )
     assert lines(figure("too small a card").axes[0])["device memory, 3.91 GiB"] == pytest.approx(4000 / 1024)
     assert lines(figure("a CPU").axes[0]) == {}
 
 
-def test_a_device_far_larger_than_the_step_does_not_press_it_flat():
+def test_a_device_far_larger_than_the_step_does_not_flatten_the_curves():
     drawn = figure("eight strategies")
     assert "device memory, 78.12 GiB, is above the scale" in " ".join(drawn.get_supxlabel().split())
     assert drawn.axes[0].get_ylim()[1] < 20
-    assert list(lines(drawn.axes[0])) == ["taken by the process"]
+    assert list(lines(drawn.axes[0])) == ["process memory"]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_nothing_lies_on_anything_else_or_beyond_the_edge(case):
+def test_nothing_overlaps_or_exceeds_the_edge(case):
     drawn = figure(case)
     renderer = drawn.canvas.get_renderer()
     (legend,) = drawn.legends
@@ -175,7 +178,7 @@ def test_names_of_phases_do_not_lie_on_each_other_or_in_the_next_panel(case):
 def test_every_kind_has_a_colour_of_its_own_and_stacks_in_the_simulators_order():
     from gcbench.simulate.compose.block_kinds import KIND_NAMES
 
-    assert list(memory_over_step.COLOURS) == list(KIND_NAMES.values())
+    assert list(memory_over_step.COLOURS) == [kind_name(kind) for kind in KIND_NAMES.values()]
     assert len(set(memory_over_step.COLOURS.values())) == len(memory_over_step.COLOURS)
 
 

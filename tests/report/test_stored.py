@@ -1,4 +1,4 @@
-"""Plans and checks that a folder keeps: shown in any format, handed over anew, compared, and refused when broken."""
+"""Stored plans and checks: rendered in any format, exported again, compared, and refused when damaged."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ LAYERS = 4
 
 def candidate(strategy="off", batch=4, peak=10.0, rate=1000.0, **changes):
     plan = parse(strategy).plan_for(LAYERS)
-    given = {
+    fields = {
         "strategy": strategy, "plan": plan, "batch_size": batch, "peak_bytes": int(peak * GIB),
         "allocated_bytes": int(peak * GIB), "peak_phase": "backward", "fits": peak < 20, "step_time_s": 1.0,
         "tokens_per_s": rate,
     }  # fmt: skip
-    return Candidate(**(given | changes))
+    return Candidate(**(fields | changes))
 
 
 def planned(*candidates, **changes):
@@ -126,7 +126,7 @@ def test_a_stored_plan_is_handed_over_to_any_tool_without_torch(folder, tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"p"}
 
 
-def test_a_stored_plan_of_which_nothing_fits_ends_with_1(cli, tmp_path):
+def test_a_stored_plan_in_which_nothing_fits_exits_with_1(cli, tmp_path):
     plan_session.publish(planned(candidate(peak=23.5)), Store.create(tmp_path / "p"))
     done = cli("plan", "--from", "p", "--emit", "trl")
     assert (done.code, done.out) == (1, "")
@@ -135,7 +135,7 @@ def test_a_stored_plan_of_which_nothing_fits_ends_with_1(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (("--batch", 4), "--batch: p is a stored plan, which is taken as it is; leave the flag out"),
         (("--reserve", "1%"), "--reserve: p is a stored plan"),
@@ -143,8 +143,8 @@ def test_a_stored_plan_of_which_nothing_fits_ends_with_1(cli, tmp_path):
         (("--emit", "torchtitan", "--layers", 2), "--layers: a stored run or plan has its own; leave it out"),
     ],
 )
-def test_what_a_stored_plan_cannot_be_asked(cli, folder, flags, said):
-    cli("plan", "--from", "p", *flags).refused(2, said)
+def test_options_that_a_stored_plan_cannot_serve_are_refused(cli, folder, flags, message):
+    cli("plan", "--from", "p", *flags).refused(2, message)
 
 
 def check_of(verdict="identical"):

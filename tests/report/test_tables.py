@@ -1,4 +1,4 @@
-"""Rows: figures against `off`, the proof, and what a row must not say."""
+"""Rows: figures relative to `off`, the proof, and what a row must not claim."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_row_has_the_figures_of_its_cell_and_what_it_saves():
     assert (row.peak_reserved_bytes, row.peak_process_bytes) == (None, None)
 
 
-def test_rows_keep_the_order_of_the_outcomes():
+def test_rows_have_the_order_of_the_outcomes():
     strategies = [row.strategy for row in tables.rows(mixed_report())]
     assert strategies == ["off", "per-layer", "every:2"] * 2
 
@@ -92,7 +92,7 @@ def test_without_off_there_is_no_saving_and_no_reference():
     assert row.peak_allocated_bytes == 250 * MIB
 
 
-def test_a_failed_cell_keeps_what_it_measured():
+def test_a_failed_cell_retains_what_was_measured():
     row = row_of(
         off(), outcome("per-layer", HALF_PEAKS, steady(0.6, rounds=1), failure=("killed", "the kernel took it"))
     )
@@ -109,7 +109,7 @@ def test_a_cell_that_never_ran_has_no_figures_and_no_proof():
     assert (row.layers_recomputed, row.memory_saved_frac, row.grad_rel_diff) == (None,) * 3
 
 
-def test_a_cell_the_run_never_reached_says_so():
+def test_a_cell_that_the_run_never_reached_is_reported():
     assert "ended before this cell" in str(row_of(off(), outcome("per-layer")).message)
 
 
@@ -225,16 +225,3 @@ def test_allocator_retries_are_a_warning_beside_the_figures():
 def test_rows_group_by_workload_in_order():
     groups = tables.by_workload(tables.rows(mixed_report()))
     assert [(w.batch_size, len(group)) for w, group in groups.items()] == [(8, 3), (32, 3)]
-
-
-def test_the_frame_has_nullable_columns():
-    """A missing peak must not turn the byte column into floats."""
-    pandas = pytest.importorskip("pandas")
-    frame = tables.frame(mixed_report())
-    assert tuple(frame.columns) == tables.columns()
-    assert str(frame["peak_allocated_bytes"].dtype) == "Int64"
-    assert str(frame["batch_size"].dtype) == "Int64"
-    assert str(frame["step_time_s"].dtype) == "Float64"
-    assert str(frame["proof"].dtype) == "string"
-    assert frame["peak_allocated_bytes"][3] is pandas.NA
-    assert frame["peak_allocated_bytes"][0] == 2480 * MIB

@@ -11,8 +11,8 @@ from gcbench.report import sentences
 GPU = workload(device="cuda:0")
 
 
-def said(*outcomes):
-    """What is said of one workload, on a GPU so that the sentence about CPUs stays out."""
+def summary_of(*outcomes):
+    """Return the summary of one workload, on a GPU so that it lacks the sentence about CPUs."""
     return sentences.summary(tables.rows(report(*outcomes)))
 
 
@@ -32,48 +32,48 @@ def test_the_title_names_the_workload():
 
 
 def test_a_saving_that_ends_in_the_optimizer_step():
-    assert said(off(spread=0.01), cell("per-layer", peaks(400, 500, 590), 0.635, spread=0.04)) == (
+    assert summary_of(off(spread=0.01), cell("per-layer", peaks(400, 500, 590), 0.635, spread=0.04)) == (
         "per-layer saves 41 % of peak memory for 27 % more time (95 %: 22 to 32 %); the peak is now in the optimizer "
         "step, so checkpointing more will not help."
     )
 
 
 def test_a_saving_whose_peak_stays_in_the_backward_pass():
-    assert said(off(), cell("per-layer", peaks(400, 590, 400), 0.635)) == (
+    assert summary_of(off(), cell("per-layer", peaks(400, 590, 400), 0.635)) == (
         "per-layer saves 41 % of peak memory for 27 % more time (95 %: 27.0 to 27.0 %); the peak is still in the "
         "backward pass."
     )
 
 
 def test_a_saving_whose_peak_moves_to_the_forward_pass():
-    assert said(off(), cell("per-layer", peaks(590, 500, 400), 0.635)).endswith(
+    assert summary_of(off(), cell("per-layer", peaks(590, 500, 400), 0.635)).endswith(
         "; the peak is now in the forward pass."
     )
 
 
 def test_an_interval_around_zero_shows_no_difference():
-    assert said(off(spread=0.01), cell("per-layer", peaks(400, 590, 400), 0.505, spread=0.05)) == (
+    assert summary_of(off(spread=0.01), cell("per-layer", peaks(400, 590, 400), 0.505, spread=0.05)) == (
         "per-layer saves 41 % of peak memory with no difference in time shown (95 %: −3.9 to 6.1 %); the peak is still "
         "in the backward pass."
     )
 
 
-def test_less_time_is_said_as_less():
-    assert "for 20 % less time (95 %: " in said(off(), cell("per-layer", peaks(400, 590, 400), 0.4))
+def test_less_time_is_reported_as_less():
+    assert "for 20 % less time (95 %: " in summary_of(off(), cell("per-layer", peaks(400, 590, 400), 0.4))
 
 
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_too_few_rounds_are_said_in_place_of_an_interval(rounds):
+def test_too_few_rounds_are_reported_in_place_of_an_interval(rounds):
     """The trap: "no difference in time shown (95 %: −100 to 3256277426 %)" for a setting that takes 20 % more."""
     single = outcome("off", peaks(900, 1000, 400), [[0.5], [0.51]][:rounds], work=GPU)
     other = outcome("per-layer", peaks(400, 590, 400), [[0.6], [0.6]][:rounds], work=GPU)
-    found = said(single, other)
+    found = summary_of(single, other)
     assert "more time (too few rounds for an interval; --rounds 3 gives one)" in found
     assert "no difference" not in found and "95 %" not in found
 
 
 def test_no_strategy_is_called_cheaper_without_intervals():
-    found = said(
+    found = summary_of(
         off(rounds=2),
         cell("per-layer", peaks(400, 500, 590), 0.65, rounds=2),
         cell("every:2", peaks(500, 594, 590), 0.6, rounds=2),
@@ -82,34 +82,34 @@ def test_no_strategy_is_called_cheaper_without_intervals():
 
 
 def test_memory_without_times_still_has_its_saving():
-    assert said(off(), outcome("per-layer", peaks(400, 590, 400), [[]], work=GPU)) == (
+    assert summary_of(off(), outcome("per-layer", peaks(400, 590, 400), [[]], work=GPU)) == (
         "per-layer saves 41 % of peak memory at a time that was not measured against off; the peak is still in the "
         "backward pass."
     )
 
 
-def test_nothing_is_saved_where_the_optimizer_step_sets_the_peak_of_off():
+def test_no_saving_is_reported_where_the_optimizer_step_sets_the_peak_of_off():
     optimizer = peaks(300, 400, 700)
-    assert said(off(optimizer), cell("per-layer", optimizer, 0.6)) == (
+    assert summary_of(off(optimizer), cell("per-layer", optimizer, 0.6)) == (
         "No strategy saves memory: with this batch the peak is in the optimizer step, where checkpointing cannot "
         "help; raise the batch, or use a leaner optimizer."
     )
 
 
-def test_nothing_is_saved_elsewhere():
-    assert said(off(), cell("segment:4", peaks(900, 1010, 400), 0.6)) == (
+def test_no_saving_is_reported_where_another_phase_sets_the_peak():
+    assert summary_of(off(), cell("segment:4", peaks(900, 1010, 400), 0.6)) == (
         "No strategy saves memory: off has a peak of 1000 MiB, in the backward pass, and none is below it."
     )
 
 
 def test_the_subject_is_the_lowest_peak_not_the_first():
-    assert said(
+    assert summary_of(
         off(), cell("every:2", peaks(700, 800, 400), 0.55), cell("per-layer", peaks(400, 590, 400), 0.6)
     ).startswith("per-layer saves 41 %")
 
 
 def test_a_cheaper_strategy_with_the_same_peak_is_named():
-    found = said(
+    found = summary_of(
         off(),
         cell("per-layer", peaks(400, 500, 590), 0.65),
         cell("every:2", peaks(500, 594, 590), 0.6),
@@ -119,14 +119,14 @@ def test_a_cheaper_strategy_with_the_same_peak_is_named():
 
 
 def test_of_equal_peaks_the_faster_is_the_subject_and_needs_no_second_sentence():
-    found = said(off(), cell("per-layer", peaks(400, 500, 590), 0.65), cell("every:2", peaks(500, 500, 590), 0.6))
+    found = summary_of(off(), cell("per-layer", peaks(400, 500, 590), 0.65), cell("every:2", peaks(500, 500, 590), 0.6))
     assert found.startswith("every:2 saves 41 % of peak memory for 20 % more time")
     assert "within 1 %" not in found
 
 
 def test_a_strategy_that_is_not_shown_to_be_cheaper_is_not_named():
     """Overlapping intervals: naming the one that happens to have the lower centre would sell noise."""
-    found = said(
+    found = summary_of(
         off(spread=0.01),
         cell("per-layer", peaks(400, 500, 590), 0.61, spread=0.1),
         cell("every:2", peaks(500, 594, 590), 0.60, spread=0.1),
@@ -135,13 +135,15 @@ def test_a_strategy_that_is_not_shown_to_be_cheaper_is_not_named():
 
 
 def test_off_does_not_fit_and_another_does():
-    assert said(cell("off", failure=OUT_OF_MEMORY), cell("per-layer", peaks(400, 590, 400), 0.6, diffs=[None] * 3)) == (
+    assert summary_of(
+        cell("off", failure=OUT_OF_MEMORY), cell("per-layer", peaks(400, 590, 400), 0.6, diffs=[None] * 3)
+    ) == (
         "off does not fit in memory; per-layer does, with a peak of 590 MiB in the backward pass and steps of 600 ms."
     )
 
 
 def test_off_does_not_fit_and_a_faster_one_fits_too():
-    found = said(
+    found = summary_of(
         cell("off", failure=OUT_OF_MEMORY),
         cell("per-layer", peaks(400, 590, 400), 0.6, spread=0.01),
         cell("every:2", peaks(700, 800, 400), 0.5, spread=0.01),
@@ -149,39 +151,39 @@ def test_off_does_not_fit_and_a_faster_one_fits_too():
     assert found.endswith("every:2 fits too, with a peak of 800 MiB and steps of 500 ms.")
 
 
-def test_off_that_crashed_is_not_said_to_be_too_large():
-    found = said(cell("off", failure=("crash", "boom")), cell("per-layer", peaks(400, 590, 400), 0.6))
+def test_off_that_crashed_is_not_reported_as_too_large():
+    found = summary_of(cell("off", failure=("crash", "boom")), cell("per-layer", peaks(400, 590, 400), 0.6))
     assert found == (
         "The lowest peak is that of per-layer: 590 MiB, in the backward pass. "
         "off crashed, so what checkpointing saves is unknown."
     )
 
 
-def test_without_off_nothing_is_said_to_be_saved():
-    assert said(cell("per-layer", peaks(400, 590, 400), 0.6)) == (
+def test_without_off_no_saving_is_reported():
+    assert summary_of(cell("per-layer", peaks(400, 590, 400), 0.6)) == (
         "The lowest peak is that of per-layer: 590 MiB, in the backward pass. "
         "off was not measured, so what checkpointing saves is unknown; add off to the strategies."
     )
 
 
 def test_only_off():
-    assert said(off()) == "Only off was measured; its peak is 1000 MiB, in the backward pass."
+    assert summary_of(off()) == "Only off was measured; its peak is 1000 MiB, in the backward pass."
 
 
 def test_only_off_because_the_others_failed():
-    assert said(
+    assert summary_of(
         off(), cell("per-layer", failure=("timeout", "60 s")), cell("every:2", failure=("timeout", "60 s"))
     ) == ("Only off was measured: per-layer and every:2 timed out; its peak is 1000 MiB, in the backward pass.")
 
 
 def test_everything_out_of_memory():
-    assert said(cell("off", failure=OUT_OF_MEMORY), cell("per-layer", failure=OUT_OF_MEMORY)) == (
+    assert summary_of(cell("off", failure=OUT_OF_MEMORY), cell("per-layer", failure=OUT_OF_MEMORY)) == (
         "Nothing fits in memory; try a smaller batch, a shorter sequence or a leaner optimizer."
     )
 
 
 def test_everything_failed_in_different_ways():
-    found = said(
+    found = summary_of(
         cell("off", failure=("crash", "x")),
         cell("per-layer", failure=("killed", "x")),
         cell("every:2", failure=OUT_OF_MEMORY),
@@ -196,15 +198,15 @@ def test_everything_failed_in_different_ways():
 
 def test_a_failed_proof_is_named_and_never_the_subject():
     """It has the lowest peak, because it did not do its work."""
-    found = said(
+    found = summary_of(
         off(), cell("per-layer", peaks(400, 590, 400), 0.6), cell("every:2", peaks(100, 200, 100), 0.5, recomputed=5)
     )
     assert found.startswith("per-layer saves 41 %")
     assert found.endswith("every:2 failed the proof (recomputed 5 of 6 layers), so its figures are not to be used.")
 
 
-def test_several_failed_proofs_are_told_apart():
-    found = said(
+def test_several_failed_proofs_have_their_own_reasons():
+    found = summary_of(
         off(),
         cell("per-layer", peaks(400, 590, 400), 0.6, recomputed=0),
         cell("every:2", peaks(400, 590, 400), 0.6, recomputed=5),
@@ -217,15 +219,15 @@ def test_several_failed_proofs_are_told_apart():
 
 
 def test_off_that_fails_its_own_proof_is_no_baseline():
-    found = said(off(recomputed=3), cell("per-layer", peaks(400, 590, 400), 0.6))
+    found = summary_of(off(recomputed=3), cell("per-layer", peaks(400, 590, 400), 0.6))
     assert "saves" not in found.replace("checkpointing saves is unknown", "")
     assert "off failed the proof, so what checkpointing saves is unknown." in found
 
 
-def test_cpu_figures_are_said_to_be_cpu_figures():
+def test_cpu_figures_are_labelled_as_such():
     found = sentences.summary(tables.rows(report(outcome("off", peaks(900, 1000, 400), steady(0.5)))))
     assert found.endswith(
-        "These are CPU figures: the memory that activations take carries over to a GPU only roughly, and times do not."
+        "These are CPU figures: the memory of activations carries over to a GPU only roughly, and times do not."
     )
     nothing = sentences.summary(tables.rows(report(outcome("off", failure=OUT_OF_MEMORY))))
     assert "CPU" not in nothing

@@ -18,7 +18,7 @@ CONTEXT = Term(name="CUDA context", nbytes=400 * MIB, in_allocator=False, source
 WORKSPACE = Term(name="cuBLAS workspace", nbytes=8 * MIB, in_allocator=True, source="CublasHandlePool.cpp")
 UNTRACEABLE: tuple[FailureKind, str] = (
     "unsupported",
-    "its code asks for values of tensors; measure it with gcbench run",
+    "its code reads values of tensors; measure it with gcbench run",
 )
 
 
@@ -91,7 +91,7 @@ def cell(
     checkpointed: int | None = None,
     failure: tuple[FailureKind, str] | None = None,
 ) -> Outcome:
-    """An outcome as `forecast` makes it: `oom` where nothing is to spare."""
+    """An outcome as `forecast` makes it: `oom` where headroom is negative."""
     if said is not None and said.spare_bytes is not None and said.spare_bytes < 0:
         failure = ("oom", "needs more than there is")
     return Outcome(

@@ -193,7 +193,7 @@ class CandidateEvaluator:
     @property
     def outside_bytes(self) -> int:
         """What the process takes of the device outside of an allocator."""
-        return self.session.way.outside_bytes if self.is_cuda else 0
+        return self.session.device_model.outside_bytes if self.is_cuda else 0
 
     def fits(self, held: int) -> bool:
         """Whether so many bytes may be used."""

@@ -1,4 +1,4 @@
-"""Output formats: each turns a report into text and touches no file. One file each.
+"""Output formats: each renders a report as text and writes no file; one module each.
 
 Every module has `NAME`, `SUFFIX` and `render(report)`.
 """
@@ -14,7 +14,7 @@ from gcbench.core.records import Report
 
 @dataclass(frozen=True, kw_only=True)
 class Format:
-    """One way to write a report; `suffix` is that of its file, dot included."""
+    """A format; `suffix` is that of its file, with the dot."""
 
     name: str
     suffix: str
@@ -22,11 +22,11 @@ class Format:
 
 
 def names() -> tuple[str, ...]:
-    """Every format's name."""
+    """Return the name of every format."""
     return tuple(module.NAME for module in modules(__name__))
 
 
 def get(name: str) -> Format:
-    """The format called `name`; KeyError when there is none."""
+    """Return the format called `name`; raises KeyError."""
     module = {module.NAME: module for module in modules(__name__)}[name]
     return Format(name=module.NAME, suffix=module.SUFFIX, render=module.render)

@@ -1,4 +1,4 @@
-"""Comma-separated values: one line per cell, raw units, an empty field for what is unknown."""
+"""Renders comma-separated values: one line per cell, raw units, an empty field for what is unknown."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ NAME = "csv"
 SUFFIX = ".csv"
 
 
-def table(found: Sequence[Mapping[str, object]]) -> str:
-    """Any rows, with a header line."""
+def table(lines: Sequence[Mapping[str, object]]) -> str:
+    """Render any rows, with a header line."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    if found:
-        writer.writerow(found[0])
-    writer.writerows(row.values() for row in found)
+    if lines:
+        writer.writerow(lines[0])
+    writer.writerows(row.values() for row in lines)
     return text.getvalue()
 
 
 def render(report: Report) -> str:
-    """The table with a header line; bytes, seconds and fractions."""
+    """Render the rows of a report with a header line, in bytes, seconds and fractions."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns())

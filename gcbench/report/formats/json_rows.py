@@ -1,4 +1,4 @@
-"""One JSON document with the CSV's columns: `{"schema": N, "rows": [...]}`, raw units, null for what is unknown."""
+"""Renders one JSON document with the CSV's columns: `{"schema": N, "rows": [...]}`, raw units, null for unknown."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SUFFIX = ".json"
 
 
 def render(report: Report) -> str:
-    """The rows of a report; bytes, seconds and fractions."""
+    """Render the rows of a report, in bytes, seconds and fractions."""
     return document(asdict(row) for row in rows(report))
 
 
 def document(table: Iterable[Mapping[str, object]]) -> str:
-    """Any rows in the form that every command prints with --json; JSON knows no NaN or infinity, so these are null."""
+    """Render any rows as every command does for --json; NaN and infinity, which JSON lacks, become null."""
     finite = [{name: _finite(value) for name, value in row.items()} for row in table]
     return json.dumps({"schema": SCHEMA, "rows": finite}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -1,4 +1,4 @@
-"""The report of a run for people: tables, what they say, what is missing, and all it takes to repeat it."""
+"""Renders a report as Markdown: tables, sentences, what is missing, and all that is needed to repeat it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,32 @@ from gcbench.core.units import counted, format_bytes, format_count, format_perce
 from gcbench.report import additions, gaps, sentences
 from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
-from gcbench.report.explanation import Block
+from gcbench.report.explanation import PeakExplanation
 from gcbench.report.formats.terminal import table_columns
 from gcbench.report.overview import overview
 from gcbench.report.plots import memory_over_step, run_plots
 from gcbench.report.predictions import PredictedCell
-from gcbench.report.rows import NOTHING_SHOWN, OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import NOTHING_SHOWN, by_workload, failed_proof, hides_saving, rows
 from gcbench.report.sentences import notes
+from gcbench.strategies import OFF
 
 NAME = "markdown"
 SUFFIX = ".md"
 
+_RECOMPUTED = (
+    "*layers recomputed* is counted in the real backward pass; *layers\\_checkpointed* in `table.csv` is what the plan "
+    "requests of the layers that run. Where the two differ, the model's own code decided otherwise and the proof fails."
+)
+_CHECKPOINTED = (
+    "*layers checkpointed* is what the plan requests. `gcbench run` counts *layers recomputed* in the real backward "
+    "pass instead, which differs when the model skips layers or its own code decides what to recompute."
+)
+
 
 def render(report: Report) -> str:
-    """GitHub Markdown for `report.md` in the run's folder, with its plots in `plots/` beside it."""
-    said = _predicted(report) if report.source == "predicted" else _measured(report)
-    blocks = [said[0], _bullets((*report.model_notices, *report.notices)), *said[1:]]
+    """Render GitHub Markdown for `report.md`, with links to the plots in `plots/` beside it."""
+    head, *rest = _predicted(report) if report.source == "predicted" else _measured(report)
+    blocks = [head, _bullets((*report.model_notices, *report.notices)), *rest]
     blocks += ["## Repeat it", f"```sh\n{report.command}\n```"]
     blocks += ["## Settings", _pairs("setting", {name: _plain(value) for name, value in report.settings.items()})]
     blocks += ["## Machine", _machine(report.machine)]
@@ -36,7 +46,11 @@ def render(report: Report) -> str:
 
 def _measured(report: Report) -> list[str]:
     table = rows(report)
-    blocks = [f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}.", *_overview(report)]
+    blocks = [
+        f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}.",
+        *_overview(report),
+        _RECOMPUTED,
+    ]
     for workload, group in by_workload(table).items():
         blocks += [f"## {_escaped(sentences.title(workload, model=False))}", answer(group)]
     blocks += _plots(report)
@@ -48,32 +62,31 @@ def _predicted(report: Report) -> list[str]:
     blocks = [
         f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}",
         *_overview(report),
+        _CHECKPOINTED,
     ]
     tried = report.settings.get("explain") is True
     for workload, cells in predicted.by_workload(report).items():
         blocks += [f"## {_escaped(sentences.title(workload, model=False, device=False))}", prediction(cells)]
-        blocks += _explanation(explained.blocks(cells, tried=tried))
+        blocks += _explanation(explained.explanations(cells, tried=tried))
     blocks += _plots(report)
     terms = explained.terms(report)
     if terms:
         sizes = [(term.name, format_bytes(term.nbytes), explained.side(term), term.source) for term in terms]
         lines = [_line(["term", "size", "where", "source"]), _line(["---", "---:", "---", "---"]), *map(_line, sizes)]
-        blocks += ["## What the trace cannot see", explained.UNSEEN, "\n".join(lines)]
+        blocks += ["## Memory outside the trace", explained.OUTSIDE_TRACE, "\n".join(lines)]
     return [*blocks, "## What this prediction does not cover", _bullets(gaps.not_covered(report))]
 
 
 def _overview(report: Report) -> list[str]:
-    """All cells in one table, where there are several workloads."""
-    found = overview(report)
-    return (
-        []
-        if found is None
-        else ["## Overview", _escaped(f"{found.title.removeprefix('Overview of ')}."), _table(found.columns)]
-    )
+    """Render all cells in one table, where there are several workloads."""
+    table = overview(report)
+    if table is None:
+        return []
+    return ["## Overview", _escaped(f"{table.title.removeprefix('Overview of ')}."), _table(table.columns)]
 
 
 def answer(group: Sequence[Row]) -> str:
-    """The table of one workload's rows, notes on single rows, and what it says in words."""
+    """Render the table of one workload's rows, notes on rows, and sentences."""
     return "\n\n".join(
         block
         for block in (_table(table_columns(group)), _bullets(notes(group)), _escaped(sentences.summary(group)))
@@ -82,7 +95,7 @@ def answer(group: Sequence[Row]) -> str:
 
 
 def prediction(cells: Sequence[PredictedCell]) -> str:
-    """The table of one workload's predictions, notes on single rows, and what it says in words."""
+    """Render the table of one workload's predictions, notes on rows, and sentences."""
     group = [cell.row for cell in cells]
     return "\n\n".join(
         block
@@ -96,13 +109,13 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
 
 
 def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
-    """What a reader might look for and not find, a sentence each."""
+    """Return what a reader may miss in the report, a sentence each."""
     gaps = []
     for workload, group in by_workload(table).items():
         where = sentences.title(workload, model=False)
         for row in group:
             if row.status != "ok":
-                kept = " (its row keeps what it had measured by then)" if row.layers_recomputed is not None else ""
+                kept = " (its row has what was measured before)" if row.layers_recomputed is not None else ""
                 gaps.append(f"{row.strategy} at {where}: {sentences.FAILURES[row.status]}{kept}")
             elif row.layers_recomputed is None:
                 gaps.append(f"{row.strategy} at {where}: the run ended before this cell")
@@ -116,23 +129,23 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
             gaps.append(f"savings and overheads at {where}: off is not among its strategies")
     measured = [row for row in table if row.peak_allocated_bytes is not None]
     if measured and all(row.peak_reserved_bytes is None for row in measured):
-        gaps.append("reserved memory: this device has no caching allocator to ask")
+        gaps.append("reserved memory: this device has no caching allocator")
     if measured and all(row.peak_process_bytes is None for row in measured):
         gaps.append("the memory of the process: it could not be read here")
-    return tuple(gaps) or ("nothing: every cell has its memory, its time and its proof",)
+    return tuple(gaps) or ("nothing: every cell has its memory, time and proof",)
 
 
 def strategies() -> str:
-    """The table of all kinds of strategies."""
+    """Render the table of all kinds of strategies."""
     from gcbench.strategies import kinds
 
-    lines = [_line(["strategy", "kept", "recomputed", "elsewhere called"]), _line(["---"] * 4)]
+    lines = [_line(["strategy", "saved", "recomputed", "also known as"]), _line(["---"] * 4)]
     lines += [f"| `{k.syntax}` | {' | '.join(map(_escaped, (k.kept, k.recomputed, k.elsewhere)))} |" for k in kinds()]
     return "\n".join(lines)
 
 
 def _head(report: Report, where: str) -> str:
-    """The headline, and the model in a sentence."""
+    """Render the headline, and the model in a sentence."""
     model = report.model
     return (
         f"# gcbench: {_escaped(sentences.model_of(report))} {_escaped(where)}\n\n"
@@ -145,27 +158,27 @@ def _made(report: Report, how: str) -> str:
     return f"{how} {report.created} with gcbench {report.gcbench_version}"
 
 
-def _explanation(blocks: Sequence[Block]) -> list[str]:
-    """What is alive at the peaks, a column per strategy, and what is said of each in words."""
-    if not blocks:
+def _explanation(peaks: Sequence[PeakExplanation]) -> list[str]:
+    """Render what is allocated at the peaks, a column per strategy, and the facts about each."""
+    if not peaks:
         return []
-    kinds = dict.fromkeys(share.kind for block in blocks for share in block.shares)
-    # What is left over comes last, whichever block names it first.
+    kinds = dict.fromkeys(share.kind for peak in peaks for share in peak.shares)
+    # The rest comes last, whichever peak has it first.
     names = sorted(kinds, key=lambda kind: kind == explained.REST)
     lines = [
-        _line(["alive at the peak", *(", ".join(block.strategies) for block in blocks)]),
-        _line(["---", *("---:" for _ in blocks)]),
-        *(_line([name, *(_share(block, name) for block in blocks)]) for name in names),
+        _line(["allocated at the peak", *(", ".join(peak.strategies) for peak in peaks)]),
+        _line(["---", *("---:" for _ in peaks)]),
+        *(_line([name, *(_share(peak, name) for peak in peaks)]) for name in names),
     ]
-    told = [
-        f"{block.heading}. {'. '.join(f'{_capital(name)}: {text}' for name, text in block.facts)}." for block in blocks
+    facts = [
+        f"{peak.heading}. {'. '.join(f'{_capital(name)}: {text}' for name, text in peak.facts)}." for peak in peaks
     ]
-    return ["### Where the peak is", "\n".join(lines), _bullets(told)]
+    return ["### Where the peak is", "\n".join(lines), _bullets(facts)]
 
 
-def _share(block: Block, kind: str) -> str:
-    nbytes = next((share.nbytes for share in block.shares if share.kind == kind), None)
-    return UNKNOWN if nbytes is None else f"{format_bytes(nbytes)} ({format_percent(nbytes / block.peak_bytes)})"
+def _share(peak: PeakExplanation, kind: str) -> str:
+    nbytes = next((share.nbytes for share in peak.shares if share.kind == kind), None)
+    return UNKNOWN if nbytes is None else f"{format_bytes(nbytes)} ({format_percent(nbytes / peak.peak_bytes)})"
 
 
 def _capital(text: str) -> str:
@@ -181,7 +194,7 @@ def _table(columns: Sequence[Column]) -> str:
 def _plots(report: Report) -> list[str]:
     captions = {
         run_plots.MEMORY: "Peak memory of each phase of a training step",
-        run_plots.TRADEOFF: "Memory saved against time paid",
+        run_plots.TRADEOFF: "Memory saved versus time overhead",
         **{name: memory_over_step.caption(workload) for name, workload in memory_over_step.files(report).items()},
     }
     links = [f"![{captions[name]}](plots/{name})" for name in run_plots.drawable(report)]
@@ -215,5 +228,5 @@ def _bullets(lines: Iterable[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown takes as it is: no cell borders, emphasis, tags or line breaks of its own."""
+    """Escape text so that Markdown shows it literally: no cell borders, emphasis, tags or line breaks."""
     return " ".join(re.sub(r"([\\|*<`\[]|(?<!\w)_|_(?!\w))", r"\\\1", text).split())

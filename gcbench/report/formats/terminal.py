@@ -1,4 +1,4 @@
-"""The table on the screen: one per workload, columns by the width there is, what it says beneath it."""
+"""Renders the tables on the screen: one per workload, with as many columns as fit, and sentences below."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.overview import overview
 from gcbench.report.predictions import PredictedCell
-from gcbench.report.rows import OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import by_workload, failed_proof, hides_saving, rows
+from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -28,9 +29,9 @@ SUFFIX = ".txt"
 
 
 def tables(report: Report) -> list[RenderableType]:
-    """One renderable per workload, which chooses its columns by the width it is given; an overview before several.
+    """Return a renderable per workload, which fits its columns to the width; before several, an overview.
 
-    A prediction adds what it would explain, where it was asked to, and what it does not cover.
+    A prediction that was made with --explain adds the explanations of its peaks.
     """
     if report.source == "predicted":
         return _predicted(report, explain=report.settings.get("explain") is True)
@@ -38,25 +39,25 @@ def tables(report: Report) -> list[RenderableType]:
 
 
 def show(report: Report, *, explain: bool = False) -> None:
-    """Print the tables on standard output, as wide as the screen is.
+    """Print the tables to standard output, as wide as the screen.
 
-    With `explain`, or where the report was made with it, what a prediction says of each peak as well.
+    With `explain`, or for a prediction that was made with it, print the explanations of the peaks too.
     """
     print_all(_predicted(report, explain=True) if explain and report.source == "predicted" else tables(report))
 
 
 def _overview(report: Report) -> list[RenderableType]:
-    found = overview(report)
-    return [found] if found is not None else []
+    table = overview(report)
+    return [table] if table is not None else []
 
 
 def render(report: Report, *, width: int = 120) -> str:
-    """The tables as plain text, `width` characters wide."""
+    """Render the tables as plain text, `width` characters wide."""
     return plain(tables(report), width=width)
 
 
 def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
-    """The columns of one workload's table, as text."""
+    """Return the columns of one workload's table, as text."""
 
     def of(text: Callable[[Row], str]) -> tuple[str, ...]:
         return tuple(text(row) for row in group)
@@ -81,7 +82,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
 
 
 def step_time(row: Row) -> str:
-    """`84.3 ms ±2 %`: the larger side of the interval, relative to the centre."""
+    """Return `84.3 ms ±2 %`, with the larger half of the interval relative to the centre."""
     text = format_seconds(row.step_time_s)
     if row.step_time_s is None or row.step_time_low_s is None or row.step_time_high_s is None:
         return text
@@ -90,7 +91,7 @@ def step_time(row: Row) -> str:
 
 
 def overhead(row: Row) -> str:
-    """`+27 % (22 to 33 %)`."""
+    """Return `+27 % (22 to 33 %)`."""
     limits = sentences.interval(*_limits(row))
     return f"{_overhead_alone(row)} ({limits})" if limits and row.strategy != OFF else _overhead_alone(row)
 
@@ -100,12 +101,12 @@ def _limits(row: Row) -> tuple[float | None, float | None]:
 
 
 def tokens(per_second: float | None) -> str:
-    """`2,048`, with a decimal below 100."""
+    """Return `2,048`, with a decimal below 100."""
     return UNKNOWN if per_second is None else f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
 
 
 def proof(row: Row) -> str:
-    """The verdict in short; for a cell that failed, how it ended."""
+    """Return the verdict in short, or how a failed cell ended."""
     if row.status != "ok":
         return sentences.FAILURES[row.status]
     return "FAILED" if failed_proof(row) else row.proof or UNKNOWN
@@ -136,14 +137,14 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
     for cells in predicted.by_workload(report).values():
         parts.append(_predicted_table(cells, where))
         if explain:
-            parts += explained.blocks(cells, tried=report.settings.get("explain") is True)
+            parts += explained.explanations(cells, tried=report.settings.get("explain") is True)
     if explain:
         parts += explained.term_list(report)
     return [*parts, *_about_model(report), Text(predicted.NOT_MEASURED)]
 
 
 def _about_model(report: Report) -> list[RenderableType]:
-    """In what the model differs from what its config says."""
+    """Render how the model differs from its config."""
     from rich.text import Text
 
     return [Text(notice, style="bold") for notice in report.model_notices]
@@ -167,7 +168,7 @@ def _recomputed(row: Row) -> str:
 
 
 def _overhead_shortly(row: Row) -> str:
-    """The centre alone, unless its interval, for which there is no room, takes the difference back."""
+    """Return the overhead without its interval, and no figure where the interval includes 0."""
     low, high = _limits(row)
     unsure = low is not None and high is not None and low <= 0 <= high and row.strategy != OFF
     return "none shown" if unsure else _overhead_alone(row)

@@ -1,4 +1,4 @@
-"""What all plots share: a figure with a panel for each of several things, its heading, and how it is written."""
+"""Shared by all plots: figures with panels, their headings, and writing them to a file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ GREY = "#555555"
 
 
 def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels of `width` × `height` inches, in up to three columns."""
+    """Create a figure with `count` panels of `width` × `height` inches, in up to three columns."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -34,14 +34,14 @@ def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axe
     figure = Figure(figsize=(max(width * across, 7.5), height * down + 0.9), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False)
-    found = list(grid.flat)
-    for spare in found[count:]:
-        spare.remove()
-    return figure, found[:count]
+    axes = list(grid.flat)
+    for unused in axes[count:]:
+        unused.remove()
+    return figure, axes[:count]
 
 
 def head(figure: Figure, report: Report, subject: str, facts: str) -> None:
-    """The model and what is shown of it, and below it the device and other facts."""
+    """Title the figure with the model and the subject, and below them the device and other facts."""
     device = f"{report.machine.device_name} ({report.machine.device})"
     where = f"predicted for {predicted.target(report)}" if report.source == "predicted" else device
     title = f"{shortened(sentences.model_of(report), 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
@@ -49,7 +49,7 @@ def head(figure: Figure, report: Report, subject: str, facts: str) -> None:
 
 
 def quiet(axes: Axes, grid: str) -> None:
-    """No frame, and grid lines that stay behind what is shown; `grid` is `x`, `y` or `both`."""
+    """Remove the frame and draw grid lines behind the data; `grid` is `x`, `y` or `both`."""
     axes.tick_params(labelsize=8.5)
     axes.grid(axis=grid, color="#e5e5e5", linewidth=0.6, zorder=0)  # type: ignore[arg-type]  # one of its names
     axes.set_axisbelow(True)
@@ -57,7 +57,7 @@ def quiet(axes: Axes, grid: str) -> None:
 
 
 def shortened(text: str, length: int) -> str:
-    """The text for a plot, with its middle left out when it is longer than `length`."""
+    """Return the text for a plot, with its middle cut out when it is longer than `length`."""
     letters = drawable(text)
     if sum(map(len, letters)) <= length:
         return "".join(letters)
@@ -66,19 +66,19 @@ def shortened(text: str, length: int) -> str:
 
 
 def _first(letters: Sequence[str], length: int) -> list[str]:
-    """As many of them as have room in `length`."""
+    """Return the first letters that fit in `length`."""
     ends = accumulate(map(len, letters))
     return [letter for letter, end in zip(letters, ends, strict=True) if end <= length]
 
 
 def lay_out(figure: Figure) -> None:
-    """Give every text its font and its place, so that its extent can be asked for."""
+    """Lay out every text, so that its extent is known."""
     choose_fonts(figure)
     figure.draw_without_rendering()
 
 
 def write(figure: Figure, path: Path) -> Path:
-    """Write a figure in one step; raises OSError and leaves the old picture on failure."""
+    """Write a figure atomically; raises OSError and leaves the old picture on failure."""
     picture = io.BytesIO()
     choose_fonts(figure)
     figure.savefig(picture, format="png", dpi=DPI, metadata={"Software": None})

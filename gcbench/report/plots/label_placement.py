@@ -1,4 +1,4 @@
-"""Where to write names beside crowded points: plain geometry, in pixels."""
+"""Places labels beside crowded points: plain geometry, in pixels."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 MARGIN = 2
-"""Kept free on every side of a label."""
+"""Pixels that stay free on every side of a label."""
 _FAR = 12
-"""Beyond this distance a line leads from the point to its label."""
+"""Beyond this distance in pixels a leader line connects a point with its label."""
 _APART = 8
-"""Another point must be so much farther from a label than its own."""
+"""Other points must be so many pixels farther from a label than its own point."""
 
 
 Point = tuple[float, float]
@@ -27,15 +27,15 @@ class Box:
     top: float
 
     def moved(self, x: float, y: float) -> Box:
-        """Shifted by x and y."""
+        """Return the box shifted by x and y."""
         return Box(self.left + x, self.bottom + y, self.right + x, self.top + y)
 
     def grown(self, by: float) -> Box:
-        """Larger by so much on every side."""
+        """Return the box enlarged by so much on every side."""
         return Box(self.left - by, self.bottom - by, self.right + by, self.top + by)
 
     def within(self, other: Box) -> bool:
-        """Whether no part lies outside the other."""
+        """Return whether no part lies outside the other."""
         return (
             other.left <= self.left
             and self.right <= other.right
@@ -44,19 +44,19 @@ class Box:
         )
 
     def holds(self, point: Point) -> bool:
-        """Whether the point lies in it."""
+        """Return whether the point lies inside."""
         return self.left <= point[0] <= self.right and self.bottom <= point[1] <= self.top
 
     def distance(self, point: Point) -> float:
-        """From the point to the nearest place in it; 0 inside."""
+        """Return the distance from the point to the box; 0 inside."""
         return math.dist(point, self.nearest(point))
 
     def nearest(self, point: Point) -> Point:
-        """The place in it that is nearest to the point."""
+        """Return the place in the box that is nearest to the point."""
         return min(max(point[0], self.left), self.right), min(max(point[1], self.bottom), self.top)
 
     def overlap(self, other: Box) -> float:
-        """Shared area, in square pixels."""
+        """Return the shared area, in square pixels."""
         wide = min(self.right, other.right) - max(self.left, other.left)
         high = min(self.top, other.top) - max(self.bottom, other.bottom)
         return wide * high if wide > 0 and high > 0 else 0.0
@@ -64,10 +64,10 @@ class Box:
 
 @dataclass(frozen=True)
 class Label:
-    """The room a label takes and points along the line that leads to it, in pixels; no line when it is plainly near.
+    """The box of a label and points along its leader line, in pixels; no line when it is plainly near.
 
     Attributes:
-        ambiguous: another point is as near, so that a reader could take the label for that one's.
+        ambiguous: another point is about as near, so a reader could mistake which one is meant.
     """
 
     room: Box
@@ -76,7 +76,7 @@ class Label:
 
     @classmethod
     def of(cls, room: Box, point: Point, others: Sequence[Point]) -> Label:
-        """The label of `point` in that room."""
+        """Return the label of `point` in that box."""
         (x, y), (near_x, near_y), away = point, room.nearest(point), room.distance(point)
         ambiguous = any(room.distance(other) < away + _APART for other in others if other != point)
         steps = max(int(away // 4), 1)
@@ -84,7 +84,7 @@ class Label:
         return cls(room, line if ambiguous or away > _FAR else (), ambiguous)
 
     def crossings(self, other: Label) -> float:
-        """How far the line of one runs through the text of the other, weighed like a shared area."""
+        """Return how far the line of one crosses the text of the other, weighted like a shared area."""
         through = sum(other.room.holds(p) for p in self.leader) + sum(self.room.holds(p) for p in other.leader)
         return 20.0 * through
 
@@ -92,10 +92,10 @@ class Label:
 def place(
     size: Box, number: int, points: Sequence[Point], frame: Box, symbols: Sequence[Box], placed: Sequence[Label]
 ) -> Label:
-    """The nearest place for a label of this size for one of the points, or the best where none is free.
+    """Return the nearest free place for a label of this size beside one of the points, or the best if none is free.
 
-    A free place touches no symbol, label or line, and no other point lies as near. Lying on another label weighs more
-    than anything else, so labels keep apart even where lines must cross.
+    A free place touches no symbol, label or line, and no other point is as near. Overlapping another label has the
+    largest weight, so labels stay apart even where lines must cross.
     """
     point = points[number]
     best, least = Label.of(size, point, points), math.inf
@@ -115,7 +115,7 @@ def place(
 
 
 def _places(size: Box, point: Point, frame: Box) -> Iterator[Point]:
-    """Lower left corners to try: around the point, then all over the panel, the nearest first."""
+    """Yield lower left corners to try: around the point, then all over the panel, the nearest first."""
     x, y = point
     wide, high = size.right - size.left, size.top - size.bottom
     yield x + 12, y - high / 2

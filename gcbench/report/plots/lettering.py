@@ -1,4 +1,4 @@
-"""Letters of any script in plots: another font where one has them, else their numbers; never an empty box."""
+"""Draws letters of any script in plots: in another font that has them, else as code points; never as empty boxes."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ if TYPE_CHECKING:
     from matplotlib.text import Text
 
 _KNOWN = ("CJK", "Han", "Gothic", "Hei", "Ming", "Song", "Fallback", "Unicode", "Noto")
-"""Parts of the names of fonts with many scripts, which are looked into first."""
+"""Parts of the names of fonts with many scripts, which are searched first."""
 _MOST_FONTS = 400
 
 
 def drawable(text: str) -> list[str]:
-    """The letters of a text as matplotlib is to be given them: what no font here has by its number, and no formulas."""
+    """Return the letters of a text for matplotlib: as code points where no font has them, and without formulas."""
     return [_drawable(char) for char in text]
 
 
 def _drawable(char: str) -> str:
     if char == "$":
-        return r"\$"  # two of them would begin and end a formula
+        return r"\$"  # two of them would enclose a formula
     if char.isprintable() and (_has_default(char) or fallback(char) is not None):
         return char
     return char.encode("ascii", "backslashreplace").decode("ascii") if ord(char) > 126 else repr(char)[1:-1]
 
 
 def choose_fonts(figure: Figure) -> None:
-    """Have every text of the figure drawn with fonts that have its letters; again after more was added."""
+    """Set fonts for every text of the figure that have its letters; call it again after adding texts."""
     from matplotlib.text import Text
 
     for text in figure.findobj(Text):
@@ -36,7 +36,7 @@ def choose_fonts(figure: Figure) -> None:
 
 
 def choose_font(text: Text) -> None:
-    """The same for one text."""
+    """Set fonts for one text that have its letters."""
     written = dict.fromkeys(char for char in text.get_text() if char.isprintable() and not _has_default(char))
     others = dict.fromkeys(name for name in map(fallback, written) if name is not None)
     if others:
@@ -45,7 +45,7 @@ def choose_font(text: Text) -> None:
 
 @cache
 def fallback(char: str) -> str | None:
-    """The name of an installed font that has the letter; None where none has."""
+    """Return the name of an installed font that has the letter; None if none has."""
     code = ord(char)
     return next((name for name, codes in _found() if code in codes), None) or _search(code)
 
@@ -69,7 +69,7 @@ def _default_family() -> list[str]:
 
 @cache
 def _found() -> list[tuple[str, frozenset[int]]]:
-    """Fonts that were needed before, by name."""
+    """Return the cache of fonts that were needed so far: (name, characters)."""
     return []
 
 
@@ -84,7 +84,7 @@ def _search(code: int) -> str | None:
 
 @cache
 def _fonts() -> tuple[tuple[str, str], ...]:
-    """Installed fonts by name, those that are likely to have other scripts first."""
+    """Return (name, path) of installed fonts, those that are likely to have other scripts first."""
     from matplotlib import font_manager
 
     by_name = {font.name: font.fname for font in font_manager.fontManager.ttflist}
@@ -94,10 +94,10 @@ def _fonts() -> tuple[tuple[str, str], ...]:
 
 @cache
 def _codes(path: str) -> frozenset[int]:
-    """The characters that a font file has."""
+    """Return the characters that a font file has."""
     from matplotlib.ft2font import FT2Font
 
     try:
         return frozenset(FT2Font(path).get_charmap())
-    except (OSError, RuntimeError):  # a font that is damaged, or of a kind that FreeType does not read
+    except (OSError, RuntimeError):  # a damaged font, or one that FreeType cannot read
         return frozenset()

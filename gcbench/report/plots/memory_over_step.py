@@ -1,4 +1,4 @@
-"""Memory over one predicted training step: what is alive, by kind, a panel per strategy and a picture per workload."""
+"""Plots memory over one predicted training step, by kind: a panel per strategy and a picture per workload."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gcbench.core.records import Phase, Report, Workload
 from gcbench.core.units import GIB, MIB, format_bytes
 from gcbench.report import predictions as predicted
 from gcbench.report import sentences
+from gcbench.report.explanation import kind_name
 from gcbench.report.plots.figure import LONGEST_LABEL, head, lay_out, panels, quiet, shortened
 from gcbench.report.predictions import PredictedCell
 
@@ -26,30 +27,31 @@ COLOURS = {
     "inputs, buffers, workspaces": "#BDBDBD",
     "optimizer state": "#009E73",
     "gradients": "#0072B2",
-    "boundaries": "#56B4E9",
-    "kept activations": "#E69F00",
+    "layer inputs": "#56B4E9",
+    "saved activations": "#E69F00",
     "logits and loss": "#D55E00",
     "recomputed activations": "#CC79A7",
     "temporaries": "#8F8A00",
 }
-"""From bottom to top: M. Okabe and K. Ito, Color Universal Design, 2008, their yellow darkened, and two greys."""
-ORDER_NOT_TIME = "from left to right: allocations and releases in their order, not time"
-DEVICE, PROCESS = "device memory", "taken by the process"
+"""Kinds from bottom to top; colours of M. Okabe and K. Ito, Color Universal Design, 2008, with a darker yellow and two
+greys."""
+ORDER_NOT_TIME = "x axis: order of allocations and frees, not time"
+DEVICE, PROCESS = "device memory", "process memory"
 PEAK = "peak-label"
-"""The gid of what is written at the peaks."""
+"""The gid of the texts at the peaks."""
 
 _HATCHES = {"recomputed activations": "////", "temporaries": "...."}
 _OTHER = "#F0E442"
 _FAR = 1.6
-"""A bound so many times above the highest peak would press the curves flat; it is told in words instead."""
+"""A memory limit so many times above the highest peak would flatten the curves; a note states it instead."""
 _HEADROOM = 1.14
 _LEGEND_WIDTH, _LETTERS_PER_INCH = 2.2, 10
-"""Inches, and what the notes below the panels take of them."""
+"""Width of the legend, and how many letters of the notes below the panels fit in an inch."""
 _PHASES: dict[Phase, str] = {"forward": "forward", "backward": "backward", "optimizer": "optimizer"}
 
 
 def files(report: Report) -> dict[str, Workload]:
-    """File name -> the workload that it shows; of those of which a curve is known."""
+    """Return file name -> workload, for workloads with a curve."""
     groups = predicted.by_workload(report) if report.source == "predicted" else {}
     drawn = [workload for workload, cells in groups.items() if _curves(cells)]
     return {
@@ -59,12 +61,12 @@ def files(report: Report) -> dict[str, Workload]:
 
 
 def caption(workload: Workload) -> str:
-    """What a reader who does not see the picture is told."""
+    """Return the caption and alternative text of the picture."""
     return f"Memory over one training step, by kind: batch {workload.batch_size} × {workload.seq_len} tokens"
 
 
 def step_figure(report: Report, workload: Workload) -> Figure:
-    """What is alive over the step, a panel per strategy, all on one scale; the peaks say their sizes."""
+    """Plot allocated memory over the step, a panel per strategy on one scale, with the peaks labelled."""
     cells = predicted.by_workload(report)[workload]
     shown = _curves(cells)
     highest = max(max(cell.row.peak_process_bytes or 0, *_totals(curve)) for cell, curve in shown)
@@ -113,8 +115,9 @@ def _panel(axes: Axes, cell: PredictedCell, curve: Curve, top: float, limit: int
     unit, name = (GIB, "GiB") if top >= _HEADROOM * GIB else (MIB, "MiB")
     points = range(len(curve.nbytes[0]))
     below = [0.0] * len(points)
-    order = [*COLOURS, *(kind for kind in curve.kinds if kind not in COLOURS)]
-    for kind, sizes in sorted(zip(curve.kinds, curve.nbytes, strict=True), key=lambda pair: order.index(pair[0])):
+    kinds = [kind_name(kind) for kind in curve.kinds]
+    order = [*COLOURS, *(kind for kind in kinds if kind not in COLOURS)]
+    for kind, sizes in sorted(zip(kinds, curve.nbytes, strict=True), key=lambda pair: order.index(pair[0])):
         above = [floor + size / unit for floor, size in zip(below, sizes, strict=True)]
         axes.fill_between(
             points,
@@ -144,18 +147,18 @@ def _panel(axes: Axes, cell: PredictedCell, curve: Curve, top: float, limit: int
 
 
 def _title(cell: PredictedCell) -> str:
-    """`every:2 (6/12 layers)`, and on a line of its own `3.20 GiB to spare`."""
+    """Return `every:2 (6/12 layers)`, and on its own line `headroom 3.20 GiB`."""
     row = cell.row
     name = f"{shortened(row.strategy, LONGEST_LABEL)} ({row.layers_checkpointed}/{row.num_layers} layers)"
     if row.spare_bytes is None:
         return name
     size = format_bytes(abs(row.spare_bytes))
-    told = f", {row.fits}" if row.fits in (headroom.CLOSE, headroom.RESERVED) else ""
-    return f"{name}\n{size} to spare{told}" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
+    remark = f", {row.fits}" if row.fits in (headroom.CLOSE, headroom.RESERVED) else ""
+    return f"{name}\nheadroom {size}{remark}" if row.spare_bytes >= 0 else f"{name}\ndoes not fit, by {size}"
 
 
 def _mark_phases(axes: Axes, curve: Curve) -> None:
-    """A line where a phase begins, and its name below the middle of it."""
+    """Draw a line where a phase begins, and its name below its middle."""
     starts = [point for _, point in curve.phases]
     ends = [*starts[1:], len(curve.nbytes[0]) - 1]
     for start in starts[1:]:
@@ -184,7 +187,7 @@ def _mark_peak(axes: Axes, cell: PredictedCell, totals: Sequence[float]) -> None
 
 
 def _legend(figure: Figure, found: Sequence[Axes]) -> None:
-    """Each kind once, from top to bottom as they lie; then the lines."""
+    """Draw a legend with the lines first, then each kind once, in stacking order from the top."""
     handles: dict[str, Artist] = {}
     for axes in found:
         artists, texts = axes.get_legend_handles_labels()
@@ -196,7 +199,7 @@ def _legend(figure: Figure, found: Sequence[Axes]) -> None:
 
 
 def _keep_inside(axes: Axes) -> None:
-    """Moves the name of a phase that is too short for it: the last to the panel's edge, any other one line down."""
+    """Move the name of a phase that is too short for it: the last to the panel's edge, any other one line down."""
     renderer = axes.figure.canvas.get_renderer()  # type: ignore[attr-defined]  # Agg's, set in panels
     labels, places = axes.get_xticklabels(), list(axes.get_xticks())
     edge = axes.get_window_extent(renderer).x1

@@ -1,4 +1,4 @@
-"""Pictures of a run: peak memory by phase, memory saved against time paid, and one of each predicted step."""
+"""Plots a report: peak memory by phase, memory saved versus time overhead, and memory over predicted steps."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from gcbench.report.plots import memory_over_step
 from gcbench.report.plots.figure import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, shortened, write
 from gcbench.report.plots.label_placement import MARGIN, Box, Label, place
 from gcbench.report.plots.lettering import choose_font
-from gcbench.report.rows import NOT_REPEATABLE, OFF, by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import NOT_REPEATABLE, by_workload, failed_proof, hides_saving, rows
 from gcbench.report.sentences import how_it_ended
+from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,38 +31,38 @@ LABEL = "strategy-label"
 _OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
 """M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
 _REACH, _LEAST_REACH = 4, 100.0
-"""How far intervals are followed beyond the centres: so many times the centres' spread, or so many percent."""
+"""How far the x axis extends for intervals: so many times the spread of the centres, or so many percent."""
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 _PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#009E73"}
 _PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
 
 
 def drawable(report: Report) -> tuple[str, ...]:
-    """The names of the files that `draw` makes of this report."""
+    """Return the names of the files that `draw` writes for this report."""
     return tuple(_figures(report))
 
 
 def draw(report: Report, folder: Path) -> tuple[Path, ...]:
-    """Write the plots for which there are figures into `folder`, each in one step; raises OSError."""
+    """Write the plots for which the report has data into `folder`, each atomically; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     return tuple(write(figure(), folder / name) for name, figure in _figures(report).items())
 
 
 def _figures(report: Report) -> dict[str, Callable[[], Figure]]:
-    """By file name, what draws it; only of what there are figures for."""
+    """Return file name -> function that draws the figure, where the report has data for it."""
     table = rows(report)
-    found: dict[str, Callable[[], Figure]] = {}
+    figures: dict[str, Callable[[], Figure]] = {}
     if any(row.peak_allocated_bytes is not None for row in table):
-        found[MEMORY] = partial(memory_figure, report)
+        figures[MEMORY] = partial(memory_figure, report)
     if _panels(table):
-        found[TRADEOFF] = partial(tradeoff_figure, report)
+        figures[TRADEOFF] = partial(tradeoff_figure, report)
     for name, workload in memory_over_step.files(report).items():
-        found[name] = partial(memory_over_step.step_figure, report, workload)
-    return found
+        figures[name] = partial(memory_over_step.step_figure, report, workload)
+    return figures
 
 
 def memory_figure(report: Report) -> Figure:
-    """Bars of the peak in each phase, by strategy, a panel per workload; the bar that sets the peak says its size."""
+    """Plot bars of the peak in each phase, by strategy, a panel per workload; the highest bar is labelled."""
     from matplotlib.patches import Patch
 
     groups = by_workload(rows(report))
@@ -80,10 +81,10 @@ def memory_figure(report: Report) -> Figure:
 
 
 def tradeoff_figure(report: Report) -> Figure:
-    """A point per strategy with its 95 % interval, `off` at the origin, a panel per workload."""
+    """Plot a point per strategy with its 95 % interval, `off` at the origin, a panel per workload."""
     groups = _panels(rows(report))
     figure, found = panels(len(groups), width=6.0, height=4.6)
-    head(figure, report, "memory saved against time paid", _precisions(groups))
+    head(figure, report, "memory saved versus time overhead", _precisions(groups))
     styles: dict[str, int] = {}
     for group in groups.values():
         for row in group:
@@ -98,7 +99,7 @@ def tradeoff_figure(report: Report) -> Figure:
 
 
 def _panels(table: Sequence[Row]) -> dict[Workload, tuple[Row, ...]]:
-    """The workloads in which a strategy can be set against off."""
+    """Return the workloads in which a strategy can be compared with off."""
     return {
         workload: group
         for workload, group in by_workload(table).items()
@@ -157,7 +158,7 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
 
 
 def _make_room(axes: Axes) -> None:
-    """Extends the panel to the right until what is written after the bars fits into it."""
+    """Extend the panel to the right until the texts after the bars fit."""
     width = axes.get_window_extent().width
     for text in axes.texts:
         end, needed = text.get_position()[0], min(text.get_window_extent().width + 6, 0.8 * width)
@@ -199,14 +200,14 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     missing = [f"{shortened(row.strategy, LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)]
     note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
     bars = any(row.strategy != OFF and row.time_overhead_low_frac is not None for row in group)
-    time = f"time paid per step, % ({'bars: 95 % interval' if bars else 'too few rounds for an interval'})"
+    time = f"time overhead per step, % ({'bars: 95 % interval' if bars else 'too few rounds for an interval'})"
     axes.set_xlabel("\n".join(filter(None, (time, note))), fontsize=9)
     _panel_title(axes, workload)
     quiet(axes, "both")
 
 
 def _mark_cut_intervals(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
-    """An arrow at the edge where an interval goes on beyond it."""
+    """Draw an arrow at the edge where an interval extends beyond it."""
     left, right = axes.get_xlim()
     for row in group:
         low, high, saved = row.time_overhead_low_frac, row.time_overhead_high_frac, row.memory_saved_frac
@@ -219,7 +220,7 @@ def _mark_cut_intervals(axes: Axes, group: Sequence[Row], styles: dict[str, int]
 
 
 def _limits(axes: Axes, group: Sequence[Row]) -> None:
-    """Room for the labels and for whole intervals, up to where the centres would no longer be told apart."""
+    """Set axis limits that fit the labels and whole intervals, unless that would merge the centres."""
     shown = [row for row in group if _has_tradeoff(row)]
     centres = [100 * (row.time_overhead_frac or 0) for row in shown] + [0.0]
     reach = max(_REACH * (max(centres) - min(centres)), _LEAST_REACH)
@@ -234,7 +235,7 @@ def _limits(axes: Axes, group: Sequence[Row]) -> None:
 
 
 def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> None:
-    """Names every point, beside it where there is room and otherwise at the end of a line."""
+    """Label every point, beside it where there is room and otherwise at the end of a leader line."""
     from matplotlib.lines import Line2D
     from matplotlib.transforms import IdentityTransform
 
@@ -278,7 +279,7 @@ def _box(extent: Bbox) -> Box:
 
 
 def _absence(row: Row) -> str:
-    """Why a cell is not in the picture."""
+    """Return why a cell is not in the picture."""
     if row.status != "ok":
         return how_it_ended(row)
     if failed_proof(row):
