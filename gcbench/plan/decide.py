@@ -1,4 +1,4 @@
-"""One decision: target and model found, a child asked."""
+"""Makes one decision: resolves target and model, then runs the search in a child process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gcbench.processes.children import Children
 from gcbench.processes.messages import Answer, raise_refusal
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
-"""What is weighed against what is found, unless strategies are named."""
+"""The strategies that searched plans are compared with, unless `--strategies` names others."""
 
 
 def decide(
@@ -35,9 +35,9 @@ def decide(
     command: str,
     on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
 ) -> PlanResult:
-    """The decision; `target` None is what this machine has.
+    """The decision; `target` None means the device of this machine.
 
-    `on_step` gets what is done of how much, and what is next.
+    `on_step` is called with (steps done, steps in all, what is done now). Raises GcbenchError.
     """
     here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
     machine, facts = describe(replace(wanted, device=here), source, children, needs_order=True)
@@ -81,7 +81,7 @@ def decide(
     answer = children.run(task, on_event=on_event, timeout_s=wanted.timeout)
     raise_refusal(Answer(refusal=answer.refusal))
     if not answered:
-        why = answer.failure.message if answer.failure else "the process ended without a word"
+        why = answer.failure.message if answer.failure else "its process ended without an answer"
         raise GcbenchError(f"no decision could be made: {why}")
     return PlanResult(
         settings=wanted,

@@ -1,4 +1,4 @@
-"""A decision from a stored run: what was measured in place of what is predicted."""
+"""`gcbench plan --from`: a decision from the measurements of a stored run, or a stored plan shown again."""
 
 from __future__ import annotations
 
@@ -57,9 +57,9 @@ def plan(
 
 
 def _again(folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions) -> bool:
-    """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
+    """Whether the stored plan is shown unchanged; one that was measured can be decided anew from its run.
 
-    Raises UsageError where a plan without a run is to be decided anew.
+    Raises UsageError where a plan without a run should be decided anew.
     """
     anew = {
         "--batch": asked.batch_sizes,
@@ -69,17 +69,17 @@ def _again(folder: Path, wanted: Settings, target_options: TargetOptions, asked:
         "--device": target_options.device,
         "--device-memory": target_options.device_memory,
     }
-    given = [flag for flag, value in anew.items() if value is not None]
-    if given and not (folder / reports.REPORT_NAME).exists():
+    passed = [flag for flag, value in anew.items() if value is not None]
+    if passed and not (folder / reports.REPORT_NAME).exists():
         raise UsageError(
-            f"{', '.join(given)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan anew "
-            "without --from"
+            f"{', '.join(passed)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan "
+            "anew without --from"
         )
-    return not given
+    return not passed
 
 
 def _shown_again(folder: Path, asked: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
-    """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
+    """Show a stored plan, with the settings for a tool if one is named; nothing is planned anew."""
     planned = load_plan(folder)
     plan_session.check_emit(asked.emit, planned.settings)
     err = Console(stderr=True)
@@ -93,18 +93,18 @@ def _shown_again(folder: Path, asked: PlanOptions, *, out: Path | None, as_json:
 def decide(
     report: Report, folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions, *, command: str
 ) -> PlanResult:
-    """The fastest measured setting that fits."""
+    """The fastest measured candidate that fits; raises UsageError and ResultsError."""
     if target_options.device is not None:
         raise UsageError(
-            f"--device {target_options.device}: a stored run is of the device it was measured on "
-            f"({report.machine.device_name}); leave it out, or predict without --from"
+            f"--device {target_options.device}: the run was measured on {report.machine.device_name}; leave the flag "
+            "out, or plan without --from"
         )
     if report.source != "measured":
-        raise ResultsError(f"{folder} holds predictions, which have no times; give a run that gcbench run measured")
+        raise ResultsError(f"{folder} holds predictions, which have no times; pass a run that gcbench run measured")
     kind = report.machine.device.partition(":")[0]
     limit = target_options.device_memory or report.machine.device_memory_bytes
     if limit is None:
-        raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
+        raise UsageError(f"{folder} does not say how much memory its device has; pass --device-memory 24GiB")
     reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
     usable = headroom.usable_bytes(limit, reserve)
     table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
@@ -119,21 +119,21 @@ def decide(
         table = [row for row in table if row.strategy in wanted.strategies]
     if not table:
         raise ResultsError(
-            f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
+            f"{folder} has no measured cell that matches; measure it with gcbench run, or leave out --batch, "
             "--seq-len and --strategies"
         )
     ran = {(o.cell.strategy, o.cell.workload.batch_size, o.cell.workload.seq_len): o.rounds for o in report.outcomes}
     rounds = {_candidate(row, report, usable): ran[row.strategy, row.batch_size, row.seq_len] for row in table}
     fitting = sum(each.fits for each in rounds)
     choice, others, candidates = told_apart.decided(list(rounds), rounds)
-    how = "The fastest" if not others else "Chosen"
-    why = [f"{how} of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}."]
+    how = "Chosen" if others else "The fastest"
+    why = [f"{how} among {fitting} of {len(table)} measured settings that fit into {format_bytes(usable)}."]
     why += [told_apart.sentence(choice, others)] if choice and others else []
-    notices = ["Largest batches are those of the run: larger ones were not measured."]
+    notices = ["The largest batches are those of the run; larger ones were not measured."]
     if kind != CPU and any(row.peak_process_bytes is None for row in table):
         notices.append(
-            "What the process held of the card outside the allocator was not measured, so that peaks leave it out; "
-            "--reserve has to cover it."
+            "Device memory of the process outside the allocator was not measured: peaks exclude it, and --reserve has "
+            "to cover it."
         )
     decision = Decision(
         limit_bytes=limit,
@@ -147,8 +147,8 @@ def decide(
         times_from=f"measurements in {folder}",
         notices=(*notices, *_too_few_rounds(table, folder), *unproven(table)),
     )
-    kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
-    settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
+    stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
     return PlanResult(
         settings=settings,
         seq_len=table[0].seq_len,
@@ -164,11 +164,11 @@ def decide(
 
 
 def _too_few_rounds(table: list[Row], folder: Path) -> tuple[str, ...]:
-    """What the choice rests on where times have no interval."""
+    """A notice where times have no interval."""
     if all(row.step_time_low_s is not None for row in table):
         return ()
     return (
-        f"{folder} has too few rounds for an interval, so the choice may be one of noise; "
+        f"{folder} has too few rounds for an interval, so the choice may be due to noise; "
         f"gcbench run --resume --out {shlex.quote(str(folder))} --rounds {MIN_ROUNDS} adds to them.",
     )
 
@@ -196,7 +196,7 @@ def _candidate(row: Row, report: Report, usable: int) -> Candidate:
 
 
 def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Plan:
-    """The plan that a strategy of a stored run stood for."""
+    """The plan of a strategy of a stored run."""
     if facts.checkpointing_refusal is not None or spec == OFF:
         return Plan(num_layers=facts.num_layers)
     if spec in plan_files:

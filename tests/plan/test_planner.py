@@ -13,7 +13,8 @@ import toys
 
 from gcbench.calibration import timer as calibration
 from gcbench.devices.target import Target
-from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import AS_FAST_FRAC
 from gcbench.plan.estimate.mixed_layers import Combiner
 from gcbench.plan.layer_mix.layered import Layered
 from gcbench.plan.racing import contenders
@@ -166,7 +167,7 @@ def test_no_mix_of_all_is_better(toy):
         best = max(each.tokens_per_s for each in every if each.peak_bytes <= memory - slack)
         assert choice.tokens_per_s >= best * (1 - AS_FAST_FRAC), share
         found.add((choice.strategy, choice.plan))
-    assert len(found) >= 4 and any(strategy == FOUND for strategy, _ in found)
+    assert len(found) >= 4 and any(strategy == SEARCHED for strategy, _ in found)
 
 
 @pytest.mark.parametrize("hidden_bytes", [3_000, 10_000])
@@ -205,7 +206,7 @@ def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hi
 def test_a_name_is_that_of_the_plan(planner):
     """The trap: a mix that is called per-layer, and the user is told to run that."""
     for each in planner(130_000).decide().candidates:
-        if each.strategy != FOUND:
+        if each.strategy != SEARCHED:
             assert parse(each.strategy).plan_for(4).treated() == each.plan.treated()
 
 
@@ -230,19 +231,19 @@ def test_only_the_batch_sizes_that_were_asked_for(toy):
 def test_one_more_sequence_than_the_largest_batch_does_not_fit(planner, memory_bytes):
     """Of what is traced and of what is put together; by a trace of every layer."""
     largest = {each.strategy: each.batch_size for each in planner(memory_bytes).decide().largest}
-    assert set(largest) == {*SPECS, FOUND}
+    assert set(largest) == {*SPECS, SEARCHED}
     for spec in SPECS:
         plan, batch = parse(spec).plan_for(4), largest[spec]
         slack = BOUNDARY_BYTES * batch if spec == "every:2" else 0
         assert exact_peak(plan, batch) <= memory_bytes + slack, spec
         assert exact_peak(plan, batch + 1) > memory_bytes - slack, spec
-    assert largest[FOUND] >= largest["per-layer"] >= largest[OFF]
+    assert largest[SEARCHED] >= largest["per-layer"] >= largest[OFF]
 
 
 def test_memory_binds_or_does_not(planner):
-    assert planner(10**12).decide().binding.startswith("Memory does not bind")
+    assert planner(10**12).decide().binding.startswith("Memory does not limit the speed")
     binding = planner(100_000).decide().binding
-    assert binding.startswith("Memory binds: off at batch ") and "% faster" in binding
+    assert binding.startswith("Memory limits the speed: off at batch ") and "% faster" in binding
 
 
 def test_without_a_bound_nothing_is_recomputed_at_the_largest_batch(toy):
@@ -303,7 +304,7 @@ def test_a_model_that_cannot_be_looked_into_gets_an_answer_of_the_named_ones(toy
     specs = (OFF, "per-layer")
     toy(two_layers_twice)
     decision = Planner(task(80_000, layers=2, specs=specs), FIGURES).decide()
-    assert any("Policies inside of layers were not looked for" in notice for notice in decision.notices)
+    assert any("Policies within layers were not searched" in notice for notice in decision.notices)
     choice = decision.choice
     assert {each.strategy for each in decision.candidates} == set(specs) and choice.strategy in specs
     assert exact_peak(choice.plan, choice.batch_size, model=two_layers_twice) == choice.peak_bytes <= 80_000
@@ -318,7 +319,7 @@ def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
     decision = Planner(task(150_000), FIGURES).decide()
     assert decision.choice is not None and decision.choice.plan != lie
     (notice,) = decision.notices
-    assert notice.startswith("Left out, since they cannot be traced: 1 policy that was found (the plan skips what")
+    assert notice.startswith("Left out because they cannot be traced: 1 searched policy (the plan skips what")
 
 
 def test_what_a_measurement_may_choose_instead_is_told_of_as_well(toy):

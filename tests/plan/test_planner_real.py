@@ -12,7 +12,8 @@ from gcbench.core.records import Lora
 from gcbench.core.units import MIB
 from gcbench.devices.cards import find
 from gcbench.devices.target import Target
-from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import AS_FAST_FRAC
 from gcbench.plan.search import planner as search
 from gcbench.plan.search.levers import Trial, levers
 from gcbench.plan.search.planner import Planner
@@ -107,7 +108,7 @@ def assert_gains(asked, decision, expected, *, of=lambda lever: lever.flag is no
 
 EIGHT_BIT, CHUNKS, FUSED = "an 8-bit AdamW", "a loss computed in 8 chunks", "the fused optimizer"
 MIXED_FLAG = "--precision bf16-mixed"
-ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 in place of all weights", "mixed precision", "weights in bf16"
+ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 instead of full fine-tuning", "mixed precision", "weights in bf16"
 
 
 def test_levers_where_the_optimizer_sets_the_peak():
@@ -148,7 +149,7 @@ def test_levers_where_the_logits_set_the_peak_and_memory_binds():
     asked = task(cpu(2 * MIB), family="opt", attn_implementation="eager")
     decision = Planner(asked, FIGURES).decide()
     choice = decision.choice
-    assert choice.strategy != OFF and decision.binding.startswith("Memory binds")
+    assert choice.strategy != OFF and decision.binding.startswith("Memory limits the speed")
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= 2 * MIB
     names = {lever.name for lever in decision.levers}
     assert CHUNKS in names and MIXED in names and FUSED not in names
@@ -186,7 +187,7 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
             assert each.peak_bytes <= memory
             assert each.tokens_per_s * (1 - AS_FAST_FRAC) <= choice.tokens_per_s
     largest = {each.strategy: each.batch_size for each in decision.largest}
-    assert largest[FOUND] >= largest["per-layer"] >= 512 > largest[OFF]
+    assert largest[SEARCHED] >= largest["per-layer"] >= 512 > largest[OFF]
     fitting, too_large = peaks(asked, every, largest["per-layer"], largest["per-layer"] + 1)
     assert fitting <= memory < too_large
     assert decision.times_from == f"the published rates of {CARD.full_name}"
@@ -195,8 +196,8 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("expandable", "expected"),
     [
-        (False, {"expandable segments", "boundaries in the host's memory", ADAPTERS, BF16}),
-        (True, {"boundaries in the host's memory", BF16}),
+        (False, {"expandable segments", "layer inputs offloaded to host memory", ADAPTERS, BF16}),
+        (True, {"layer inputs offloaded to host memory", BF16}),
     ],
 )
 def test_levers_of_a_card(expandable, expected):
@@ -219,12 +220,12 @@ def test_levers_of_a_found_plan_recompute_its_layers_whole():
     asked = task(cpu(2**40), batch_sizes=(4,), specs=(OFF,))
     one = Planner(asked, FIGURES)
     plan = next(each for each in one.mixes.uniform if each.policies)
-    shown = one.evaluator.candidate(FOUND, plan, 4, traced=True)
+    shown = one.evaluator.candidate(SEARCHED, plan, 4, traced=True)
     step = one.evaluator.scaling(plan).traced(4)
     with Trial(asked, shown, held=one.evaluator.counted) as trial:
         found = levers(asked, one.evaluator.session, shown, step, trial, held=one.evaluator.counted, usable=None)
     by_name = {lever.name: lever for lever in found}
-    lora = by_name[f"{ADAPTERS}, the same layers recomputed whole"]
+    lora = by_name[f"{ADAPTERS}, the same layers fully recomputed"]
     assert lora.peak_bytes == peak(replace(asked, lora=Lora(r=16)), replace(plan, policies=()), 4)
     fused = one.evaluator.session.predictor.with_optimizer(step, "adamw_torch_fused", steps_on_device=True)
     held = one.evaluator.counted(fused, one.evaluator.session)

@@ -58,7 +58,7 @@ def test_noise_is_not_taken_for_speed():
     choice, others, _ = told_apart.decided(candidates, ran)
     assert choice.strategy == "off"
     said = told_apart.sentence(choice, others)
-    assert said.startswith("off at batch 4 is not told apart from every:2 at batch 4 (")
+    assert said.startswith("off at batch 4 is as fast within the noise as every:2 at batch 4 (")
     assert said.endswith(" %), and is the simpler one.")
 
 
@@ -103,7 +103,9 @@ def test_a_stored_run_decides_so():
     wanted = SimpleNamespace(seq_len=None, strategies=None)
     planned = decide(report(*cells), "run", wanted, TargetOptions(device_memory=100 * GIB), asked, command="")
     assert planned.decision.choice.strategy == "off"
-    assert "off at batch" in planned.decision.binding and "not told apart from every:2" in planned.decision.binding
+    assert (
+        "off at batch" in planned.decision.binding and "as fast within the noise as every:2" in planned.decision.binding
+    )
 
 
 # On a card without nvidia-smi
@@ -113,8 +115,8 @@ def test_a_card_that_does_not_tell_what_a_process_holds_is_taken_by_its_allocato
     """The trap: peak_process_bytes is None, and every setting that was measured is thrown away."""
     decision = SimpleNamespace(outside_bytes=700)
     row = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=5000)
-    assert confirm._held_of_card(row, decision) == 5700
+    assert confirm._process_bytes(row, decision) == 5700
     told = SimpleNamespace(peak_process_bytes=6000, peak_reserved_bytes=5000)
-    assert confirm._held_of_card(told, decision) == 6000
+    assert confirm._process_bytes(told, decision) == 6000
     nothing = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=None)
-    assert confirm._held_of_card(nothing, decision) is None
+    assert confirm._process_bytes(nothing, decision) is None

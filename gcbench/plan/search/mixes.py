@@ -7,7 +7,8 @@ from contextlib import suppress
 from copy import copy
 from functools import cached_property
 
-from gcbench.plan.decision import FOUND, Candidate
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import Candidate
 from gcbench.plan.estimate.mixed_layers import Combiner
 from gcbench.plan.layer_mix.layered import Layered
 from gcbench.plan.search.candidates import CandidateEvaluator
@@ -221,4 +222,4 @@ def _name(plan: Plan) -> str:
                 return spec
         except ValueError:
             continue
-    return FOUND
+    return SEARCHED

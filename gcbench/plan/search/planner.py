@@ -1,4 +1,4 @@
-"""The search itself: trace, weigh, solve, verify, choose."""
+"""The search: trace, evaluate, solve, verify, choose."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from functools import partial
 from gcbench.core.errors import GcbenchError
 from gcbench.core.prediction import Addition, Fallback
 from gcbench.core.units import format_bytes
+from gcbench.export._handover import SEARCHED
 from gcbench.plan.decision import (
-    FOUND,
     Candidate,
     CandidateDetails,
     Decision,
@@ -45,11 +45,11 @@ MOST_POLICIES = {"bf16-mixed": 6, "fp16-mixed": 6}
 most 2 % of that of everything. Autocast has a layer keep weights that it cast too, so there is more to choose from."""
 _MOST_POLICIES = 5
 _WITHOUT_BOUND = (1, 2, 4, 8, 16)
-"""Batch sizes where nothing limits them."""
+"""Batch sizes without a memory limit."""
 _STEPS = 4
-"""Of which a plan tells that they are done."""
+"""Number of steps that the progress display counts."""
 _SHORTEST = 64
-"""Tokens; a shorter sequence is no remedy."""
+"""Tokens; shorter sequences are not proposed."""
 
 
 def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
@@ -102,7 +102,7 @@ class Planner:
 
     def decide(self, say: Callable[[int, str], None] = lambda done, doing: None) -> Decision:
         """Weigh, solve, verify; `say` gets how many of `_STEPS` are done and what is done now."""
-        say(1, "weighing strategies and batch sizes")
+        say(1, "evaluating strategies and batch sizes")
         most = self._most()
         batches = self._batches(most)
         self._calibrate(batches)
@@ -118,7 +118,7 @@ class Planner:
             likely = choose([*named, *drafts])
             trial = None if likely is None else stack.enter_context(self._trial(likely))
             candidates = self._known([*named, *self._found(drafts, choose(named))])
-            say(3, "trying what else would lower the peak")
+            say(3, "trying other changes that reduce the peak")
             choice = choose(candidates)
             smallest = None if choice is not None else self._smallest(min(batches), candidates)
             shown = choice or smallest
@@ -161,7 +161,7 @@ class Planner:
             most = MOST_POLICIES.get(self.task.precision, _MOST_POLICIES)
             found = uniform_plans(fake_model, layers, self.evaluator.figures, seq_len=self.task.seq_len, most=most)
         except Exception as err:  # a model's own code, or layers that cannot be looked into
-            self.notices.append(f"Policies inside of layers were not looked for: {err}.")
+            self.notices.append(f"Policies within layers were not searched: {err}.")
             return [off, every]
         return [off, every, *(each for each in found if any(policy.keep for policy in each.policies))]
 
@@ -177,9 +177,9 @@ class Planner:
         left_out = [f"{spec} ({refused[plan]})" for spec, plan in self.task.named if plan in refused]
         policies = [why for plan, why in refused.items() if plan in uniform[2:]]
         if policies:
-            number = "1 policy that was" if len(policies) == 1 else f"{len(policies)} policies that were"
-            left_out.append(f"{number} found ({policies[0]})")
-        self.notices.append(f"Left out, since they cannot be traced: {', '.join(left_out)}.")
+            number = "1 searched policy" if len(policies) == 1 else f"{len(policies)} searched policies"
+            left_out.append(f"{number} ({policies[0]})")
+        self.notices.append(f"Left out because they cannot be traced: {', '.join(left_out)}.")
 
     def _is_composed(self, plan: Plan) -> bool:
         """Whether what it takes follows from uniform plans."""
@@ -235,7 +235,7 @@ class Planner:
         if len(self.mixes.uniform) > 1 and self.task.own is None:
             # Nothing found keeps less than every layer's input.
             tops = [top for plan in self.mixes.uniform[:2] if (top := most[plan])]
-            named.append(Largest(strategy=FOUND, batch_size=max(tops, default=None)))
+            named.append(Largest(strategy=SEARCHED, batch_size=max(tops, default=None)))
         return tuple(named)
 
     # What is found.
