@@ -11,7 +11,7 @@ import pytest
 import torch
 import toys
 
-from gcbench.calibration import timer as calibration
+from gcbench.calibration import calibrate as calibration
 from gcbench.devices.target import Target
 from gcbench.export._handover import SEARCHED
 from gcbench.plan.decision import AS_FAST_FRAC
@@ -197,8 +197,8 @@ def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hi
     )
     draft = one.mixes.fastest(8)
     assert draft.fits and exact_peak(draft.plan, 8) > memory
-    settled = one.mixes.settled(draft)
-    assert settled.fits and settled.peak_bytes == exact_peak(settled.plan, 8) <= memory
+    verified = one.mixes.verified(draft)
+    assert verified.fits and verified.peak_bytes == exact_peak(verified.plan, 8) <= memory
     choice = one.decide().choice
     assert choice.source == "predicted" and exact_peak(choice.plan, 8) <= memory
 

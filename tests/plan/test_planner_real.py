@@ -209,8 +209,8 @@ def test_levers_of_a_card(expandable, expected):
     plan = asked.named[0][1]
     shown = evaluator.candidate("per-layer", plan, 4096)
     step = evaluator.scaling(plan).traced(4096)
-    with Trial(asked, shown, held=evaluator.counted) as trial:
-        found = levers(asked, evaluator.session, shown, step, trial, held=evaluator.counted, usable=evaluator.usable)
+    with Trial(asked, shown) as trial:
+        found = levers(asked, evaluator.session, shown, step, trial, usable=evaluator.usable)
     decision = SimpleNamespace(choice=shown, levers=found, usable_bytes=evaluator.usable)
     assert_gains(asked, decision, expected)
 
@@ -222,14 +222,13 @@ def test_levers_of_a_found_plan_recompute_its_layers_whole():
     plan = next(each for each in one.mixes.uniform if each.policies)
     shown = one.evaluator.candidate(SEARCHED, plan, 4, traced=True)
     step = one.evaluator.scaling(plan).traced(4)
-    with Trial(asked, shown, held=one.evaluator.counted) as trial:
-        found = levers(asked, one.evaluator.session, shown, step, trial, held=one.evaluator.counted, usable=None)
+    with Trial(asked, shown) as trial:
+        found = levers(asked, one.evaluator.session, shown, step, trial, usable=None)
     by_name = {lever.name: lever for lever in found}
     lora = by_name[f"{ADAPTERS}, the same layers fully recomputed"]
     assert lora.peak_bytes == peak(replace(asked, lora=Lora(r=16)), replace(plan, policies=()), 4)
     fused = one.evaluator.session.predictor.with_optimizer(step, "adamw_torch_fused", steps_on_device=True)
-    held = one.evaluator.counted(fused, one.evaluator.session)
-    assert held == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
+    assert one.evaluator.session.weighed(fused)[0] == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
 
 
 def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
@@ -240,8 +239,7 @@ def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
     sizes = (1, 64, 256, 1024, 4096)
     in_full = [evaluator.candidate(OFF, off, batch) for batch in sizes]
     assert [each.fits for each in in_full][::4] == [True, False]
-    brief = Planner(asked, CardFigures(CARD)).evaluator
-    brief.all_up_to = 1
+    brief = Planner(asked, CardFigures(CARD)).evaluator.exact_up_to(1)
     for batch, expected in zip(sizes, in_full, strict=True):
         found = brief.candidate(OFF, off, batch)
         assert found.fits == expected.fits

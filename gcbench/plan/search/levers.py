@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -27,8 +26,6 @@ bitsandbytes/optim/optimizer.py)."""
 _LEAST_QUANTISED = 4096
 """Elements; smaller states stay in fp32 (same source)."""
 
-Held = Callable[[Timeline, Session], int]
-
 
 class Trial:
     """The changes of one candidate that need traces of their own; a forked process begins half of them at once.
@@ -36,10 +33,9 @@ class Trial:
     A context manager, which ends that process.
     """
 
-    def __init__(self, task: PlanTask, candidate: Candidate, *, held: Held) -> None:
+    def __init__(self, task: PlanTask, candidate: Candidate) -> None:
         self.of = (candidate.plan, candidate.batch_size)
         self._changes = _changes(task, candidate)
-        self._held = held
         self._ahead: Ahead[Change, int | None] = Ahead(self._try, self._changes[0::2])
 
     def __enter__(self) -> Trial:
@@ -49,7 +45,7 @@ class Trial:
         self._ahead.__exit__(*exc)
 
     def _try(self, change: Change) -> int | None:
-        return _traced(change[2], change[3], self._held)
+        return _traced(change[2], change[3])
 
     def peaks(self) -> list[tuple[str, str | None, int]]:
         """(name, flag, peak in bytes) of each change that can be traced."""
@@ -66,13 +62,13 @@ class Trial:
 
 
 def levers(
-    task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, held: Held, usable: int | None
+    task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, usable: int | None
 ) -> tuple[MemoryLever, ...]:
     """The changes that reduce the candidate's peak by more than `_WORTH_NAMING`, lowest peak first."""
     tried: list[tuple[str, str | None, int]] = []
 
     def note(name: str, flag: str | None, line: Timeline, by: Session = session) -> None:
-        tried.append((name, flag, held(line, by)))
+        tried.append((name, flag, by.weighed(line)[0]))
 
     assembly = step.assembly
     sizes = without_logits(assembly, CHUNKS)
@@ -126,12 +122,12 @@ def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
     return changes
 
 
-def _traced(task: PlanTask, candidate: Candidate, held: Held) -> int | None:
+def _traced(task: PlanTask, candidate: Candidate) -> int | None:
     """The peak of another workload in bytes; None where its step cannot be traced."""
     try:
         session = Session(task.as_predictions())
         plan, batch = candidate.plan, candidate.batch_size
-        return held(session.predictor.step(plan, batch_size=batch, seq_len=task.seq_len).timeline, session)
+        return session.weighed(session.predictor.step(plan, batch_size=batch, seq_len=task.seq_len).timeline)[0]
     except Exception:  # a model's own code may raise anything; the change is then left out
         return None
 
