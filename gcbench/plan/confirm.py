@@ -18,7 +18,7 @@ from gcbench.job.resolve import ResolvedRun, begin, described, target_notice
 from gcbench.job.settings import Settings
 from gcbench.measure import runner
 from gcbench.measure.runner import Progress
-from gcbench.plan import racing, told_apart
+from gcbench.plan import racing, ties
 from gcbench.plan.decision import Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.plan.from_run import plan_of_row
 from gcbench.plan.named import in_run_order, unconfirmed
@@ -105,7 +105,7 @@ def settled(
     measured: Mapping[Candidate, Candidate],
     *,
     tied: Sequence[Candidate] = (),
-    rounds: told_apart.Rounds | None = None,
+    rounds: ties.Rounds | None = None,
 ) -> Decision:
     """The decision among the measured candidates, with the details of the new choice, if any of them fits.
 
@@ -130,7 +130,7 @@ def settled(
         )
     leader = choose(ran)
     assert leader is not None
-    choice, others, ran = told_apart.beside(ran, tied or [leader], rounds or {})
+    choice, others, ran = ties.beside(ran, tied or [leader], rounds or {})
     entered = next(was for was, now in measured.items() if now == choice)
     measured = dict(zip(measured, ran, strict=True))
     scale = median(now.tokens_per_s / was.tokens_per_s for was, now in measured.items() if now.source == "measured")
@@ -144,7 +144,7 @@ def settled(
         _with_details_of(decision, entered),
         choice=choice,
         candidates=candidates,
-        binding=" ".join(filter(None, (told_apart.sentence(choice, others), why_not_faster(candidates, choice)))),
+        binding=" ".join(filter(None, (ties.sentence(choice, others), why_not_faster(candidates, choice)))),
     )
 
 
@@ -198,7 +198,7 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
         for candidate, spec in named.items()
     )
     files = {spec: Path(spec.removeprefix("plan:")) for spec in named.values() if spec.startswith("plan:")}
-    wanted: Settings = replace(
+    confirmed: Settings = replace(
         settings,
         device=planned.machine.device,
         batch_size=tuple(dict.fromkeys(candidate.batch_size for candidate in named)),
@@ -210,7 +210,7 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
         memory_limit=_allocator_limit(planned),
     )
     return ResolvedRun(
-        settings=wanted,
+        settings=confirmed,
         cells=cells,
         plans={spec: candidate.plan for candidate, spec in named.items()},
         refusals={},
@@ -276,8 +276,8 @@ def _measured(report: Report, named: dict[Candidate, str], planned: PlanResult) 
     found = []
     for candidate, spec in named.items():
         row = table[spec, candidate.batch_size]
-        held = row.peak_allocated_bytes if planned.machine.device == "cpu" else _process_bytes(row, planned.decision)
-        if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or held is None:
+        nbytes = row.peak_allocated_bytes if planned.machine.device == "cpu" else _process_bytes(row, planned.decision)
+        if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or nbytes is None:
             found.append(replace(candidate, fits=False))
             continue
         tokens = candidate.batch_size * planned.seq_len
@@ -285,9 +285,9 @@ def _measured(report: Report, named: dict[Candidate, str], planned: PlanResult) 
             replace(
                 candidate,
                 plan=plan_of_row(spec, report.plan_files, planned.facts),
-                peak_bytes=held,
-                allocated_bytes=row.peak_allocated_bytes or held,
-                fits=usable is None or held <= usable,
+                peak_bytes=nbytes,
+                allocated_bytes=row.peak_allocated_bytes or nbytes,
+                fits=usable is None or nbytes <= usable,
                 step_time_s=row.step_time_s,
                 tokens_per_s=row.tokens_per_s,
                 tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,

@@ -55,9 +55,9 @@ def check_emit(tool: str | None, settings: Settings) -> None:
 
 
 def plan(
-    wanted: Settings,
+    settings: Settings,
     target_options: TargetOptions,
-    asked: PlanOptions,
+    options: PlanOptions,
     *,
     out: Path | None,
     command: str,
@@ -67,14 +67,14 @@ def plan(
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
     # Before anything slow is imported: a name that is not in the catalogue is an error.
     early = resolve_target(target_options, None)
-    check_emit(asked.emit, wanted)
-    flash_attention.check_plan(wanted.attn_implementation, early)
-    if asked.measure and early is not None and early.kind != CPU:
+    check_emit(options.emit, settings)
+    flash_attention.check_plan(settings.attn_implementation, early)
+    if options.measure and early is not None and early.kind != CPU:
         raise UsageError(_not_here(target_options, early.name))
-    source = preflight.model_of(wanted)
+    source = preflight.model_of(settings)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     err = Console(stderr=True)
-    with Store.create(out) if out else Store.new(f"plan-{sources.slug(wanted.model)}", created) as store:
+    with Store.create(out) if out else Store.new(f"plan-{sources.slug(settings.model)}", created) as store:
         try:
             with ExitStack() as stack:
                 preload = (*sources.modules(source), "gcbench.plan.search.planner")
@@ -83,22 +83,22 @@ def plan(
                 threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
                 with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
                     planned = decide(
-                        wanted,
+                        settings,
                         target_options,
-                        asked,
+                        options,
                         early,
                         source=source,
                         children=children,
                         command=command,
                         on_step=counter.count,
                     )
-                planned = replace(planned, created=created, changed=changed_config(wanted, source, children))
-                if asked.measure:
+                planned = replace(planned, created=created, changed=changed_config(settings, source, children))
+                if options.measure:
                     planned = _confirmed(planned, target_options, children=children, store=store, quiet=quiet, err=err)
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_after_interruption(store)) from None
-        finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+        finish(planned, options, store, as_json=as_json, quiet=quiet, err=err)
 
 
 def _after_interruption(store: Store) -> str:
@@ -143,7 +143,7 @@ def _confirmed(
 
 
 def finish(
-    planned: PlanResult, asked: PlanOptions, store: Store | None, *, as_json: bool, quiet: bool, err: Console
+    planned: PlanResult, options: PlanOptions, store: Store | None, *, as_json: bool, quiet: bool, err: Console
 ) -> None:
     """Store the decision if there is a store, translate it for a tool if one was named, and show it.
 
@@ -154,11 +154,11 @@ def finish(
     if store is not None:
         planned = publish(planned, store)
     emitted = None
-    if asked.emit is not None:
+    if options.emit is not None:
         from gcbench import export
 
         if planned.handover is not None:  # else nothing fits, which is raised below
-            emitted = export.emit(asked.emit, planned.handover)
+            emitted = export.emit(options.emit, planned.handover)
     folder = None if store is None else store.folder
     try:
         with streams.kept_in(folder) if folder is not None else nullcontext():
@@ -169,7 +169,7 @@ def finish(
                 quiet=quiet,
                 err=err,
                 folder=folder,
-                emits=asked.emit is not None,
+                emits=options.emit is not None,
             )
     finally:
         if store is not None:

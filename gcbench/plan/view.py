@@ -14,7 +14,7 @@ from gcbench.core.text_table import Column, Table, plain, unbroken
 from gcbench.core.text_table import show as show_all
 from gcbench.core.units import format_bytes, format_percent, format_seconds
 from gcbench.export._handover import SEARCHED
-from gcbench.plan import nothing_fits, told_apart
+from gcbench.plan import nothing_fits, ties
 from gcbench.plan.additions import of_decision
 from gcbench.plan.decision import Candidate, Decision, best_of_each, described
 from gcbench.strategies import OFF
@@ -172,7 +172,7 @@ def frontier_table(planned: PlanResult) -> Table:
         change = format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
         if candidate.source != "measured":
             return change
-        return f"{change} ({told_apart.interval_of(candidate) or 'no interval'})"
+        return f"{change} ({ties.interval_of(candidate) or 'no interval'})"
 
     return Table(
         title="The best of each strategy",

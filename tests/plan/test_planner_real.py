@@ -1,4 +1,4 @@
-"""The decision for real models, on this CPU and on cards out of the catalogue; every lever predicted a second time."""
+"""The decision for real models, on this CPU and on catalogue cards; every lever is checked by a prediction."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def few_policies(monkeypatch):
 
 
 def peak(asked, plan, batch_size):
-    """What counts against the memory of the target, by a session of its own."""
+    """Bytes that count against the target's memory, by a session of its own."""
     return peaks(asked, plan, batch_size)[0]
 
 
@@ -78,7 +78,7 @@ def peaks(asked, plan, *batch_sizes):
 
 
 def changed(asked, plan, flag):
-    """The workload and the plan with what a lever's flag says."""
+    """The workload and the plan with a lever's flag applied."""
     name, _, value = flag.removeprefix("--").partition(" ")
     if name == "strategies":
         assert value.endswith("+offload")
@@ -90,7 +90,7 @@ def changed(asked, plan, flag):
     return replace(asked, **{name.replace("-", "_"): value}), plan
 
 
-def assert_gains(asked, decision, expected, *, of=lambda lever: lever.flag is not None):
+def assert_levers(asked, decision, expected, *, of=lambda lever: lever.flag is not None):
     """The levers are `expected`, the best first; each that has a flag is what a prediction with that flag says.
 
     `of` those that are predicted.
@@ -112,11 +112,11 @@ ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 instead of full fine-tuning", 
 
 
 def test_levers_where_the_optimizer_sets_the_peak():
-    """A short sequence alone: what the optimizer holds and makes is most of it, and nothing of the loss is."""
+    """A single short sequence: the optimizer is most of the peak, and the loss none of it."""
     asked = task(cpu(10**9), seq_len=8, batch_sizes=(1,), specs=(OFF,), can_checkpoint=False)
     decision = Planner(asked, FIGURES).decide()
     assert decision.choice.strategy == OFF and decision.choice.peak_phase == "optimizer"
-    assert_gains(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
+    assert_levers(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
     by_name = {lever.name: lever for lever in decision.levers}
     # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have 4096 elements; the
     # temporaries of adamw_torch are not in an 8-bit step, as they are not in the fused one.
@@ -127,7 +127,7 @@ def test_levers_where_the_optimizer_sets_the_peak():
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["few layers traced", "all traced"])
-def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_asked_for(monkeypatch, exact):
+def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_requested(monkeypatch, exact):
     """The trap: states shrunk in a step that keeps the lists of temporaries of the foreach optimizer."""
     if exact:
         monkeypatch.setattr(Predictor, "_composed", _not_composable)
@@ -153,7 +153,7 @@ def test_levers_where_the_logits_set_the_peak_and_memory_binds():
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= 2 * MIB
     names = {lever.name for lever in decision.levers}
     assert CHUNKS in names and MIXED in names and FUSED not in names
-    assert_gains(asked, decision, names, of=lambda lever: lever.flag in ("--attn-implementation sdpa", MIXED_FLAG))
+    assert_levers(asked, decision, names, of=lambda lever: lever.flag in ("--attn-implementation sdpa", MIXED_FLAG))
     assert {"fused attention"} <= names
     logits = 32 * 256 * 4 * choice.batch_size
     by_name = {lever.name: lever for lever in decision.levers}
@@ -169,8 +169,8 @@ def card(memory_bytes):
     return Target(kind="cuda", name=CARD.name, memory_bytes=memory_bytes, card=CARD)
 
 
-def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
-    """The traps: what tensors hold taken for what the allocator takes from the card, and the context forgotten."""
+def test_on_a_card_the_memory_of_the_process_has_to_fit(monkeypatch):
+    """The traps: allocated memory counted in place of reserved memory, and the context forgotten."""
     monkeypatch.setattr(search, "levers", lambda *args, **kwargs: ())
     wide = task(card(CARD.memory_bytes), family="opt", seq_len=64, precision="bf16-mixed")
     first = Planner(wide, CardFigures(CARD))
@@ -201,8 +201,8 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
     ],
 )
 def test_levers_of_a_card(expandable, expected):
-    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what a
-    lever frees is counted in whole segments."""
+    """Expandable segments, and with them layer inputs in host memory. Without expandable segments a lever saves whole
+    segments."""
     target = replace(card(CARD.memory_bytes), expandable_segments=expandable)
     asked = task(target, seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
     evaluator = Planner(asked, CardFigures(CARD)).evaluator
@@ -212,11 +212,11 @@ def test_levers_of_a_card(expandable, expected):
     with Trial(asked, shown) as trial:
         found = levers(asked, evaluator.session, shown, step, trial, usable=evaluator.usable)
     decision = SimpleNamespace(choice=shown, levers=found, usable_bytes=evaluator.usable)
-    assert_gains(asked, decision, expected)
+    assert_levers(asked, decision, expected)
 
 
-def test_levers_of_a_found_plan_recompute_its_layers_whole():
-    """The trap: a policy names calls of operators, adapters make others of them, and the lever is lost in silence."""
+def test_levers_of_a_searched_plan_recompute_its_layers_fully():
+    """The trap: a policy names calls of operators that adapters change, and the lever is silently lost."""
     asked = task(cpu(2**40), batch_sizes=(4,), specs=(OFF,))
     one = Planner(asked, FIGURES)
     plan = next(each for each in one.mixes.uniform if each.policies)
@@ -231,8 +231,8 @@ def test_levers_of_a_found_plan_recompute_its_layers_whole():
     assert one.evaluator.session.weighed(fused)[0] == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
 
 
-def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
-    """The traps: a setting that would fit is said not to; one that is asked for in full is told in part."""
+def test_tensors_that_exceed_the_device_need_no_replay_of_the_allocator():
+    """The traps: a candidate that fits is reported not to; an exact peak is reported as a lower bound."""
     asked = task(card(64 * MIB + 2**30), seq_len=64, specs=(OFF,))
     evaluator = Planner(asked, CardFigures(CARD)).evaluator
     off = asked.named[0][1]

@@ -1,4 +1,4 @@
-"""Races between settings: who may enter, who drops out, and how seldom that is the best of them."""
+"""Races between candidates: which enter, which are eliminated, and how seldom that is the best of them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_equals_end_as_no_difference_after_the_last_round():
         rates = {"a": [*rates["a"], 100.2 - number % 2 * 0.1], "b": [*rates["b"], 100.1]}
 
 
-def test_what_is_told_apart_by_many_rounds_and_not_by_one():
+def test_many_rounds_eliminate_what_one_round_cannot():
     rates = {"a": [100.0, 100.5, 99.5, 100.0], "b": [96.0, 96.5, 95.5, 96.0]}
     assert state({key: own[:1] for key, own in rates.items()}).still_in == ("a", "b")
     assert state(rates).still_in == ("a",)
@@ -105,7 +105,7 @@ def test_a_slow_round_common_to_all_changes_nothing(slow_round):
 
 
 def test_rounds_of_those_that_dropped_out_earlier_are_compared_with_the_same_rounds():
-    """The trap: its one round, a slow one for all, held against the leader's later and better ones."""
+    """The trap: its one round, a slow one for all, compared with the leader's later and better ones."""
     now = state({"a": [50.0, 100.0, 100.0], "b": [49.0]})
     assert now.still_in == ("a", "b")
 
@@ -191,8 +191,8 @@ def decided(*candidates, details=()):
     )  # fmt: skip
 
 
-def test_what_is_said_is_of_the_setting_that_won():
-    """The trap: the words and the levers of the setting that was expected to win."""
+def test_the_details_are_those_of_the_winner():
+    """The trap: the details of the candidate that was expected to win."""
     first, second, slow = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "off")
     lever = MemoryLever(name="less for the second", flag=None, peak_bytes=1, fits=True)
     told = CandidateDetails(of=second, peak_words="of the second", levers=(lever,))

@@ -122,19 +122,19 @@ class Mixes:
         return self._rate(batch, layered, found.choice)
 
     def fastest(
-        self, batch: int, *, above: float = 0.0, below: int | None = None, ways: int | None = None
+        self, batch: int, *, above: float = 0.0, below: int | None = None, num_options: int | None = None
     ) -> Candidate | None:
         """The fastest composed plan that fits, not yet verified by a trace; None where none fits.
 
         None too where it would not process more than `above` tokens per second. `below` limits the bytes of its
-        tensors. `ways` limits the choices for each layer to the first so many uniform plans.
+        tensors. `num_options` limits the choices for each layer to the first so many uniform plans.
         """
         layered, budget, usable = self.layered(batch), self._budget, self.evaluator.usable
         if layered is None or budget is None or usable is None:
             return None
         budget = budget if below is None else min(budget, below)
         for _ in range(_MOST_SOLUTIONS):
-            solved = layered.fastest(budget, ways=ways)
+            solved = layered.fastest(budget, num_options=num_options)
             if solved is None or self._rate(batch, layered, solved.choice) <= above:
                 return None
             plan = plan_of(self.uniform, layered.layers, solved.choice)
@@ -156,8 +156,8 @@ class Mixes:
         layered = self.layered(batch)
         if layered is None:
             return None
-        for ways in (None, _PLAIN):
-            plan = plan_of(self.uniform, layered.layers, layered.smallest(ways=ways).choice)
+        for num_options in (None, _PLAIN):
+            plan = plan_of(self.uniform, layered.layers, layered.smallest(num_options=num_options).choice)
             with suppress(Exception):  # as in `verified`
                 return self.evaluator.candidate(_name(plan), plan, batch, traced=True)
         return None
@@ -170,7 +170,7 @@ class Mixes:
         usable = self.evaluator.usable
         assert usable is not None
         found: Candidate | None = draft
-        below, ways = draft.allocated_bytes, None
+        below, num_options = draft.allocated_bytes, None
         for _ in range(_MOST_TRACES):
             if found is None:
                 return None
@@ -180,13 +180,13 @@ class Mixes:
                 # A single sequence may run other operators than several do, which no policy names.
                 if not found.plan.policies:
                     raise
-                ways = _PLAIN
+                num_options = _PLAIN
             else:
                 if traced.fits:
                     return traced
                 # Below the estimate of this plan, or it would be found again.
                 below = min(below, found.allocated_bytes) - max(traced.peak_bytes - usable, MIN_BLOCK_BYTES)
-            found = self.fastest(draft.batch_size, below=below, ways=ways)
+            found = self.fastest(draft.batch_size, below=below, num_options=num_options)
         return None
 
     def _rate(self, batch: int, layered: Layered, choice: Sequence[int]) -> float:
