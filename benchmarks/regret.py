@@ -282,7 +282,7 @@ def race(case: dict[str, Any], speed: dict[str, list[float]]) -> tuple[str, int]
         for key in running:
             seen[key].append(speed[key][number])
             used += TIMED + (2 if number == 0 else 1)  # a warm-up step, and in the first round one that reads memory
-        now = racing.standing({key: seen[key] for key in running})
+        now = racing.state({key: seen[key] for key in running})
         running = list(now.still_in)
         if now.is_settled:
             break

@@ -1,1 +1,1 @@
-"""What operators take on this machine: measured, stored, asked for any work."""
+"""Operator times of this machine: measured, stored, and interpolated for any call."""

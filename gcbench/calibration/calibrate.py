@@ -1,4 +1,4 @@
-"""A calibration of this machine: what is stored, and what is timed where that is missing."""
+"""The calibration of this machine: loaded from its file, with missing calls timed."""
 
 from __future__ import annotations
 
@@ -23,28 +23,20 @@ from gcbench.simulate.costs import Work
 from gcbench.training.seeding import generators_restored
 
 _GRID_BYTES = (4 * KIB, 32 * KIB, 256 * KIB, 2 * MIB, 16 * MIB, 128 * MIB)
-"""Of each tensor: from what a core's own cache holds to what no cache does."""
-
-
+"""Bytes of each tensor: from less than a core's own cache to more than any cache."""
 _GRID_SIZES = (64, 256, 1024)
-"""Rows and columns of products."""
-
-
+"""Rows and columns of matrix products."""
 _TORCH_NAMES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
 _WITH_OVERHEADS_S = 2.0
-"""Of a budget."""
-
-
+"""With a smaller budget, overheads are not measured."""
 _MATTERS = 0.01
-"""Of the time of all calls."""
+"""As a fraction of the time of all calls: if missing calls take more, all calls are timed again."""
 
 
 def calibrate_for(works: Iterable[Work], *, device: Device, budget_s: float, folder: Path | None = None) -> Calibration:
-    """What is stored for this machine; where it lacks something for `works`, these measured in `budget_s` seconds.
+    """The stored calibration of this machine; calls of `works` that it lacks are timed first, in `budget_s` seconds.
 
-    `works` names each call as often as the step makes it: what costs most comes first.
+    `works` has each call as often as the step makes it; the costliest are timed first.
     """
     works = tuple(works)
     known = op_times.load(machine_key(device.describe()), folder)
@@ -60,13 +52,11 @@ def _is_complete(known: Calibration, device: Device) -> bool:
 
 
 def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Calibration | None) -> Calibration:
-    """`known`, with what it lacks for `works` measured in `budget_s` seconds; what costs most comes first.
+    """`known` with the calls of `works` that it lacks, timed in `budget_s` seconds, the costliest first.
 
-    If that is more than a hundredth of their time, all of `works` are measured anew.
-
-    Where nothing is known, a generic grid comes before, in a quarter of the time, and what callers add, in seconds of
-    its own (`calibration_host.LEAST_S`): without it a call made from Python would take what it takes alone, and keeping
-    outputs next to nothing. A budget of less than `_WITH_OVERHEADS_S` is for the calls alone.
+    If these are more than `_MATTERS` of the time, all of `works` are timed again. Without points, a generic grid is
+    timed first, in a quarter of the budget. Without overheads these are measured too, in `overheads.LEAST_S` of their
+    own, unless the budget is below `_WITH_OVERHEADS_S`: without them the cost of saving outputs is underestimated.
     """
     works = tuple(works)
     found = known or Calibration(machine=machine_key(device.describe()), created="")
@@ -76,21 +66,19 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
         if not found.points:
             grid = tuple(_grid({work.dtype for work in works}))
             found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))
-        from gcbench.calibration import (
-            overheads as calibration_host,  # traces and trains a model, which is rarely called for
-        )
-
         if not _is_complete(found, device) and budget_s >= _WITH_OVERHEADS_S:
+            from gcbench.calibration import overheads  # only now: it imports what traces and trains a model
+
             begun = time.monotonic()
-            overheads, step_s = calibration_host.overheads(timer, until=begun + calibration_host.LEAST_S)
-            found = _with(found, overheads=overheads, step_s=step_s)
+            added, step_s = overheads.overheads(timer, until=begun + overheads.LEAST_S)
+            found = _with(found, overheads=added, step_s=step_s)
             start += time.monotonic() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
         counts = Counter(works)
         matters = sum(counts[work] * found.by_itself(work) for work in lacking)
         if matters > _MATTERS * sum(count * found.by_itself(work) for work, count in counts.items()):
-            # All anew: at another hour the machine may be slower by more than what plans differ in.
+            # All of them: since the last time, the machine may have slowed by more than plans differ.
             lacking = list(found.costliest(works))
         return _with(found, timer.points(lacking, expected=found.by_itself, until=start + budget_s))
 
@@ -105,7 +93,7 @@ def _with(
 
 
 def _grid(dtypes: Iterable[str]) -> Iterator[Work]:
-    """Generic calls from which those that were not measured are interpolated."""
+    """Generic calls, from which calls that were not timed are interpolated."""
     for dtype in sorted({"fp32", *dtypes} & _TORCH_NAMES.keys()):
         name = _TORCH_NAMES[dtype]
         itemsize = getattr(torch, name).itemsize
@@ -127,14 +115,14 @@ def _grid(dtypes: Iterable[str]) -> Iterator[Work]:
 
 
 def _keep_memory() -> None:
-    """Have the C library keep what is freed, where it is glibc: for this process, which measures and ends.
+    """Have glibc keep freed memory, for this process, which measures and ends; does nothing with other C libraries.
 
-    Whether memory that a call takes is new to the process, and must be cleared page by page by the system, is chance:
-    the largest block freed so far decides. In a step that has run before, most is not.
+    Otherwise it depends on the largest block freed so far whether a call's memory is new to the process, so that the
+    kernel has to zero its pages. In a warmed-up step most memory is not new.
     """
     with suppress(OSError, AttributeError, ValueError):
         library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # no more is possible; what is larger is always new
+        library.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # the maximum; larger blocks are always new
         library.mallopt(_M_TRIM_THRESHOLD, -1)
 
 
@@ -144,7 +132,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 @contextmanager
 def _undisturbed(device: Device) -> Iterator[None]:
-    """No garbage is looked for, and random numbers go on afterwards as if none had been drawn."""
+    """Without garbage collection; the states of random generators are restored afterwards."""
     if device.name == cpu.TYPE:
         _keep_memory()
     was_enabled = gc.isenabled()

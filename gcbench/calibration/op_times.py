@@ -1,7 +1,7 @@
-"""What calls of operators take on this machine, as measured: a file per machine, asked for any work. No torch.
+"""Times of operator calls on this machine: one file per machine, interpolated for calls not measured. No torch.
 
-A call that was measured takes what it took. For any other, calls of its like are interpolated: traffic by its bytes,
-products and attention by the rate of those with the nearest dimensions.
+A measured call has its measured time. For any other, similar calls are interpolated: memory-bound ones by their bytes,
+matrix products and attention by the rate of those with the nearest dimensions.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from gcbench.operators.call_text import form
 from gcbench.simulate.costs import Caller, Work, WorkKind
 
 SCHEMA = 2
-"""Of the file. A file of another is measured again."""
+"""Schema of the file; a file with another schema is measured again."""
 GENERIC = "aten::mul.Tensor"
-"""Stands for any operator that has not been measured: it reads two tensors and writes a third."""
+"""Represents any operator that was not measured: it reads two tensors and writes a third."""
 _GENERIC_FORM = re.compile(rf"{re.escape(GENERIC)}\((\w+):,\1:\)")
-"""Of two tensors of one size and dtype, without gaps."""
+"""Its call on two contiguous tensors of one size and dtype."""
 _CLOSE = math.log(1.15)
-"""Traffic this near, as a ratio, is taken from what was measured; a cache's edge moves it by more only now and then."""
+"""Log ratio of bytes within which a measured call counts as the same; only a cache's edge moves its time by more."""
 _NEIGHBOURS = 4
-"""Measured products that the rate of another is taken from: one on either side of two dimensions."""
+"""Measured products from which the rate of another is interpolated: one on either side of two dimensions."""
 _SETTINGS = ("cpu_capability", "cpu_cores", "torch_threads", "float32_matmul_precision", "tf32_matmul")
 _VERSIONS = ("torch", "transformers", "python", "cuda", "driver")
-"""What of a machine moves how long an operator takes."""
+"""Facts about a machine on which operator times depend."""
 _GUESSED_FLOPS, _GUESSED_BANDWIDTH, _GUESSED_CALL_S = 30e9, 8e9, 4e-6
-"""One core of a processor, to the order of magnitude: what decides where nothing at all was measured."""
+"""One CPU core, to the order of magnitude: used where nothing at all was measured."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One call, as measured; fields as in `Work`."""
+    """One measured call; fields as in `Work`."""
 
     op: str
     kind: WorkKind
@@ -58,19 +58,19 @@ class Point:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """Equal for calls that take equally long."""
+        """Equal for calls that take the same time."""
         return _key(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overhead:
-    """What a call takes beyond what it took by itself, by what calls it.
+    """The time that a call takes in a step beyond its time by itself, for one caller.
 
     Attributes:
-        caller: as in `Work`: the model's Python, the graph being built, what checkpointing does.
-        call_s: seconds of each call. Negative where the caller has less to do than Python.
-        cold_s: seconds that come to it where the call touches `CORE_BYTES` or more, in proportion where it touches
-            less: so much of the code that comes next has left the core's own cache.
+        caller: as in `Work`: the model's Python, autograd, checkpointing.
+        call_s: seconds per call. Negative where the caller has less overhead than Python.
+        cold_s: further seconds where the call touches `CORE_BYTES` or more, in proportion where it touches less,
+            because it evicts the code that runs next from the core's own cache.
     """
 
     caller: Caller
@@ -78,28 +78,28 @@ class Overhead:
     cold_s: float = 0.0
 
     def seconds(self, work: Work) -> float:
-        """What comes to this call."""
+        """The overhead of this call."""
         return self.call_s + self.cold_s * coldness(work)
 
 
 def coldness(work: Work) -> float:
-    """The part of a core's own cache that the call fills; 1 at most."""
+    """The fraction of a core's own cache that the call fills; at most 1."""
     return min(work.nbytes / CORE_BYTES, 1.0)
 
 
 CORE_BYTES = 2**20
-"""Of a core's own cache: 0.5 to 2 MiB in current processors."""
+"""Size of a core's own cache: 0.5 to 2 MiB in current processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What one machine needs for calls of operators.
+    """The operator times of one machine.
 
     Attributes:
-        machine: what tells it from others (`machine_key`).
+        machine: its `machine_key`.
         created: when it was measured last; ISO 8601, UTC.
         points: each call once.
-        overheads: what calls take beyond that, each caller once.
+        overheads: each caller once.
         step_s: seconds that a step takes beyond its calls, whatever the number of layers.
     """
 
@@ -112,11 +112,11 @@ class Calibration:
 
     @property
     def source(self) -> str:
-        """Where the figures come from, in words."""
+        """The origin of the times, in words."""
         return f"a calibration of this machine, {self.created[:10]}"
 
     def seconds(self, work: Work) -> float:
-        """One call; an estimate."""
+        """The estimated time of one call in a step."""
         known = self._known
         if work not in known:
             overhead = self._overhead.get(work.caller)
@@ -124,7 +124,7 @@ class Calibration:
         return known[work]
 
     def by_itself(self, work: Work | Point) -> float:
-        """One call that nothing but a loop makes."""
+        """The estimated time of one call by itself, made in a loop."""
         index = self._index
         exact = index.exact.get(_key(work))
         if exact is not None:
@@ -134,22 +134,22 @@ class Calibration:
         return index.product(work) if work.flops else index.traffic(work)
 
     def missing(self, works: Iterable[Work]) -> tuple[Work, ...]:
-        """Those that can be measured and have no like among the points, each once; what costs most comes first."""
+        """Those that can be timed and are not close to any point, each once; the costliest first."""
         return tuple(work for work in self.costliest(works) if not self._index.is_close(work))
 
     def costliest(self, works: Iterable[Work]) -> tuple[Work, ...]:
-        """Those that can be measured, each once; what costs most comes first."""
-        alike: dict[tuple[object, ...], Work] = {}
+        """Those that can be timed, each once; the costliest first."""
+        unique: dict[tuple[object, ...], Work] = {}
         costs: dict[tuple[object, ...], float] = defaultdict(float)
         for work, count in Counter(works).items():
             if work.call:
                 key = _key(work)
-                alike.setdefault(key, work)
+                unique.setdefault(key, work)
                 costs[key] += count * self.by_itself(work)
-        return tuple(alike[key] for key in sorted(alike, key=lambda key: -costs[key]))
+        return tuple(unique[key] for key in sorted(unique, key=lambda key: -costs[key]))
 
     def merged(self, newer: Calibration) -> Calibration:
-        """Both; where both have a point, or overheads, the newer one's."""
+        """Both calibrations; where both have a point, or overheads, the newer one's."""
         points = {point.key: point for point in (*self.points, *newer.points)}
         return replace(
             newer,
@@ -176,7 +176,7 @@ def _key(work: Work | Point) -> tuple[object, ...]:
 
 
 class _Index:
-    """Points by what they are like."""
+    """Finds points similar to a call."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         self.exact = {point.key: point.seconds for point in points}
@@ -193,24 +193,24 @@ class _Index:
         self._least = min((point.seconds for point in points if point.kind != "view"), default=_GUESSED_CALL_S)
 
     def is_close(self, work: Work) -> bool:
-        """Whether the points hold a call of its like and size."""
+        """Whether there is a point of a similar call of about the same size."""
         groups = _groups(work)
         if work.kind == "view":
             return groups[-2] in self._groups
         if work.flops:
             return any(point.dims == work.dims for point in self._groups.get(groups[1], ()))
-        alike = self._groups.get(groups[0], ())
-        return any(abs(_log(point.nbytes) - _log(work.nbytes)) <= _CLOSE for point in alike)
+        similar = self._groups.get(groups[0], ())
+        return any(abs(_log(point.nbytes) - _log(work.nbytes)) <= _CLOSE for point in similar)
 
     def view(self, work: Work | Point) -> float:
-        """A call that moves nothing takes as long whatever its size."""
+        """The time of a view, which does not depend on its size."""
         for group in _groups(work):
             if group in self._groups:
                 return median(point.seconds for point in self._groups[group])
         return _GUESSED_CALL_S / 2
 
     def product(self, work: Work | Point) -> float:
-        """By operations per second of the nearest dimensions, near ones weighing more."""
+        """The time of a matrix product, from the FLOP/s of those with the nearest dimensions, weighted by distance."""
         groups = ([p for p in self._groups.get(group, ()) if p.flops] for group in _groups(work))
         near = next((group for group in groups if group), [])
         if not near:
@@ -224,7 +224,7 @@ class _Index:
         return max(work.flops / math.exp(logs / weights), self._least)
 
     def traffic(self, work: Work | Point) -> float:
-        """By bytes, between those of its like; beyond them, in the proportions of the generic operator's."""
+        """The time of a memory-bound call, interpolated by bytes; beyond the points as the generic operator grows."""
         generic = self._generic.get(work.dtype) or next(iter(self._generic.values()), None)
         for group in _groups(work)[:-1]:
             if group in self._groups:
@@ -237,11 +237,11 @@ class _Index:
 
 
 def _groups(work: Work | Point) -> tuple[tuple[object, ...], ...]:
-    """What a call belongs to, from its nearest like to all of its kind."""
-    alike = form(work.call) or work.op
+    """The groups of similar calls that a call belongs to, the most similar first."""
+    named = form(work.call) or work.op
     return (
-        (alike, work.dtype, work.is_causal, work.cold),
-        (alike, work.dtype, work.is_causal),
+        (named, work.dtype, work.is_causal, work.cold),
+        (named, work.dtype, work.is_causal),
         (work.op, work.dtype, work.is_causal),
         (work.op, work.dtype),
         (work.op,),
@@ -250,7 +250,7 @@ def _groups(work: Work | Point) -> tuple[tuple[object, ...], ...]:
 
 
 class _Curve:
-    """Seconds against bytes."""
+    """Seconds as a function of bytes, never falling."""
 
     def __init__(self, points: Sequence[Point]) -> None:
         by_size: dict[int, list[float]] = defaultdict(list)
@@ -263,7 +263,7 @@ class _Curve:
             self._seconds.append(max(median(by_size[size]), least))  # more bytes never take less
 
     def seconds(self, nbytes: int, generic: _Curve | None) -> float:
-        """Between two points on the line through them in logarithms; beyond, as `generic` grows, or in proportion."""
+        """Log-linear between two points; beyond them as `generic` grows, or in proportion to the bytes."""
         sizes = self._sizes
         if nbytes <= sizes[0] or nbytes >= sizes[-1]:
             end = 0 if nbytes <= sizes[0] else -1
@@ -285,14 +285,14 @@ def _distance(one: Sequence[int], two: Sequence[int]) -> float:
 
 
 def machine_key(machine: Machine) -> str:
-    """What tells machines apart whose operators take differently long."""
+    """A text that differs between machines whose operator times differ."""
     settings = [f"{name} {machine.settings[name]}" for name in _SETTINGS if name in machine.settings]
     versions = [f"{name} {machine.versions[name]}" for name in _VERSIONS if name in machine.versions]
     return ", ".join([machine.device.partition(":")[0], machine.device_name, *settings, *versions])
 
 
 def default_folder() -> Path:
-    """Where calibrations lie: in the user's cache folder, as the XDG base directory specification names it."""
+    """The folder of calibrations, in the user's cache folder (XDG base directory specification)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "gcbench"
 
@@ -304,7 +304,7 @@ def path_for(machine: str, folder: Path | None = None) -> Path:
 
 
 def load(machine: str, folder: Path | None = None) -> Calibration | None:
-    """What was measured on that machine; None when there is nothing, or nothing that can be read."""
+    """The calibration of that machine; None when there is no valid file."""
     try:
         document = json.loads(path_for(machine, folder).read_text(encoding="utf-8"))
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
@@ -324,7 +324,7 @@ def _is_sound(calibration: Calibration) -> bool:
 
 
 def save(calibration: Calibration, folder: Path | None = None) -> Path | None:
-    """Replace the machine's file as one step; None, and no error, where it cannot be written."""
+    """Replace the machine's file atomically and return its path; None where it cannot be written."""
     path = path_for(calibration.machine, folder)
     try:
         write_text(path, json.dumps(encode(calibration), separators=(",", ":")) + "\n")

@@ -1,17 +1,17 @@
-"""What a call of an operator takes in a training step beyond what it takes by itself, by what calls it.
+"""Measures the overhead of operator calls in a training step over the same calls by themselves, by their caller.
 
-Measured on a model so small that little else takes time: a step of it is traced, its calls are timed one by one, and
-what the real step takes more or less than their sum is laid on its calls. All that checkpointing adds, which is hooks
-around every saved tensor and, with a policy, Python around every call, lies on the calls of a group's first run,
-wherever in the step it is spent. It grows with what the calls touch, as Python and torch find less of their code in the
-core's own cache the more data has passed through it, and so is measured at two batch sizes.
+Measured on a model so small that the overhead dominates: a step of it is traced, its calls are timed one by one, and
+the difference between the real step and their sum is attributed to its calls. All overhead of checkpointing (hooks
+around every saved tensor and, with a policy, Python around every call) is attributed to the calls of a group's first
+run, wherever in the step it is spent. It grows with the bytes that a call touches, which evict the code of Python and
+torch from the core's own cache, so it is measured at two batch sizes.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from statistics import median
 
@@ -40,35 +40,35 @@ _SIZES = {
     "eos_token_id": 1,
 }
 _BATCH_SIZES, _SEQ_LEN = (1, 8), 96
-"""The model's code is that of most current ones. With one sequence its calls take microseconds and most of what they
-touch stays in a core's own cache; with eight, most of that cache is swept by every call."""
+"""The model's code is typical of current ones. With one sequence its calls take microseconds and their data stays in a
+core's own cache; with eight, every call evicts most of that cache."""
 _STRATEGIES: dict[str, Caller] = {"off": "model", "per-layer": "checkpoint", "selective:matmul": "policy"}
-"""With what calls the operators of a layer's first run."""
+"""Each with the caller of the operators of a layer's first run."""
 _PRECISION, _OPTIM = "fp32", "adamw_torch"
 _ROUNDS = 3
 _LEAST_STEPS, _MOST_STEPS = 2, 30
-"""With each strategy and batch size, in one round."""
+"""Steps of each strategy and batch size in one round."""
 LEAST_S = 6.0
-"""By then calls and steps have been made some ten times each, on a slow machine."""
+"""Enough for some ten repetitions of each call and step on a slow machine."""
 _SHARES = (0.3, 0.2, 0.5)
-"""Of a round's time: for the calls by themselves, and for steps of either batch size."""
+"""Fractions of a round's time: for the calls by themselves, and for the steps of each batch size."""
 _CALL_S = 10e-6
-"""What one of the calls takes, more or less."""
+"""The approximate time of one of the calls."""
 
 _PARTS = ("before", "layers", "after", "backward", "optimizer")
-"""Of a step: before the first layer, in layers, behind the last, and the two phases that follow."""
-_WATCHED = ("layers", "backward")
-"""What checkpointing adds to."""
+"""The parts of a step: before the first layer, in layers, after the last, and the two phases that follow."""
+_CHECKPOINTED = ("layers", "backward")
+"""The parts to which checkpointing adds time."""
 Works = Mapping[str, Sequence[tuple[Work, float]]]
-"""Part of a step -> its calls, with how often each is made."""
+"""Part of a step -> its calls, each with how often it is made."""
 Turn = Mapping[str, Mapping[str, float]]
 """One step with each strategy, one after the other: strategy -> part -> seconds."""
 
 
 def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> tuple[tuple[Overhead, ...], float]:
-    """What each caller adds to a call, and the seconds that a step takes beside, whatever its layers.
+    """The overhead of each caller per call, and the seconds that a step takes besides, whatever its layers.
 
-    Measured up to the moment `until` of the monotonic clock, and for `least_s` at least, beside a second of tracing.
+    Measured until `until` on the monotonic clock, but for at least `least_s`; tracing takes one more second.
     """
     source = sources.resolve(_MODEL, pretrained=False, trust_remote_code=False)
     config = models.build_config(source, layers=_LAYERS, overrides=_SIZES)
@@ -112,11 +112,11 @@ def _measured(
     share = (until - time.monotonic()) / _ROUNDS
     alone: dict[tuple[str, int], float] = {}
     turns: dict[int, list[Turn]] = {batch: [] for batch in steps}
-    for number in range(_ROUNDS):  # calls and steps in turn, so that a slow moment does not meet the one alone
+    for number in range(_ROUNDS):  # calls and steps alternate, so that a slow moment affects both
         if number and time.monotonic() > until:
             break
-        wanted = [work for work in calls if (work.call, work.cold) not in alone] or calls
-        for point in timer.points(wanted, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
+        untimed = [work for work in calls if (work.call, work.cold) not in alone] or calls
+        for point in timer.points(untimed, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
             key = (point.call, point.cold)
             alone[key] = min(point.seconds, alone.get(key, point.seconds))
         for (batch, step), part in zip(steps.items(), _SHARES[1:], strict=True):
@@ -126,21 +126,18 @@ def _measured(
 
 
 class _Step:
-    """The real step of one batch size, with each strategy in turn."""
+    """Runs the real step of one batch size with each strategy in turn."""
 
     def __init__(self, model: torch.nn.Module, batch_size: int) -> None:
         self.model = model
         self.layers = checkpointing.checkpointable_layers(model)
         batch = random_batch(model, batch_size=batch_size, seq_len=_SEQ_LEN, seed=0)
         self.step = TrainingStep(model, batch=batch, precision=_PRECISION, optim=_OPTIM, seed=0)
-        for strategy in _STRATEGIES:  # what is done once: the optimizer's states, the libraries' workspaces
+        for strategy in _STRATEGIES:  # allocates once: the optimizer's states, the libraries' workspaces
             self._parts(strategy)
 
     def turns(self, *, until: float) -> Iterator[Turn]:
-        """One after the other, up to the moment `until`; one more comes first and does not count.
-
-        In that one, the caches hold other things, and memory may have to be asked for.
-        """
+        """Steps with each strategy, one after the other, until `until`; a first warm-up turn is not counted."""
         for number in range(_MOST_STEPS):
             turn = {strategy: self._parts(strategy) for strategy in _STRATEGIES}
             if number:
@@ -171,55 +168,67 @@ class _Step:
 def _solved(
     works: Mapping[tuple[str, int], Works], turns: Mapping[int, Sequence[Turn]], alone: Mapping[Work, float]
 ) -> tuple[tuple[Overhead, ...], float]:
-    """What is left of each part after its calls, for each of the calls that cause it."""
+    """Attribute the time of steps beyond their calls to the callers: (overhead of each caller, seconds per step).
+
+    `works` has the calls of each (strategy, batch size), `turns` the times of each batch size, `alone` the seconds of
+    each call by itself.
+    """
     small = _BATCH_SIZES[0]
-    off = {part: typical([turn["off"][part] for turn in turns[small]]) for part in _PARTS}
-
-    def count(calls: Iterable[tuple[Work, float]]) -> float:
-        return sum(times for _, times in calls)
-
-    def by_themselves(calls: Iterable[tuple[Work, float]]) -> float:
-        return sum(times * alone[work] for work, times in calls)
-
-    def left(part: str) -> float:
-        """Seconds of a small step in which nothing is recomputed, beyond its calls."""
-        return off[part] - by_themselves(works["off", small][part])
-
-    # What a call that does nothing takes is Python's part in all that were timed: no caller saves more than that.
-    nothing = min((took for work, took in alone.items() if work.kind == "view"), default=0.0)
-    model = max(left("layers") / count(works["off", small]["layers"]), 0.0)
-    found: dict[Caller, Overhead] = {"recompute": Overhead(caller="recompute", call_s=model)}
-    found["model"] = Overhead(caller="model", call_s=model)
+    calls = works["off", small]
+    took = {part: typical([turn["off"][part] for turn in turns[small]]) for part in _PARTS}
+    beyond = {part: took[part] - _sum(calls[part], alone.__getitem__) for part in _PARTS}
+    model_s = max(beyond["layers"] / _count(calls["layers"]), 0.0)
+    # A view does nothing, so it takes as long as Python needs for a call: no caller saves more than that.
+    python_s = min((seconds for work, seconds in alone.items() if work.kind == "view"), default=0.0)
+    found: dict[Caller, Overhead] = {"recompute": Overhead(caller="recompute", call_s=model_s)}
+    found["model"] = Overhead(caller="model", call_s=model_s)
     callers: tuple[Caller, ...] = ("backward", "optimizer")
     for caller in callers:
-        each = left(caller) / count(works["off", small][caller])
+        call_s = beyond[caller] / _count(calls[caller])
         # Nor does any add more than a model's own code.
-        found[caller] = Overhead(caller=caller, call_s=min(max(each, -nothing), model))
+        found[caller] = Overhead(caller=caller, call_s=min(max(call_s, -python_s), model_s))
+    outside = _count(calls["before"]) + _count(calls["after"])
+    step_s = max(beyond["before"] + beyond["after"] - model_s * outside, 0.0)
 
-    def with_callers(calls: Iterable[tuple[Work, float]]) -> float:
-        return sum(times * (alone[work] + found[work.caller].seconds(work)) for work, times in calls)
-
-    outside = count(pair for part in ("before", "after") for pair in works["off", small][part])
-    step_s = max(left("before") + left("after") - model * outside, 0.0)
-
-    def extra(strategy: str, batch: int) -> float:
-        """Seconds that a strategy adds to a step, beyond the calls that it makes again."""
-        spans = [sum(turn[strategy][part] - turn["off"][part] for part in _WATCHED) for turn in turns[batch]]
-        was, now = (works[each, batch]["backward"] for each in ("off", strategy))
-        return median(spans) - (with_callers(now) - with_callers(was))
+    def in_step(work: Work) -> float:
+        return alone[work] + found[work.caller].seconds(work)
 
     for strategy, caller in list(_STRATEGIES.items())[1:]:
-        rows = []
-        for batch in _BATCH_SIZES:
-            calls = [pair for pair in works[strategy, batch]["layers"] if pair[0].caller == caller]
-            cold = sum(times * coldness(work) for work, times in calls)
-            rows.append((cold / count(calls), extra(strategy, batch) / count(calls)))
-        found[caller] = _fit(caller, rows, least=model)
+        rows = [_first_run(strategy, caller, batch, works, turns[batch], in_step) for batch in _BATCH_SIZES]
+        found[caller] = _fit(caller, rows, least=model_s)
     return tuple(found.values()), step_s
 
 
+def _first_run(
+    strategy: str,
+    caller: Caller,
+    batch: int,
+    works: Mapping[tuple[str, int], Works],
+    turns: Sequence[Turn],
+    in_step: Callable[[Work], float],
+) -> tuple[float, float]:
+    """(coldness, seconds) of the average call of a group's first run: what the strategy adds to the step beyond `off`.
+
+    The calls that it runs again, each of `in_step` seconds, are subtracted.
+    """
+    first = [pair for pair in works[strategy, batch]["layers"] if pair[0].caller == caller]
+    added = median(sum(turn[strategy][part] - turn["off"][part] for part in _CHECKPOINTED) for turn in turns)
+    off, now = (_sum(works[each, batch]["backward"], in_step) for each in ("off", strategy))
+    return _sum(first, coldness) / _count(first), (added - (now - off)) / _count(first)
+
+
+def _count(calls: Iterable[tuple[Work, float]]) -> float:
+    """How many calls are made."""
+    return sum(times for _, times in calls)
+
+
+def _sum(calls: Iterable[tuple[Work, float]], of: Callable[[Work], float]) -> float:
+    """The sum of `of` over all calls."""
+    return sum(times * of(work) for work, times in calls)
+
+
 def _fit(caller: Caller, rows: Sequence[tuple[float, float]], *, least: float) -> Overhead:
-    """From (coldness, seconds beyond what a model's own code adds) of a call at two batch sizes."""
+    """The overhead of a caller from (coldness, seconds beyond those of a model's own code) at two batch sizes."""
     (c1, s1), (c2, s2) = rows
     cold = max((s2 - s1) / (c2 - c1), 0.0)
     return Overhead(caller=caller, call_s=least + max(s1 - cold * c1, 0.0), cold_s=cold)

@@ -1,8 +1,7 @@
-"""Times calls of operators on a device of this machine: what a plan's estimates of time are made of.
+"""Times operator calls on a device of this machine; estimates of step times are sums of these.
 
-Calls are made as the step makes them: with its sizes and strides, results in memory newly taken, arguments out of the
-caches where the step finds them there no more. What a call takes in a step beyond that is measured on a small model
-(`calibration_host`).
+Calls are made as in the step: same sizes and strides, results in newly allocated memory, arguments cold (not in a
+cache) where they are cold in the step. The overhead of a call in a step is measured separately (`overheads`).
 """
 
 from __future__ import annotations
@@ -24,30 +23,30 @@ from gcbench.simulate.costs import Work
 from gcbench.simulate.op_work import CACHED_BYTES, of_call
 
 _LEAST_SAMPLES, _MOST_SAMPLES = 3, 15
-"""Times that a call is made; one more comes first and does not count."""
+"""Timed repetitions of a call, after one warm-up."""
 _ENOUGH_S = 0.05
-"""Spent on one call: with the least samples taken, there are no more."""
+"""Seconds per call after which no more than the least samples are taken."""
 _WITH_ALL = 2.0
-"""What a sample takes in all, against the call alone: its arguments are found, made cold or hot, results let go."""
+"""Time of a sample over that of the call: its arguments are made, cold or hot, and results are freed."""
 _HEADROOM = 2
-"""A call is begun if what is left of the time is this many times what it is expected to take."""
+"""A call is started if the remaining time is this many times its expected time."""
 _COLD_BYTES = 64 * MIB
-"""More than the caches of most devices hold: an EPYC's 32 MiB a core complex, an H100's 50 MB."""
+"""More than most caches: 32 MiB per core complex of an EPYC, 50 MB on an H100."""
 _HELD_BYTES = 16 * MIB
-"""Of results kept alive, as those of a step are, so that the next results lie elsewhere."""
+"""Bytes of results that stay allocated, as in a step, so that new results get other memory."""
 _MOST_BYTES = 2 * GIB
 _MEMORY_SHARE = 4
-"""One call, and all arguments together, may take this part of the memory that is free."""
+"""One call, and all arguments together, may use one part in this many of the free memory."""
 _QUEUE = 8
-"""Calls that a card is given at a time, so that what is timed is not how fast one alone is handed over."""
+"""Calls submitted to a GPU at a time, so that launch latency is not what is timed."""
 _PREPARED, _PREPARED_BYTES = 32, 256 * MIB
-"""Calls, and bytes that they touch, after which those that are ready are made."""
+"""Numbers of prepared calls, and of bytes they touch, at which they are made."""
 _SHORT_BYTES = 8 * MIB
-"""Of traffic: below it, what precedes a call tells on it."""
+"""Bytes touched; for smaller calls, the call before affects the time."""
 
 
 class Timer:
-    """Makes calls on one device, over and over, and looks at the clock."""
+    """Times calls on one device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -59,33 +58,33 @@ class Timer:
         self._held_bytes = 0
 
     def points(self, works: Sequence[Work], *, expected: Callable[[Work], float], until: float) -> tuple[Point, ...]:
-        """As many of the works, from the first on, as can be timed up to the moment `until` of the monotonic clock."""
+        """Points of as many works, from the first on, as can be timed until `until` on the monotonic clock."""
         left = deque(works)
         found: list[Point] = []
         while left:
             batch: list[Work] = []
-            room = until - time.monotonic()
+            remaining = until - time.monotonic()
             while left:
                 takes = expected(left[0]) * _WITH_ALL * (_LEAST_SAMPLES + 1)
-                if takes > room and (batch or takes > until - time.monotonic()):
+                if takes > remaining and (batch or takes > until - time.monotonic()):
                     break
-                room -= takes
+                remaining -= takes
                 batch.append(left.popleft())
             if not batch:
-                left.popleft()  # too long for what is left of the time; shorter ones may not be
+                left.popleft()  # too long for the remaining time; shorter ones may fit
                 continue
-            random.Random(0).shuffle(batch)  # calls of one size beside each other would find their like in the caches
+            random.Random(0).shuffle(batch)  # calls of one size in a row would find their code in the caches
             found += self._batch(batch, expected, until)
             if time.monotonic() >= until:
                 break
         return tuple(found)
 
     def _batch(self, works: list[Work], expected: Callable[[Work], float], until: float) -> Iterator[Point]:
-        """All in turn, again and again, so that a slow moment spoils one sample of each."""
+        """Sample all works in turn, again and again, so that a slow moment affects one sample of each."""
         samples: dict[Work, list[float]] = {work: [] for work in works}
         did: dict[Work, Work] = {}
         for turn in range(_MOST_SAMPLES + 1):
-            for ready in self._prepared(self._wanting(samples, turn, expected, until)):
+            for ready in self._prepared(self._to_sample(samples, turn, expected, until)):
                 for work, call, before in ready:
                     try:
                         with torch.no_grad():
@@ -101,10 +100,10 @@ class Timer:
             if len(taken) > 1:
                 yield _point(did[work], work, typical(taken[1:]))
 
-    def _wanting(
+    def _to_sample(
         self, samples: dict[Work, list[float]], turn: int, expected: Callable[[Work], float], until: float
     ) -> Iterator[Work]:
-        """Those of which one more sample is to be had, and time is left to take it."""
+        """The works that need one more sample, while time is left for it."""
         for work in list(samples):
             taken = samples[work]
             if turn > _LEAST_SAMPLES and sum(taken) > _ENOUGH_S:
@@ -113,10 +112,10 @@ class Timer:
                 yield work
 
     def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, BoundCall, BoundCall | None]]]:
-        """Calls ready to be made, some at a time, each with another of its kind to make just before.
+        """Prepared calls in batches, the short ones each with an equal call to make just before.
 
-        Python that prepares a call, and other operators, push the code of its kernel out of the caches; in a step the
-        same few operators come again and again. Calls that take long do not feel it.
+        Preparing a call, and other operators, evict the code of its kernel from the caches; in a step the same few
+        operators recur. Long calls are not affected.
         """
         ready: list[tuple[Work, BoundCall, BoundCall | None]] = []
         nbytes = 0
@@ -135,12 +134,12 @@ class Timer:
         yield ready
 
     def _time(self, call: BoundCall, before: BoundCall | None) -> tuple[float, object]:
-        """Seconds of one call, and what it returned."""
+        """(seconds of one call, its result)."""
         if not self.is_cpu:
             return self._time_on_card(call)
         if before is not None:
             before()
-        for memory in call.hot:  # also what pushes code out of the caches, as the operators before it do
+        for memory in call.hot:  # also evicts code from the caches, as the operators before it do
             if memory.nbytes <= CACHED_BYTES:
                 memory.sum()
         start = time.perf_counter()
@@ -148,7 +147,7 @@ class Timer:
         return time.perf_counter() - start, result
 
     def _time_on_card(self, call: BoundCall) -> tuple[float, object]:
-        """Between two events, as many times as fill the queue."""
+        """The same on a GPU: the mean of `_QUEUE` calls between two events."""
         results: list[object] = []
 
         def run() -> None:
@@ -166,11 +165,11 @@ class Timer:
 
 
 def typical(samples: Sequence[float]) -> float:
-    """The median of the lower half: what a call takes where nothing else runs."""
+    """The median of the lower half: the time on an idle machine."""
     return median(sorted(samples)[: (len(samples) + 1) // 2])
 
 
-def _point(did: Work, asked: Work, seconds: float) -> Point:
+def _point(did: Work, requested: Work, seconds: float) -> Point:
     return Point(
         op=did.op,
         kind=did.kind,
@@ -179,9 +178,9 @@ def _point(did: Work, asked: Work, seconds: float) -> Point:
         flops=did.flops,
         dims=did.dims,
         is_causal=did.is_causal,
-        call=asked.call,
-        cold=asked.cold,
-        seconds=max(seconds, 1e-9),  # below what the clock tells apart
+        call=requested.call,
+        cold=requested.cold,
+        seconds=max(seconds, 1e-9),  # the resolution of the clock
     )
 
 

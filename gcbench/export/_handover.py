@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from gcbench.core.model_changes import ChangedConfig
 from gcbench.strategies import Plan
 
-FOUND = "plan"
-"""Stands for the spec of a plan that was found and has no file."""
+SEARCHED = "plan"
+"""The strategy of a plan that the search put together; without a file, it has no spec."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class Rival:
     """A setting that fits the budget.
 
     Attributes:
-        strategy: its spec, such as `every:2+offload` or `plan:FILE.json`; `FOUND` for a plan that has none.
+        strategy: its spec, such as `every:2+offload` or `plan:FILE.json`; `SEARCHED` for a plan that has none.
         plan: the plan of that spec for this model, over all its layers in `modules()` order.
         batch_size: sequences per step and device.
         tokens_per_s_frac: its tokens per second relative to the choice's; 1.0 is as fast.

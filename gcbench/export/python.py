@@ -6,7 +6,7 @@ from dataclasses import fields
 
 from gcbench.export import _program
 from gcbench.export._base import described
-from gcbench.export._handover import FOUND, Handover, Rival, Training
+from gcbench.export._handover import SEARCHED, Handover, Rival, Training
 from gcbench.export._program import Code, call, literal, program
 from gcbench.strategies import Plan, Policy
 
@@ -63,8 +63,8 @@ def render(rival: Rival, handover: Handover) -> str:
 
 def _plan(rival: Rival, handover: Handover) -> str:
     """Return the call that applies the plan: by its spec, its file, or the whole plan."""
-    spec = f"plan:{handover.plan_file}" if rival.strategy == FOUND and handover.plan_file else rival.strategy
-    if spec != FOUND:
+    spec = f"plan:{handover.plan_file}" if rival.strategy == SEARCHED and handover.plan_file else rival.strategy
+    if spec != SEARCHED:
         return f"gcbench.apply(model, {literal(spec)})"
     named = {field.name: getattr(rival.plan, field.name) for field in fields(rival.plan)}
     policies = [Code(f"\n        {_policy(policy)}") for policy in named.pop("policies")]

@@ -1,4 +1,4 @@
-"""What `gcbench plan` does with its flags: checked all together, then a decision from a search or from a stored run."""
+"""Checks the flags of `gcbench plan` all together, then plans by a search or from a stored run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from gcbench.plan.planned import PlanOptions
 T = TypeVar("T")
 
 _OF_THE_WORKLOAD = ("precision", "optim", "attn_implementation", "layers", "set", "lora_r", "lora_target_modules")
-"""What a stored run or plan was made for, and cannot be changed afterwards."""
+"""Settings of the workload, which a stored run or plan has already."""
 
 
 def run(
@@ -38,7 +38,7 @@ def run(
     quiet: bool,
     argv: Sequence[str],
 ) -> None:
-    """Decide what `flags` ask for; raises UsageError with every mistake found."""
+    """Plan what `flags` describe; raises UsageError with every mistake found."""
     mistakes: list[str] = []
 
     def checked(parse: Callable[[], T]) -> T | None:
@@ -49,22 +49,22 @@ def run(
         return None
 
     file = settings_file.read(config, "plan")
-    given = {**file.settings, **flags}
+    merged = {**file.settings, **flags}
     batch = file.text("batch_size", batch)
     reserve, emit = file.text("reserve", reserve), file.text("emit", emit)
     measure = file.is_set("measure", measure)
     from_run = file.file("from", from_run)
-    raw = {key: value for key, value in given.items() if key not in ("device", "batch_size", "memory_limit")}
+    raw = {key: value for key, value in merged.items() if key not in ("device", "batch_size", "memory_limit")}
     if from_run is not None:
         raw.setdefault("model", "of the run")
-    # A batch of one stands for those that are chosen from.
-    given_batch = batch is not None and batch.strip().lower() != "auto"
-    wanted = checked(lambda: configs.settings({**raw, "batch_size": batch if given_batch else "1"}))
-    memory = checked(lambda: memory_of_device(device_memory, file, given.get("memory_limit")))
+    # Where the search chooses the batch sizes, the settings are checked with a batch of one.
+    has_batch = batch is not None and batch.strip().lower() != "auto"
+    settings = checked(lambda: configs.settings({**raw, "batch_size": batch if has_batch else "1"}))
+    memory = checked(lambda: memory_of_device(device_memory, file, merged.get("memory_limit")))
     held_back = checked(lambda: headroom.parse_reserve(reserve))
     tool = checked(lambda: _tool(emit))
-    if wanted is not None and wanted.seq_len is not None and len(wanted.seq_len) > 1:
-        mistakes.append(f"--seq-len: a plan is for one length, and here are {len(wanted.seq_len)}; keep one")
+    if settings is not None and settings.seq_len is not None and len(settings.seq_len) > 1:
+        mistakes.append(f"--seq-len: a plan is for one length, not {len(settings.seq_len)}; pass one")
     if from_run is not None and measure:
         mistakes.append("--measure: a stored run was measured already; leave out --measure, or --from")
     if from_run is not None:
@@ -75,15 +75,15 @@ def run(
         ]
     if mistakes:
         raise UsageError.of(list(dict.fromkeys(mistakes)))
-    assert wanted is not None
-    device = given.get("device")
+    assert settings is not None
+    device = merged.get("device")
     tell(file, raw, quiet=quiet)
 
     from gcbench.devices.target import TargetOptions
-    from gcbench.plan import session as plan_session  # only now: a wrong value is told before anything else is imported
+    from gcbench.plan import session as plan_session  # only now: a wrong value is an error before this is imported
 
-    asked = PlanOptions(
-        batch_sizes=tuple(sorted(wanted.batch_size)) if given_batch else None,
+    options = PlanOptions(
+        batch_sizes=tuple(sorted(settings.batch_size)) if has_batch else None,
         reserve_frac=held_back,
         emit=tool,
         measure=measure,
@@ -98,9 +98,11 @@ def run(
     if from_run is not None:
         from gcbench.plan import from_run as plan_from
 
-        plan_from.plan(from_run, wanted, target_options, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+        plan_from.plan(
+            from_run, settings, target_options, options, out=out, command=command, as_json=as_json, quiet=quiet
+        )
         return
-    plan_session.plan(wanted, target_options, asked, out=out, command=command, as_json=as_json, quiet=quiet)
+    plan_session.plan(settings, target_options, options, out=out, command=command, as_json=as_json, quiet=quiet)
 
 
 def _tool(name: str | None) -> str | None:

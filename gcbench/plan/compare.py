@@ -1,4 +1,4 @@
-"""Two stored plans side by side: what was chosen, and what became of each setting that both looked at."""
+"""Compares two stored plans: their choices, and every candidate of either."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanChange:
-    """One strategy at one batch size; fractions are of A's value. None where a plan did not look at it.
+    """One strategy at one batch size; fractions are of A's value. None where a plan did not evaluate it.
 
     Attributes:
-        fits_a, fits_b: whether it stays within what may be used.
-        peak_is_lower_bound: whether one of the peaks is only known to be as large.
+        fits_a, fits_b: whether the peak is within the usable memory.
+        peak_is_lower_bound: whether one of the peaks is a lower bound.
     """
 
     strategy: str
@@ -42,12 +42,12 @@ class PlanChange:
 
 
 def compare(a: PlanResult, b: PlanResult, *, force: bool) -> tuple[PlanChange, ...]:
-    """The settings of both, the choices first.
+    """The candidates of both plans, the choices first.
 
-    Raises UsageError where they are for other models or no setting is common, unless `force`.
+    Raises UsageError where the models differ or no candidate is common, unless `force`.
     """
     if a.name != b.name and not force:
-        raise UsageError(f"the plans are for other models (A: {a.name}, B: {b.name}); add --force to compare them")
+        raise UsageError(f"the plans are for different models (A: {a.name}, B: {b.name}); add --force to compare them")
     of_a, of_b = _settings(a), _settings(b)
     if not of_a.keys() & of_b.keys() and not force:
         raise UsageError("the plans have no setting in common; plan with the same --batch and --strategies")
@@ -87,7 +87,7 @@ def _change(
 
 
 def broken(changes: tuple[PlanChange, ...], thresholds: Mapping[str, float]) -> list[str]:
-    """The memory thresholds that B breaks, a sentence per setting; raises UsageError for one of time."""
+    """The memory thresholds that B exceeds, a sentence per candidate; raises UsageError for a threshold of time."""
     if "time" in thresholds:
         raise UsageError("--fail-on time: a plan's times are estimates; leave it out, or compare runs")
     limit = thresholds.get("memory")
@@ -102,12 +102,12 @@ def broken(changes: tuple[PlanChange, ...], thresholds: Mapping[str, float]) -> 
 
 
 def to_rows(changes: tuple[PlanChange, ...]) -> list[dict[str, object]]:
-    """The changes for --json."""
+    """The rows of --json."""
     return [asdict(each) for each in changes]
 
 
 def render(a: PlanResult, b: PlanResult, changes: tuple[PlanChange, ...]) -> list[RenderableType]:
-    """For the screen: what each plan is for and chose, and a table of the settings."""
+    """For the terminal: workload and choice of each plan, and a table of the candidates."""
     from rich.text import Text
 
     return [*(Text(f"{name}: {_headline(each)}") for name, each in (("A", a), ("B", b))), Text(""), _table(changes)]

@@ -1,4 +1,4 @@
-"""`gcbench plan --measure`: the few settings that could be the best are run in rounds until one of them has won."""
+"""`gcbench plan --measure`: benchmarks the leading candidates in rounds until the fastest is known."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from gcbench.core.errors import GcbenchError
 from gcbench.core.files import write_text
 from gcbench.core.records import Cell, Outcome, Report, Row, Workload
 from gcbench.core.units import counted
+from gcbench.export._handover import SEARCHED
 from gcbench.job.resolve import ResolvedRun, begin, described, target_notice
 from gcbench.job.settings import Settings
 from gcbench.measure import runner
 from gcbench.measure.runner import Progress
-from gcbench.plan import racing, told_apart
-from gcbench.plan.decision import FOUND, Candidate, Decision, choose, ranked, why_not_faster
+from gcbench.plan import racing, ties
+from gcbench.plan.decision import Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.plan.from_run import plan_of_row
 from gcbench.plan.named import in_run_order, unconfirmed
 from gcbench.plan.planned import PlanResult
@@ -28,11 +29,14 @@ from gcbench.report.run_folder import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
 
 _STEPS = 2
-"""Timed steps of a contender in a round."""
+"""Timed steps of a candidate in a round."""
 
 
 def confirm(planned: PlanResult, *, children: Children, store: Store, progress: Progress) -> PlanResult:
-    """The plan with its best candidates measured, and the choice among them; the run is kept in `store`."""
+    """The plan with its leading candidates measured and the choice among them; the run is saved in `store`.
+
+    Raises GcbenchError where no candidate could be measured.
+    """
     decision = planned.decision
     entered = racing.contenders(decision.candidates)
     if not entered:
@@ -54,26 +58,26 @@ def confirm(planned: PlanResult, *, children: Children, store: Store, progress: 
         measured = _measured(report, named, planned)
         if any(each.fits for each in measured):
             break
-        # What should have fitted did not, so those come next that are expected to be slower.
+        # None of them fits, so the next slower ones by estimate are measured.
         entered = racing.contenders([each for each in decision.candidates if each not in named])
     assert report is not None
     if not any(each.source == "measured" for each in measured):
-        raise GcbenchError(f"none of {counted(len(named), 'setting')} that ran can be used; {store.folder} says why")
-    before = _before(planned)
+        raise GcbenchError(f"none of {counted(len(named), 'candidate')} could be measured; see {store.folder}")
+    obsolete = _unmeasured_notices(planned)
     steps = sum(result.num_steps for outcome in report.outcomes for result in outcome.rounds)
     rounds = {now: _outcome_of(report, named[was], was).rounds for was, now in zip(named, measured, strict=True)}
-    alike = [
+    tied = [
         now
         for was, now in zip(named, measured, strict=True)
         if now.fits and _outcome_of(report, named[was], was).cell in still_in
     ]
     decided = replace(
-        settled(decision, dict(zip(named, measured, strict=True)), alike=alike, rounds=rounds),
+        settled(decision, dict(zip(named, measured, strict=True)), tied=tied, rounds=rounds),
         times_from=f"measurements of {counted(len(named), 'setting')} in up to {counted(num_rounds, 'round')}",
         notices=(
-            *(notice for notice in decision.notices if notice not in before),
-            f"Measured: {counted(len(named), 'setting')} that could be the best, {counted(steps, 'training step')}; "
-            "what was not run is an estimate, in the scale of what was.",
+            *(notice for notice in decision.notices if notice not in obsolete),
+            f"Measured: {counted(len(named), 'leading candidate')}, {counted(steps, 'training step')}; the other "
+            "candidates are estimates, scaled to the measurements.",
             *unproven(rows(report)),
         ),
     )
@@ -81,7 +85,7 @@ def confirm(planned: PlanResult, *, children: Children, store: Store, progress: 
 
 
 def _with_cells_of(report: Report | None, begun: Report) -> Report:
-    """A report of more cells, with what was measured so far."""
+    """The newly begun report with the outcomes that were measured so far."""
     if report is None:
         return begun
     done = {outcome.cell: outcome for outcome in report.outcomes}
@@ -100,14 +104,14 @@ def settled(
     decision: Decision,
     measured: Mapping[Candidate, Candidate],
     *,
-    alike: Sequence[Candidate] = (),
-    rounds: told_apart.Rounds | None = None,
+    tied: Sequence[Candidate] = (),
+    rounds: ties.Rounds | None = None,
 ) -> Decision:
-    """The decision among those that were run; what is said is of the new choice, if anything fits.
+    """The decision among the measured candidates, with the details of the new choice, if any of them fits.
 
-    `alike` are those that were still in when the race ended: which of them is faster was not shown, and the simplest is
-    taken. Estimates of the others are changed by what those that were run took against theirs: ranking is what is right
-    about them.
+    `measured` maps each candidate to itself as measured. `tied` are the measured ones that the race could not
+    distinguish from the fastest; the simplest of them is chosen. The other estimates are scaled by the median of
+    measured over estimated: only their ranking is reliable.
     """
     ran = list(measured.values())
     fitting = [each for each in ran if each.fits]
@@ -116,17 +120,17 @@ def settled(
         smallest = min((each for each in ran if each.source == "measured"), key=lambda each: each.peak_bytes)
         rest = choose([each for each in others if each.peak_bytes < smallest.peak_bytes])
         if rest is not None:
-            decision = _of(decision, rest)
+            decision = _with_details_of(decision, rest)
         return replace(
             decision,
             choice=rest,
             smallest=None if rest else smallest,
             candidates=ranked(ran) + tuple(others),
-            binding=None if rest is None else "the fastest by estimate of those that fit: no setting that ran did",
+            binding=None if rest is None else "The fastest by estimate: no measured candidate fits.",
         )
     leader = choose(ran)
     assert leader is not None
-    choice, others, ran = told_apart.beside(ran, alike or [leader], rounds or {})
+    choice, others, ran = ties.beside(ran, tied or [leader], rounds or {})
     entered = next(was for was, now in measured.items() if now == choice)
     measured = dict(zip(measured, ran, strict=True))
     scale = median(now.tokens_per_s / was.tokens_per_s for was, now in measured.items() if now.source == "measured")
@@ -137,32 +141,36 @@ def settled(
     ]
     candidates = ranked(ran) + ranked(estimates)
     return replace(
-        _of(decision, entered),
+        _with_details_of(decision, entered),
         choice=choice,
         candidates=candidates,
-        binding=" ".join(filter(None, (told_apart.sentence(choice, others), why_not_faster(candidates, choice)))),
+        binding=" ".join(filter(None, (ties.sentence(choice, others), why_not_faster(candidates, choice)))),
     )
 
 
-def _of(decision: Decision, candidate: Candidate) -> Decision:
-    """What is said of the choice, said of another candidate as far as that is known."""
-    told = next((told for told in decision.details if told.of == candidate), None)
-    if told is None:
+def _with_details_of(decision: Decision, candidate: Candidate) -> Decision:
+    """The decision with the details of this candidate in place of the choice's, as far as they are known."""
+    details = next((each for each in decision.details if each.of == candidate), None)
+    if details is None:
         return decision if candidate == decision.choice else replace(decision, peak_words="", levers=(), additions=())
     return replace(
-        decision, peak_words=told.peak_words, levers=told.levers, additions=told.additions, fallback=told.fallback
+        decision,
+        peak_words=details.peak_words,
+        levers=details.levers,
+        additions=details.additions,
+        fallback=details.fallback,
     )
 
 
-def _before(planned: PlanResult) -> tuple[str, ...]:
-    """What was said as long as nothing had been run."""
+def _unmeasured_notices(planned: PlanResult) -> tuple[str, ...]:
+    """The notices that hold only as long as nothing was measured."""
     target = planned.target
     return (target_notice(target, described(planned.machine, target)), *unconfirmed(target, is_here=True))
 
 
 def _spec(candidate: Candidate, planned: PlanResult, store: Store) -> str:
-    """The candidate's strategy; a found plan gets a file of its own."""
-    if candidate.strategy != FOUND:
+    """The candidate's strategy; a searched plan is written to a file of its own."""
+    if candidate.strategy != SEARCHED:
         return candidate.strategy
     path = store.folder / f"plan-batch-{candidate.batch_size}.json"
     document = plan_as_json(in_run_order(candidate.plan, planned.facts.layers_in_order))
@@ -190,7 +198,7 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
         for candidate, spec in named.items()
     )
     files = {spec: Path(spec.removeprefix("plan:")) for spec in named.values() if spec.startswith("plan:")}
-    wanted: Settings = replace(
+    confirmed: Settings = replace(
         settings,
         device=planned.machine.device,
         batch_size=tuple(dict.fromkeys(candidate.batch_size for candidate in named)),
@@ -199,10 +207,10 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
         warmup=1,
         steps=_STEPS,
         rounds=racing.MOST_ROUNDS,
-        memory_limit=_room(planned),
+        memory_limit=_allocator_limit(planned),
     )
     return ResolvedRun(
-        settings=wanted,
+        settings=confirmed,
         cells=cells,
         plans={spec: candidate.plan for candidate, spec in named.items()},
         refusals={},
@@ -212,10 +220,10 @@ def _job(planned: PlanResult, named: dict[Candidate, str]) -> ResolvedRun:
     )
 
 
-def _room(planned: PlanResult) -> int | None:
-    """What the allocator of a card may take, so that it gives back what it keeps where a smaller device would run out.
+def _allocator_limit(planned: PlanResult) -> int | None:
+    """Bytes that the CUDA allocator may reserve, so that it frees cached blocks as it would on the planned device.
 
-    Without a limit, a card with room to spare holds more than the device that was asked about would ever be asked for.
+    Without the limit, a card with more memory than the planned device would cache more than fits there.
     """
     usable = planned.decision.usable_bytes
     return None if usable is None or planned.machine.device == "cpu" else usable - planned.decision.outside_bytes
@@ -231,7 +239,7 @@ def _race(
     store: Store,
     progress: Progress,
 ) -> tuple[Report, int, Sequence[Cell]]:
-    """Rounds of those that are still in, how many there were, and who was in at the end."""
+    """Run rounds until the race is settled: (report, number of rounds, cells not yet eliminated)."""
     running = cells
     progress.begin(num_steps=len(running) * racing.MOST_ROUNDS * (_STEPS + 2), num_rounds=racing.MOST_ROUNDS)
     for number in range(racing.MOST_ROUNDS):
@@ -247,29 +255,29 @@ def _race(
         }
         if not rates:
             return report, number + 1, ()
-        now = racing.standing(rates)
+        now = racing.state(rates)
         running = [cell for cell in running if cell in now.still_in]
         if now.is_settled:
             return report, number + 1, running
     return report, racing.MOST_ROUNDS, running
 
 
-def _held_of_card(row: Row, decision: Decision) -> int | None:
-    """What the process held of the card; without nvidia-smi, what the allocator held and the predicted rest."""
+def _process_bytes(row: Row, decision: Decision) -> int | None:
+    """Device memory of the process in bytes; without nvidia-smi, reserved memory plus the predicted rest."""
     if row.peak_process_bytes is not None or row.peak_reserved_bytes is None:
         return row.peak_process_bytes
     return row.peak_reserved_bytes + decision.outside_bytes
 
 
 def _measured(report: Report, named: dict[Candidate, str], planned: PlanResult) -> list[Candidate]:
-    """The contenders with what was measured of them; one that failed does not fit."""
+    """The candidates with their measurements; one that failed is marked as not fitting."""
     table = {(row.strategy, row.batch_size): row for row in rows(report)}
     usable = planned.decision.usable_bytes
     found = []
     for candidate, spec in named.items():
         row = table[spec, candidate.batch_size]
-        held = row.peak_allocated_bytes if planned.machine.device == "cpu" else _held_of_card(row, planned.decision)
-        if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or held is None:
+        nbytes = row.peak_allocated_bytes if planned.machine.device == "cpu" else _process_bytes(row, planned.decision)
+        if row.status != "ok" or failed_proof(row) or not row.step_time_s or not row.tokens_per_s or nbytes is None:
             found.append(replace(candidate, fits=False))
             continue
         tokens = candidate.batch_size * planned.seq_len
@@ -277,9 +285,9 @@ def _measured(report: Report, named: dict[Candidate, str], planned: PlanResult) 
             replace(
                 candidate,
                 plan=plan_of_row(spec, report.plan_files, planned.facts),
-                peak_bytes=held,
-                allocated_bytes=row.peak_allocated_bytes or held,
-                fits=usable is None or held <= usable,
+                peak_bytes=nbytes,
+                allocated_bytes=row.peak_allocated_bytes or nbytes,
+                fits=usable is None or nbytes <= usable,
                 step_time_s=row.step_time_s,
                 tokens_per_s=row.tokens_per_s,
                 tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,

@@ -1,4 +1,4 @@
-"""One decision: target and model found, a child asked."""
+"""Makes one decision: resolves target and model, then runs the search in a child process."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from gcbench.processes.children import Children
 from gcbench.processes.messages import Answer, raise_refusal
 
 NAMED = ("off", "per-layer", "every:2", "every:4", "selective:attention", "selective:matmul")
-"""What is weighed against what is found, unless strategies are named."""
+"""The strategies that searched plans are compared with, unless `--strategies` names others."""
 
 
 def decide(
-    wanted: Settings,
+    settings: Settings,
     target_options: TargetOptions,
-    asked: PlanOptions,
+    options: PlanOptions,
     target: Target | None,
     *,
     source: sources.ModelSource,
@@ -35,19 +35,19 @@ def decide(
     command: str,
     on_step: Callable[[int, int, str], object] = lambda done, total, doing: None,
 ) -> PlanResult:
-    """The decision; `target` None is what this machine has.
+    """The decision; `target` None means the device of this machine.
 
-    `on_step` gets what is done of how much, and what is next.
+    `on_step` is called with (steps done, steps in all, what is done now). Raises GcbenchError.
     """
     here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
-    machine, facts = describe(replace(wanted, device=here), source, children, needs_order=True)
+    machine, facts = describe(replace(settings, device=here), source, children, needs_order=True)
     is_here = target is None or (target.kind == CPU and machine.device == CPU)
     target = target or resolve_target(target_options, machine)
     assert target is not None
     if target.kind == CPU and target.memory_bytes is None:
         target = replace(target, memory_bytes=machine.device_memory_bytes)
-    specs = wanted.strategies or NAMED
-    checked = replace(wanted, strategies=specs if wanted.strategies else ("off",))
+    specs = settings.strategies or NAMED
+    checked = replace(settings, strategies=specs if settings.strategies else ("off",))
     job = resolve(checked, facts, described(machine, target), target, model_notices=source.notices)
     assert job.settings.seq_len is not None
     seq_len = job.settings.seq_len[0]
@@ -61,30 +61,30 @@ def decide(
 
     task = PlanTask(
         source=source,
-        layers=wanted.layers,
-        overrides=wanted.set or {},
-        attn_implementation=wanted.attn_implementation,
-        lora=wanted.lora,
-        precision=wanted.precision,
-        optim=wanted.optim,
+        layers=settings.layers,
+        overrides=settings.set or {},
+        attn_implementation=settings.attn_implementation,
+        lora=settings.lora,
+        precision=settings.precision,
+        optim=settings.optim,
         target=target,
         seq_len=seq_len,
-        named=named(specs, facts, target, is_default=wanted.strategies is None),
-        batch_sizes=asked.batch_sizes,
-        reserve_frac=headroom.RESERVE_FRAC[target.kind] if asked.reserve_frac is None else asked.reserve_frac,
+        named=named(specs, facts, target, is_default=settings.strategies is None),
+        batch_sizes=options.batch_sizes,
+        reserve_frac=headroom.RESERVE_FRAC[target.kind] if options.reserve_frac is None else options.reserve_frac,
         layers_in_order=facts.layers_in_order,
         can_checkpoint=facts.checkpointing_refusal is None and facts.only_own is None,
         own=own_plan(facts),
-        is_confirmed=asked.measure,
+        is_confirmed=options.measure,
         device_here=machine.device if is_here else None,
     )
-    answer = children.run(task, on_event=on_event, timeout_s=wanted.timeout)
+    answer = children.run(task, on_event=on_event, timeout_s=settings.timeout)
     raise_refusal(Answer(refusal=answer.refusal))
     if not answered:
-        why = answer.failure.message if answer.failure else "the process ended without a word"
+        why = answer.failure.message if answer.failure else "its process ended without an answer"
         raise GcbenchError(f"no decision could be made: {why}")
     return PlanResult(
-        settings=wanted,
+        settings=settings,
         seq_len=seq_len,
         target=target,
         machine=machine,

@@ -1,7 +1,8 @@
-"""The vocabulary of a decision: what could be run, what each would take and bring, and what was chosen. No torch."""
+"""The records of a decision: candidates with peaks and speeds, the choice, and how it is made. No torch."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -9,10 +10,9 @@ from typing import ClassVar, Literal
 from gcbench.core.memory_peaks import Phase
 from gcbench.core.prediction import Addition, Fallback
 from gcbench.core.units import counted, format_bytes
+from gcbench.export._handover import SEARCHED
 from gcbench.strategies import OFF, Plan
 
-FOUND = "plan"
-"""The strategy of a candidate whose plan was found, not named."""
 AS_FAST_FRAC = 0.005
 """Of two settings whose tokens per second differ by less, the simpler one is chosen."""
 _SIMPLEST = (OFF, "per-layer", "every:", "first:", "last:", "segment:", "selective:", "offload")
@@ -23,16 +23,17 @@ class Candidate:
     """One strategy at one batch size.
 
     Attributes:
-        strategy: its spec; `plan` for one that was found.
-        peak_bytes: what counts against the device's memory: on CUDA all that the process holds, on a CPU what tensors
-            hold.
-        allocated_bytes: what tensors hold at the peak.
-        fits: whether it stays within what may be used.
-        step_time_s: an estimate, or the median of measurements; `low` and `high` are the ends of its 95 % interval.
-        source: `predicted` from a trace of this very step, `estimated` where the memory too is put together from
-            others, `measured`.
-        is_lower_bound: whether the step takes more than `peak_bytes`: what its tensors and the process besides take is
-            too much already.
+        strategy: its spec; `SEARCHED` for a plan that the search put together.
+        peak_bytes: what counts against the device's memory: on CUDA all memory of the process, on a CPU that of
+            tensors.
+        allocated_bytes: memory of tensors at the peak.
+        fits: whether the peak is within the usable memory.
+        step_time_s: an estimate, or the median of measurements.
+        tokens_per_s_low, tokens_per_s_high: the 95 % interval; None where not measured.
+        source: `predicted` from a trace of this very step, `estimated` where its memory too is composed from traces of
+            other steps, `measured`.
+        is_lower_bound: whether the step needs more than `peak_bytes`, which counts its tensors and the process outside
+            the allocator only: that alone exceeds the device.
         frac_low, frac_high: the 95 % interval of its tokens per second over those of the choice, both measured; None
             where there is none.
     """
@@ -55,12 +56,12 @@ class Candidate:
 
     @property
     def peak_text(self) -> str:
-        """`16.99 GiB`; `≥ 41.20 GiB` where no more was looked at than that it is too large."""
+        """`16.99 GiB`; `≥ 41.20 GiB` for a lower bound."""
         return f"{'≥ ' if self.is_lower_bound else ''}{format_bytes(self.peak_bytes)}"
 
     @property
     def rank(self) -> tuple[int, int, int]:
-        """Lower is simpler: kinds that every trainer has first, then fewer layers recomputed, then a smaller batch."""
+        """Sort key, lower is simpler: kinds that every trainer has, fewer layers recomputed, smaller batches."""
         kinds = [place for place, name in enumerate(_SIMPLEST) if self.strategy.startswith(name)]
         joined = "+" in self.strategy
         return (len(_SIMPLEST) if not kinds or joined else kinds[0], self.plan.layers_checkpointed, self.batch_size)
@@ -68,13 +69,13 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLever:
-    """Something outside of checkpointing, and the peak with it, from the same step replayed or traced anew.
+    """A change outside of checkpointing that reduces the peak: the same step replayed or traced with it.
 
     Attributes:
         name: what to change, in words.
-        flag: how to say it to gcbench; None where gcbench has no flag for it.
-        peak_bytes: as in `Candidate`.
-        fits: whether the step then stays within what may be used.
+        flag: the flag of gcbench for it; None where there is none.
+        peak_bytes: as in `Candidate`, with the change.
+        fits: whether that is within the usable memory.
     """
 
     name: str
@@ -93,7 +94,7 @@ class Largest:
 
 @dataclass(frozen=True, kw_only=True)
 class CandidateDetails:
-    """What there is to say of a candidate; fields as in `Decision`."""
+    """What a decision reports about one candidate; fields as in `Decision`."""
 
     FORMERLY: ClassVar = {"gains": "levers"}
 
@@ -106,26 +107,26 @@ class CandidateDetails:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What to run, and everything it was chosen from.
+    """The choice, and all candidates that it was chosen from.
 
     Attributes:
-        limit_bytes: the device's memory; None where there is no bound.
-        usable_bytes: what of it may be used: less the reserve.
-        reserve_frac: the part held back.
+        limit_bytes: the device's memory; None where it is not limited.
+        usable_bytes: `limit_bytes` less the reserve.
+        reserve_frac: the reserve, as a fraction of `limit_bytes`.
         choice: None where nothing fits.
         smallest: the candidate with the lowest peak, where nothing fits.
-        candidates: all that were looked at, those that fit first, the fastest first.
-        largest: for each strategy.
-        levers: what would lower the peak of the choice (of the smallest where nothing fits).
+        candidates: all of them, those that fit first, the fastest first.
+        largest: the largest batch of each strategy.
+        levers: what would reduce the peak of the choice (of the smallest where nothing fits).
         longest_seq_len: where nothing fits, the longest of the halved lengths at which something does; None if none.
-        peak_words: what is alive at the peak of the choice, in words.
-        binding: why not more: a sentence.
-        additions: what a real run may add to the choice (to the smallest where nothing fits).
-        fallback: what of its peak PyTorch code makes in place of fused kernels.
-        details: of those that a measurement may find to be faster than the choice.
+        peak_words: what is allocated at the peak of the choice, in words.
+        binding: why nothing faster was chosen: sentences.
+        additions: what a real run of the choice (of the smallest) may allocate beyond the prediction.
+        fallback: the part of its peak that PyTorch code allocates where fused kernels would not.
+        details: of the candidates that a measurement may find to be faster than the choice.
         times_from: where the times come from, in words.
         notices: what else the user should know.
-        outside_bytes: what of a candidate's predicted peak lies outside the allocator; 0 on a CPU.
+        outside_bytes: the part of a predicted peak outside the allocator; 0 on a CPU.
     """
 
     FORMERLY: ClassVar = {"gains": "levers", "told": "details"}
@@ -150,45 +151,49 @@ class Decision:
 
 
 def described(candidate: Candidate) -> str:
-    """A strategy in words: its name, or what a found plan does."""
+    """A strategy in words: `per-layer`, or `searched plan: 2 layers save 11 op outputs, 17 are not checkpointed`."""
     plan = candidate.plan
-    if candidate.strategy != FOUND:
+    if candidate.strategy != SEARCHED:
         return candidate.strategy
-    kinds = dict.fromkeys(plan.policies)
-    parts = []
-    for policy in kinds:
-        count, kept = plan.policies.count(policy), len(policy.keep)
-        verb, own = ("keeps", "its") if count == 1 else ("keep", "their")
-        parts.append(
-            f"{count} {verb} {counted(kept, 'output')} inside" if kept else f"{count} {verb} {own} input alone"
-        )
-    whole = plan.num_layers - plan.layers_checkpointed
-    if whole:
-        parts.append(f"{whole} {'keeps' if whole == 1 else 'keep'} everything")
-    return f"a found plan: of {counted(plan.num_layers, 'layer')} {', '.join(parts)}"
+    layers_by_saved: Counter[int] = Counter()
+    for group, policy in plan.treated():
+        layers_by_saved[len(policy.keep)] += len(group)
+    groups: list[tuple[int, str]] = []
+    unit = " op outputs"  # said once
+    for saved, count in layers_by_saved.items():
+        verb = "saves" if count == 1 else "save"
+        number = counted(saved, "op output") if saved == 1 and unit else f"{saved}{unit}"
+        groups.append((count, f"{verb} {number if saved else 'only the layer input'}"))
+        unit = "" if saved else unit
+    if rest := plan.num_layers - plan.layers_checkpointed:
+        groups.append((rest, "is not checkpointed" if rest == 1 else "are not checkpointed"))
+    (first, what), *others = groups
+    parts = [f"{counted(first, 'layer')} {what}", *(f"{count} {text}" for count, text in others)]
+    return f"searched plan: {', '.join(parts)}"
 
 
 def nearest_faster(candidates: Sequence[Candidate], choice: Candidate) -> Candidate | None:
-    """Of `off` at batch sizes at which it is faster than the choice, the one that needs least; None where none is."""
+    """The candidate with the lowest peak of those of `off` that are faster than the choice; None where none is."""
     off = [candidate for candidate in candidates if candidate.strategy == OFF]
     faster = [each for each in off if each.tokens_per_s > (1 + AS_FAST_FRAC) * choice.tokens_per_s]
     return min(faster, key=lambda each: each.peak_bytes, default=None)
 
 
 def why_not_faster(candidates: Sequence[Candidate], choice: Candidate) -> str:
-    """What keeps the choice from being faster: memory or not."""
+    """Whether memory limits the speed of the choice, in a sentence."""
     nearest = nearest_faster(candidates, choice)
     if nearest is None:
-        return f"Memory does not bind: with nothing recomputed, no batch is more than {100 * AS_FAST_FRAC:g} % faster."
+        margin = f"{100 * AS_FAST_FRAC:g} %"
+        return f"Memory does not limit the speed: without recomputation no batch is more than {margin} faster."
     more = nearest.tokens_per_s / choice.tokens_per_s - 1
     return (
-        f"Memory binds: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
+        f"Memory limits the speed: off at batch {nearest.batch_size} would be {100 * more:.1f} % faster and need "
         f"{nearest.peak_text}."
     )
 
 
 def best_of_each(candidates: Sequence[Candidate], choice: Candidate | None) -> list[Candidate]:
-    """The choice, and of each other strategy the fastest that fits, else the smallest; measured ones first."""
+    """The choice, and the fastest fitting candidate of each other strategy, else its smallest; measured ones first."""
     best: dict[str, Candidate] = {} if choice is None else {choice.strategy: choice}
     for candidate in ranked(candidates):
         known = best.get(candidate.strategy)
@@ -201,7 +206,7 @@ def best_of_each(candidates: Sequence[Candidate], choice: Candidate | None) -> l
 
 
 def choose(candidates: Sequence[Candidate]) -> Candidate | None:
-    """The fastest of those that fit; of those as fast as makes no difference, the simplest; None when none fits."""
+    """The simplest candidate of those within `AS_FAST_FRAC` of the fastest that fits; None when none fits."""
     fitting = [candidate for candidate in candidates if candidate.fits]
     if not fitting:
         return None
@@ -211,5 +216,5 @@ def choose(candidates: Sequence[Candidate]) -> Candidate | None:
 
 
 def ranked(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that fit first; the fastest first."""
+    """The candidates, those that fit first, the fastest first."""
     return tuple(sorted(candidates, key=lambda candidate: (not candidate.fits, -candidate.tokens_per_s)))

@@ -1,4 +1,4 @@
-"""A decision from a stored run: what was measured in place of what is predicted."""
+"""`gcbench plan --from`: a decision from the measurements of a stored run, or a stored plan shown again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gcbench.job import settings as configs
 from gcbench.job.settings import Settings
 from gcbench.models.sources import slug
 from gcbench.plan import session as plan_session
-from gcbench.plan import told_apart
+from gcbench.plan import ties
 from gcbench.plan.decision import Candidate, Decision, Largest, ranked
 from gcbench.plan.planned import PlanOptions, PlanResult
 from gcbench.plan.stored import load_plan
@@ -37,9 +37,9 @@ _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_targ
 
 def plan(
     folder: Path,
-    wanted: Settings,
+    settings: Settings,
     target_options: TargetOptions,
-    asked: PlanOptions,
+    options: PlanOptions,
     *,
     out: Path | None,
     command: str,
@@ -47,93 +47,99 @@ def plan(
     quiet: bool,
 ) -> None:
     """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
-    if stored_kind.kind_of(folder) == "plan" and _again(folder, wanted, target_options, asked):
-        _shown_again(folder, asked, out=out, as_json=as_json, quiet=quiet)
+    if stored_kind.kind_of(folder) == "plan" and _again(folder, settings, target_options, options):
+        _shown_again(folder, options, out=out, as_json=as_json, quiet=quiet)
         return
     report = reports.load(folder)
-    planned = decide(report, folder, wanted, target_options, asked, command=command)
+    planned = decide(report, folder, settings, target_options, options, command=command)
     with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
-        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+        plan_session.finish(planned, options, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
 
 
-def _again(folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions) -> bool:
-    """Whether a stored plan is taken as it is; one that was measured can be decided anew from its run.
+def _again(folder: Path, settings: Settings, target_options: TargetOptions, options: PlanOptions) -> bool:
+    """Whether the stored plan is shown unchanged; one that was measured can be decided anew from its run.
 
-    Raises UsageError where a plan without a run is to be decided anew.
+    Raises UsageError where a plan without a run should be decided anew.
     """
     anew = {
-        "--batch": asked.batch_sizes,
-        "--seq-len": wanted.seq_len,
-        "--strategies": wanted.strategies,
-        "--reserve": asked.reserve_frac,
+        "--batch": options.batch_sizes,
+        "--seq-len": settings.seq_len,
+        "--strategies": settings.strategies,
+        "--reserve": options.reserve_frac,
         "--device": target_options.device,
         "--device-memory": target_options.device_memory,
     }
-    given = [flag for flag, value in anew.items() if value is not None]
-    if given and not (folder / reports.REPORT_NAME).exists():
+    passed = [flag for flag, value in anew.items() if value is not None]
+    if passed and not (folder / reports.REPORT_NAME).exists():
         raise UsageError(
-            f"{', '.join(given)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan anew "
-            "without --from"
+            f"{', '.join(passed)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan "
+            "anew without --from"
         )
-    return not given
+    return not passed
 
 
-def _shown_again(folder: Path, asked: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
-    """A stored plan, handed over to a tool if one is named, with nothing planned anew."""
+def _shown_again(folder: Path, options: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show a stored plan, with the settings for a tool if one is named; nothing is planned anew."""
     planned = load_plan(folder)
-    plan_session.check_emit(asked.emit, planned.settings)
+    plan_session.check_emit(options.emit, planned.settings)
     err = Console(stderr=True)
     if out is None:
-        plan_session.finish(planned, asked, None, as_json=as_json, quiet=quiet, err=err)
+        plan_session.finish(planned, options, None, as_json=as_json, quiet=quiet, err=err)
         return
     with Store.create(out) as store:
-        plan_session.finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+        plan_session.finish(planned, options, store, as_json=as_json, quiet=quiet, err=err)
 
 
 def decide(
-    report: Report, folder: Path, wanted: Settings, target_options: TargetOptions, asked: PlanOptions, *, command: str
+    report: Report,
+    folder: Path,
+    settings: Settings,
+    target_options: TargetOptions,
+    options: PlanOptions,
+    *,
+    command: str,
 ) -> PlanResult:
-    """The fastest measured setting that fits."""
+    """The fastest measured candidate that fits; raises UsageError and ResultsError."""
     if target_options.device is not None:
         raise UsageError(
-            f"--device {target_options.device}: a stored run is of the device it was measured on "
-            f"({report.machine.device_name}); leave it out, or predict without --from"
+            f"--device {target_options.device}: the run was measured on {report.machine.device_name}; leave the flag "
+            "out, or plan without --from"
         )
     if report.source != "measured":
-        raise ResultsError(f"{folder} holds predictions, which have no times; give a run that gcbench run measured")
+        raise ResultsError(f"{folder} holds predictions, which have no times; pass a run that gcbench run measured")
     kind = report.machine.device.partition(":")[0]
     limit = target_options.device_memory or report.machine.device_memory_bytes
     if limit is None:
-        raise UsageError(f"{folder} does not say what memory its device has; give it with --device-memory 24GiB")
-    reserve = headroom.RESERVE_FRAC[kind] if asked.reserve_frac is None else asked.reserve_frac
+        raise UsageError(f"{folder} does not say how much memory its device has; pass --device-memory 24GiB")
+    reserve = headroom.RESERVE_FRAC[kind] if options.reserve_frac is None else options.reserve_frac
     usable = headroom.usable_bytes(limit, reserve)
     table = [row for row in rows(report) if row.status == "ok" and row.tokens_per_s and not failed_proof(row)]
     lengths = sorted({row.seq_len for row in table})
-    if wanted.seq_len is not None:
-        table = [row for row in table if row.seq_len == wanted.seq_len[0]]
+    if settings.seq_len is not None:
+        table = [row for row in table if row.seq_len == settings.seq_len[0]]
     elif len(lengths) > 1:
         raise UsageError(f"--seq-len is missing: {folder} has lengths {', '.join(map(str, lengths))}; choose one")
-    if asked.batch_sizes is not None:
-        table = [row for row in table if row.batch_size in asked.batch_sizes]
-    if wanted.strategies is not None:
-        table = [row for row in table if row.strategy in wanted.strategies]
+    if options.batch_sizes is not None:
+        table = [row for row in table if row.batch_size in options.batch_sizes]
+    if settings.strategies is not None:
+        table = [row for row in table if row.strategy in settings.strategies]
     if not table:
         raise ResultsError(
-            f"{folder} has no measured cell of what is asked for; measure it with gcbench run, or leave out --batch, "
+            f"{folder} has no measured cell that matches; measure it with gcbench run, or leave out --batch, "
             "--seq-len and --strategies"
         )
     ran = {(o.cell.strategy, o.cell.workload.batch_size, o.cell.workload.seq_len): o.rounds for o in report.outcomes}
     rounds = {_candidate(row, report, usable): ran[row.strategy, row.batch_size, row.seq_len] for row in table}
     fitting = sum(each.fits for each in rounds)
-    choice, others, candidates = told_apart.decided(list(rounds), rounds)
-    how = "The fastest" if not others else "Chosen"
-    why = [f"{how} of {fitting} measured settings that fit into {format_bytes(usable)}, of {len(table)}."]
-    why += [told_apart.sentence(choice, others)] if choice and others else []
-    notices = ["Largest batches are those of the run: larger ones were not measured."]
+    choice, others, candidates = ties.decided(list(rounds), rounds)
+    how = "Chosen" if others else "The fastest"
+    why = [f"{how} among {fitting} of {len(table)} measured settings that fit into {format_bytes(usable)}."]
+    why += [ties.sentence(choice, others)] if choice and others else []
+    notices = ["The largest batches are those of the run; larger ones were not measured."]
     if kind != CPU and any(row.peak_process_bytes is None for row in table):
         notices.append(
-            "What the process held of the card outside the allocator was not measured, so that peaks leave it out; "
-            "--reserve has to cover it."
+            "Device memory of the process outside the allocator was not measured: peaks exclude it, and --reserve has "
+            "to cover it."
         )
     decision = Decision(
         limit_bytes=limit,
@@ -147,10 +153,10 @@ def decide(
         times_from=f"measurements in {folder}",
         notices=(*notices, *_too_few_rounds(table, folder), *unproven(table)),
     )
-    kept = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
-    settings = configs.settings({"model": report.model.model, "batch_size": "1", **kept})
+    stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
+    run_settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})
     return PlanResult(
-        settings=settings,
+        settings=run_settings,
         seq_len=table[0].seq_len,
         target=Target(kind=kind, name=report.machine.device, memory_bytes=limit),
         machine=report.machine,
@@ -164,29 +170,29 @@ def decide(
 
 
 def _too_few_rounds(table: list[Row], folder: Path) -> tuple[str, ...]:
-    """What the choice rests on where times have no interval."""
+    """A notice where times have no interval."""
     if all(row.step_time_low_s is not None for row in table):
         return ()
     return (
-        f"{folder} has too few rounds for an interval, so the choice may be one of noise; "
+        f"{folder} has too few rounds for an interval, so the choice may be due to noise; "
         f"gcbench run --resume --out {shlex.quote(str(folder))} --rounds {MIN_ROUNDS} adds to them.",
     )
 
 
 def _candidate(row: Row, report: Report, usable: int) -> Candidate:
-    held = row.peak_process_bytes if report.machine.device != "cpu" else row.peak_allocated_bytes
-    held = held or row.peak_reserved_bytes or row.peak_allocated_bytes
-    assert held is not None and row.peak_allocated_bytes is not None
+    nbytes = row.peak_process_bytes if report.machine.device != "cpu" else row.peak_allocated_bytes
+    nbytes = nbytes or row.peak_reserved_bytes or row.peak_allocated_bytes
+    assert nbytes is not None and row.peak_allocated_bytes is not None
     assert row.step_time_s is not None and row.tokens_per_s is not None
     tokens = row.batch_size * row.seq_len
     return Candidate(
         strategy=row.strategy,
         plan=plan_of_row(row.strategy, report.plan_files, report.model),
         batch_size=row.batch_size,
-        peak_bytes=held,
+        peak_bytes=nbytes,
         allocated_bytes=row.peak_allocated_bytes,
         peak_phase=row.peak_phase,  # type: ignore[arg-type]  # one of its names
-        fits=held <= usable,
+        fits=nbytes <= usable,
         step_time_s=row.step_time_s,
         tokens_per_s=row.tokens_per_s,
         tokens_per_s_low=tokens / row.step_time_high_s if row.step_time_high_s else None,
@@ -196,7 +202,7 @@ def _candidate(row: Row, report: Report, usable: int) -> Candidate:
 
 
 def plan_of_row(spec: str, plan_files: dict[str, str], facts: ModelFacts) -> Plan:
-    """The plan that a strategy of a stored run stood for."""
+    """The plan of a strategy of a stored run."""
     if facts.checkpointing_refusal is not None or spec == OFF:
         return Plan(num_layers=facts.num_layers)
     if spec in plan_files:

@@ -1,4 +1,4 @@
-"""The named strategies that a plan is weighed against, and what is said of one that nobody measured. No torch."""
+"""The named strategies among the candidates, and the notice on how far predictions are validated. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gcbench.strategies._for_model import not_for, plan_of, unsupported
 
 
 def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
-    """What has been compared with a card, and what has not."""
+    """Which predictions for a card were compared with measurements, as notices."""
     if target.kind == CPU:
         return ()
     how = "add --measure" if is_here else "run gcbench plan --measure there"
@@ -26,7 +26,10 @@ def unconfirmed(target: Target, is_here: bool) -> tuple[str, ...]:
 
 
 def named(specs: Sequence[str], facts: ModelFacts, target: Target, *, is_default: bool) -> tuple[tuple[str, Plan], ...]:
-    """The strategies to weigh, with their plans; of the default ones those that the model can have."""
+    """The strategies with their plans; default ones that the model or target does not support are left out.
+
+    Raises UsageError for any other that is not supported.
+    """
     if facts.checkpointing_refusal is not None:
         return (("off", Plan(num_layers=facts.num_layers)),)
     if is_default and facts.only_own is not None:
@@ -48,13 +51,13 @@ def named(specs: Sequence[str], facts: ModelFacts, target: Target, *, is_default
 
 
 def own_plan(facts: ModelFacts) -> Plan | None:
-    """What a model's own way to checkpoint does, where that is the only one."""
+    """The plan of a model's own checkpointing, where it supports no other; else None."""
     own = None if facts.only_own is None else plan_of(parse(OWN), facts)
     return own if own is not None and not_for(own, facts) is None else None
 
 
 def in_run_order(plan: Plan, order: Sequence[int] | None) -> Plan:
-    """The plan with layers counted in the order in which they run, as plan files do; the reverse of `renumbered`."""
+    """The plan with layers numbered in the order in which they run, as in plan files; the reverse of `renumbered`."""
     if order is None:
         return plan
     place = {layer: number for number, layer in enumerate(order)}

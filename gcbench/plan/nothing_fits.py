@@ -1,4 +1,4 @@
-"""What a plan says where nothing fits: the smallest peak, and what would make something fit."""
+"""What `gcbench plan` reports where nothing fits: the smallest peak, and what would make something fit."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from gcbench.core import headroom
 from gcbench.core.units import format_bytes
 from gcbench.devices import cards
-from gcbench.plan.decision import FOUND, Decision, choose, described
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import Decision, choose, described
 
 if TYPE_CHECKING:
     from gcbench.plan.planned import PlanResult
@@ -21,7 +22,7 @@ def _usable(decision: Decision) -> str:
 
 
 def lines(planned: PlanResult) -> list[tuple[str, str]]:
-    """The answer in a few named lines."""
+    """The answer as (name, text) lines."""
     decision = planned.decision
     smallest = decision.smallest
     found = [("answer", f"nothing fits into {_usable(decision)}")]
@@ -32,17 +33,18 @@ def lines(planned: PlanResult) -> list[tuple[str, str]]:
         found.append(("smallest peak", f"{format_bytes(smallest.peak_bytes)}: {at}"))
     if decision.peak_words:
         found.append(("peak", f"in the {decision.peak_words}"))
-    if ways := remedies(planned):
-        found.append(("would fit with", "; ".join(ways)))
+    if changes := remedies(planned):
+        found.append(("would fit with", "; ".join(changes)))
     if smallest is not None:
         found.append(("or on", _larger_device(decision)))
     return found
 
 
 def remedies(planned: PlanResult) -> list[str]:
-    """What would make something fit, each on its own."""
+    """Changes that would each make something fit, in words."""
     decision = planned.decision
-    found = [told for told in (only_the_reserve(decision),) if told is not None]
+    reserve = only_the_reserve(decision)
+    found = [] if reserve is None else [reserve]
     found += [lever.name for lever in decision.levers if lever.fits]
     if decision.longest_seq_len is not None:
         found.append(f"sequences of {decision.longest_seq_len} tokens")
@@ -50,7 +52,7 @@ def remedies(planned: PlanResult) -> list[str]:
 
 
 def only_the_reserve(decision: Decision) -> str | None:
-    """`--reserve 2%, with which per-layer at batch 1 fits`; None where more than the reserve stands in the way."""
+    """`--reserve 2%, with which per-layer at batch 1 fits`; None where a smaller reserve is not enough."""
     limit, smallest = decision.limit_bytes, decision.smallest
     if limit is None or smallest is None or decision.choice is not None:
         return None
@@ -61,17 +63,17 @@ def only_the_reserve(decision: Decision) -> str | None:
     known = [each for each in (*decision.candidates, smallest) if not each.is_lower_bound]
     then = choose([replace(each, fits=each.peak_bytes <= usable) for each in known])
     assert then is not None
-    what = "a found plan" if then.strategy == FOUND else then.strategy
+    what = "a searched plan" if then.strategy == SEARCHED else then.strategy
     return f"{headroom.reserve_flag(smaller)}, with which {what} at batch {then.batch_size} fits"
 
 
 def needed_bytes(decision: Decision) -> int | None:
-    """The device that the smallest peak needs, with its reserve."""
+    """The memory of a device on which the smallest peak fits, with the reserve."""
     return None if decision.smallest is None else int(decision.smallest.peak_bytes / (1 - decision.reserve_frac))
 
 
 def _larger_device(decision: Decision) -> str:
-    """A device that would do; where no card would, how many would have to share the model."""
+    """The devices on which the smallest peak fits; where no card is large enough, how many would have to share it."""
     needed, limit = needed_bytes(decision), decision.limit_bytes
     devices = cards.among(needed, limit) if needed is not None and limit else None
     if devices is None:
@@ -83,12 +85,12 @@ def _larger_device(decision: Decision) -> str:
 
 
 def nothing_fits(planned: PlanResult) -> str:
-    """The sentence that ends a plan without a choice."""
+    """The error message where nothing fits."""
     decision = planned.decision
-    said = f"nothing fits into {_usable(decision)}"
+    text = f"nothing fits into {_usable(decision)}"
     if decision.smallest is not None:
-        said += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
+        text += f", the smallest peak is {format_bytes(decision.smallest.peak_bytes)}"
     if only_the_reserve(decision) is not None:
-        said += ", so that only the reserve stands in the way"
-    ways = [*remedies(planned)[:2], _larger_device(decision)]
-    return f"{said}; take {', or '.join(ways)}"
+        text += ", so that only the reserve stands in the way"
+    changes = [*remedies(planned)[:2], _larger_device(decision)]
+    return f"{text}; take {', or '.join(changes)}"

@@ -1,4 +1,4 @@
-"""What a plan is made for and what it came to: a decision with all that it rests on. No torch."""
+"""The options and the result of `gcbench plan`: a decision with the workload and target that it is for. No torch."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from gcbench.core import model_changes as changes
 from gcbench.core.model_changes import ChangedConfig
 from gcbench.core.records import Machine, ModelFacts
 from gcbench.devices.target import CPU, Target
-from gcbench.export._handover import Handover, Rival
+from gcbench.export._handover import SEARCHED, Handover, Rival
 from gcbench.job.settings import Settings
 from gcbench.models import sources
 from gcbench.plan.additions import of_decision
-from gcbench.plan.decision import FOUND, Candidate, Decision
+from gcbench.plan.decision import Candidate, Decision
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What `plan` takes besides the workload and the device.
+    """Options of `gcbench plan` besides the workload and the device.
 
     Attributes:
-        batch_sizes: None for all that may pay.
-        reserve_frac: None for the default of the kind of device.
+        batch_sizes: None to search all useful sizes.
+        reserve_frac: fraction of the device memory held back; None for the default of the kind of device.
         emit: the tool to print settings for.
-        measure: whether the best few are run before the answer.
+        measure: whether the leading candidates are benchmarked before choosing.
     """
 
     batch_sizes: tuple[int, ...] | None
@@ -35,15 +35,15 @@ class PlanOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanResult:
-    """A decision with all that it was made for.
+    """A decision with its workload, target and origin.
 
     Attributes:
-        hub_id: under which the model is found on the Hub; None where that is not known.
+        hub_id: the name of the model on the Hub; None where unknown.
         source: the model; None for a decision from a stored run.
-        plan_file: where the plan of the choice is stored; None where nothing was chosen, or nothing stored.
-        changed: what `--layers` and `--set` came to in the model's config; None for the model itself.
-        stored_where: the device in words, of a plan that was stored; None for one that was just made.
-        model_notices: in what the model differs from what its config says, in sentences.
+        plan_file: the stored plan of the choice; None where nothing was chosen or stored.
+        changed: the changes of `--layers` and `--set` to the model's config; None without any.
+        stored_where: the device in words, for a plan that was loaded; else None.
+        model_notices: how the model differs from its config, in sentences.
     """
 
     settings: Settings
@@ -63,23 +63,23 @@ class PlanResult:
 
     @property
     def source_or_raise(self) -> sources.ModelSource:
-        """The model; a decision from a stored run has none to run again."""
+        """The model; only a decision from a search has it."""
         assert self.source is not None
         return self.source
 
     @property
     def changes(self) -> str | None:
-        """What `--layers` and `--set` changed about the model, in words."""
+        """The changes of `--layers` and `--set` to the model, in words."""
         return changes.describe(self.settings.layers, self.settings.set)
 
     @property
     def name(self) -> str:
-        """The model, with what was changed about it."""
+        """The model's name with its changes."""
         return changes.named(self.settings.model, self.changes)
 
     @property
     def where(self) -> str:
-        """What the plan is for; a card of which only the memory is known has no name."""
+        """The name of the device; a card known only by its memory has none."""
         card = self.target.card
         if self.stored_where is not None or card is not None:
             return self.stored_where or (card.title if card is not None else "")
@@ -87,7 +87,7 @@ class PlanResult:
 
     @property
     def handover(self) -> Handover | None:
-        """What a training tool is to be told; None where nothing fits."""
+        """The record from which settings for a training tool are written; None where nothing fits."""
         choice = self.decision.choice
         if choice is None:
             return None
@@ -101,8 +101,8 @@ class PlanResult:
                 tokens_per_s_frac=candidate.tokens_per_s / choice.tokens_per_s,
             )
 
-        found = choice.strategy == FOUND and self.plan_file is not None
-        chosen = replace(rival(choice), strategy=f"plan:{self.plan_file}" if found else choice.strategy)
+        has_file = choice.strategy == SEARCHED and self.plan_file is not None
+        chosen = replace(rival(choice), strategy=f"plan:{self.plan_file}" if has_file else choice.strategy)
         return Handover(
             model=self.settings.model,
             hub_id=self.hub_id,

@@ -1,4 +1,4 @@
-"""The picture of a decision: memory against tokens per second, every candidate, the choice marked."""
+"""Draws the trade-off curve of a decision: peak memory against tokens per second of every candidate."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gcbench.core.units import GIB, MIB, format_bytes
-from gcbench.plan.decision import FOUND, Candidate
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import Candidate
 from gcbench.report.plots.figure import GREY, panels, quiet, shortened, write
 
 if TYPE_CHECKING:
@@ -18,17 +19,17 @@ FRONTIER = "frontier.png"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _BEYOND = 1.25
-"""How far past the device's memory candidates are shown."""
+"""Candidates up to this many times the device's memory are shown."""
 
 
 def draw(planned: PlanResult, folder: Path) -> Path:
-    """Write the picture into `folder`; raises OSError."""
+    """Write the plot into `folder` and return its path; raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
     return write(figure(planned), folder / FRONTIER)
 
 
 def figure(planned: PlanResult) -> Figure:
-    """A line per strategy over its batch sizes, the memory that may be used, and a ring around the choice."""
+    """One line per strategy over its batch sizes, the usable memory, and a ring around the choice."""
     decision = planned.decision
     limit = decision.limit_bytes
     shown = [
@@ -44,18 +45,18 @@ def figure(planned: PlanResult) -> Figure:
     groups: dict[str, list[Candidate]] = {}
     for each in sorted(shown, key=lambda each: each.batch_size):
         groups.setdefault(each.strategy, []).append(each)
-    order = sorted(groups, key=lambda strategy: strategy == FOUND)
+    order = sorted(groups, key=lambda strategy: strategy == SEARCHED)
     for number, strategy in enumerate(order):
         group = groups[strategy]
-        colour = "#000000" if strategy == FOUND else _COLOURS[number % len(_COLOURS)]
+        colour = "#000000" if strategy == SEARCHED else _COLOURS[number % len(_COLOURS)]
         axes.plot(
             [each.peak_bytes / unit for each in group],
             [each.tokens_per_s for each in group],
             color=colour,
-            marker="*" if strategy == FOUND else _MARKERS[number % len(_MARKERS)],
-            markersize=9 if strategy == FOUND else 5,
-            linewidth=0 if strategy == FOUND else 1.0,
-            label="found plans" if strategy == FOUND else shortened(strategy, 28),
+            marker="*" if strategy == SEARCHED else _MARKERS[number % len(_MARKERS)],
+            markersize=9 if strategy == SEARCHED else 5,
+            linewidth=0 if strategy == SEARCHED else 1.0,
+            label="searched plans" if strategy == SEARCHED else shortened(strategy, 28),
             zorder=3,
         )
         for each in group:
@@ -73,7 +74,7 @@ def figure(planned: PlanResult) -> Figure:
         axes.axvspan(decision.usable_bytes / unit, max(axes.get_xlim()[1], limit / unit), color="#f0f0f0", zorder=0)
         axes.set_xlim(right=max(axes.get_xlim()[1], limit / unit))
         axes.annotate(
-            f"{format_bytes(decision.usable_bytes)} may be used",
+            f"{format_bytes(decision.usable_bytes)} usable",
             (decision.usable_bytes / unit, 0.02),
             xycoords=("data", "axes fraction"),
             xytext=(-4, 0),
@@ -97,15 +98,15 @@ def figure(planned: PlanResult) -> Figure:
             zorder=4,
         )
     axes.set_xlabel(f"peak memory ({name})")
-    axes.set_ylabel(f"tokens per second{_of_what(planned)}")
+    axes.set_ylabel(f"tokens per second{_estimated(planned)}")
     quiet(axes, "both")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5), title="batch at each point")
     return picture
 
 
-def _of_what(planned: PlanResult) -> str:
-    """Whether the rates are estimates."""
+def _estimated(planned: PlanResult) -> str:
+    """` (estimated)` where the rates were not measured."""
     was_run = {each.source == "measured" for each in planned.decision.candidates}
     if was_run == {True}:
         return ""
-    return " (where not run: estimated)" if True in was_run else " (estimated)"
+    return " (estimated unless measured)" if True in was_run else " (estimated)"

@@ -1,7 +1,7 @@
-"""Which of a few settings is the fastest, found with few measurements: those that cannot win any more drop out. Pure.
+"""Finds the fastest of a few candidates with few measurements, by eliminating those that can no longer win. Pure.
 
 A race in rounds (O. Maron and A. Moore, Hoeffding races, NIPS 1993), with bounds on the logarithm of the ratio to the
-leader within a round, so that what slows a whole round down cancels out.
+leader within a round, so that a slowdown of the whole round cancels out.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from gcbench.plan.decision import Candidate
 K = TypeVar("K", bound=Hashable)
 
 MARGIN_FRAC = 0.12
-"""How far an estimate may be behind the best one and still win. Chosen by judgement, before any measurement.
-In 787 pairs from `benchmarks/regret.py`, 95 % of rivals were at most 10 % faster than estimated, against the choice."""
+"""Candidates up to this much slower than the best by estimate are measured. Chosen by judgement, before any
+measurement. In 787 pairs from `benchmarks/regret.py`, 95 % of rivals were at most 10 % faster than estimated,
+against the choice."""
 MOST = 5
-"""Contenders."""
+"""Candidates in a race."""
 MOST_ROUNDS = 4
 _NOISE = 0.06
-"""Of the logarithm of a ratio within a round, before it can be told from the rounds: what a shared machine has."""
+"""Standard deviation of the log ratio within a round, assumed for the first two rounds: that of a shared machine."""
 _LEAST_NOISE = 0.01
 _BOUND = 1.64
-"""Standard errors: one in twenty winners is lost at a look, on one side, where the noise is known. From three rounds on
-it is taken from the rounds themselves, and simulations lose 6 % (two contenders) to 10 % (five) at that look."""
+"""Standard errors: each round loses one in twenty winners, one-sided, if the noise is known. From three rounds on it is
+estimated from the rounds, and simulations lose 6 % (two candidates) to 10 % (five) in that round."""
 AS_FAST = 0.005
+"""Relative differences below this do not matter."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Standing(Generic[K]):
-    """Where a race is.
+class RaceState(Generic[K]):
+    """The state of a race after some rounds.
 
     Attributes:
         still_in: those that could still be the fastest, the leader first.
-        is_settled: whether more rounds would change nothing worth having.
+        is_settled: whether more rounds would not change the choice by more than `AS_FAST`.
     """
 
     still_in: tuple[K, ...]
@@ -45,7 +47,7 @@ class Standing(Generic[K]):
 
 
 def contenders(candidates: Sequence[Candidate], *, margin: float = MARGIN_FRAC, most: int = MOST) -> list[Candidate]:
-    """The candidates that could be the best, the most promising first: of a strategy at most its two best batches."""
+    """The candidates worth measuring, fastest first: at most `most`, and at most two batches of a strategy."""
     fitting = sorted((each for each in candidates if each.fits), key=lambda each: -each.tokens_per_s)
     if not fitting:
         return []
@@ -58,13 +60,13 @@ def contenders(candidates: Sequence[Candidate], *, margin: float = MARGIN_FRAC, 
     return chosen
 
 
-def standing(rates: Mapping[K, Sequence[float]]) -> Standing[K]:
-    """Who is still in after some rounds.
+def state(rates: Mapping[K, Sequence[float]]) -> RaceState[K]:
+    """Determine which candidates can still win.
 
-    `rates` has for each contender its tokens per second, one for each round that it ran in, the first rounds first.
+    `rates` maps each candidate to its tokens per second in each round, from the first round on.
     """
     leader = max(rates, key=lambda key: median(rates[key]))
-    kept: list[K] = [leader]
+    still_in: list[K] = [leader]
     undecided = False
     for key, own in rates.items():
         if key == leader:
@@ -74,10 +76,10 @@ def standing(rates: Mapping[K, Sequence[float]]) -> Standing[K]:
         spread = max(stdev(ratios), _LEAST_NOISE) if len(ratios) > 2 else _NOISE
         error = _BOUND * spread / math.sqrt(len(ratios))
         if centre + error >= 0:
-            kept.append(key)
+            still_in.append(key)
             undecided |= error > AS_FAST
     rounds = min(map(len, rates.values()))
-    return Standing(
-        still_in=tuple(sorted(kept, key=lambda key: -median(rates[key]))),
-        is_settled=len(kept) == 1 or not undecided or rounds >= MOST_ROUNDS,
+    return RaceState(
+        still_in=tuple(sorted(still_in, key=lambda key: -median(rates[key]))),
+        is_settled=len(still_in) == 1 or not undecided or rounds >= MOST_ROUNDS,
     )

@@ -1,4 +1,4 @@
-"""One `gcbench plan` from settings to what is printed: target and model found, a child asked, the answer shown."""
+"""One `gcbench plan` from checked settings to the printed answer: decide in a child process, store, show."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from gcbench.strategies.plan_file import as_json as plan_as_json
 
 
 def check_emit(tool: str | None, settings: Settings) -> None:
-    """Raise UsageError where the tool cannot run the workload, whatever is planned for it."""
+    """Raise UsageError where the tool cannot run the workload with any plan."""
     if tool is None:
         return
     from gcbench import export
@@ -55,9 +55,9 @@ def check_emit(tool: str | None, settings: Settings) -> None:
 
 
 def plan(
-    wanted: Settings,
+    settings: Settings,
     target_options: TargetOptions,
-    asked: PlanOptions,
+    options: PlanOptions,
     *,
     out: Path | None,
     command: str,
@@ -65,45 +65,44 @@ def plan(
     quiet: bool,
 ) -> None:
     """Decide, store and show; raises GcbenchError for what cannot be decided."""
-    early = resolve_target(
-        target_options, None
-    )  # a name that is not in the catalogue is told before anything is imported
-    check_emit(asked.emit, wanted)
-    flash_attention.check_plan(wanted.attn_implementation, early)
-    if asked.measure and early is not None and early.kind != CPU:
+    # Before anything slow is imported: a name that is not in the catalogue is an error.
+    early = resolve_target(target_options, None)
+    check_emit(options.emit, settings)
+    flash_attention.check_plan(settings.attn_implementation, early)
+    if options.measure and early is not None and early.kind != CPU:
         raise UsageError(_not_here(target_options, early.name))
-    source = preflight.model_of(wanted)
+    source = preflight.model_of(settings)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     err = Console(stderr=True)
-    with Store.create(out) if out else Store.new(f"plan-{sources.slug(wanted.model)}", created) as store:
+    with Store.create(out) if out else Store.new(f"plan-{sources.slug(settings.model)}", created) as store:
         try:
             with ExitStack() as stack:
                 preload = (*sources.modules(source), "gcbench.plan.search.planner")
                 children = stack.enter_context(ForkedChildren(preload=preload))
-                # Half a second that the plot takes to begin with, spent while the children are at work.
+                # Importing matplotlib takes half a second, spent while the children work.
                 threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
                 with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
                     planned = decide(
-                        wanted,
+                        settings,
                         target_options,
-                        asked,
+                        options,
                         early,
                         source=source,
                         children=children,
                         command=command,
                         on_step=counter.count,
                     )
-                planned = replace(planned, created=created, changed=changed_config(wanted, source, children))
-                if asked.measure:
+                planned = replace(planned, created=created, changed=changed_config(settings, source, children))
+                if options.measure:
                     planned = _confirmed(planned, target_options, children=children, store=store, quiet=quiet, err=err)
         except KeyboardInterrupt:
             ignore_more()
-            raise Interrupted(_kept(store)) from None
-        finish(planned, asked, store, as_json=as_json, quiet=quiet, err=err)
+            raise Interrupted(_after_interruption(store)) from None
+        finish(planned, options, store, as_json=as_json, quiet=quiet, err=err)
 
 
-def _kept(store: Store) -> str:
-    """After an interruption: what there is, and what it is good for."""
+def _after_interruption(store: Store) -> str:
+    """The message after an interruption: what was saved, and how to use it."""
     try:
         done = sum(len(outcome.rounds) for outcome in reports.load(store.folder).outcomes)
     except GcbenchError:
@@ -112,20 +111,20 @@ def _kept(store: Store) -> str:
         return "interrupted before a plan was made"
     folder = shlex.quote(str(store.folder))
     return (
-        f"interrupted; {done} measured rounds are kept in {store.folder}; "
-        f"decide by them with: gcbench plan --from {folder}"
+        f"interrupted; {done} measured rounds are saved in {store.folder}; "
+        f"decide from them with: gcbench plan --from {folder}"
     )
 
 
 def _not_here(target_options: TargetOptions, target: str) -> str:
-    """Why --measure cannot confirm the plan, with the flag that would change it."""
+    """The error where --measure cannot confirm the plan on this machine, with the flag that would allow it."""
     if target_options.device is None:
         return (
-            "--measure runs on this machine, and --device-memory alone stands for a CUDA device of that size; add "
-            "--device cpu, or --device auto for what this machine has, or leave out --measure"
+            "--measure runs on this machine, and --device-memory alone means a CUDA device of that size; add "
+            "--device cpu, or --device auto for the device of this machine, or leave out --measure"
         )
     return (
-        f"--measure runs on this machine, and the plan is for {target}; leave out --device, or take --device auto, or "
+        f"--measure runs on this machine, and the plan is for {target}; leave out --device, or use --device auto, or "
         "leave out --measure"
     )
 
@@ -133,7 +132,7 @@ def _not_here(target_options: TargetOptions, target: str) -> str:
 def _confirmed(
     planned: PlanResult, target_options: TargetOptions, *, children: Children, store: Store, quiet: bool, err: Console
 ) -> PlanResult:
-    """The plan after its best candidates have run here."""
+    """The plan with its leading candidates measured on this machine."""
     from gcbench.measure import progress
     from gcbench.plan import confirm
 
@@ -144,19 +143,22 @@ def _confirmed(
 
 
 def finish(
-    planned: PlanResult, asked: PlanOptions, store: Store | None, *, as_json: bool, quiet: bool, err: Console
+    planned: PlanResult, options: PlanOptions, store: Store | None, *, as_json: bool, quiet: bool, err: Console
 ) -> None:
-    """Store the decision if there is a place, translate it for a tool if one was named, and show it."""
+    """Store the decision if there is a store, translate it for a tool if one was named, and show it.
+
+    Raises ThresholdBroken where nothing fits.
+    """
     from gcbench.plan import nothing_fits, view
 
     if store is not None:
         planned = publish(planned, store)
     emitted = None
-    if asked.emit is not None:
+    if options.emit is not None:
         from gcbench import export
 
-        if planned.handover is not None:  # else the sentence that nothing fits is what there is to say
-            emitted = export.emit(asked.emit, planned.handover)
+        if planned.handover is not None:  # else nothing fits, which is raised below
+            emitted = export.emit(options.emit, planned.handover)
     folder = None if store is None else store.folder
     try:
         with streams.stored_in(folder) if folder is not None else nullcontext():
@@ -167,7 +169,7 @@ def finish(
                 quiet=quiet,
                 err=err,
                 folder=folder,
-                emits=asked.emit is not None,
+                emits=options.emit is not None,
             )
     finally:
         if store is not None:
@@ -177,7 +179,7 @@ def finish(
 
 
 def publish(planned: PlanResult, store: Store) -> PlanResult:
-    """Write the plan of the choice, the decision and its picture into the store's folder."""
+    """Write the plan of the choice, the decision and its plot into the store's folder."""
     from gcbench.plan import plot, view
     from gcbench.report import stored_kind
 

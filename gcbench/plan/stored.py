@@ -1,4 +1,4 @@
-"""A plan that a folder keeps, read again, so that it can be shown and handed over anew."""
+"""Saves a plan into a folder, and loads it again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from gcbench.report.stored_kind import _DECISION_NAME, PLAN_NAME, PLANNED_NAME
 
 @dataclass(frozen=True, kw_only=True)
 class StoredPlan:
-    """All that a plan was made for and came to; `where` is the device's name in words."""
+    """The fields of `PlanResult` as they are stored; `where` is the device's name in words."""
 
     schema: int
     gcbench_version: str
@@ -43,7 +43,7 @@ class StoredPlan:
 
 
 def save_plan(planned: PlanResult, folder: Path) -> None:
-    """Keep all of a plan; raises OSError."""
+    """Write the plan into the folder; raises OSError."""
     target = planned.target
     stored = StoredPlan(
         schema=SCHEMA,
@@ -67,15 +67,15 @@ def save_plan(planned: PlanResult, folder: Path) -> None:
 
 
 def load_plan(place: Path) -> PlanResult:
-    """The plan in a folder or file; raises ResultsError where there is none that can be read."""
+    """The plan in a folder or file; raises ResultsError where it is missing or damaged."""
     from gcbench.plan.planned import PlanResult
 
     is_itself = place.suffix == ".json" and place.name not in (_DECISION_NAME, PLAN_NAME)
     path = place if is_itself else _folder(place) / PLANNED_NAME
     if not path.exists() and (_folder(place) / _DECISION_NAME).exists():
         raise ResultsError(
-            f"{_folder(place)} was planned by a gcbench that kept no {PLANNED_NAME}, so that it cannot be shown again; "
-            "read its plan.txt, or plan again"
+            f"{_folder(place)} was planned by an older gcbench, which stored no {PLANNED_NAME}, so it cannot be "
+            "loaded; read its plan.txt, or plan again"
         )
     document = parsed(path, "gcbench plan --out")
     try:

@@ -1,4 +1,4 @@
-"""What a child is asked for a decision, and how it answers. No torch."""
+"""The task that a child process plans, and its messages. No torch."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class PlanTask:
     """Find the fastest setting that fits.
 
     Attributes:
-        named: strategies to weigh against what is found, with their plans.
-        batch_sizes: those to try; None for all that may pay.
-        reserve_frac: the part of the device's memory that is held back.
-        layers_in_order: numbers of the layers that training runs; None for all, as they lie in the model.
-        can_checkpoint: whether its layers can be chosen.
-        own: what its own way to checkpoint does, where that is the only one.
-        is_confirmed: whether the best are run before the answer, so that one of them may take the choice's place.
-        device_here: the device of this machine whose figures are to be taken; None for those of the target's card.
-        calibration_s: seconds that timing operators on it may take, twice; what callers add takes seven more, once.
+        named: strategies to compare with searched plans, with their plans.
+        batch_sizes: those to try; None to search all useful sizes.
+        reserve_frac: fraction of the device's memory that is held back.
+        layers_in_order: numbers of the layers that training runs; None for all, in the model's order.
+        can_checkpoint: whether single layers can be checkpointed.
+        own: the plan of the model's own checkpointing, where it supports no other.
+        is_confirmed: whether the leading candidates are measured afterwards, so that the choice may change.
+        device_here: the device of this machine to time operators on; None to use the rates of the target's card.
+        calibration_s: seconds for timing operators on it, spent up to twice; call overheads take seven more, once.
     """
 
     handler: ClassVar[str] = "gcbench.plan.search.planner:plan"
@@ -69,14 +69,14 @@ class PlanTask:
 
 @dataclass(frozen=True, kw_only=True)
 class Decided:
-    """A `PlanTask` answered."""
+    """The result of a `PlanTask`."""
 
     decision: Decision
 
 
 @dataclass(frozen=True, kw_only=True)
 class Planning:
-    """Where a `PlanTask` is: so many of its steps are done, and `doing` is what it does now."""
+    """The progress of a `PlanTask`: steps done, of how many, and what it does now."""
 
     done: int
     total: int

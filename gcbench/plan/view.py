@@ -1,4 +1,4 @@
-"""A decision as a person reads it, and as a program does."""
+"""Renders a decision: as text, Markdown, rows and JSON."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from gcbench.core.records import SCHEMA, Json
 from gcbench.core.text_table import Column, Table, plain, unbroken
 from gcbench.core.text_table import show as show_all
 from gcbench.core.units import format_bytes, format_percent, format_seconds
-from gcbench.plan import nothing_fits, told_apart
+from gcbench.export._handover import SEARCHED
+from gcbench.plan import nothing_fits, ties
 from gcbench.plan.additions import of_decision
-from gcbench.plan.decision import FOUND, Candidate, Decision, best_of_each, described
+from gcbench.plan.decision import Candidate, Decision, best_of_each, described
 from gcbench.strategies import OFF
 from gcbench.strategies.plan_file import as_json as plan_as_json
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def rows(planned: PlanResult) -> list[dict[str, Json]]:
-    """A row per candidate, the columns of other tables under their names, those of decisions behind them."""
+    """One row per candidate: the columns of `gcbench run` first, then those of a decision."""
     settings, decision = planned.settings, planned.decision
     choice = decision.choice
     return [
@@ -68,7 +69,7 @@ def rows(planned: PlanResult) -> list[dict[str, Json]]:
 
 
 def document(planned: PlanResult, emitted: Emitted | None) -> str:
-    """One JSON document: the rows, and what was decided."""
+    """The JSON document of `--json`: the rows and the decision."""
     decision = planned.decision
     choice = decision.choice
     value: dict[str, object] = {
@@ -99,7 +100,7 @@ def document(planned: PlanResult, emitted: Emitted | None) -> str:
 
 
 def answer(planned: PlanResult) -> list[tuple[str, str]]:
-    """The answer in a few named lines."""
+    """The answer as (name, text) lines."""
     decision = planned.decision
     choice = decision.choice
     if choice is None:
@@ -124,8 +125,8 @@ def _peak(choice: Candidate, decision: Decision) -> str:
     if choice.source != "measured" and decision.outside_bytes:
         uncertain = headroom.uncertain_bytes(choice.peak_bytes - decision.outside_bytes)
         if spare < uncertain:
-            close = f": too close to tell, as the device may hold {format_bytes(uncertain)} more than predicted"
-    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; {format_bytes(spare)} stay free{close}"
+            close = f": too close to tell, as the device may use {format_bytes(uncertain)} more than predicted"
+    return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; headroom {format_bytes(spare)}{close}"
 
 
 def _speed(choice: Candidate, decision: Decision) -> str:
@@ -138,12 +139,12 @@ def _speed(choice: Candidate, decision: Decision) -> str:
         more = choice.tokens_per_s / best.tokens_per_s - 1
         word = "more" if more > 0 else "fewer"
         lead = f"{format_percent(abs(more))} {word} tokens/s than {best.strategy} at batch {best.batch_size}; "
-    return f"{lead}about {rate}, {format_seconds(choice.step_time_s)} a step (an estimate from {decision.times_from})"
+    return f"{lead}about {rate}, {format_seconds(choice.step_time_s)} a step (estimated from {decision.times_from})"
 
 
 def best_named(decision: Decision) -> Candidate | None:
     """The fastest named strategy that fits."""
-    fitting = [each for each in decision.candidates if each.fits and each.strategy != FOUND]
+    fitting = [each for each in decision.candidates if each.fits and each.strategy != SEARCHED]
     return max(fitting, key=lambda each: each.tokens_per_s, default=None)
 
 
@@ -153,7 +154,7 @@ def _why(decision: Decision) -> str:
 
 
 def frontier_table(planned: PlanResult) -> Table:
-    """The best of each strategy."""
+    """The table of the best candidate of each strategy."""
     decision = planned.decision
     choice = decision.choice
     largest = {each.strategy: each.batch_size for each in decision.largest}
@@ -167,11 +168,11 @@ def frontier_table(planned: PlanResult) -> Table:
         if candidate == choice:
             return "the choice"
         if choice.source == "measured" and candidate.source != "measured":
-            return "not run"
-        told = format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
+            return "not measured"
+        change = format_percent(candidate.tokens_per_s / choice.tokens_per_s - 1, sign=True)
         if candidate.source != "measured":
-            return told
-        return f"{told} ({told_apart.interval_of(candidate) or 'no interval'})"
+            return change
+        return f"{change} ({ties.interval_of(candidate) or 'no interval'})"
 
     return Table(
         title="The best of each strategy",
@@ -198,37 +199,37 @@ def frontier_table(planned: PlanResult) -> Table:
 
 
 def levers_table(decision: Decision) -> Table | None:
-    """What else would lower the peak."""
+    """The table of other changes that would reduce the peak; None without any."""
     shown = decision.choice or decision.smallest
     levers = [lever for lever in decision.levers if shown is not None and lever.peak_bytes < shown.peak_bytes]
     if not levers or shown is None:
         return None
     return Table(
-        title="What else would lower this peak",
+        title="Changes that would reduce this peak",
         columns=(
-            Column(header="besides checkpointing", cells=tuple(lever.name for lever in levers), right=False),
-            Column(header="peak then", cells=tuple(format_bytes(lever.peak_bytes) for lever in levers)),
-            Column(header="frees", cells=tuple(format_bytes(shown.peak_bytes - lever.peak_bytes) for lever in levers)),
+            Column(header="change", cells=tuple(lever.name for lever in levers), right=False),
+            Column(header="new peak", cells=tuple(format_bytes(lever.peak_bytes) for lever in levers)),
+            Column(header="saves", cells=tuple(format_bytes(shown.peak_bytes - lever.peak_bytes) for lever in levers)),
             Column(header="how", cells=tuple(lever.flag or "in the trainer" for lever in levers), right=False),
         ),
     )
 
 
 def next_steps(planned: PlanResult) -> list[tuple[str, str]]:
-    """What to go on with: (what for, the command or the line of Python)."""
+    """The next steps as (purpose, command or line of Python)."""
     choice = planned.decision.choice
-    if choice is None or (choice.strategy == FOUND and planned.plan_file is None):
+    if choice is None or (choice.strategy == SEARCHED and planned.plan_file is None):
         return []
-    spec = f"plan:{planned.plan_file}" if choice.strategy == FOUND else choice.strategy
+    spec = f"plan:{planned.plan_file}" if choice.strategy == SEARCHED else choice.strategy
     return [
         ("in your own loop", f"gcbench.apply(model, {spec!r})"),
-        ("for a trainer", f"gcbench plan … --emit {'python' if choice.strategy == FOUND else 'trainer'}"),
+        ("for a trainer", f"gcbench plan … --emit {'python' if choice.strategy == SEARCHED else 'trainer'}"),
         ("to measure it", f"gcbench run {shlex.join(_flags(planned, choice.batch_size, spec))}"),
     ]
 
 
 def _flags(planned: PlanResult, batch_size: int, spec: str) -> list[str]:
-    """Flags of `gcbench run` for the workload."""
+    """The flags of `gcbench run` for the workload; defaults are left out."""
     settings = planned.settings
     flags = ["-m", settings.model, "-b", str(batch_size), "--seq-len", str(planned.seq_len)]
     for flag, value, usual in (
@@ -247,7 +248,7 @@ def _flags(planned: PlanResult, batch_size: int, spec: str) -> list[str]:
 
 
 def renderables(planned: PlanResult) -> list[RenderableType]:
-    """The whole answer for a screen."""
+    """The answer for a terminal, as rich objects."""
     from rich.table import Table as Grid
     from rich.text import Text
 
@@ -285,7 +286,7 @@ def markdown(planned: PlanResult) -> str:
             f"{candidate.tokens_per_s:,.0f} | {mark} |"
         )
     if planned.decision.levers:
-        lines += ["", "| besides checkpointing | peak then |", "|---|---:|"]
+        lines += ["", "| change | new peak |", "|---|---:|"]
         lines += [f"| {lever.name} | {format_bytes(lever.peak_bytes)} |" for lever in planned.decision.levers]
     return "\n".join(lines) + "\n"
 
@@ -300,9 +301,9 @@ def show(
     folder: Path | None,
     emits: bool = False,
 ) -> None:
-    """Print the answer; where settings for a tool were asked for, those alone on standard output and the answer beside.
+    """Print the answer; with `emits`, only the tool's settings go to standard output, and the answer to `err`.
 
-    `folder` is where everything is, None where nothing was stored.
+    `folder` is the one that the plan was stored in, None where it was not stored.
     """
     from rich.console import Console
 
@@ -315,14 +316,14 @@ def show(
         show_all(renderables(planned), screen)
     if quiet:
         return
-    told = planned.model_notices if as_json else ()
-    notices = [*told, *planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
+    of_model = planned.model_notices if as_json else ()
+    notices = [*of_model, *planned.decision.notices, *([emitted.notice] if emitted and emitted.notice else [])]
     for notice in [*notices, *([f"Everything is in {folder}"] if folder is not None else [])]:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
 
 
 def show_stored(planned: PlanResult) -> None:
-    """Print a stored plan as it was shown, with its notices."""
+    """Print a stored plan with its notices."""
     from rich.console import Console
 
     show_all(renderables(planned))
@@ -331,7 +332,7 @@ def show_stored(planned: PlanResult) -> None:
 
 
 def rendered(planned: PlanResult, format: str) -> str:
-    """The plan in one of the formats of `gcbench report` that are text."""
+    """The plan in a text format of `gcbench report`."""
     from gcbench.report.formats import csv_table
 
     if format == "markdown":

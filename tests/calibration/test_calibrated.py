@@ -16,7 +16,7 @@ from gcbench.simulate.costs import Work
 # What is not measured follows from what is.
 
 
-def test_a_measured_call_takes_what_it_took_and_what_its_caller_adds():
+def test_a_measured_call_has_its_measured_time_plus_the_overhead_of_its_caller():
     known = calibration_of(
         pointwise(1000, 7e-6), product(64, 64, 64, 3e-5), overheads=overheads(model=5e-6, backward=-1e-5)
     )
@@ -27,7 +27,7 @@ def test_a_measured_call_takes_what_it_took_and_what_its_caller_adds():
     assert known.seconds(pointwise(1000, caller="backward")) == 0.0
 
 
-def test_what_a_caller_adds_grows_with_what_the_call_sweeps_out_of_the_cache():
+def test_overhead_grows_with_what_a_call_evicts_from_the_cache():
     """In proportion up to a core's own cache, which can be swept once."""
     nbytes = (8, CORE_BYTES // 4, CORE_BYTES, 4 * CORE_BYTES)
     known = calibration_of(*(pointwise(each // 8, 7e-6) for each in nbytes), overheads=overheads(policy=(5e-6, 40e-6)))
@@ -51,13 +51,13 @@ def test_traffic_grows_beyond_what_was_measured_and_never_falls():
         assert known.seconds(pointwise(10**9, op=op)) == pytest.approx(10 * known.seconds(pointwise(10**8, op=op)))
 
 
-def test_an_operator_takes_its_share_of_the_generic_one_elsewhere():
+def test_beyond_its_points_an_operator_grows_as_the_generic_one():
     """The trap: a small call is all dispatch, and in proportion to it a large one would take minutes."""
     known = calibration_of(generic(1_000, 2e-6), generic(1_000_000, 600e-6), pointwise(1_500, 4e-6))
     assert known.seconds(pointwise(1_500_000)) == pytest.approx(1200e-6, rel=0.01)
 
 
-def test_a_call_of_another_layout_is_taken_for_its_like_first():
+def test_a_call_of_another_layout_is_estimated_from_its_own_layout_first():
     dense = pointwise(1000, 1e-6)
     gaps = pointwise(1000, 9e-6, call=call_text.write("aten::silu", [tensor(1000, strides=(2,))], {}))
     known = calibration_of(dense, gaps)
@@ -74,7 +74,7 @@ def test_products_go_at_the_rate_of_the_nearest_dimensions():
     assert times[-1] == pytest.approx(8 * times[0], rel=0.6)
 
 
-def test_a_view_takes_as_long_whatever_it_looks_at():
+def test_the_time_of_a_view_does_not_depend_on_its_size():
     seen = Point(
         op="t", kind="view", dtype="fp32", nbytes=0, flops=0, dims=(), is_causal=False, call="", cold=0, seconds=US
     )
@@ -89,7 +89,7 @@ def test_without_any_point_every_call_still_takes_time():
         assert known.seconds(work) > 0
 
 
-def test_missing_are_those_without_their_like_and_what_costs_most_comes_first():
+def test_missing_calls_have_no_similar_point_and_come_costliest_first():
     known = calibration_of(generic(10, 1e-6), generic(10**7, 1e-2), pointwise(1000, 1e-6), product(64, 64, 64, 1e-4))
     near, far, other = pointwise(1100), pointwise(1300), product(64, 64, 65)
     often, once = pointwise(5_000, op="gelu"), pointwise(20_000, op="tanh")
@@ -170,7 +170,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path):
     assert op_times.load(MACHINE, tmp_path) is None
 
 
-def test_a_machine_is_told_by_what_moves_its_figures():
+def test_a_machine_is_identified_by_what_affects_operator_times():
     machine = backends.open_device("cpu").describe()
     key = machine_key(machine)
     assert machine.device_name in key and f"torch {machine.versions['torch']}" in key

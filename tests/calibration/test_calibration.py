@@ -67,7 +67,7 @@ def test_a_call_that_fails_or_is_too_large_is_left_out():
     assert [(point.op, point.nbytes) for point in found] == [("silu", 512)]
 
 
-def test_no_call_is_begun_that_the_budget_does_not_bear():
+def test_no_call_is_started_that_exceeds_the_budget():
     made = []
     timer = calibration.Timer(backends.open_device("cpu"))
     timer._time = lambda call, before: made.append(call) or (US, call())
@@ -78,8 +78,8 @@ def test_no_call_is_begun_that_the_budget_does_not_bear():
     assert not timer.points(works, expected=lambda w: US, until=time.monotonic() - 1)
 
 
-def test_overheads_are_what_a_step_takes_beyond_its_calls():
-    """Calls of 10 us, and views of 4; what is left is laid on the calls that cause it, by their size where it grows."""
+def test_overheads_are_the_time_of_a_step_beyond_its_calls():
+    """Calls of 10 us, and views of 4; the rest is attributed to the calls that cause it, by size where it grows."""
     sizes = dict(zip(calibration_host._BATCH_SIZES, (0, CORE_BYTES), strict=True))
 
     def work(caller, nbytes):
@@ -141,9 +141,9 @@ def test_the_reference_model_gives_an_overhead_for_every_caller():
     assert all(each.cold_s >= 0 for each in overheads) and step_s >= 0
 
 
-def test_what_the_command_allows_is_enough_for_what_callers_add(tmp_path, monkeypatch):
-    """The trap, met on a whole grid: a budget too short for it, so that keeping outputs costs nothing, and found plans
-    are chosen that are a third slower than what they beat."""
+def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch):
+    """The trap, seen on a whole grid: a budget too short for overheads, so that saving outputs costs nothing and the
+    chosen plans are a third slower than the ones they beat."""
     asked = inspect.signature(PlanTask).parameters["calibration_s"].default
     given = []
 

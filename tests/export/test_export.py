@@ -23,7 +23,7 @@ from gcbench import export, strategies
 from gcbench.core.errors import UsageError
 from gcbench.core.model_changes import ChangedConfig
 from gcbench.export._base import Capabilities, stride_of
-from gcbench.export._handover import FOUND, Handover, Rival
+from gcbench.export._handover import SEARCHED, Handover, Rival
 from gcbench.strategies import Plan, Policy
 
 DATA = Path(__file__).parents[1] / "data" / "export"
@@ -57,13 +57,13 @@ RIVALS = (
 
 
 def handover(choice: Rival | str, **changes: object) -> Handover:
-    chosen = choice if isinstance(choice, Rival) else rival(choice, plan=FOUND_PLAN if choice == FOUND else None)
+    chosen = choice if isinstance(choice, Rival) else rival(choice, plan=FOUND_PLAN if choice == SEARCHED else None)
     given = Handover(
         model="llama-3.2-1b",
         hub_id="meta-llama/Llama-3.2-1B",
         choice=chosen,
         rivals=tuple(other for other in RIVALS if other.strategy != chosen.strategy),
-        plan_file="found.json" if chosen.strategy == FOUND else None,
+        plan_file="found.json" if chosen.strategy == SEARCHED else None,
         seq_len=2048,
         precision="bf16",
         optim="adamw_torch",
@@ -91,7 +91,7 @@ def flags(text: str) -> dict[str, str]:
 
 # Golden texts
 
-CHOICES = ("off", "per-layer", "every:2", "selective:matmul", "offload", FOUND)
+CHOICES = ("off", "per-layer", "every:2", "selective:matmul", "offload", SEARCHED)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -159,24 +159,24 @@ def test_the_first_layer_alone_is_a_stride():
 
 def test_a_searched_plan_that_a_tool_can_express_is_expressed():
     plan = Plan(num_layers=NUM_LAYERS, groups=((0,), (2,)), policies=(Policy(keep=("mm",)),) * 2)
-    emitted = export.emit("trainer", handover(rival(FOUND, plan=plan)))
+    emitted = export.emit("trainer", handover(rival(SEARCHED, plan=plan)))
     assert emitted.expressed.plan == plan and emitted.notice is None
     assert "every_n_layers=2" in emitted.text and '"aten::mm"' in emitted.text
 
 
 def test_the_nearest_is_the_best_rival_that_can_be_expressed():
     """The traps: the simplest setting instead of the best, and the choice's batch in the rival's text."""
-    emitted = export.emit("torchtitan", handover(FOUND))
+    emitted = export.emit("torchtitan", handover(SEARCHED))
     assert (emitted.expressed.strategy, emitted.expressed.batch_size) == ("per-layer", 16)
     assert flags(emitted.text)["--training.local_batch_size"] == "16"
-    assert export.emit("trl", handover(FOUND)).expressed.strategy == "selective:matmul"
+    assert export.emit("trl", handover(SEARCHED)).expressed.strategy == "selective:matmul"
 
 
 WHY = {
     "cannot choose which operators are saved": rival("selective:matmul"),
     "can only checkpoint all layers or none": rival("every:2"),
     "cannot recompute several layers as one": rival("segment:2"),
-    "cannot recompute one layer differently from another": rival(FOUND, plan=FOUND_PLAN),
+    "cannot recompute one layer differently from another": rival(SEARCHED, plan=FOUND_PLAN),
     "cannot offload layer inputs to host memory": rival("offload"),
     "cannot use torch's reentrant variant": rival("reentrant"),
     "cannot choose which calls of an operator are saved": rival("selective:mm#0"),
@@ -206,7 +206,7 @@ def test_the_cost_is_reported_in_words(frac, cost):
 
 
 def test_where_nothing_that_fits_can_be_expressed_the_remedy_is_python():
-    given = handover(FOUND, rivals=(rival("segment:2"), rival("selective:mm#0")))
+    given = handover(SEARCHED, rivals=(rival("segment:2"), rival("selective:mm#0")))
     for target in TARGETS:
         if target != "python":
             with pytest.raises(UsageError, match=rf"--emit {target}: .* cannot .*; use --emit python"):
@@ -283,7 +283,7 @@ def test_every_field_of_a_handover_changes_the_python_text():
         "model_notices": ("The checkpoint is another.",),
     }
     assert set(other) == {field.name for field in fields(Handover)}
-    base = handover(FOUND, lora_r=1, hub_id=None)
+    base = handover(SEARCHED, lora_r=1, hub_id=None)
     for name, value in other.items():
         if name != "rivals":
             given = replace(base, **{name: value})

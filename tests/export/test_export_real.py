@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gcbench import export
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core.errors import UsageError
-from gcbench.export._handover import FOUND, Handover
+from gcbench.export._handover import SEARCHED, Handover
 from gcbench.strategies import Plan, Policy
 from gcbench.strategies.plan_file import as_json
 from gcbench.training import optimizers
@@ -257,7 +257,7 @@ def test_a_plain_loop_recomputes_what_was_planned(spec, given):
 
 @pytest.mark.parametrize("plan_file", ["mixed.json", None])
 def test_a_searched_plan_is_applied_from_its_file_or_from_the_text(plan_file, given):
-    made = given(FOUND, plan=MIXED, plan_file=plan_file)
+    made = given(SEARCHED, plan=MIXED, plan_file=plan_file)
     if plan_file:
         Path(plan_file).write_text(json.dumps(as_json(MIXED)), encoding="utf-8")
     assert run_python(export.emit("python", made).text, tiny.NUM_LAYERS) == as_planned(MIXED)

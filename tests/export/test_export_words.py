@@ -11,7 +11,7 @@ from test_export import DATA, EXPRESSED, FOUND_PLAN, SPECS, TARGETS, arguments, 
 import gcbench
 from gcbench import export
 from gcbench.core.errors import UsageError
-from gcbench.export._handover import FOUND
+from gcbench.export._handover import SEARCHED
 from gcbench.job.settings import PRECISION_NAMES
 from gcbench.strategies.selective import NAMED
 from gcbench.training import optimizers
@@ -221,13 +221,13 @@ def test_compiled_blocks_in_torchtitan():
     ]
 
 
-@pytest.mark.parametrize("spec", [*SPECS, FOUND])
+@pytest.mark.parametrize("spec", [*SPECS, SEARCHED])
 def test_python_applies_the_spec_or_the_file_or_the_plan_itself(spec):
-    chosen = rival(spec, plan=FOUND_PLAN if spec == FOUND else None)
+    chosen = rival(spec, plan=FOUND_PLAN if spec == SEARCHED else None)
     stored = export.emit("python", handover(chosen)).text
-    assert f'gcbench.apply(model, "{"plan:found.json" if spec == FOUND else spec}")\n' in stored
-    assert f'"{spec}")' in export.emit("python", handover(chosen, plan_file="x.json")).text or spec == FOUND
-    whole = export.emit("python", handover(replace(chosen, strategy=FOUND), plan_file=None)).text
+    assert f'gcbench.apply(model, "{"plan:found.json" if spec == SEARCHED else spec}")\n' in stored
+    assert f'"{spec}")' in export.emit("python", handover(chosen, plan_file="x.json")).text or spec == SEARCHED
+    whole = export.emit("python", handover(replace(chosen, strategy=SEARCHED), plan_file=None)).text
     start = whole.index("gcbench.Plan(")
     assert eval(whole[start : whole.index("gcbench.apply(model, plan)")], {"gcbench": gcbench}) == chosen.plan
 

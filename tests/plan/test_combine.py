@@ -1,4 +1,4 @@
-"""Steps put together from uniform ones, against traces of the very same mix."""
+"""Steps composed of uniform ones, against traces of the same plans."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def memory(line):
     return timeline.exact(line).memory, timeline.cached(line).memory
 
 
-def test_layers_treated_alike_are_the_step_itself(toy):
-    """The traps: a block given back where another is, gradients of other layers, the update's blocks off by some."""
+def test_one_policy_for_all_layers_gives_the_uniform_step(toy):
+    """The traps: a block freed where another is, gradients of other layers, the update's blocks shifted."""
     _, _, steps = toy
     lines = [step.timeline for step in steps]
     for number, step in enumerate(steps):
@@ -63,8 +63,8 @@ def test_layers_treated_alike_are_the_step_itself(toy):
         assert (line.marks, line.settled_at) == (step.timeline.marks, step.timeline.settled_at)
 
 
-def test_a_mix_is_as_a_trace_of_it(toy):
-    """Whatever stands beside what: the highest within a boundary of the trace's, and most of them exact."""
+def test_a_composed_step_is_close_to_its_trace(toy):
+    """Whatever policies are neighbours: the peak within a layer input of the trace's, and most of them exact."""
     one, plans, steps = toy
     combiner, lines = Combiner(steps), [step.timeline for step in steps]
     rng = random.Random(1)
@@ -80,8 +80,8 @@ def test_a_mix_is_as_a_trace_of_it(toy):
     assert exact >= 5
 
 
-def test_what_layers_hold_adds_up_to_the_step(toy):
-    """The trap: weights that autocast has cast, counted as kept until the backward pass."""
+def test_the_memory_of_layers_adds_up_to_the_peak(toy):
+    """The trap: weights cast by autocast counted as saved until the backward pass."""
     one, plans, steps = toy
     layered = Layered([profile(step, planned.Traffic()) for step in steps])
     rng = random.Random(3)
@@ -110,7 +110,7 @@ def test_no_other_choice_within_the_budget_is_faster(toy):
         assert best * (1 - 1e-9) <= found.seconds <= with_slack * (1 + 1e-9), share
 
 
-def test_every_block_is_taken_once_and_given_back_at_most_once(toy):
+def test_every_block_is_allocated_once_and_freed_at_most_once(toy):
     _, plans, steps = toy
     combiner, lines = Combiner(steps), [step.timeline for step in steps]
     rng = random.Random(2)

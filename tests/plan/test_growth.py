@@ -1,4 +1,4 @@
-"""A step at a larger batch size without a trace of its own: what it is learned from, and what is not said."""
+"""A step at a larger batch size computed from examples, and None where these do not determine it."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_step_that_grew_is_the_step_that_would_be_traced(family, precision):
         assert not np.array_equal(low.timeline.nbytes, high.timeline.nbytes)
 
 
-def test_a_gradient_as_large_as_an_activation_is_told_from_it():
+def test_a_gradient_is_distinguished_from_an_activation_of_its_size():
     """The trap: as many tokens in a batch as a weight has rows. Llama-3.1-70B, two sequences of 4096."""
     width = planned.config_of("llama").hidden_size
     off, every, (low, high) = steps_of("llama", IN_TWOS, seq_len=width // LOW)
@@ -71,7 +71,7 @@ def test_a_gradient_as_large_as_an_activation_is_told_from_it():
     assert grown is not None and np.array_equal(grown.timeline.nbytes, high.timeline.nbytes)
 
 
-def test_nothing_is_said_of_what_was_not_seen_or_became_two_things():
+def test_unknown_and_contradicting_examples_give_no_step():
     off, every, (low, _) = steps_of("llama", IN_TWOS)
     assert Growth([]).grown(low) is None
     assert Growth([off]).grown(every[0]) is None  # the random state that it keeps
@@ -114,7 +114,7 @@ def test_what_is_traced_runs_the_kernels_of_larger_batches():
         assert low == TRACED[0] or (low - 1) * seq_len <= MOST_UNSORTED
 
 
-def test_smaller_batches_than_were_traced_follow_too_and_are_not_called_exact():
+def test_smaller_batches_than_the_traced_ones_are_computed_and_not_called_exact():
     predictor = planned.predictor_of("llama")
     scaled = Scaling(predictor, EVERY, seq_len=16, pair=(8, 10))
     assert scaled.is_affine and scaled.is_exact(8) and not scaled.is_exact(3)
@@ -126,7 +126,7 @@ def test_smaller_batches_than_were_traced_follow_too_and_are_not_called_exact():
     ]
 
 
-def test_no_block_is_smaller_than_nothing():
+def test_no_block_has_a_negative_size():
     """The trap: a kernel's workspace that grows from some batch size on, seen from far below it."""
     low, high = at_eight_and_ten()
     sizes = low.timeline.nbytes.copy()
@@ -136,11 +136,11 @@ def test_no_block_is_smaller_than_nothing():
         replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
         for step, nbytes in ((low, sizes), (high, more))
     )
-    assert batch_scaling._alike(early, late, (8, 10))
+    assert batch_scaling._grow_evenly(early, late, (8, 10))
     scaled = Scaling(planned.predictor_of("llama"), OFF, seq_len=16, pair=(8, 10), known={8: early, 10: late})
     assert scaled.line(1).nbytes[-1] == 64 and scaled.line(9).nbytes[-1] == 576
     more[-1] = 641
-    assert not batch_scaling._alike(early, late, (8, 10))
+    assert not batch_scaling._grow_evenly(early, late, (8, 10))
 
 
 @pytest.mark.parametrize(("times", "is_affine"), [(1.25, True), (1.26, True), (1.5625, False)])
@@ -152,4 +152,4 @@ def test_a_kernel_that_rounds_is_no_square(times, is_affine):
         replace(step, assembly=replace(step.assembly, timeline=replace(step.timeline, nbytes=nbytes)))
         for step, nbytes in ((low, sizes), (high, more))
     )
-    assert batch_scaling._alike(early, late, (8, 10)) == is_affine
+    assert batch_scaling._grow_evenly(early, late, (8, 10)) == is_affine

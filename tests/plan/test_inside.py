@@ -44,7 +44,7 @@ def test_a_small_layer_by_hand():
     assert not any(call.is_changed or call.is_random or call.is_in_place for call in calls)
 
 
-def test_views_hold_nothing_and_lead_to_what_they_look_at():
+def test_views_take_no_memory_and_lead_to_their_base():
     def forward(layer, hidden):
         one, other = layer.up(hidden).split(INNER // 2, dim=-1)
         return hidden + (one.sin() * other.cos()).sum(-1, keepdim=True)
@@ -73,7 +73,7 @@ def test_an_operator_with_several_outputs_is_one_call():
     assert by_name["sum#1"].needed and not by_name["addmm#0"].needed
 
 
-def test_what_is_given_in_a_list_is_read():
+def test_tensors_in_a_list_argument_are_read():
     calls = calls_of(lambda layer, hidden: hidden + torch.cat([hidden.sin(), hidden.cos()], dim=-1)[..., :WIDTH])
     assert reads(calls, "cat#0") == {"sin#0", "cos#0"}
 
@@ -89,7 +89,7 @@ def test_what_is_given_in_a_list_is_read():
 # In place
 
 
-def test_what_is_written_into_can_no_longer_be_kept_and_is_read_through_the_writer():
+def test_an_output_that_is_written_into_cannot_be_saved_and_is_read_through_the_writer():
     """The trap: the exponential of what was there before the sum."""
 
     def forward(layer, hidden):
@@ -106,7 +106,7 @@ def test_what_is_written_into_can_no_longer_be_kept_and_is_read_through_the_writ
     assert not by_name["sin#0"].is_changed and not by_name["exp#0"].is_changed
 
 
-def test_all_that_lies_in_the_memory_is_changed():
+def test_a_write_changes_every_output_in_the_storage():
     """The trap: of a tensor that is filled half by half, only the last half taken for what was written into; the plan
     keeps the empty tensor, and each step ends with `SavedOutputMutated`."""
 
@@ -131,7 +131,7 @@ def test_all_that_lies_in_the_memory_is_changed():
 # Random numbers
 
 
-def test_random_numbers():
+def test_calls_that_draw_random_numbers_are_marked():
     """Dropout draws them; attention is marked as if it did, and does with dropout alone."""
     calls = calls_of(lambda layer, hidden: functional.dropout(hidden, 0.1) + torch.rand_like(hidden))
     assert [call.is_random for call in calls if call.name.startswith(("bernoulli_", "native_dropout", "rand"))] == [
@@ -152,7 +152,7 @@ def test_random_numbers():
 # Layers that cannot be looked into
 
 
-def test_a_layer_that_runs_twice_or_never_cannot_be_looked_into():
+def test_a_layer_that_runs_twice_or_never_cannot_be_traced_by_itself():
     class Twice(toys.Toy):
         def run(self, hidden, masks):
             return super().run(super().run(hidden, masks), masks)
@@ -169,7 +169,7 @@ def test_a_layer_that_runs_twice_or_never_cannot_be_looked_into():
             inner_calls(fake_model, (0, 1, 2), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)
 
 
-def test_looking_leaves_the_layers_as_they_were():
+def test_tracing_leaves_the_layers_as_they_were():
     one = toys.predictor(toys.Toy)
     plan = toys.plan(6, (0, 3))
     before = one.step(plan, batch_size=2, seq_len=4)
@@ -182,7 +182,7 @@ def test_looking_leaves_the_layers_as_they_were():
 # The policies that follow
 
 
-def test_a_first_layer_that_is_called_otherwise_has_policies_of_its_own():
+def test_a_first_layer_with_other_calls_has_policies_of_its_own():
     """The trap: Mamba's first layer gets bf16 hidden states and the others fp32 ones, so that `_to_copy#1` is another
     call; what one skips, the other needs."""
     for plan in planned.found_plans("mamba", "bf16"):
@@ -192,7 +192,7 @@ def test_a_first_layer_that_is_called_otherwise_has_policies_of_its_own():
         assert len(set(plan.policies)) == 1
 
 
-def test_kinds_of_layers_have_each_their_own():
+def test_every_kind_of_layer_has_policies_of_its_own():
     one = toys.predictor(lambda: toys.Toy("abacab"))
     plans = uniform_plans(one.fake_model, range(6), planned.Traffic(), seq_len=SEQ_LEN, most=4)
     assert 1 < len(plans) <= 4
@@ -201,7 +201,7 @@ def test_kinds_of_layers_have_each_their_own():
         assert plan.policies[1] == plan.policies[5]
 
 
-def test_what_is_skipped_is_all_that_nothing_needs():
+def test_every_call_that_nothing_needs_is_skipped():
     """All but views and what leads to something saved that is not kept: the second run asks for each kept output once
     more and so goes on to the last, past calls that only led on from there."""
     fake_model = toys.predictor(lambda: toys.Toy("aaa")).fake_model

@@ -1,4 +1,4 @@
-"""What a layer adds to a step, against the step itself."""
+"""The memory and time of layers against those of the step."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def peak_of(step):
     return timeline.exact(step.timeline).memory.allocated_bytes
 
 
-def test_what_a_layer_keeps_is_what_its_calls_say():
+def test_a_layer_saves_what_its_calls_say():
     """Nothing recomputed: the saved outputs, and its own output, which the next layer saves."""
     one = toy_of(mlp, "aaaa")
     calls = inner_calls(one.fake_model, (0, 1, 2, 3), batch_size=BATCH_SIZE, seq_len=SEQ_LEN)[1]
@@ -47,15 +47,15 @@ def test_what_a_layer_keeps_is_what_its_calls_say():
 
 @pytest.fixture(scope="module")
 def uniform():
-    """A toy of nine layers of two kinds: the predictor, plans in which every layer is treated alike, their steps."""
+    """A toy of nine layers of two kinds: the predictor, uniform plans, their steps."""
     one = toys.predictor(lambda: toys.Toy("aabbaabba"), optim="adamw_torch")
     found = uniform_plans(one.fake_model, range(9), FIGURES, seq_len=16, most=3)
     plans = [toys.plan(9, ()), toys.plan(9, range(9)), *found]
     return one, plans, [one.step(plan, batch_size=3, seq_len=16) for plan in plans]
 
 
-def test_the_highest_of_a_uniform_plan_is_that_of_its_step(uniform):
-    """The traps: a layer's gradients counted with what it keeps; the head's above the wrong floor."""
+def test_the_peak_of_a_uniform_plan_is_that_of_its_step(uniform):
+    """The traps: a layer's gradients counted as saved; the head's peak above the wrong base."""
     _, plans, steps = uniform
     layered = Layered([profile(step, FIGURES) for step in steps])
     for number, step in enumerate(steps):
@@ -72,7 +72,7 @@ def test_seconds_of_layers_are_what_plans_differ_in(uniform):
     assert times[0] == pytest.approx(min(times)) and max(times[2:]) < times[1]
 
 
-def random_mixes(plans, count):
+def random_choices(plans, count):
     rng = random.Random(0)
     for _ in range(count):
         choice = [rng.randrange(len(plans)) for _ in range(9)]
@@ -83,24 +83,24 @@ def random_mixes(plans, count):
         )
 
 
-def test_a_mix_is_put_together_within_a_boundary_of_its_trace(uniform):
-    """The trap: the tensor between two layers, which one or the other holds, depending on how both are treated."""
+def test_a_composed_peak_is_within_a_layer_input_of_its_trace(uniform):
+    """The trap: the tensor between two layers, which either of them saves, depending on both policies."""
     one, plans, steps = uniform
     layered = Layered([profile(step, FIGURES) for step in steps])
     boundary = 3 * 16 * WIDTH * FP32
     exact = 0
-    for choice, plan in random_mixes(plans, 6):
+    for choice, plan in random_choices(plans, 6):
         traced = peak_of(one.step(plan, batch_size=3, seq_len=16))
         assert abs(layered.peak(choice) - traced) <= boundary, choice
         exact += layered.peak(choice) == traced
     assert exact > 0
 
 
-def test_what_mix_is_asked_is_the_peak_of_the_layers(uniform):
-    """Without autocast there is one number for what a layer keeps, and the two must not differ."""
+def test_the_problem_has_the_peak_of_the_layers(uniform):
+    """Without autocast one number says what a layer saves, and the two peaks must agree."""
     _, plans, steps = uniform
     layered = Layered([profile(step, FIGURES) for step in steps])
-    for choice, _ in random_mixes(plans, 20):
+    for choice, _ in random_choices(plans, 20):
         assert mix.peak(layered.problem(9), choice) == layered.peak(choice)
 
 

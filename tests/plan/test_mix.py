@@ -1,4 +1,4 @@
-"""How many layers get which policy: the fastest that fits, against every choice there is."""
+"""The option chosen for each layer: the fastest that fits, against every choice there is."""
 
 from __future__ import annotations
 
@@ -149,12 +149,12 @@ def test_of_equal_times_the_lowest_peak_is_found(monkeypatch, widths):
         _, milliseconds, peaks = every_choice(p)
         for budget in budgets_of(peaks, seed):
             fits = peaks <= budget
-            way = mix._search(p).fastest(budget)
+            found = mix._search(p).fastest(budget)
             if not fits.any():
-                assert way is None
+                assert found is None
                 continue
             fastest = milliseconds[fits].min()
-            assert way.reach_bytes == peaks[fits & (milliseconds == fastest)].min()
+            assert found.reach_bytes == peaks[fits & (milliseconds == fastest)].min()
 
 
 def test_the_smallest_is_the_lowest_peak_and_then_the_fastest():
@@ -189,7 +189,7 @@ def test_a_peak_by_hand():
 
 def test_no_layers_leave_the_head():
     p = problem([], standing=5, head=7, budget=12)
-    assert solve(p) == smallest(p) == mix.Mix(choice=(), seconds=0.0, peak_bytes=12)
+    assert solve(p) == smallest(p) == mix.Solution(choice=(), seconds=0.0, peak_bytes=12)
     assert solve(replace(p, budget_bytes=11)) is None
 
 
@@ -219,7 +219,7 @@ def test_where_gradients_outgrow_what_is_kept_the_heaviest_come_first():
 
 
 def test_where_not_all_kinds_can_rise_each_is_put_as_it_fits():
-    """One kind can only fall, as above, and the other rises; an order that fits neither way is left alone."""
+    """One kind can only fall, as above, and the other rises; an order that fits neither found is left alone."""
     light, heavy = option(7, 1, 1, 30), option(0, 5, 5, 14)
     p = problem([(heavy, light)] * 4 + [(HEAVY, LIGHT)] * 3, [10] * 4 + [0] * 3, head=36)
     assert mix._tidied(p, (0, 0, 1, 1, 0, 1, 0), peak(p, (0, 0, 1, 1, 0, 1, 0))) == (0, 0, 1, 1, 1, 0, 0)
@@ -228,7 +228,7 @@ def test_where_not_all_kinds_can_rise_each_is_put_as_it_fits():
     assert mix._tidied(p, (0, 1, 0, 1, 1, 1, 0), 0) == (0, 1, 0, 1, 1, 1, 0)
 
 
-def test_the_bound_knows_how_much_may_lie_there_when_an_option_begins():
+def test_the_bound_knows_how_much_may_be_allocated_when_an_option_begins():
     """The fast option of the last layer leaves the first no room: the bound is the best choice itself, not 0."""
     first = [option(10, 0, 0, 0), option(0, 10, 10, 10)]
     last = [option(0, 0, 100, 100), option(100, 0, 0, 0)]
@@ -302,9 +302,9 @@ def test_deep_models_reach_as_low_as_their_time_allows(monkeypatch):
         p = deep_problem(seed, layers=12)
         lowest = smallest(p).peak_bytes
         for more in (20, 60):
-            way = mix._search(p).fastest(lowest + more)
-            at_once = [forward_program(replace(p, budget_bytes=way.reach_bytes - less)) for less in (0, 1)]
-            assert at_once[0] == round(way.time / mix._search(p).units_per_s / MS) != at_once[1], seed
+            found = mix._search(p).fastest(lowest + more)
+            at_once = [forward_program(replace(p, budget_bytes=found.reach_bytes - less)) for less in (0, 1)]
+            assert at_once[0] == round(found.time / mix._search(p).units_per_s / MS) != at_once[1], seed
 
 
 def test_a_search_cut_short_says_what_it_may_have_missed(monkeypatch):

@@ -1,4 +1,4 @@
-"""Two cores for one list of items: who takes which, and what is left of one that fails."""
+"""Two processes share one list of items; what one fails on, the other does."""
 
 from __future__ import annotations
 

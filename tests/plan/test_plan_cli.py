@@ -1,4 +1,4 @@
-"""`gcbench plan` from the command line to what it prints and stores: answers, hand-over, bad input."""
+"""`gcbench plan` end to end: answers, settings for tools, bad input."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def run(tmp_path, monkeypatch):
 
 
 def test_an_answer_for_a_card_fits_and_can_be_used(run, model, tmp_path):
-    """The whole road: decision, plan file, picture, and a plan that gcbench itself predicts to fit."""
+    """The whole pipeline: decision, plan file, plot, and a plan that gcbench itself predicts to fit."""
     done = run("-m", model, "--seq-len", "64", "--device", "rtx-4090", "--batch", "4,8", "--json", "--out", "p")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
@@ -91,7 +91,7 @@ def test_a_budget_below_everything_names_the_smallest_peak_and_ends_with_1(run, 
     assert "a device of" in done.stderr and "smallest peak" in done.stdout
 
 
-def test_settings_for_a_tool_stand_alone_on_standard_output(run, model):
+def test_settings_for_a_tool_are_alone_on_standard_output(run, model):
     done = run(
         *("-m", model, "--seq-len", "64", "--device", "rtx-4090", "--batch", "2"),
         *("--strategies", "off,per-layer", "--emit", "trainer", "--out", "p"),

@@ -1,4 +1,4 @@
-"""Plans that keep and skip as predicted and as they are: to the byte on this CPU, at any batch size."""
+"""Plans that save and skip calls, predicted against measured peaks: to the byte on this CPU, at any batch size."""
 
 from __future__ import annotations
 
@@ -91,26 +91,26 @@ def assert_exact(family, plan, precision="fp32"):
     ],
 )
 def test_a_prediction_is_the_real_step(family, precision, numbers):
-    """The traps: what is hollow counted as memory; what is kept counted twice, or until the end of the step."""
+    """The traps: placeholders counted as memory; saved outputs counted twice, or until the end of the step."""
     for number in numbers:
         assert_exact(family, planned.found_plans(family, precision)[number], precision)
 
 
-def test_a_mix_of_policies_is_the_real_step():
+def test_different_policies_side_by_side_are_the_real_step():
     rng, plans = random.Random(1), planned.found_plans("llama")
     for _ in range(3):
         assert_exact("llama", mixed(rng, plans, planned.LAYERS))
 
 
-def test_plans_that_differ_are_told_apart():
+def test_different_plans_have_different_peaks():
     """This file's own alarm: a comparison that every plan would pass."""
     plans = planned.found_plans("llama")
     peaks = [timeline.exact(predicted("llama", plan, "fp32").timeline).memory for plan in (OFF, plans[0], plans[-1])]
     assert len({peak.forward_bytes for peak in peaks}) == len({peak.backward_bytes for peak in peaks}) == 3
 
 
-def test_policies_side_by_side_are_put_together_as_they_are_traced():
-    """The traps: a few layers stand for eight; a policy beside another one keeps the boundary between them or not."""
+def test_policies_side_by_side_are_composed_as_they_are_traced():
+    """The traps: a few layers represent eight; which of two policies saves the layer input between them."""
     one, full = (toys.predictor(lambda: toys.Toy("aaaaaaaa"), exact=exact) for exact in (False, True))
     found = uniform_plans(one.fake_model, range(8), planned.Traffic(), seq_len=16, most=3)
     policies = [found[number].policies[1] for number in (0, 0, 0, 0, -1, -1, -1, -1)]
@@ -212,9 +212,9 @@ def test_what_does_not_grow_evenly_is_traced(layer):
 def test_memory_that_grows_by_halves_is_no_whole_number_of_bytes():
     """The trap: a difference between two batch sizes that their distance does not divide."""
     low, high = (predictor_of("llama", "fp32").step(OFF, batch_size=batch, seq_len=16) for batch in TRACED)
-    assert batch_scaling._alike(low, high, TRACED)
+    assert batch_scaling._grow_evenly(low, high, TRACED)
     line = high.timeline
     grown = line.nbytes.copy()
     grown[-1] += 1
     odd = replace(high, assembly=replace(high.assembly, timeline=replace(line, nbytes=grown)))
-    assert not batch_scaling._alike(low, odd, TRACED)
+    assert not batch_scaling._grow_evenly(low, odd, TRACED)

@@ -1,4 +1,4 @@
-"""The decision, against everything there is to choose from: on layers by hand, which are traced in no time."""
+"""The decision against all possible choices, on a toy model that is quick to trace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 import toys
 
-from gcbench.calibration import timer as calibration
+from gcbench.calibration import calibrate as calibration
 from gcbench.devices.target import Target
-from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import AS_FAST_FRAC
 from gcbench.plan.estimate.mixed_layers import Combiner
 from gcbench.plan.layer_mix.layered import Layered
 from gcbench.plan.racing import contenders
@@ -30,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SEQ_LEN = 16
 FIGURES = planned.Traffic()
 SPECS = (OFF, "per-layer", "every:2", "selective:matmul")
-BOUNDARY_BYTES = SEQ_LEN * toys.WIDTH * 4
+LAYER_INPUT_BYTES = SEQ_LEN * toys.WIDTH * 4
 """Of one sequence."""
 
 
@@ -59,7 +60,7 @@ def task(memory_bytes=None, *, layers=4, specs=SPECS, **changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Few policies, and no levers: they have a file of their own."""
+    """Few policies, and no levers, which have a test file of their own."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(search, "_MOST_POLICIES", 3)
         patch.setattr(search, "levers", lambda *args, **kwargs: ())
@@ -103,7 +104,7 @@ def four_layers():
 
 
 def exact_peak(plan, batch_size, *, model=four_layers, seq_len=SEQ_LEN):
-    """By a trace of every layer, of nobody the planner knows."""
+    """The peak by a full trace, independent of the planner."""
     step = exact_predictor(model).step(plan, batch_size=batch_size, seq_len=seq_len)
     return timeline.exact(step.timeline).memory.allocated_bytes
 
@@ -118,8 +119,8 @@ def content(decision):
 
 @pytest.mark.parametrize("memory_bytes", [80_000, 130_000, 1_000_000])
 def test_the_choice_fits_and_nothing_that_fits_is_faster(planner, memory_bytes):
-    """The traps: a mix that is chosen by what it was put together from and is larger; a strategy that is faster at a
-    batch size of its own."""
+    """The traps: a composed plan whose traced peak is larger than its estimate; a strategy that is faster at a batch
+    size of its own."""
     one = planner(memory_bytes)
     decision = one.decide()
     choice = decision.choice
@@ -143,9 +144,9 @@ def test_more_memory_is_never_slower(planner):
     assert speeds[-1] > 1.02 * speeds[0]
 
 
-def test_no_mix_of_all_is_better(toy):
-    """Every mix of the policies at one batch size, each traced: of those that fit with a boundary to spare, which is
-    what putting together may be off by, none is faster than the choice."""
+def test_no_combination_of_the_policies_is_better(toy):
+    """Every combination of the policies at one batch size, each traced: of those that fit with the headroom of one
+    layer input, by which a composed peak may be off, none is faster than the choice."""
     toy(lambda: toys.Toy("aaa"))
     batch = 4
     first = Planner(task(10**9, layers=3, specs=(OFF, "per-layer"), batch_sizes=(batch,)), FIGURES)
@@ -159,7 +160,7 @@ def test_no_mix_of_all_is_better(toy):
         plan = Plan(num_layers=3, groups=tuple(group for group, _ in pairs), policies=tuple(each for _, each in pairs))
         every.append(first.evaluator.candidate("mix", plan, batch, traced=True))
     lowest, highest = (pick(each.peak_bytes for each in every) for pick in (min, max))
-    slack = batch * BOUNDARY_BYTES
+    slack = batch * LAYER_INPUT_BYTES
     found = set()
     for share in (0.0, 0.2, 0.4, 0.6, 0.8, 1.0):
         memory = int(lowest + slack + share * (highest - lowest))
@@ -168,18 +169,18 @@ def test_no_mix_of_all_is_better(toy):
         best = max(each.tokens_per_s for each in every if each.peak_bytes <= memory - slack)
         assert choice.tokens_per_s >= best * (1 - AS_FAST_FRAC), share
         found.add((choice.strategy, choice.plan))
-    assert len(found) >= 4 and any(strategy == FOUND for strategy, _ in found)
+    assert len(found) >= 4 and any(strategy == SEARCHED for strategy, _ in found)
 
 
 @pytest.mark.parametrize("hidden_bytes", [3_000, 10_000])
-def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hidden_bytes):
-    """The trap: what mixes are put together from lacks something, and nobody looks at the step itself."""
+def test_a_composed_plan_that_does_not_fit_is_replaced_by_a_smaller_one(toy, monkeypatch, hidden_bytes):
+    """The trap: composed peaks are too low, and the step itself is never traced."""
     put_together = Combiner.line
 
     def short(self, choice, lines):
         line = put_together(self, choice, lines)
         nbytes = line.nbytes.copy()
-        nbytes[int(nbytes[:10].argmax())] -= hidden_bytes  # of what stands
+        nbytes[int(nbytes[:10].argmax())] -= hidden_bytes  # a block that stays allocated
         return replace(line, nbytes=nbytes)
 
     toy(four_layers)
@@ -192,22 +193,23 @@ def test_a_mix_that_turns_out_too_large_is_looked_for_again(toy, monkeypatch, hi
     monkeypatch.setattr(
         layered,
         "problem",
-        lambda guess, ways=None: replace(
-            (asked := Layered.problem(layered, guess, ways=ways)), standing_bytes=asked.standing_bytes - hidden_bytes
+        lambda guess, num_options=None: replace(
+            (problem := Layered.problem(layered, guess, num_options=num_options)),
+            standing_bytes=problem.standing_bytes - hidden_bytes,
         ),
     )
     draft = one.mixes.fastest(8)
     assert draft.fits and exact_peak(draft.plan, 8) > memory
-    settled = one.mixes.settled(draft)
-    assert settled.fits and settled.peak_bytes == exact_peak(settled.plan, 8) <= memory
+    verified = one.mixes.verified(draft)
+    assert verified.fits and verified.peak_bytes == exact_peak(verified.plan, 8) <= memory
     choice = one.decide().choice
     assert choice.source == "predicted" and exact_peak(choice.plan, 8) <= memory
 
 
-def test_a_name_is_that_of_the_plan(planner):
-    """The trap: a mix that is called per-layer, and the user is told to run that."""
+def test_a_named_strategy_is_its_plan(planner):
+    """The trap: a composed plan named per-layer, which the user then runs."""
     for each in planner(130_000).decide().candidates:
-        if each.strategy != FOUND:
+        if each.strategy != SEARCHED:
             assert parse(each.strategy).plan_for(4).treated() == each.plan.treated()
 
 
@@ -218,33 +220,33 @@ def test_a_reserve_is_held_back(toy):
     assert exact_peak(decision.choice.plan, decision.choice.batch_size) <= 150_000
 
 
-def test_only_the_batch_sizes_that_were_asked_for(toy):
+def test_only_the_requested_batch_sizes_are_evaluated(toy):
     toy(four_layers)
     decision = Planner(task(300_000, batch_sizes=(2, 3)), FIGURES).decide()
     assert {each.batch_size for each in decision.candidates} == {2, 3}
     assert decision.choice.batch_size in (2, 3)
 
 
-# What is said besides
+# The rest of the decision
 
 
 @pytest.mark.parametrize("memory_bytes", [130_000])
 def test_one_more_sequence_than_the_largest_batch_does_not_fit(planner, memory_bytes):
-    """Of what is traced and of what is put together; by a trace of every layer."""
+    """For traced and for composed plans; by a full trace."""
     largest = {each.strategy: each.batch_size for each in planner(memory_bytes).decide().largest}
-    assert set(largest) == {*SPECS, FOUND}
+    assert set(largest) == {*SPECS, SEARCHED}
     for spec in SPECS:
         plan, batch = parse(spec).plan_for(4), largest[spec]
-        slack = BOUNDARY_BYTES * batch if spec == "every:2" else 0
+        slack = LAYER_INPUT_BYTES * batch if spec == "every:2" else 0
         assert exact_peak(plan, batch) <= memory_bytes + slack, spec
         assert exact_peak(plan, batch + 1) > memory_bytes - slack, spec
-    assert largest[FOUND] >= largest["per-layer"] >= largest[OFF]
+    assert largest[SEARCHED] >= largest["per-layer"] >= largest[OFF]
 
 
-def test_memory_binds_or_does_not(planner):
-    assert planner(10**12).decide().binding.startswith("Memory does not bind")
+def test_memory_limits_the_speed_or_does_not(planner):
+    assert planner(10**12).decide().binding.startswith("Memory does not limit the speed")
     binding = planner(100_000).decide().binding
-    assert binding.startswith("Memory binds: off at batch ") and "% faster" in binding
+    assert binding.startswith("Memory limits the speed: off at batch ") and "% faster" in binding
 
 
 def test_without_a_bound_nothing_is_recomputed_at_the_largest_batch(toy):
@@ -276,7 +278,7 @@ def test_where_nothing_fits_the_smallest_is_shown_with_a_length_that_would_do(to
     assert nothing.choice is None and nothing.longest_seq_len is None
 
 
-# Models that do not bear it
+# Models that cannot be checkpointed or traced
 
 
 def test_a_model_that_cannot_checkpoint_is_not_recomputed(toy):
@@ -291,7 +293,7 @@ def test_a_model_that_cannot_checkpoint_is_not_recomputed(toy):
 
 
 class Twice(toys.Toy):
-    """Runs all its layers twice, so that none can be looked into by itself."""
+    """Runs all its layers twice, so that none can be traced by itself."""
 
     def run(self, hidden, masks):
         return super().run(super().run(hidden, masks), masks)
@@ -301,18 +303,18 @@ def two_layers_twice():
     return Twice("aa")
 
 
-def test_a_model_that_cannot_be_looked_into_gets_an_answer_of_the_named_ones(toy):
+def test_a_model_whose_layers_cannot_be_traced_gets_a_named_strategy(toy):
     specs = (OFF, "per-layer")
     toy(two_layers_twice)
     decision = Planner(task(80_000, layers=2, specs=specs), FIGURES).decide()
-    assert any("Policies inside of layers were not looked for" in notice for notice in decision.notices)
+    assert any("Policies within layers were not searched" in notice for notice in decision.notices)
     choice = decision.choice
     assert {each.strategy for each in decision.candidates} == set(specs) and choice.strategy in specs
     assert exact_peak(choice.plan, choice.batch_size, model=two_layers_twice) == choice.peak_bytes <= 80_000
 
 
-def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
-    """The trap: one policy of eight that a model does not bear, and no answer at all."""
+def test_what_cannot_be_traced_is_left_out_and_reported(toy, monkeypatch):
+    """The trap: one policy of eight cannot be traced, and there is no answer at all."""
     toy(four_layers)
     every = parse("per-layer").plan_for(4)
     lie = replace(every, policies=(Policy(keep=("addmm#1",), skip=("addmm#0",)),) * 4)
@@ -320,11 +322,11 @@ def test_what_cannot_be_traced_is_left_out_and_told(toy, monkeypatch):
     decision = Planner(task(150_000), FIGURES).decide()
     assert decision.choice is not None and decision.choice.plan != lie
     (notice,) = decision.notices
-    assert notice.startswith("Left out, since they cannot be traced: 1 policy that was found (the plan skips what")
+    assert notice.startswith("Left out because they cannot be traced: 1 searched policy (the plan skips what")
 
 
-def test_what_a_measurement_may_choose_instead_is_told_of_as_well(toy):
-    """Of each the words that it would have as the choice; and of none where nothing is going to be run."""
+def test_every_rival_of_a_choice_to_be_measured_has_details(toy):
+    """The details that each would have as the choice; none where nothing will be measured."""
     toy(four_layers)
     planner = Planner(task(150_000, is_confirmed=True), FIGURES)
     decision = planner.decide()
@@ -360,7 +362,7 @@ def test_another_memory_shares_what_was_traced(toy, monkeypatch):
 
 
 def test_each_memory_has_the_calls_of_its_batch_sizes_timed(toy, monkeypatch):
-    """The trap: a batch size that one planner had timed counted as timed for all, whose figures knew nothing of it."""
+    """The trap: a batch size that one planner had timed counted as timed for all, whose figures lacked it."""
     toy(four_layers)
     shared = Planner(task(10**9, device_here="cpu"), FIGURES)
     asked = []

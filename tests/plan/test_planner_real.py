@@ -1,4 +1,4 @@
-"""The decision for real models, on this CPU and on cards out of the catalogue; every lever predicted a second time."""
+"""The decision for real models, on this CPU and on catalogue cards; every lever is checked by a prediction."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from gcbench.core.records import Lora
 from gcbench.core.units import MIB
 from gcbench.devices.cards import find
 from gcbench.devices.target import Target
-from gcbench.plan.decision import AS_FAST_FRAC, FOUND
+from gcbench.export._handover import SEARCHED
+from gcbench.plan.decision import AS_FAST_FRAC
 from gcbench.plan.search import planner as search
 from gcbench.plan.search.levers import Trial, levers
 from gcbench.plan.search.planner import Planner
@@ -64,7 +65,7 @@ def few_policies(monkeypatch):
 
 
 def peak(asked, plan, batch_size):
-    """What counts against the memory of the target, by a session of its own."""
+    """Bytes that count against the target's memory, by a session of its own."""
     return peaks(asked, plan, batch_size)[0]
 
 
@@ -77,7 +78,7 @@ def peaks(asked, plan, *batch_sizes):
 
 
 def changed(asked, plan, flag):
-    """The workload and the plan with what a lever's flag says."""
+    """The workload and the plan with a lever's flag applied."""
     name, _, value = flag.removeprefix("--").partition(" ")
     if name == "strategies":
         assert value.endswith("+offload")
@@ -89,7 +90,7 @@ def changed(asked, plan, flag):
     return replace(asked, **{name.replace("-", "_"): value}), plan
 
 
-def assert_gains(asked, decision, expected, *, of=lambda lever: lever.flag is not None):
+def assert_levers(asked, decision, expected, *, of=lambda lever: lever.flag is not None):
     """The levers are `expected`, the best first; each that has a flag is what a prediction with that flag says.
 
     `of` those that are predicted.
@@ -107,15 +108,15 @@ def assert_gains(asked, decision, expected, *, of=lambda lever: lever.flag is no
 
 EIGHT_BIT, CHUNKS, FUSED = "an 8-bit AdamW", "a loss computed in 8 chunks", "the fused optimizer"
 MIXED_FLAG = "--precision bf16-mixed"
-ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 in place of all weights", "mixed precision", "weights in bf16"
+ADAPTERS, MIXED, BF16 = "LoRA adapters of rank 16 instead of full fine-tuning", "mixed precision", "weights in bf16"
 
 
 def test_levers_where_the_optimizer_sets_the_peak():
-    """A short sequence alone: what the optimizer holds and makes is most of it, and nothing of the loss is."""
+    """A single short sequence: the optimizer is most of the peak, and the loss none of it."""
     asked = task(cpu(10**9), seq_len=8, batch_sizes=(1,), specs=(OFF,), can_checkpoint=False)
     decision = Planner(asked, FIGURES).decide()
     assert decision.choice.strategy == OFF and decision.choice.peak_phase == "optimizer"
-    assert_gains(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
+    assert_levers(asked, decision, {EIGHT_BIT, FUSED, ADAPTERS, BF16})
     by_name = {lever.name: lever for lever in decision.levers}
     # Two states of 4 bytes become one byte each and 4 bytes for every 256, where tensors have 4096 elements; the
     # temporaries of adamw_torch are not in an 8-bit step, as they are not in the fused one.
@@ -126,7 +127,7 @@ def test_levers_where_the_optimizer_sets_the_peak():
 
 
 @pytest.mark.parametrize("exact", [False, True], ids=["few layers traced", "all traced"])
-def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_asked_for(monkeypatch, exact):
+def test_an_8_bit_optimizer_is_the_same_whichever_adamw_is_requested(monkeypatch, exact):
     """The trap: states shrunk in a step that keeps the lists of temporaries of the foreach optimizer."""
     if exact:
         monkeypatch.setattr(Predictor, "_composed", _not_composable)
@@ -148,11 +149,11 @@ def test_levers_where_the_logits_set_the_peak_and_memory_binds():
     asked = task(cpu(2 * MIB), family="opt", attn_implementation="eager")
     decision = Planner(asked, FIGURES).decide()
     choice = decision.choice
-    assert choice.strategy != OFF and decision.binding.startswith("Memory binds")
+    assert choice.strategy != OFF and decision.binding.startswith("Memory limits the speed")
     assert choice.peak_bytes == peak(asked, choice.plan, choice.batch_size) <= 2 * MIB
     names = {lever.name for lever in decision.levers}
     assert CHUNKS in names and MIXED in names and FUSED not in names
-    assert_gains(asked, decision, names, of=lambda lever: lever.flag in ("--attn-implementation sdpa", MIXED_FLAG))
+    assert_levers(asked, decision, names, of=lambda lever: lever.flag in ("--attn-implementation sdpa", MIXED_FLAG))
     assert {"fused attention"} <= names
     logits = 32 * 256 * 4 * choice.batch_size
     by_name = {lever.name: lever for lever in decision.levers}
@@ -168,8 +169,8 @@ def card(memory_bytes):
     return Target(kind="cuda", name=CARD.name, memory_bytes=memory_bytes, card=CARD)
 
 
-def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
-    """The traps: what tensors hold taken for what the allocator takes from the card, and the context forgotten."""
+def test_on_a_card_the_memory_of_the_process_has_to_fit(monkeypatch):
+    """The traps: allocated memory counted in place of reserved memory, and the context forgotten."""
     monkeypatch.setattr(search, "levers", lambda *args, **kwargs: ())
     wide = task(card(CARD.memory_bytes), family="opt", seq_len=64, precision="bf16-mixed")
     first = Planner(wide, CardFigures(CARD))
@@ -186,7 +187,7 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
             assert each.peak_bytes <= memory
             assert each.tokens_per_s * (1 - AS_FAST_FRAC) <= choice.tokens_per_s
     largest = {each.strategy: each.batch_size for each in decision.largest}
-    assert largest[FOUND] >= largest["per-layer"] >= 512 > largest[OFF]
+    assert largest[SEARCHED] >= largest["per-layer"] >= 512 > largest[OFF]
     fitting, too_large = peaks(asked, every, largest["per-layer"], largest["per-layer"] + 1)
     assert fitting <= memory < too_large
     assert decision.times_from == f"the published rates of {CARD.full_name}"
@@ -195,52 +196,50 @@ def test_on_a_card_what_the_process_holds_has_to_fit(monkeypatch):
 @pytest.mark.parametrize(
     ("expandable", "expected"),
     [
-        (False, {"expandable segments", "boundaries in the host's memory", ADAPTERS, BF16}),
-        (True, {"boundaries in the host's memory", BF16}),
+        (False, {"expandable segments", "layer inputs offloaded to host memory", ADAPTERS, BF16}),
+        (True, {"layer inputs offloaded to host memory", BF16}),
     ],
 )
 def test_levers_of_a_card(expandable, expected):
-    """An allocator that can grow what it has taken; and with that, boundaries in the host's memory. Without it what a
-    lever frees is counted in whole segments."""
+    """Expandable segments, and with them layer inputs in host memory. Without expandable segments a lever saves whole
+    segments."""
     target = replace(card(CARD.memory_bytes), expandable_segments=expandable)
     asked = task(target, seq_len=64, specs=("per-layer",), can_checkpoint=False, optim="sgd")
     evaluator = Planner(asked, CardFigures(CARD)).evaluator
     plan = asked.named[0][1]
     shown = evaluator.candidate("per-layer", plan, 4096)
     step = evaluator.scaling(plan).traced(4096)
-    with Trial(asked, shown, held=evaluator.counted) as trial:
-        found = levers(asked, evaluator.session, shown, step, trial, held=evaluator.counted, usable=evaluator.usable)
+    with Trial(asked, shown) as trial:
+        found = levers(asked, evaluator.session, shown, step, trial, usable=evaluator.usable)
     decision = SimpleNamespace(choice=shown, levers=found, usable_bytes=evaluator.usable)
-    assert_gains(asked, decision, expected)
+    assert_levers(asked, decision, expected)
 
 
-def test_levers_of_a_found_plan_recompute_its_layers_whole():
-    """The trap: a policy names calls of operators, adapters make others of them, and the lever is lost in silence."""
+def test_levers_of_a_searched_plan_recompute_its_layers_fully():
+    """The trap: a policy names calls of operators that adapters change, and the lever is silently lost."""
     asked = task(cpu(2**40), batch_sizes=(4,), specs=(OFF,))
     one = Planner(asked, FIGURES)
     plan = next(each for each in one.mixes.uniform if each.policies)
-    shown = one.evaluator.candidate(FOUND, plan, 4, traced=True)
+    shown = one.evaluator.candidate(SEARCHED, plan, 4, traced=True)
     step = one.evaluator.scaling(plan).traced(4)
-    with Trial(asked, shown, held=one.evaluator.counted) as trial:
-        found = levers(asked, one.evaluator.session, shown, step, trial, held=one.evaluator.counted, usable=None)
+    with Trial(asked, shown) as trial:
+        found = levers(asked, one.evaluator.session, shown, step, trial, usable=None)
     by_name = {lever.name: lever for lever in found}
-    lora = by_name[f"{ADAPTERS}, the same layers recomputed whole"]
+    lora = by_name[f"{ADAPTERS}, the same layers fully recomputed"]
     assert lora.peak_bytes == peak(replace(asked, lora=Lora(r=16)), replace(plan, policies=()), 4)
     fused = one.evaluator.session.predictor.with_optimizer(step, "adamw_torch_fused", steps_on_device=True)
-    held = one.evaluator.counted(fused, one.evaluator.session)
-    assert held == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
+    assert one.evaluator.session.weighed(fused)[0] == peak(replace(asked, optim="adamw_torch_fused"), plan, 4)
 
 
-def test_what_does_not_fit_by_its_tensors_is_told_so_without_the_allocator():
-    """The traps: a setting that would fit is said not to; one that is asked for in full is told in part."""
+def test_tensors_that_exceed_the_device_need_no_replay_of_the_allocator():
+    """The traps: a candidate that fits is reported not to; an exact peak is reported as a lower bound."""
     asked = task(card(64 * MIB + 2**30), seq_len=64, specs=(OFF,))
     evaluator = Planner(asked, CardFigures(CARD)).evaluator
     off = asked.named[0][1]
     sizes = (1, 64, 256, 1024, 4096)
     in_full = [evaluator.candidate(OFF, off, batch) for batch in sizes]
     assert [each.fits for each in in_full][::4] == [True, False]
-    brief = Planner(asked, CardFigures(CARD)).evaluator
-    brief.all_up_to = 1
+    brief = Planner(asked, CardFigures(CARD)).evaluator.exact_up_to(1)
     for batch, expected in zip(sizes, in_full, strict=True):
         found = brief.candidate(OFF, off, batch)
         assert found.fits == expected.fits

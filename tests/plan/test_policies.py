@@ -1,4 +1,4 @@
-"""What to keep inside a layer: every best trade of bytes for seconds, against all that could be kept."""
+"""The outputs to save inside a layer: the trade-off curve of bytes and seconds, against all possible choices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import pytest
 
-from gcbench.plan.policies.min_cut import Call, Found, fewer, frontier
+from gcbench.plan.policies.min_cut import Call, Selection, fewer, frontier
 
 
 def call(seconds=1.0, nbytes=1, reads=(), *, needed=False, can_keep=True, must_run=False):
@@ -104,15 +104,15 @@ def test_a_chain_by_hand():
     """Two needed calls behind a costly one: its output is worth more than theirs."""
     calls = [call(5, 3), call(1, 3, [0], needed=True), call(1, 3, [0], needed=True)]
     assert frontier(calls) == (
-        Found(keep=(), skip=(), kept_bytes=0, seconds=7.0),
-        Found(keep=(0,), skip=(), kept_bytes=3, seconds=2.0),
-        Found(keep=(1, 2), skip=(), kept_bytes=6, seconds=0.0),
+        Selection(keep=(), skip=(), kept_bytes=0, seconds=7.0),
+        Selection(keep=(0,), skip=(), kept_bytes=3, seconds=2.0),
+        Selection(keep=(1, 2), skip=(), kept_bytes=6, seconds=0.0),
     )
 
 
 def test_what_only_leads_to_a_kept_output_is_skipped():
     calls = [call(4, 9), call(4, 1, [0]), call(1, 9, [1], needed=True)]
-    assert Found(keep=(1,), skip=(0,), kept_bytes=1, seconds=1.0) in frontier(calls)
+    assert Selection(keep=(1,), skip=(0,), kept_bytes=1, seconds=1.0) in frontier(calls)
 
 
 def test_random_numbers_are_drawn_again_and_so_is_all_they_need():
@@ -134,11 +134,11 @@ def test_what_may_not_be_kept_runs_again():
 
 def test_outputs_that_hold_nothing_are_kept_where_they_save_time_only():
     calls = [call(0, 0, needed=True), call(3, 0, needed=True), call(3, 0)]
-    assert frontier(calls) == (Found(keep=(1,), skip=(), kept_bytes=0, seconds=0.0),)
+    assert frontier(calls) == (Selection(keep=(1,), skip=(), kept_bytes=0, seconds=0.0),)
 
 
 def test_nothing_needed_costs_nothing():
-    nothing = (Found(keep=(), skip=(), kept_bytes=0, seconds=0.0),)
+    nothing = (Selection(keep=(), skip=(), kept_bytes=0, seconds=0.0),)
     assert frontier([]) == frontier([call(), call(must_run=True)]) == nothing
 
 

@@ -1,4 +1,4 @@
-"""Races between settings: who may enter, who drops out, and how seldom that is the best of them."""
+"""Races between candidates: which enter, which are eliminated, and how seldom that is the best of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from gcbench.plan import racing
 from gcbench.plan.confirm import settled
 from gcbench.plan.decision import Candidate, CandidateDetails, Decision, MemoryLever
-from gcbench.plan.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, standing
+from gcbench.plan.racing import MARGIN_FRAC, MOST, MOST_ROUNDS, contenders, state
 from gcbench.strategies import Plan
 
 
@@ -65,13 +65,13 @@ def test_no_more_enter_than_there_is_time_for():
 
 
 def test_a_clear_winner_needs_one_round():
-    now = standing({"slow": [50.0], "fast": [100.0], "slower": [40.0]})
+    now = state({"slow": [50.0], "fast": [100.0], "slower": [40.0]})
     assert now.still_in == ("fast",)
     assert now.is_settled
 
 
 def test_what_is_within_the_noise_stays_in_and_the_leader_comes_first():
-    now = standing({"a": [97.0], "b": [100.0], "c": [95.0], "d": [80.0]})
+    now = state({"a": [97.0], "b": [100.0], "c": [95.0], "d": [80.0]})
     assert now.still_in == ("b", "a", "c")
     assert not now.is_settled
 
@@ -80,16 +80,16 @@ def test_equals_end_as_no_difference_after_the_last_round():
     """The traps: a race without an end, and a winner named by the noise."""
     rates = {"a": [100.0], "b": [100.2]}
     for number in range(1, MOST_ROUNDS + 1):
-        now = standing(rates)
+        now = state(rates)
         assert set(now.still_in) == {"a", "b"}
         assert now.is_settled == (number == MOST_ROUNDS)
         rates = {"a": [*rates["a"], 100.2 - number % 2 * 0.1], "b": [*rates["b"], 100.1]}
 
 
-def test_what_is_told_apart_by_many_rounds_and_not_by_one():
+def test_many_rounds_eliminate_what_one_round_cannot():
     rates = {"a": [100.0, 100.5, 99.5, 100.0], "b": [96.0, 96.5, 95.5, 96.0]}
-    assert standing({key: own[:1] for key, own in rates.items()}).still_in == ("a", "b")
-    assert standing(rates).still_in == ("a",)
+    assert state({key: own[:1] for key, own in rates.items()}).still_in == ("a", "b")
+    assert state(rates).still_in == ("a",)
 
 
 @pytest.mark.parametrize("slow_round", range(3))
@@ -100,18 +100,18 @@ def test_a_slow_round_common_to_all_changes_nothing(slow_round):
         key: [rate / 5 if number == slow_round else rate for number, rate in enumerate(own)]
         for key, own in rates.items()
     }
-    assert standing(slowed) == standing(rates)
-    assert standing(rates).still_in == ("a", "b")
+    assert state(slowed) == state(rates)
+    assert state(rates).still_in == ("a", "b")
 
 
 def test_rounds_of_those_that_dropped_out_earlier_are_compared_with_the_same_rounds():
-    """The trap: its one round, a slow one for all, held against the leader's later and better ones."""
-    now = standing({"a": [50.0, 100.0, 100.0], "b": [49.0]})
+    """The trap: its one round, a slow one for all, compared with the leader's later and better ones."""
+    now = state({"a": [50.0, 100.0, 100.0], "b": [49.0]})
     assert now.still_in == ("a", "b")
 
 
 def test_one_alone_has_won():
-    now = standing({"a": [1.0]})
+    now = state({"a": [1.0]})
     assert now.still_in == ("a",) and now.is_settled
 
 
@@ -131,7 +131,7 @@ def raced(rng, speeds, *, noise, common=0.5):
         together = math.exp(-abs(rng.gauss(0, common)))
         for key in running:
             rates[key].append(speeds[key] * together * math.exp(rng.gauss(0, noise)))
-        now = standing({key: rates[key] for key in running})
+        now = state({key: rates[key] for key in running})
         running = list(now.still_in)
         lost.append(0 not in running)
         if lost[-1] or now.is_settled:
@@ -191,8 +191,8 @@ def decided(*candidates, details=()):
     )  # fmt: skip
 
 
-def test_what_is_said_is_of_the_setting_that_won():
-    """The trap: the words and the levers of the setting that was expected to win."""
+def test_the_details_are_those_of_the_winner():
+    """The trap: the details of the candidate that was expected to win."""
     first, second, slow = candidate(1000.0, "first"), candidate(990.0, "second"), candidate(800.0, "off")
     lever = MemoryLever(name="less for the second", flag=None, peak_bytes=1, fits=True)
     told = CandidateDetails(of=second, peak_words="of the second", levers=(lever,))
@@ -207,7 +207,7 @@ def test_what_is_said_is_of_the_setting_that_won():
     assert [each.tokens_per_s for each in found.candidates] == pytest.approx(
         [500.0, 480.0, 800 * (0.48 + 500 / 990) / 2]
     )
-    assert found.binding.startswith("Memory does not bind")
+    assert found.binding.startswith("Memory does not limit the speed")
     ran[first] = replace(ran[first], tokens_per_s=510.0)
     kept = settled(decision, ran)
     assert (kept.choice, kept.peak_words, kept.levers) == (ran[first], "of the first", decision.levers)
@@ -228,6 +228,6 @@ def test_where_nothing_that_ran_fits_an_estimate_that_does_is_the_choice():
     ran = {each: replace(each, source="measured", fits=False) for each in (first, second)}
     found = settled(decided(first, second, small), ran)
     assert (found.choice, found.smallest, found.levers) == (small, None, ())
-    assert "no setting that ran did" in found.binding
+    assert "no measured candidate fits" in found.binding
     found = settled(decided(first, second, replace(small, fits=False)), ran)
     assert found.choice is None and found.smallest in ran.values()

@@ -1,1 +1,1 @@
-"""A step at other batch sizes and with other choices for its layers, from steps that were traced."""
+"""Computes steps at other batch sizes and with other policies for their layers from traced steps."""

@@ -1,4 +1,4 @@
-"""A step at any batch size, from two that were traced: every block and every operator's work is affine in it."""
+"""Computes a step at any batch size from two traced ones: all block sizes and operator work are affine in it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from gcbench.simulate.timeline import Timeline
 from gcbench.strategies import Plan
 
 TRACED = (2, 4)
-"""Batch sizes; not 1, at which copies of transposed tensors are left out."""
+"""Batch sizes to trace; not 1, at which operators skip copies of transposed tensors."""
 _APART = TRACED[1] - TRACED[0]
 _ROUNDED = 1.01
-"""How far above proportional a kernel that rounds may be."""
+"""A block may be this many times what is proportional to the batch, since kernels round sizes up."""
 
 
 def traced_at(target: Target, seq_len: int) -> tuple[int, int]:
-    """The two batch sizes to trace, such that larger ones have a device run the kernels that these have."""
+    """The two batch sizes to trace, large enough that a device runs the kernels of larger batches."""
     low = TRACED[0] if target.kind == "cpu" else max(TRACED[0], MOST_UNSORTED // seq_len + 1)
     return low, low + _APART
 
 
 class Scaling:
-    """The steps of one plan and length; others than the traced ones are computed."""
+    """The steps of one plan at one sequence length, at any batch size."""
 
     def __init__(
         self,
@@ -41,29 +41,29 @@ class Scaling:
         known: Mapping[int, Step] | None = None,
         grown: Step | None = None,
     ) -> None:
-        """`pair` are the batch sizes to trace, `known` steps that were, `grown` one in place of that at the larger."""
+        """`pair` are the batch sizes to trace, `known` traced steps, `grown` replaces the trace at the larger size."""
         self.predictor, self.plan, self.seq_len = predictor, plan, seq_len
         self.pair = pair
         self._steps: dict[int, Step] = dict(known or {})
         self._grown = grown
-        self._are_alike: bool | None = None
+        self._is_affine: bool | None = None
         self._works: dict[tuple[int, int], tuple[Work, ...]] = {}
 
     def traced(self, batch_size: int) -> Step:
-        """The step itself; raises what the model's code raises on tensors without values."""
+        """The traced step; raises what the model's code raises on fake tensors (shapes and dtypes, no data)."""
         if batch_size not in self._steps:
             self._steps[batch_size] = self.predictor.step(self.plan, batch_size=batch_size, seq_len=self.seq_len)
         return self._steps[batch_size]
 
     def is_exact(self, batch_size: int) -> bool:
-        """Whether `step` is what a trace at this batch size would be, as far as is known."""
+        """Whether `step` equals a trace at this batch size, as far as is known."""
         return batch_size >= self.pair[0] or batch_size in self._steps or not self.is_affine
 
     def step(self, batch_size: int) -> Step:
-        """The step, of which the blocks' sizes and the operators' work are right, and the blocks' shapes are not.
+        """The step with exact block sizes and operator work; the blocks' shapes are those of a traced step.
 
-        Smaller batches than were traced follow too, but for copies that one sequence alone does without, and kernels
-        for few tokens.
+        Smaller batches than the traced ones are computed too, except for copies that a single sequence does not need
+        and kernels for few tokens.
         """
         if batch_size in self._steps or not self.is_affine:
             return self.traced(batch_size)
@@ -75,7 +75,7 @@ class Scaling:
         return replace(low, assembly=replace(low.assembly, timeline=self.line(batch_size)), works=works)
 
     def calls(self, batch_size: int) -> list[Work]:
-        """Every call of the passes, written as it is made at this batch size, so that it can be made again."""
+        """Every call of the passes with its text at this batch size, so that it can be replayed."""
         step = self.step(batch_size)
         if batch_size in self._steps or not self.is_affine:
             return [work for _, works in step.works for work in works]
@@ -92,7 +92,7 @@ class Scaling:
         return found
 
     def line(self, batch_size: int) -> Timeline:
-        """The step's timeline alone, which takes less to come by."""
+        """The step's timeline alone, which is quicker to compute."""
         if batch_size in self._steps or not self.is_affine:
             return self.traced(batch_size).timeline
         low, high = (step.timeline for step in self._pair)
@@ -100,7 +100,7 @@ class Scaling:
         return replace(low, nbytes=np.maximum(low.nbytes + (batch_size - self.pair[0]) * more, 0))
 
     def seconds(self, batch_size: int, figures: Figures) -> float:
-        """How long the step takes; an estimate."""
+        """The estimated time of the step."""
         return self.step(batch_size).seconds(figures)
 
     @property
@@ -110,10 +110,10 @@ class Scaling:
 
     @property
     def is_affine(self) -> bool:
-        """Whether steps of other batch sizes follow from the traced ones."""
-        if self._are_alike is None:
-            self._are_alike = _alike(*self._pair, self.pair)
-        return self._are_alike
+        """Whether steps of other batch sizes can be computed from the traced ones."""
+        if self._is_affine is None:
+            self._is_affine = _grow_evenly(*self._pair, self.pair)
+        return self._is_affine
 
     def _scaled(self, low: tuple[Work, ...], high: tuple[Work, ...], batch_size: int) -> tuple[Work, ...]:
         key = (id(low), batch_size)
@@ -124,14 +124,15 @@ class Scaling:
         return self._works[key]
 
 
-def _alike(low: Step, high: Step, pair: tuple[int, int]) -> bool:
+def _grow_evenly(low: Step, high: Step, pair: tuple[int, int]) -> bool:
+    """Whether two steps have the same events and calls, with sizes that are affine in the batch size."""
     a, b = low.timeline, high.timeline
     return (
         np.array_equal(a.events, b.events)
         and a.marks == b.marks
         and len(a.nbytes) == len(b.nbytes)
         and not ((b.nbytes - a.nbytes) % _APART).any()
-        # Not with the square, as pairs of sequences do; a kernel that rounds may be a little above.
+        # Not quadratic, as pairs of sequences are; kernels that round sizes up may be slightly above.
         and bool((pair[0] * b.nbytes <= _ROUNDED * pair[1] * a.nbytes).all())
         and len(low.works) == len(high.works)
         and all(
@@ -142,7 +143,7 @@ def _alike(low: Step, high: Step, pair: tuple[int, int]) -> bool:
 
 
 def _at(low: Work, high: Work, more: int) -> Work:
-    """The call with so many sequences more than in `low`."""
+    """The call with `more` sequences more than in `low`."""
     if (low.nbytes, low.flops, low.dims) == (high.nbytes, high.flops, high.dims):
         return low
     return replace(

@@ -1,7 +1,7 @@
-"""A step at a second batch size without a trace of its own: what it is made of has been seen to grow. No torch.
+"""Computes a step at a second batch size from steps traced at both, instead of tracing it there. No torch.
 
-Whatever is kept of a layer, the operators that run are those of a step that keeps all or of one that keeps nothing. Of
-these, traced at both batch sizes, it is known what each block and each call becomes.
+Whatever a layer saves, its operators are those of a step without checkpointing or with full recomputation. These two,
+traced at both batch sizes, show what each block and each call becomes.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ V = TypeVar("V")
 
 
 class _Unknown(Exception):
-    """Never seen, or seen to become one thing and another."""
+    """Raised for a block or call that was not seen, or that became two different things."""
 
 
 class _Images(Generic[K, V]):
-    """What becomes of what; nothing is said of what became two things."""
+    """A mapping learned from examples; keys with contradicting examples are unknown."""
 
     def __init__(self) -> None:
         self._known: dict[K, V | None] = {}
@@ -44,20 +44,20 @@ class _Images(Generic[K, V]):
 
 
 class Growth:
-    """What blocks and calls at one batch size are at another, learned from steps traced at both."""
+    """Maps blocks and calls at one batch size to those at another, learned from steps traced at both."""
 
     def __init__(self, pairs: Sequence[tuple[Step, Step]]) -> None:
         """`pairs` are steps of one model and length, each at both batch sizes."""
         self._blocks: _Images[object, int] = _Images()
         self._calls: _Images[object, tuple[int, int, tuple[int, ...], str]] = _Images()
-        self._standing: _Images[tuple[int, ...], tuple[int, ...]] = _Images()
+        self._persistent: _Images[tuple[int, ...], tuple[int, ...]] = _Images()
         for low, high in pairs:
             self._learn(low, high)
 
     def _learn(self, low: Step, high: Step) -> None:
         if low.parts is None or high.parts is None:
             return
-        self._standing.learn(_standing(low), _standing(high))
+        self._persistent.learn(_persistent(low), _persistent(high))
         seen: set[int] = set()
         are_gradients = _gradients(low.parts)
         for (_, one, base), (_, two, _) in zip(low.parts.passes.instances, high.parts.passes.instances, strict=False):
@@ -65,33 +65,33 @@ class Growth:
                 continue
             seen.add(id(one))
             for place, (block, grown) in enumerate(zip(one.blocks, two.blocks, strict=True), base):
-                self._blocks.learn(_told(block, bool(are_gradients[place])), grown.nbytes)
+                self._blocks.learn(_block_key(block, bool(are_gradients[place])), grown.nbytes)
             for work, done in zip(one.works, two.works, strict=True):
-                self._calls.learn(_asked(work), (done.nbytes, done.flops, done.dims, done.call))
+                self._calls.learn(_call_key(work), (done.nbytes, done.flops, done.dims, done.call))
 
     def grown(self, step: Step) -> Step | None:
-        """A step at the larger batch size; None where that does not follow from what was learned.
+        """A step at the larger batch size; None where a block or call of it is unknown.
 
-        Its sizes and its operators' work are right; blocks' shapes are those of the smaller one.
+        Its block sizes and operator work are exact; the blocks' shapes are those of the smaller batch size.
         """
         parts = step.parts
         if parts is None or step.update is None:
             return None
         try:
-            standing = np.array(self._standing.of(_standing(step)), np.int64)
+            persistent = np.array(self._persistent.of(_persistent(step)), np.int64)
             sizes: dict[int, Ints] = {}
             works: dict[int, tuple[Work, ...]] = {}
             are_gradients = _gradients(parts).tolist()
-            for _, piece, base in parts.passes.instances:
-                if id(piece) not in sizes:
-                    told = map(_told, piece.blocks, are_gradients[base:])
-                    sizes[id(piece)] = np.fromiter(map(self._blocks.of, told), np.int64, len(piece.blocks))
-                    works[id(piece.works)] = tuple(map(self._done, piece.works))
+            for _, run, base in parts.passes.instances:
+                if id(run) not in sizes:
+                    keys = map(_block_key, run.blocks, are_gradients[base:])
+                    sizes[id(run)] = np.fromiter(map(self._blocks.of, keys), np.int64, len(run.blocks))
+                    works[id(run.works)] = tuple(map(self._done, run.works))
         except _Unknown:
             return None
-        passes = [sizes[id(piece)] for _, piece, _ in parts.passes.instances]
-        own = step.timeline.nbytes[len(standing) + parts.passes.num_blocks :][: len(step.update.own)]
-        line = replace(step.timeline, nbytes=np.concatenate([standing, *passes, own, *passes]))
+        passes = [sizes[id(run)] for _, run, _ in parts.passes.instances]
+        own = step.timeline.nbytes[len(persistent) + parts.passes.num_blocks :][: len(step.update.own)]
+        line = replace(step.timeline, nbytes=np.concatenate([persistent, *passes, own, *passes]))
         return replace(
             step,
             assembly=replace(step.assembly, timeline=line),
@@ -100,26 +100,26 @@ class Growth:
 
     def _done(self, work: Work) -> Work:
         if work.kind == "view":
-            return work  # moves nothing at any size
-        nbytes, flops, dims, call = self._calls.of(_asked(work))
+            return work  # a view moves no bytes at any size
+        nbytes, flops, dims, call = self._calls.of(_call_key(work))
         return replace(work, nbytes=nbytes, flops=flops, dims=dims, call=call)
 
 
-def _standing(step: Step) -> tuple[int, ...]:
+def _persistent(step: Step) -> tuple[int, ...]:
     assert step.parts is not None
     return tuple(term.nbytes for term in step.parts.resident)
 
 
 def _gradients(parts: Parts) -> npt.NDArray[np.bool_]:
-    """Which blocks of the passes are gradients of parameters: no batch size changes these."""
+    """Which blocks of the passes are gradients of parameters, whose sizes do not depend on the batch size."""
     found = np.zeros(parts.passes.num_blocks, np.bool_)
     found[list(parts.gradients)] = True
     return found
 
 
-def _told(block: Block, is_gradient: bool) -> object:
+def _block_key(block: Block, is_gradient: bool) -> object:
     return (block.op, block.shape, block.nbytes, is_gradient)
 
 
-def _asked(work: Work) -> object:
+def _call_key(work: Work) -> object:
     return (work.op, work.kind, work.dtype, work.nbytes, work.flops, work.dims, work.call)

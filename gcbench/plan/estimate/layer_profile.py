@@ -1,4 +1,4 @@
-"""What one layer adds to a step's memory and time, read off a step in which every layer is treated alike."""
+"""Reads what one layer adds to a step's memory and time off a step in which every layer has the same policy."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from gcbench.simulate.trace.fake_model import HEAD, LOSS
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LayerProfile:
-    """One layer in one step; bytes.
+    """Memory and time of one layer in one step.
 
     Attributes:
-        left_bytes: alive when its forward pass ends, above what stood when that began. Weights that autocast has cast
-            are among them: they lie in its cache until the forward pass of the model ends, whoever needs them.
-        forward_bytes: highest in its forward pass, above the same.
-        freed_bytes: what its backward pass gives back, less what it leaves.
-        backward_bytes: highest in its backward pass, above what stood when that began.
-        seconds: both passes, recomputation included.
+        left_bytes: allocated when its forward pass ends, above what was when it began. Includes weights cast by
+            autocast, which caches them until the forward pass of the model ends.
+        forward_bytes: peak of its forward pass, above the same.
+        freed_bytes: what its backward pass frees, less what it leaves allocated.
+        backward_bytes: peak of its backward pass, above what was allocated when that began.
+        seconds: time of both passes, recomputation included.
     """
 
     left_bytes: int
@@ -33,16 +33,16 @@ class LayerProfile:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepProfile:
-    """A step in which all layers are treated alike, layer by layer; highest bytes of its other parts.
+    """A step in which all layers have the same policy: each layer, and the peaks of the other parts.
 
     Attributes:
         layers: their numbers, in the order in which they run.
-        profiles: for each of them.
-        standing_bytes: alive when the first layer begins.
-        head_bytes: in the forward pass of what follows the last layer.
-        loss_bytes: in its backward pass.
-        before_backward_bytes: alive when the last layer's backward pass begins.
-        other_bytes: before the first layer, after its backward pass, and in the optimizer step.
+        profiles: one for each layer.
+        standing_bytes: allocated when the first layer begins.
+        head_bytes: peak of the forward pass of what follows the last layer.
+        loss_bytes: peak of its backward pass.
+        before_backward_bytes: allocated when the last layer's backward pass begins.
+        other_bytes: peak before the first layer, after its backward pass, and in the optimizer step.
     """
 
     layers: tuple[int, ...]
@@ -55,7 +55,7 @@ class StepProfile:
 
 
 def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile | None:
-    """The step layer by layer; None where it was traced in full, so that layers are not told apart.
+    """The step layer by layer; None where it was traced in full, without a distinction of layers.
 
     Sizes are rounded up to multiples of `rounding` bytes, as the device's allocator does.
     """
@@ -64,9 +64,9 @@ def profile(step: Step, figures: Figures, *, rounding: int = 1) -> StepProfile |
         return None
     line = assembly.timeline
     sizes = -(-line.nbytes // rounding) * rounding
-    taken = line.events >= 0
-    blocks = np.where(taken, line.events, ~line.events)
-    live = np.concatenate([[0], np.cumsum(np.where(taken, sizes[blocks], -sizes[blocks]))])
+    are_allocations = line.events >= 0
+    blocks = np.where(are_allocations, line.events, ~line.events)
+    live = np.concatenate([[0], np.cumsum(np.where(are_allocations, sizes[blocks], -sizes[blocks]))])
     starts = [start for start, _ in assembly.section_starts]
     ends = [*starts[1:], len(line.events)]
     before: dict[tuple[str, int], int] = {}

@@ -1,8 +1,8 @@
-"""A step in which layers are treated in different ways, from steps in which all are treated alike. No torch.
+"""Composes a step whose layers have different policies from steps in which all have the same one. No torch.
 
-What a layer does in a pass follows its own treatment, so its events are those of the step in which every layer is
-treated as it is. What it gives back of its neighbours' is looked up in their own steps. A block that nobody would give
-back, because the one who does so is treated otherwise, goes where its own step gives it back.
+The events of a layer in a pass depend on its own policy only, so they are those of the uniform step with that policy.
+Where they free a neighbour's block, it is found by its size in the neighbour's own step. A block that would never be
+freed, because the layer that frees it has another policy, is freed where its own step frees it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,24 @@ from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, NotComposable, Section
 
 Ints = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
-_NEVER = -1
+_NONE = -1
+"""No such block, or no such segment."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
-    """One step's passes; `segments` are numbered in order of time, `home` is where a block is taken.
+    """The passes of one uniform step; segments are numbered in order of time, a block's home is where it is allocated.
 
     Attributes:
-        bases: for each segment, the first block taken in it.
-        counts: for each segment, how many are.
+        bases: for each segment, the first block allocated in it.
+        counts: for each segment, the number of blocks allocated in it.
         nbytes: of each block, in the step that was traced.
-        freed_in: for each block, the segment in which it is given back.
-        after: for each block, how many blocks that segment has taken by then.
-        events: for each segment: (home, number of the block within it, whether it is given back) of each event.
-        homes: for each segment, those of its events.
+        freed_in: for each block, the segment that frees it; `_NONE` where none does.
+        after: for each block, how many blocks that segment has allocated by then.
+        events: for each segment: (home, number of the block within it, whether it is freed) of each event.
+        homes: for each segment, the homes in its events.
         gradients: (home, number within it) of each parameter's gradient.
     """
 
@@ -44,13 +46,47 @@ class _Table:
     nbytes: Ints
     freed_in: Ints
     after: Ints
-    events: tuple[tuple[Ints, Ints, npt.NDArray[np.bool_]], ...]
+    events: tuple[tuple[Ints, Ints, Flags], ...]
     homes: tuple[tuple[int, ...], ...]
     gradients: tuple[Ints, Ints]
 
+    def of_segment(self, values: Ints, segment: int) -> Ints:
+        """The part of an array over all blocks for those allocated in a segment."""
+        return values[self.bases[segment] : self.bases[segment] + self.counts[segment]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Events:
+    """Events of the composed passes, with their place in time.
+
+    Attributes:
+        blocks: the block of each event; `_NONE` where the composed step does not have it.
+        are_frees: whether the event frees its block; else it allocates it.
+        segments: where each event belongs.
+        after: how many blocks that segment has allocated by then.
+    """
+
+    blocks: Ints
+    are_frees: Flags
+    segments: Ints
+    after: Ints
+
+    def at(self, chosen: Ints | Flags) -> _Events:
+        return _Events(
+            blocks=self.blocks[chosen],
+            are_frees=self.are_frees[chosen],
+            segments=self.segments[chosen],
+            after=self.after[chosen],
+        )
+
+    @property
+    def codes(self) -> Ints:
+        """As a timeline has them: the block, inverted where it is freed."""
+        return np.where(self.are_frees, ~self.blocks, self.blocks)
+
 
 class Combiner:
-    """Puts the steps together; raises NotComposable where one of them was traced in full, or their layers differ."""
+    """Composes uniform steps; raises NotComposable where one of them was traced in full, or their layers differ."""
 
     def __init__(self, steps: Sequence[Step]) -> None:
         """`steps` have one batch size."""
@@ -65,7 +101,7 @@ class Combiner:
         self.layers = tuple(layer for part, layer in self.segments if part == "forward")
         place = {layer: number for number, layer in enumerate(self.layers)}
         last = len(self.layers) - 1
-        beside = {BEFORE: 0, HEAD: last, LOSS: last, REST: 0}  # what is outside goes with the layer beside it
+        beside = {BEFORE: 0, HEAD: last, LOSS: last, REST: 0}  # what is outside of layers follows the layer beside it
         self._place_of = np.array([beside.get(each, place.get(each[1], 0)) for each in self.segments], np.int64)
         self._is_outside = np.array([layer < 0 for _, layer in self.segments], np.bool_)
         self._parts = known
@@ -75,9 +111,10 @@ class Combiner:
         self._translations: dict[tuple[int, int, int], Ints | None] = {}
 
     def line(self, choice: Sequence[int], lines: Sequence[Timeline]) -> Timeline:
-        """The step in which each layer, in the order of `layers`, is treated as in the step of this number.
+        """The step in which each layer, in the order of `layers`, has the policy of the step of this number.
 
-        `lines` are the steps' own at the batch size that is wanted: with other sizes than the traced ones have, maybe.
+        `lines` are the timelines of `steps` at the batch size in question, which may differ from the traced one in the
+        sizes of blocks.
         """
         source = np.array(choice, np.int64)[self._place_of]
         counts = np.array([self._tables[step].counts[number] for number, step in enumerate(source)], np.int64)
@@ -89,13 +126,10 @@ class Combiner:
         part = self._parts[0]
         homes, _ = self._tables[0].gradients
         numbers = np.array([table.gradients[1] for table in self._tables], np.int64)
-        of_params = np.arange(len(homes))
-        gradients = bases[homes] + numbers[source[homes], of_params]
+        gradients = bases[homes] + numbers[source[homes], np.arange(len(homes))]
         standing = len(part.resident)
         sizes = [
-            lines[step].nbytes[standing + table.bases[number] : standing + table.bases[number] + table.counts[number]]
-            for number, step in enumerate(source)
-            for table in (self._tables[step],)
+            self._tables[step].of_segment(lines[step].nbytes[standing:], number) for number, step in enumerate(source)
         ]
         own = len(step.update.own)
         own_at = standing + part.passes.num_blocks
@@ -110,56 +144,63 @@ class Combiner:
         )
 
     def _moved(self, at: int | None, backward_at: int) -> int | None:
-        """Where in the whole step that is which in the first of the steps comes after so many events.
+        """The event of the composed step for an event number of the first step.
 
-        What is asked for is asked for before the layers, in the first of them, or as the backward pass begins.
+        What stays allocated is requested before the layers, in the first of them, or as the backward pass begins.
         """
         begins = self._parts[0].passes.backward_at
         return at if at is None or at < begins else at - begins + backward_at
 
     def _events(self, source: Ints, bases: Ints, num_blocks: int) -> tuple[Ints, Ints]:
-        """The passes' events, and how many there are up to the end of each segment."""
-        blocks, frees, taken, at = [], [], [], []
-        for segment, step in enumerate(source.tolist()):
-            table = self._tables[step]
-            home, number, free = table.events[segment]
-            if any(source[other] != step for other in table.homes[segment]):
-                block = np.full(len(home), _NEVER, np.int64)
-                for other in table.homes[segment]:
-                    here = home == other
-                    found = self._translated(other, step, int(source[other]), number[here])
-                    block[here] = np.where(found >= 0, bases[other] + found, _NEVER)
-            else:
-                block = bases[home] + number
-            blocks.append(block)
-            frees.append(free)
-            taken.append(np.cumsum(~free))
-            at.append(np.full(len(block), segment, np.int64))
-        block, free, after, segment_of = (np.concatenate(each) for each in (blocks, frees, taken, at))
-        freed = np.flatnonzero(free & (block >= 0))
-        _, first = np.unique(block[freed], return_index=True)
-        good = ~free
-        good[freed[first]] = True
-        is_given = np.zeros(num_blocks, np.bool_)
-        is_given[block[freed]] = True
-        wanted_in = np.concatenate([self._of(source, "freed_in", number) for number in range(len(source))])
-        wanted_after = np.concatenate([self._of(source, "after", number) for number in range(len(source))])
-        left = np.flatnonzero(~is_given & (wanted_in != _NEVER))
-        all_at = np.concatenate([segment_of[good], wanted_in[left]])
-        all_after = np.concatenate([after[good], wanted_after[left]])
-        all_events = np.concatenate([np.where(free, ~block, block)[good], ~left])
-        is_late = np.concatenate([np.zeros(int(good.sum()), np.bool_), np.ones(len(left), np.bool_)])
-        order = np.lexsort((np.arange(len(all_at)), is_late, all_after, all_at))
-        ends = np.searchsorted(all_at[order], np.arange(len(source)), side="right")
-        return all_events[order], ends
+        """The events of the passes, and how many there are up to the end of each segment."""
+        own = self._own_events(source, bases)
+        frees = np.flatnonzero(own.are_frees & (own.blocks != _NONE))
+        freed, first = np.unique(own.blocks[frees], return_index=True)
+        is_valid = ~own.are_frees
+        is_valid[frees[first]] = True  # two layers may both free a block: the first does
+        valid, added = own.at(is_valid), self._missing_frees(source, freed, num_blocks)
+        segments = np.concatenate([valid.segments, added.segments])
+        after = np.concatenate([valid.after, added.after])
+        is_added = np.repeat([False, True], [len(valid.blocks), len(added.blocks)])
+        order = np.lexsort((np.arange(len(segments)), is_added, after, segments))
+        ends = np.searchsorted(segments[order], np.arange(len(source)), side="right")
+        return np.concatenate([valid.codes, added.codes])[order], ends
 
-    def _of(self, source: Ints, what: str, segment: int) -> Ints:
-        table = self._tables[source[segment]]
-        found: Ints = getattr(table, what)[table.bases[segment] : table.bases[segment] + table.counts[segment]]
-        return found
+    def _own_events(self, source: Ints, bases: Ints) -> _Events:
+        """The events of each segment as the step that is its source has them, in numbers of the composed blocks."""
+        blocks, frees, segments, after = [], [], [], []
+        for segment, step in enumerate(source.tolist()):
+            homes, numbers, are_frees = self._tables[step].events[segment]
+            block = bases[homes] + numbers
+            for home in self._tables[step].homes[segment]:
+                if source[home] != step:
+                    here = homes == home
+                    found = self._translated(home, step, int(source[home]), numbers[here])
+                    block[here] = np.where(found != _NONE, bases[home] + found, _NONE)
+            blocks.append(block)
+            frees.append(are_frees)
+            segments.append(np.full(len(block), segment, np.int64))
+            after.append(np.cumsum(~are_frees))
+        return _Events(
+            blocks=np.concatenate(blocks),
+            are_frees=np.concatenate(frees),
+            segments=np.concatenate(segments),
+            after=np.concatenate(after),
+        )
+
+    def _missing_frees(self, source: Ints, freed: Ints, num_blocks: int) -> _Events:
+        """Frees of the blocks that no segment frees, though their own step does: where that step does."""
+        tables = [self._tables[step] for step in source]
+        freed_in = np.concatenate([table.of_segment(table.freed_in, number) for number, table in enumerate(tables)])
+        after = np.concatenate([table.of_segment(table.after, number) for number, table in enumerate(tables)])
+        is_missing = freed_in != _NONE
+        is_missing[freed] = False
+        return _Events(
+            blocks=np.arange(num_blocks), are_frees=np.ones(num_blocks, np.bool_), segments=freed_in, after=after
+        ).at(is_missing)
 
     def _translated(self, home: int, one: int, other: int, numbers: Ints) -> Ints:
-        """What step `one` calls by these numbers, as step `other` does; -1 for what it has not."""
+        """The numbers in step `other` of blocks of step `one` allocated in `home`; `_NONE` for those it lacks."""
         if one == other:
             return numbers
         key = (home, one, other)
@@ -169,31 +210,27 @@ class Combiner:
         return numbers if table is None else table[numbers]
 
     def _translation(self, home: int, one: int, other: int) -> Ints | None:
-        """None where the blocks are the same."""
-        sizes = [self._sizes(step, home) for step in (one, other)]
+        """For each block of step `one` its number in step `other`; None where the blocks are the same."""
+        tables = [self._tables[step] for step in (one, other)]
+        sizes = [table.of_segment(table.nbytes, home) for table in tables]
         if np.array_equal(sizes[0], sizes[1]):
             return None
-        shared = [self._shared(step, home) for step in (one, other)]
-        found = np.full(len(sizes[0]), _NEVER, np.int64)
-        free: dict[int, list[int]] = {}
+        shared = [self._shared(table, home) for table in tables]
+        found = np.full(len(sizes[0]), _NONE, np.int64)
+        by_size: dict[int, list[int]] = {}
         for number in shared[1].tolist():
-            free.setdefault(int(sizes[1][number]), []).append(number)
+            by_size.setdefault(int(sizes[1][number]), []).append(number)
         for number in shared[0].tolist():
-            alike = free.get(int(sizes[0][number]))
-            if alike:
-                found[number] = alike.pop(0)
+            matches = by_size.get(int(sizes[0][number]))
+            if matches:
+                found[number] = matches.pop(0)
         return found
 
-    def _sizes(self, step: int, home: int) -> Ints:
-        table = self._tables[step]
-        return table.nbytes[table.bases[home] : table.bases[home] + table.counts[home]]
-
-    def _shared(self, step: int, home: int) -> Ints:
-        """Numbers of the blocks taken in a segment that others than its own layer give back."""
-        table = self._tables[step]
-        freed_in = table.freed_in[table.bases[home] : table.bases[home] + table.counts[home]]
+    def _shared(self, table: _Table, home: int) -> Ints:
+        """Numbers of the blocks allocated in a segment that another layer frees."""
+        freed_in = table.of_segment(table.freed_in, home)
         owner = np.where(self._is_outside, -1 - np.arange(len(self.segments)), self._place_of)
-        return np.flatnonzero((freed_in != _NEVER) & (owner[freed_in] != owner[home]))
+        return np.flatnonzero((freed_in != _NONE) & (owner[freed_in] != owner[home]))
 
 
 def _table(step: Step) -> _Table:
@@ -203,7 +240,7 @@ def _table(step: Step) -> _Table:
     counts = np.array([len(piece.blocks) for _, piece, _ in passes.instances], np.int64)
     bases = np.array([base for _, _, base in passes.instances], np.int64)
     home_of = np.repeat(np.arange(len(counts)), counts)
-    freed_in = np.full(passes.num_blocks, _NEVER, np.int64)
+    freed_in = np.full(passes.num_blocks, _NONE, np.int64)
     after = np.zeros(passes.num_blocks, np.int64)
     events, homes = [], []
     ends = [*passes.starts[1:].tolist(), len(passes.events)]

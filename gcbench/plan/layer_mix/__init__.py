@@ -1,1 +1,1 @@
-"""How many layers get which policy: the fastest choice within a memory budget."""
+"""Chooses a policy for each layer: the fastest choice within a memory budget."""

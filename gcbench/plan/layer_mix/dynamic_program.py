@@ -1,15 +1,15 @@
-"""The search behind `mix`: a dynamic program from the last layer to the first, cut short by bounds.
+"""The search behind `problem.solve`: a dynamic program from the last layer to the first, pruned by bounds.
 
-A label is a choice for the layers from i on: `reach` is how high they get above what the layers before i keep, `time`
-what they take. An option of layer i - 1 put in front gives reach = max(its own need, its kept bytes + reach) and
-time = its time + time. A label is dropped when another reaches no higher and takes no longer: whatever can be put in
-front of the one can be put in front of the other, and both rules only rise with what they are given, so the result is
-no higher and no slower there too. With all layers taken the reach is the peak, so of equal times the lowest is left.
+A label is a choice for the layers from i on: `reach` is their peak above what the layers before i save, `time` their
+time. Prepending an option of layer i - 1 gives reach = max(its own need, its saved bytes + reach) and time = its time +
+time. A label is dominated, and dropped, when another has no higher reach and no longer time: both rules are monotone,
+so the same holds after every option prepended. With all layers included the reach is the peak, so of equal times the
+lowest peak is left.
 
-What has to be added in front is bounded from below by relaxing the layers before i (P. Sinha and A. A. Zoltners, The
-multiple-choice knapsack problem, Operations Research 27, 1979, 503-515; H. Kellerer, U. Pferschy and D. Pisinger,
-Knapsack Problems, Springer 2004, chapter 11). The search runs with few labels per layer first, which finds a good
-choice, and then with more against that choice, until it has left nothing out that could beat it.
+The time of the layers before i is bounded from below by a relaxation (P. Sinha and A. A. Zoltners, The multiple-choice
+knapsack problem, Operations Research 27, 1979, 503-515; H. Kellerer, U. Pferschy and D. Pisinger, Knapsack Problems,
+Springer 2004, chapter 11). The search first runs with few labels per layer, which finds a good incumbent, and then with
+more, pruned by that incumbent, until nothing that could beat it was left out.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Real = npt.NDArray[np.float64]
 Scalar = TypeVar("Scalar", bound=np.generic)
 
 _EXACT = 2**52
-"""Whole numbers up to twice this are exact in float64 too."""
+"""Integers up to twice this are exact in float64 too."""
 _WIDTHS = (64, 512, 4096, 32768)
-"""Labels kept for each layer, pass by pass."""
+"""Labels per layer, pass by pass."""
 _MOST_TRIED = 3_000_000
 """After a pass that tried more labels than this (half a second or so) no wider one follows."""
 _PRICES, _FINER, _ROUNDS = 64, 8, 4
-"""Prices of a byte to begin with, those added around the best one, and how often."""
+"""Initial prices of a byte, those added around the best one, and how often."""
 _STEEPEST = 100
-"""The highest price makes all the room together cost as much as this many times all the time."""
+"""At the highest price, all available bytes cost this many times the total time."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layer:
-    """The options of one layer: `needs` is the peak of its own passes, had the layers before it kept nothing."""
+    """The options of one layer: `needs` is the peak of its own passes if the layers before it saved nothing."""
 
     seconds: tuple[float, ...]
     kept_bytes: tuple[int, ...]
@@ -48,8 +48,8 @@ class Layer:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Way:
-    """A choice for all layers: its time in the search's unit, how high it reaches, and what a better one could save."""
+class Assignment:
+    """An option for each layer: its time in the search's unit, its peak, and how much faster a better one could be."""
 
     choice: tuple[int, ...]
     time: int
@@ -59,7 +59,7 @@ class Way:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Arrays:
-    """A layer's options in whole numbers: times in the search's unit, the rest in bytes."""
+    """A layer's options as integers: times in the search's unit, the rest in bytes."""
 
     times: Whole
     kept: Whole
@@ -68,12 +68,12 @@ class _Arrays:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Bound:
-    """How little time the layers before one can take, by the room in bytes for what they keep together.
+    """A lower bound on the time of the layers before one, by the bytes available for what they save together.
 
     Attributes:
-        least: fewest bytes that they can keep.
+        least: fewest bytes that they can save.
         prices, values: the time is at least values[k] - prices[k] * room for each k; prices rise.
-        turns: rooms, rising, at which the next lower price begins to give the highest bound.
+        turns: available bytes, rising, from which the next lower price gives the highest bound.
     """
 
     least: int
@@ -88,25 +88,25 @@ class _Bound:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Pass:
-    """What one pass found: the best way, the lowest bound of what it left out, and how many labels it tried."""
+    """The result of one pass: the best assignment, the lowest bound of those left out, and the labels tried."""
 
-    best: Way
+    best: Assignment
     left_out: float
     tried: int
 
 
 class Search:
-    """Finds the fastest choice within a budget.
+    """Finds the fastest assignment within a budget.
 
-    `after_bytes` is what is needed after the last layer's forward pass, had no layer kept anything. Raises ValueError
-    when a layer has no options.
+    `after_bytes` is the peak after the last layer's forward pass if no layer saved anything. Raises ValueError when a
+    layer has no options.
     """
 
     def __init__(self, layers: Sequence[Layer], *, after_bytes: int) -> None:
         self.after = after_bytes
         slowest = sum(max(map(abs, layer.seconds)) for layer in layers)
-        # Times are whole numbers of the smallest decimal unit in which no sum goes beyond _EXACT (down to 1 fs): sums
-        # do not depend on their order, and 0.1 + 0.2 is 0.3.
+        # Times are integers in the smallest decimal unit in which no sum exceeds _EXACT (down to 1 fs): sums do not
+        # depend on their order, and 0.1 + 0.2 is 0.3.
         self.units_per_s = 10 ** max(digits for digits in range(16) if digits == 0 or slowest * 10**digits <= _EXACT)
         self.layers = [
             _Arrays(
@@ -120,10 +120,10 @@ class Search:
         kinds = {(layer.seconds, layer.kept_bytes): arrays for layer, arrays in zip(layers, self.layers, strict=True)}
         self.slopes = np.unique([slope for arrays in kinds.values() for slope in _slopes(arrays.times, arrays.kept)])
 
-    def fastest(self, budget: int, *, start: Way | None = None) -> Way | None:
-        """The fastest choice whose reach is within the budget, of equals the one that reaches least high.
+    def fastest(self, budget: int, *, start: Assignment | None = None) -> Assignment | None:
+        """The fastest assignment with a peak within the budget, of equally fast ones the lowest; None when none is.
 
-        `start` is a choice within the budget to begin with. None when there is no choice within the budget.
+        `start` is a known assignment within the budget.
         """
         bounds = self._bounds(budget)
         if bounds is None:
@@ -135,7 +135,7 @@ class Search:
             if done.left_out > best.time + self._rounding or done.tried > _MOST_TRIED:
                 break
         assert best is not None
-        return Way(
+        return Assignment(
             choice=best.choice,
             time=best.time,
             reach_bytes=best.reach_bytes,
@@ -144,14 +144,14 @@ class Search:
 
     @property
     def _rounding(self) -> float:
-        """More than all rounding in a bound: few steps per layer, on numbers up to _STEEPEST + 1 times all the time."""
+        """More than all rounding errors: few steps per layer, on numbers up to _STEEPEST + 1 times the total time."""
         return 1 + 8 * (len(self.layers) + 1) * 2.0**-53 * (_STEEPEST + 1) * self.slowest
 
     def _bounds(self, budget: int) -> list[_Bound] | None:
-        """For each layer, and for all, the bound on those before it; None when nothing fits.
+        """The bound on the layers before each layer, and on all layers; None when nothing fits.
 
-        The prices are those at which some layer passes from one option to another, and then finer ones around the
-        price that bounds all layers best.
+        The prices are those at which some layer changes its best option, and then finer ones around the price with the
+        best bound for all layers.
         """
         room = budget - self.after
         steepest = _STEEPEST * max(self.slowest, 1) / max(room, 1)
@@ -169,11 +169,11 @@ class Search:
         return None if relaxed is None else [_bound(least, prices, values) for least, values in relaxed]
 
     def _relaxed(self, budget: int, prices: Real) -> list[tuple[int, Real]] | None:
-        """Fewest bytes and lowest costs at these prices, of no layer, the first, the first two, ...; None if none fits.
+        """Fewest bytes and lowest costs at these prices of the first 0, 1, 2, ... layers; None if nothing fits.
 
-        Let U(x) be the least time of the layers before i with at most x bytes kept by them together, and U* its lowest
-        cost at a price: the minimum of U(x) + price x. An option of layer i that keeps k bytes fits where those before
-        it keep at most c, and brings in its time + U(min(x - k, c)). Its lowest cost is time + price k + the minimum of
+        Let U(x) be the least time of the layers before i with at most x bytes saved by them together, and U* its lowest
+        cost at a price: the minimum of U(x) + price x. An option of layer i that saves k bytes fits where those before
+        it save at most c, and adds its time + U(min(x - k, c)). Its lowest cost is time + price k + the minimum of
         U(y) + price y over y <= c. U is relaxed to the highest of its lines U* - price y, which is convex and falls at
         rates among the prices. So that minimum is U* where the line that is highest at c has no higher price, and else
         the cost at c itself.
@@ -199,8 +199,8 @@ class Search:
             found.append((least, values))
         return found if room >= least else None
 
-    def _pass(self, budget: int, bounds: list[_Bound], best: Way | None, width: int) -> _Pass:
-        """One run over the layers with at most `width` labels for each, of which none is worse than `best`."""
+    def _pass(self, budget: int, bounds: list[_Bound], best: Assignment | None, width: int) -> _Pass:
+        """One pass over the layers with at most `width` labels for each, none of them worse than `best`."""
         reach, time = np.array([self.after], dtype=np.int64), np.zeros(1, dtype=np.int64)
         most = np.inf if best is None else best.time + self._rounding
         left_out, tried = np.inf, 0
@@ -225,13 +225,13 @@ class Search:
             reach, time = reach[came], time[came]
             trail.append((came // len(layer.times), came % len(layer.times)))
         if len(time) and (best is None or (int(time[-1]), int(reach[-1])) < (best.time, best.reach_bytes)):
-            best = Way(choice=_followed(trail), time=int(time[-1]), reach_bytes=int(reach[-1]))
+            best = Assignment(choice=_followed(trail), time=int(time[-1]), reach_bytes=int(reach[-1]))
         assert best is not None
         return _Pass(best=best, left_out=left_out, tried=tried)
 
 
 def _followed(trail: list[tuple[Whole, Whole]]) -> tuple[int, ...]:
-    """The options that led to the last label of the first layer."""
+    """The options on the trail to the last label of the first layer."""
     choice, label = [], -1
     for parents, options in reversed(trail):
         choice.append(int(options[label]))
@@ -240,22 +240,22 @@ def _followed(trail: list[tuple[Whole, Whole]]) -> tuple[int, ...]:
 
 
 def _selected(totals: Real, width: int) -> Whole:
-    """The numbers of `width` labels, rising: half of them the most promising, half spread evenly over the rest."""
+    """Indices of `width` labels, rising: the most promising half, and a half spread evenly over the rest."""
     order = np.argpartition(totals, width // 2)
     rest = np.sort(order[width // 2 :])
     return np.sort(np.concatenate([order[: width // 2], _spread(rest, width - width // 2)]))
 
 
 def _spread(values: npt.NDArray[Scalar], most: int) -> npt.NDArray[Scalar]:
-    """At most so many of these, evenly."""
+    """At most `most` of the values, evenly spread."""
     if len(values) <= most:
         return values
     return values[np.linspace(0, len(values) - 1, most).astype(np.int64)]
 
 
 def _bound(least: int, prices: Real, values: Real) -> _Bound:
-    # Lines k and k + 1 meet where values[k] - prices[k] room = values[k + 1] - prices[k + 1] room. Should rounding
-    # put two turns in the wrong order, another line is taken, which bounds too.
+    # Lines k and k + 1 meet where values[k] - prices[k] room = values[k + 1] - prices[k + 1] room. If rounding
+    # swaps two turns, another line is used, which is a bound too.
     turns = (np.diff(values) / np.diff(prices))[::-1]
     return _Bound(least=least, prices=prices, values=values, turns=np.maximum.accumulate(turns))
 

@@ -1,9 +1,9 @@
-"""A step as layers, each with its options: what a choice for them holds and takes, and the fastest within a budget.
+"""A step as layers with options: the peak and time of a choice, and the fastest choice within a budget.
 
-`mix` has one number for what a layer keeps. Under autocast there are two: a weight that was cast lies in autocast's
-cache until the forward pass ends, whether or not the layer is recomputed, and beyond that only where the backward pass
-needs it. `Layered.peak` counts both. For `mix` the number of layers whose cast weights end with the forward pass is
-guessed, and the guess put right by what it finds.
+`problem` has one number for what a layer saves. Under autocast there are two: it caches a weight that it cast
+until the forward pass ends, whether or not the layer is recomputed, and after that only what the backward pass needs
+stays. `Layered.peak` counts both. For `problem` the number of layers whose cast weights are freed after the forward
+pass is guessed, and the guess corrected by the solution.
 """
 
 from __future__ import annotations
@@ -13,36 +13,36 @@ from dataclasses import replace
 from functools import cached_property
 
 from gcbench.plan.estimate.layer_profile import StepProfile
-from gcbench.plan.layer_mix import problem as mix
-from gcbench.plan.layer_mix.problem import Mix, Option, Problem
+from gcbench.plan.layer_mix import problem as problems
+from gcbench.plan.layer_mix.problem import Option, Problem, Solution
 
 _MOST_GUESSES = 4
 _PARTS = 8
-"""Of all layers, whose sums are tried as guesses for the lowest peak."""
+"""For the lowest peak, guesses are multiples of one part in this many of all layers."""
 
 
 class Layered:
-    """The same step with its layers treated in each of several ways; the first recomputes nothing."""
+    """The uniform profiles of one step, which are the options of every layer; the first checkpoints nothing."""
 
     def __init__(self, profiles: Sequence[StepProfile], *, own: int | None = None) -> None:
-        """`own` is the number of ways, from the first on, of which the rest of the step is known; all if not given."""
+        """`own` limits the profiles that bound the rest of the step to the first so many; None for all."""
         self.profiles = tuple(profiles)
         self._own = self.profiles[:own]
         self.layers = self.profiles[0].layers
-        # Where nothing is recomputed, all that a forward pass leaves is there for the backward pass.
+        # Where nothing is recomputed, all that a forward pass leaves stays until the backward pass.
         self.gradients = tuple(layer.left_bytes - layer.freed_bytes for layer in self.profiles[0].profiles)
 
-    def through(self, place: int, way: int) -> int:
-        """Bytes that a layer keeps from its forward to its backward pass."""
-        return self.profiles[way].profiles[place].freed_bytes + self.gradients[place]
+    def through(self, place: int, option: int) -> int:
+        """Bytes that a layer saves from its forward to its backward pass."""
+        return self.profiles[option].profiles[place].freed_bytes + self.gradients[place]
 
     def seconds(self, choice: Sequence[int]) -> float:
-        """Against recomputing nothing."""
+        """The extra time of a choice over checkpointing nothing."""
         off = self.profiles[0].profiles
         return sum(self.profiles[n].profiles[place].seconds - off[place].seconds for place, n in enumerate(choice))
 
     def peak(self, choice: Sequence[int]) -> int:
-        """The highest of the step, in bytes, with this way for each layer."""
+        """The peak of the step in bytes, with this option for each layer."""
         off = self.profiles[0]
         highest, left = off.other_bytes, off.standing_bytes
         for place, number in enumerate(choice):
@@ -50,18 +50,18 @@ class Layered:
             highest = max(highest, left + layer.forward_bytes)
             left += layer.left_bytes
         highest = max(highest, left + self.head)
-        there = off.standing_bytes + sum(self.through(place, n) for place, n in enumerate(choice))
-        highest = max(highest, there + self.loss)
-        there += self.loss_left
+        allocated = off.standing_bytes + sum(self.through(place, n) for place, n in enumerate(choice))
+        highest = max(highest, allocated + self.loss)
+        allocated += self.loss_left
         for place in reversed(range(len(choice))):
             layer = self.profiles[choice[place]].profiles[place]
-            highest = max(highest, there + layer.backward_bytes)
-            there -= layer.freed_bytes
+            highest = max(highest, allocated + layer.backward_bytes)
+            allocated -= layer.freed_bytes
         return highest
 
     @cached_property
     def head(self) -> int:
-        """Highest of the head's forward pass, above what stands and all that layers left."""
+        """Peak of the head's forward pass, above what is allocated before the layers and what these left."""
         return max(
             each.head_bytes - each.standing_bytes - sum(layer.left_bytes for layer in each.profiles)
             for each in self._own
@@ -69,68 +69,70 @@ class Layered:
 
     @cached_property
     def loss(self) -> int:
-        """Highest of the head's backward pass, above what stands and all that layers keep."""
-        return max(self._above(way, each.loss_bytes) for way, each in enumerate(self._own))
+        """Peak of the head's backward pass, above what is allocated before the layers and what these save."""
+        return max(self._above(option, each.loss_bytes) for option, each in enumerate(self._own))
 
     @cached_property
     def loss_left(self) -> int:
-        """Alive when the last layer's backward pass begins, above the same."""
-        return max(self._above(way, each.before_backward_bytes) for way, each in enumerate(self._own))
+        """Allocated when the last layer's backward pass begins, above the same."""
+        return max(self._above(option, each.before_backward_bytes) for option, each in enumerate(self._own))
 
-    def _above(self, way: int, nbytes: int) -> int:
-        kept = sum(self.through(place, way) for place in range(len(self.layers)))
-        return nbytes - self.profiles[way].standing_bytes - kept
+    def _above(self, option: int, nbytes: int) -> int:
+        saved = sum(self.through(place, option) for place in range(len(self.layers)))
+        return nbytes - self.profiles[option].standing_bytes - saved
 
-    # What is found.
+    # Choices.
 
-    def fastest(self, budget: int, *, ways: int | None = None) -> Mix | None:
-        """The fastest choice among the first `ways` whose peak is within the budget; None where none is found."""
-        best = self._alike(budget, ways)
+    def fastest(self, budget: int, *, num_options: int | None = None) -> Solution | None:
+        """The fastest choice among the first `num_options` with a peak within the budget; None where none is found."""
+        best = self._fastest_uniform(budget, num_options)
         guess = len(self.layers)
         for _ in range(_MOST_GUESSES):
-            found = mix.solve(replace(self.problem(guess, ways=ways), budget_bytes=budget))
+            found = problems.solve(replace(self.problem(guess, num_options=num_options), budget_bytes=budget))
             if found is None:
                 ended = guess // 2
             else:
                 found = replace(found, peak_bytes=self.peak(found.choice))
                 if found.peak_bytes <= budget and (best is None or found.seconds < best.seconds):
                     best = found
-                ended = sum(self._ended(place, way) > 0 for place, way in enumerate(found.choice))
+                ended = sum(self._ended(place, option) > 0 for place, option in enumerate(found.choice))
             if ended >= guess:
                 break
             guess = ended
         return best
 
-    def _alike(self, budget: int, ways: int | None) -> Mix | None:
-        """The fastest within the budget in which all layers are treated alike."""
-        best: Mix | None = None
-        for way in range(len(self._own) if ways is None else ways):
-            choice = (way,) * len(self.layers)
+    def _fastest_uniform(self, budget: int, num_options: int | None) -> Solution | None:
+        """The fastest uniform choice within the budget."""
+        best: Solution | None = None
+        for option in range(len(self._own) if num_options is None else num_options):
+            choice = (option,) * len(self.layers)
             peak, seconds = self.peak(choice), self.seconds(choice)
             if peak <= budget and (best is None or seconds < best.seconds):
-                best = Mix(choice=choice, seconds=seconds, peak_bytes=peak)
+                best = Solution(choice=choice, seconds=seconds, peak_bytes=peak)
         return best
 
-    def smallest(self, *, ways: int | None = None) -> Mix:
-        """The choice among the first `ways` with the lowest peak."""
+    def smallest(self, *, num_options: int | None = None) -> Solution:
+        """The choice among the first `num_options` with the lowest peak."""
         count = len(self.layers)
         guesses = {round(count * part / _PARTS) for part in range(_PARTS + 1)} if any(self.casts) else {0}
-        found = [mix.smallest(self.problem(guess, ways=ways)) for guess in sorted(guesses)]
+        found = [problems.smallest(self.problem(guess, num_options=num_options)) for guess in sorted(guesses)]
         return min((replace(one, peak_bytes=self.peak(one.choice)) for one in found), key=lambda one: one.peak_bytes)
 
-    def _ended(self, place: int, way: int) -> int:
-        """What a layer left and does not keep: weights that autocast has cast."""
-        return self.profiles[way].profiles[place].left_bytes - self.through(place, way)
+    def _ended(self, place: int, option: int) -> int:
+        """Bytes that a layer leaves and does not save: weights that autocast has cast."""
+        return self.profiles[option].profiles[place].left_bytes - self.through(place, option)
 
     @cached_property
     def casts(self) -> tuple[int, ...]:
-        """For each layer, the most of that."""
-        return tuple(max(self._ended(place, way) for way in range(len(self._own))) for place in range(len(self.layers)))
+        """For each layer, the most of these bytes with any option."""
+        return tuple(
+            max(self._ended(place, option) for option in range(len(self._own))) for place in range(len(self.layers))
+        )
 
-    def problem(self, guess: int, *, ways: int | None = None) -> Problem:
-        """What `mix` is asked; of the layers before each, `guess` are taken to have left what they do not keep."""
+    def problem(self, guess: int, *, num_options: int | None = None) -> Problem:
+        """The problem to solve, where `guess` of the layers before each have left their cast weights."""
         off = self.profiles[0]
-        used = range(len(self._own) if ways is None else ways)
+        used = range(len(self._own) if num_options is None else num_options)
         ended = [sum(sorted(self.casts[:place], reverse=True)[:guess]) for place in range(len(self.layers) + 1)]
         return Problem(
             options=tuple(

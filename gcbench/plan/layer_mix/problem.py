@@ -1,11 +1,11 @@
-"""How many layers get which policy: the fastest choice for each layer whose peak stays within a budget, exactly.
+"""Chooses an option for each layer, exactly: the fastest choice whose peak is within a budget.
 
-What a layer keeps lies there from its forward to its backward pass, so one layer's choice moves the peaks of all that
-come after it in the forward pass. Taken from the last layer to the first, though, a choice for the layers so far comes
-down to two numbers: its seconds, and how high it reaches above what the layers before it will have kept. Of two choices
-that are alike in these, no choice for the layers before can tell them apart, which makes this a dynamic program
-(G. L. Nemhauser and Z. Ullmann, Discrete dynamic programming and capital allocation, Management Science 15, 1969,
-494-505). `mix_search` holds the bounds that keep it short.
+What a layer saves stays allocated from its forward to its backward pass, so its choice moves the peaks of all layers
+that come after it in the forward pass. From the last layer to the first, though, a choice for the layers so far reduces
+to two numbers: its seconds, and its peak above what the layers before will have saved. Choices equal in both are
+interchangeable for any choice of the layers before, which makes this a dynamic program (G. L. Nemhauser and Z. Ullmann,
+Discrete dynamic programming and capital allocation, Management Science 15, 1969, 494-505). `dynamic_program` has the
+search and its bounds.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from gcbench.plan.layer_mix.dynamic_program import Layer, Search, Way
+from gcbench.plan.layer_mix.dynamic_program import Assignment, Layer, Search
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,11 +22,11 @@ class Option:
     """One policy for one layer.
 
     Attributes:
-        seconds: extra time per step against keeping everything.
-        kept_bytes: what it keeps, alive from its forward to its backward pass.
-        forward_bytes: the highest above what stood when its forward pass began.
-        backward_bytes: the highest while its backward pass runs, above what stood before its forward pass; what it
-            kept counts, gradients of later layers do not.
+        seconds: extra time per step over saving everything.
+        kept_bytes: what it saves, allocated from its forward to its backward pass.
+        forward_bytes: peak of its forward pass, above what is allocated when that begins.
+        backward_bytes: peak of its backward pass, above what is allocated when its forward pass begins; includes what
+            it saved, excludes gradients of later layers.
     """
 
     seconds: float
@@ -37,16 +37,17 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """The layers with their options, and what surrounds them; all in bytes.
+    """The layers with their options, and the rest of the step; all in bytes.
 
     Attributes:
         options: for each layer, in the order in which they run.
-        gradient_bytes: for each layer, what its backward pass leaves behind (the gradients of its parameters).
-        standing_bytes: alive before the first layer's forward pass begins.
-        head_bytes: the highest between the last layer's forward and backward pass, above standing and all that is kept.
-        loss_left_bytes: alive when the last layer's backward pass begins, above the same (the head's gradients).
-        other_peak_bytes: the step's highest outside of all this, whatever the choice (the optimizer's step).
-        budget_bytes: what the peak may reach.
+        gradient_bytes: for each layer, what its backward pass leaves allocated (the gradients of its parameters).
+        standing_bytes: allocated before the first layer's forward pass.
+        head_bytes: peak between the last layer's forward and backward pass, above `standing_bytes` and all that is
+            saved.
+        loss_left_bytes: allocated when the last layer's backward pass begins, above the same (the head's gradients).
+        other_peak_bytes: peak of the rest of the step, whatever the choice (the optimizer's step).
+        budget_bytes: the highest peak allowed.
     """
 
     options: tuple[tuple[Option, ...], ...]
@@ -59,13 +60,13 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Mix:
+class Solution:
     """A choice for all layers.
 
     Attributes:
         choice: for each layer, the number of its option.
-        seconds: extra time per step against keeping everything.
-        peak_bytes: the highest of the step.
+        seconds: extra time per step over saving everything.
+        peak_bytes: the peak of the step.
         unproven_seconds: no choice within the budget is faster by more than this; 0.0 where this one is the fastest.
     """
 
@@ -76,9 +77,9 @@ class Mix:
 
 
 def _needs(problem: Problem) -> list[list[int]]:
-    """For each option of each layer: the peak of its own forward and backward pass, had the layers before kept nothing.
+    """For each option of each layer: the peak of its own forward and backward pass if the layers before save nothing.
 
-    What those before have kept comes on top of both alike, which is what makes a single number of them.
+    What those save adds equally to both passes, so the higher of the two is enough.
     """
     found: list[list[int]] = []
     later_gradients = 0
@@ -90,7 +91,7 @@ def _needs(problem: Problem) -> list[list[int]]:
 
 
 def peak(problem: Problem, choice: Sequence[int]) -> int:
-    """The highest of the step, in bytes, with this option for each layer."""
+    """The peak of the step in bytes, with this option for each layer."""
     highest, kept = problem.other_peak_bytes, 0
     for options, need, number in zip(problem.options, _needs(problem), choice, strict=True):
         highest = max(highest, kept + need[number])
@@ -99,50 +100,47 @@ def peak(problem: Problem, choice: Sequence[int]) -> int:
 
 
 def lowest_peak(problem: Problem) -> int:
-    """The lowest peak that any choice has, in bytes, whatever the budget.
-
-    From the last layer to the first: how high the layers from here on reach at least, above what those before keep.
-    """
+    """The lowest peak of any choice, in bytes, whatever the budget."""
+    # From the last layer to the first: the lowest peak of the layers from here on, above what those before save.
     reach = problem.standing_bytes + problem.head_bytes
     for options, need in zip(reversed(problem.options), reversed(_needs(problem)), strict=True):
         reach = min(max(own, option.kept_bytes + reach) for option, own in zip(options, need, strict=True))
     return max(reach, problem.other_peak_bytes)
 
 
-def smallest(problem: Problem) -> Mix:
-    """The fastest choice of those with the lowest peak, whatever the budget."""
+def smallest(problem: Problem) -> Solution:
+    """The fastest of the choices with the lowest peak, whatever the budget."""
     found = solve(replace(problem, budget_bytes=lowest_peak(problem)))
     assert found is not None
     return found
 
 
-def solve(problem: Problem) -> Mix | None:
+def solve(problem: Problem) -> Solution | None:
     """The fastest choice within the budget; None when nothing fits.
 
-    Of choices that are as fast it takes one with the lowest peak, and then tidies it: among layers with the same
-    options those that keep most come last, since their memory is given back first in the backward pass, wherever that
-    order fits the budget too.
+    Of equally fast choices it has the lowest peak, and is then sorted: among layers with the same options those that
+    save most come last, since their memory is freed first in the backward pass, wherever that order fits the budget.
     """
     return frontier(problem, (problem.budget_bytes,))[0]
 
 
-def frontier(problem: Problem, budgets_bytes: Sequence[int]) -> tuple[Mix | None, ...]:
-    """What `solve` finds for each of these budgets in place of the problem's own, with the work shared."""
+def frontier(problem: Problem, budgets_bytes: Sequence[int]) -> tuple[Solution | None, ...]:
+    """The solutions for each of these budgets in place of the problem's own, with the work shared."""
     lowest = lowest_peak(problem)
     rising = sorted({budget for budget in budgets_bytes if budget >= lowest})
     search = _search(problem)
-    ways: dict[int, Way] = {}
+    found: dict[int, Assignment] = {}
 
-    def look(number: int, start: Way | None) -> Way:
-        way = search.fastest(rising[number], start=start)
-        assert way is not None  # the lowest peak is within the budget
-        return ways.setdefault(rising[number], way)
+    def look(number: int, start: Assignment | None) -> Assignment:
+        assignment = search.fastest(rising[number], start=start)
+        assert assignment is not None  # the lowest peak is within the budget
+        return found.setdefault(rising[number], assignment)
 
     def fill(low: int, high: int) -> None:
-        """Find the ways strictly between two budgets; what is best at both ends is best in between."""
-        at_low, at_high = ways[rising[low]], ways[rising[high]]
+        """Solve for the budgets strictly between two; what is best at both ends is best in between."""
+        at_low, at_high = found[rising[low]], found[rising[high]]
         if at_low.choice == at_high.choice:
-            ways.update(dict.fromkeys(rising[low + 1 : high], at_high))
+            found.update(dict.fromkeys(rising[low + 1 : high], at_high))
         elif high - low > 1:
             middle = (low + high) // 2
             look(middle, at_low)
@@ -154,8 +152,8 @@ def frontier(problem: Problem, budgets_bytes: Sequence[int]) -> tuple[Mix | None
         if len(rising) > 1:
             look(len(rising) - 1, first)
             fill(0, len(rising) - 1)
-    mixes = {budget: _mix(problem, way, budget) for budget, way in ways.items()}
-    return tuple(mixes.get(budget) for budget in budgets_bytes)
+    solutions = {budget: _solution(problem, assignment, budget) for budget, assignment in found.items()}
+    return tuple(solutions.get(budget) for budget in budgets_bytes)
 
 
 def _search(problem: Problem) -> Search:
@@ -170,20 +168,20 @@ def _search(problem: Problem) -> Search:
     return Search(layers, after_bytes=problem.standing_bytes + problem.head_bytes)
 
 
-def _mix(problem: Problem, way: Way, budget: int) -> Mix:
-    tidy = _tidied(problem, way.choice, budget)
-    return Mix(
+def _solution(problem: Problem, assignment: Assignment, budget: int) -> Solution:
+    tidy = _tidied(problem, assignment.choice, budget)
+    return Solution(
         choice=tidy,
         seconds=math.fsum(options[number].seconds for options, number in zip(problem.options, tidy, strict=True)),
         peak_bytes=peak(problem, tidy),
-        unproven_seconds=way.unproven_seconds,
+        unproven_seconds=assignment.unproven_seconds,
     )
 
 
 def _tidied(problem: Problem, choice: tuple[int, ...], budget: int) -> tuple[int, ...]:
-    """The same options, in blocks: for each kind of layers by rising kept bytes, else by falling, else as they are.
+    """The same options sorted for each kind of layer by saved bytes: rising where that fits, else falling or as is.
 
-    Rising where all kinds can be put so at once, else kind by kind.
+    All kinds rising at once where that fits, else kind by kind.
     """
     kinds: dict[tuple[Option, ...], list[int]] = {}
     for layer, options in enumerate(problem.options):

@@ -1,1 +1,1 @@
-"""Which operator outputs a checkpointed layer could save: all the best trades of bytes for seconds."""
+"""Finds the operator outputs worth saving in a checkpointed layer: the trade-off curve of bytes and seconds."""

@@ -1,4 +1,4 @@
-"""What happens inside one layer in the forward pass: its calls, what they read, what the backward pass needs."""
+"""Records the operator calls of a layer's forward pass: what each reads, and what the backward pass needs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class InnerCall:
     """One call of an operator in a layer's forward pass.
 
     Attributes:
-        name: as plans name it, `mm#3` for the fourth call of `mm` in the layer.
-        nbytes: of the memory that its outputs take; 0 for a view.
+        name: as in plans, `mm#3` for the fourth call of `mm` in the layer.
+        nbytes: bytes allocated for its outputs; 0 for a view.
         reads: numbers of the earlier calls in the layer whose memory it reads.
         needed: the backward pass reads an output.
-        is_changed: a later call writes into an output, so that it cannot be kept.
+        is_changed: a later call writes into an output, so that it cannot be saved.
         is_random: it draws random numbers.
-        is_view: it only looks at memory another way.
-        is_in_place: it writes into memory that others took.
+        is_view: its output is a view.
+        is_in_place: it writes into memory that other calls allocated.
     """
 
     name: str
@@ -45,29 +45,30 @@ class InnerCall:
 
     @property
     def can_keep(self) -> bool:
-        """Whether its outputs can be kept for a second run."""
+        """Whether its outputs can be saved for the recomputation."""
         return not (self.is_changed or self.is_random or self.is_view or self.is_in_place)
 
 
 @dataclass
 class _Watch:
-    """The call that took a memory last, while the layer runs."""
+    """The calls of a running layer; memory is identified by its storage."""
 
     calls: list[InnerCall] = field(default_factory=list)
     owner: dict[int, int] = field(default_factory=dict)
+    """Storage -> the call that allocated it or wrote into it last."""
     inside: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
-    """Memory -> all calls of which an output lies in it."""
+    """Storage -> all calls with an output in it."""
     counts: Counter[str] = field(default_factory=Counter)
     held: list[torch.Tensor] = field(default_factory=list)
-    """Every output, so that no memory is used twice while the layer runs."""
+    """Every output, so that no storage is reused while the layer runs."""
 
 
 def inner_calls(
     fake_model: FakeModel, layers: Sequence[int], *, batch_size: int, seq_len: int
 ) -> Mapping[int, tuple[InnerCall, ...]]:
-    """The calls in the forward pass of each of `layers`, of which nothing is checkpointed.
+    """The calls in the forward pass of each of `layers`, without checkpointing.
 
-    Raises NotComposable where a layer does not run exactly once; what the model's own code raises passes through.
+    Raises NotComposable where a layer does not run exactly once, and what the model's own code raises.
     """
     found: dict[int, tuple[InnerCall, ...]] = {}
 
@@ -82,7 +83,7 @@ def inner_calls(
 
 @contextmanager
 def _watched(layer: torch.nn.Module, number: int, found: dict[int, tuple[InnerCall, ...]]) -> Iterator[None]:
-    """While in force, a run of the layer is noted in `found`."""
+    """Within the context, a run of the layer is recorded in `found`."""
     forward = layer.forward
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -109,7 +110,7 @@ def _watched(layer: torch.nn.Module, number: int, found: dict[int, tuple[InnerCa
 
 
 class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes every call and which earlier calls made what it reads."""
+    """Records every call, and which earlier calls made what it reads."""
 
     def __init__(self, watch: _Watch) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,15 +120,15 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if is_question(func):
             return func(*args, **(kwargs or {}))
         kwargs, watch = kwargs or {}, self.watch
-        given = {storage_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
-        reads = {watch.owner[storage] for storage in given if storage in watch.owner}
+        inputs = {storage_of(value) for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)}
+        reads = {watch.owner[storage] for storage in inputs if storage in watch.owner}
         result = func(*args, **kwargs)
         made = [value for value in tree_leaves(result) if isinstance(value, torch.Tensor)]
         name = operator_name(func)
         place = watch.counts[name]
         watch.counts[name] += 1
         number = len(watch.calls)
-        fresh = {storage_of(value): value for value in made if storage_of(value) not in given}
+        fresh = {storage_of(value): value for value in made if storage_of(value) not in inputs}
         written = set(targets(func, args))
         for storage in written:
             for earlier in watch.inside[storage]:
@@ -143,7 +144,7 @@ class _Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 is_in_place=is_mutable(func),
             )
         )
-        # What a view lies in, and what is written into, is what it depends on: asking for the one asks for the other.
+        # A view depends on its base, and a tensor on what is written into it.
         for storage in (*fresh, *written):
             watch.owner[storage] = number
         for storage in {storage_of(value) for value in made}:

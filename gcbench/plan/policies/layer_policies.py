@@ -1,4 +1,4 @@
-"""The policies worth having for a model: which outputs each kind of layer could keep, and what need not run then."""
+"""The useful policies of a model: which outputs each kind of layer saves, and which calls need not run again then."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.strategies import Plan, Policy
 
 _BATCH_SIZE = 4
-"""At which calls are weighed against each other: times and bytes of all that matters grow with the batch alike."""
-
+"""Batch size at which calls are compared: the times and bytes that matter all grow in proportion to it."""
 _AT_ONCE = 0.002
-"""Of the time that the policy with the fewest bytes takes to recompute."""
+"""As a fraction of the longest recomputation: faster policies are as good as no checkpointing."""
 
 
 def uniform_plans(
     fake_model: FakeModel, layers: Sequence[int], figures: Figures, *, seq_len: int, most: int
 ) -> list[Plan]:
-    """Plans in which every layer has one of its policies: from the fewest bytes kept to the least time, at most `most`.
+    """Plans that give every layer of a kind the same policy: at most `most`, by rising saved bytes and falling time.
 
     Where a model has several kinds of layers the n-th plan gives each its n-th policy. Raises NotComposable where
-    layers cannot be looked into one by one, and what the model's own code raises.
+    layers cannot be traced one by one, and what the model's own code raises.
     """
     kinds = {layer: fake_model.kinds[layer] for layer in layers}
     examples: dict[Hashable, int] = {}
     for layer in layers[1:] or layers:
         examples.setdefault(kinds[layer], layer)
     examples.setdefault(kinds[layers[0]], layers[0])
-    looked_at = sorted({*examples.values(), layers[0], layers[-1]})
-    calls = inner_calls(fake_model, looked_at, batch_size=_BATCH_SIZE, seq_len=seq_len)
+    traced = sorted({*examples.values(), layers[0], layers[-1]})
+    calls = inner_calls(fake_model, traced, batch_size=_BATCH_SIZE, seq_len=seq_len)
     by_kind = {kind: _policies(calls[layer], figures, most) for kind, layer in examples.items()}
     chosen = {layer: by_kind[kinds[layer]] for layer in layers}
-    # What is before the first layer or behind the last may have them call other operators, in another dtype say.
+    # The first and last layer may call other operators than their kind, in another dtype for example.
     for layer in (layers[0], layers[-1]):
-        if _told(calls[layer]) != _told(calls[examples[kinds[layer]]]):
+        if _relevant(calls[layer]) != _relevant(calls[examples[kinds[layer]]]):
             chosen[layer] = _policies(calls[layer], figures, most)
     plans = []
     for number in range(max(map(len, chosen.values()))):
@@ -50,13 +49,13 @@ def uniform_plans(
     return plans
 
 
-def _told(calls: Sequence[InnerCall]) -> list[Hashable]:
-    """What policies are told of a layer's calls."""
+def _relevant(calls: Sequence[InnerCall]) -> list[Hashable]:
+    """The facts about a layer's calls on which its policies depend."""
     return [(call.name, call.work.nbytes, call.nbytes, call.reads, call.needed, call.is_changed) for call in calls]
 
 
 def weighed(calls: Sequence[InnerCall], figures: Figures) -> list[Call]:
-    """The calls of a layer as policies are chosen from them."""
+    """The calls of a layer with their times, as input of `min_cut`."""
     return [
         Call(
             name=call.name,
@@ -72,25 +71,25 @@ def weighed(calls: Sequence[InnerCall], figures: Figures) -> list[Call]:
 
 
 def _policies(calls: Sequence[InnerCall], figures: Figures, most: int) -> list[Policy]:
-    """Those of one kind of layer; the one that keeps nothing and skips nothing is left out."""
-    those = weighed(calls, figures)
+    """The policies of one kind of layer, without the one that saves and skips nothing."""
+    timed = weighed(calls, figures)
     last = max((number for number, call in enumerate(calls) if call.needed), default=-1)
     found = []
-    corners = frontier(those)
+    corners = frontier(timed)
     for choice in fewer(corners, most + 2):
         if choice.seconds <= _AT_ONCE * corners[0].seconds:
-            continue  # as fast as recomputing nothing, which keeps no more
-        # What only looks at memory another way costs nothing, and follows by itself what it looks at.
-        idle = [number for number in _idle(those, choice.keep, last) if not calls[number].is_view]
+            continue  # as fast as no checkpointing, which saves no more
+        # Views cost nothing, and are skipped with what they are views of.
+        idle = [number for number in _idle(timed, choice.keep, last) if not calls[number].is_view]
         if choice.keep or any(number < last for number in idle):
             found.append(Policy(keep=_names(calls, choice.keep), skip=_names(calls, idle)))
     return found or [Policy()]
 
 
 def _idle(calls: Sequence[Call], keep: Sequence[int], last: int) -> list[int]:
-    """What need not run with these outputs kept: up to the last call too, since what is kept is asked for once more.
+    """The calls that need not run again with these outputs saved.
 
-    `last` is the last call that the backward pass reads an output of.
+    `last` is the last call of which the backward pass reads an output.
     """
     waiting = [number for number, call in enumerate(calls) if call.needed and number not in keep]
     waiting += [number for number, call in enumerate(calls[: last + 1]) if call.must_run]

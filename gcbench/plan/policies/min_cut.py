@@ -1,8 +1,8 @@
-"""Which outputs inside a checkpointed layer are worth keeping: all the best trades of bytes for seconds.
+"""Chooses the outputs to save inside a checkpointed layer: the trade-off curve of saved bytes and recompute seconds.
 
-A checkpointed layer is run a second time in the backward pass. What is kept of it need not be computed again, nor what
-only led to it; what is not kept must be computed, and so must all that this reads, down to something kept. At a price
-per byte the cheapest choice is a minimum cut (J.-C. Picard, Maximal closure of a graph, Management Science 22, 1976,
+A checkpointed layer runs a second time in the backward pass. A saved output need not be recomputed, nor what only led
+to it; what is not saved must be recomputed with all that it reads, down to a saved output. At a price per byte the
+cheapest choice is a minimum cut (J.-C. Picard, Maximal closure of a graph, Management Science 22, 1976,
 1268-1272; for recomputation: H. He and S. Yu, Transcending runtime-memory tradeoffs in checkpointing by being fusion
 aware, MLSys 2023). Raising and lowering the price gives the corners of the lower convex hull, one after the other
 (M. J. Eisner and D. G. Severance, Mathematical techniques for efficient record segmentation in large shared databases,
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 _UNITS_PER_S = 10**15
-"""Seconds are counted in whole femtoseconds: sums and comparisons are exact, and 0.1 + 0.2 is 0.3."""
+"""Seconds are counted in integer femtoseconds: sums and comparisons are exact, and 0.1 + 0.2 is 0.3."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,13 +24,13 @@ class Call:
 
     Attributes:
         name: `mm#3` is the fourth call of `mm` in the layer.
-        seconds: what it takes to run it again.
-        nbytes: what its outputs hold if they are kept; 0 where they are tiny, or share memory with what stays anyway.
+        seconds: time to run it again.
+        nbytes: bytes to save its outputs; 0 where they are tiny, or share memory with what stays allocated anyway.
         reads: numbers of earlier calls whose outputs it reads.
         needed: the backward pass reads its output.
-        can_keep: False where its output may not be kept: it is changed in place later, or is random.
-        must_run: it has to run again whatever is kept (it draws random numbers), so what it reads has to be there.
-            That counts up to the last needed call only, for after it the recomputation stops.
+        can_keep: False where its output cannot be saved: it is changed in place later, or is random.
+        must_run: it runs again whatever is saved (it draws random numbers), and so needs what it reads. Only up to the
+            last needed call, after which the recomputation stops.
     """
 
     name: str
@@ -43,14 +43,14 @@ class Call:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Found:
-    """One choice of what to keep, and what it costs.
+class Selection:
+    """One choice of outputs to save, and its cost.
 
     Attributes:
-        keep: numbers of the calls whose outputs are kept, rising.
-        skip: numbers of the calls that need not run again though a later one does, and that are not kept.
-        kept_bytes: what the kept outputs hold.
-        seconds: what it takes to run all other calls again, up to the last whose output is needed.
+        keep: numbers of the calls whose outputs are saved, rising.
+        skip: numbers of the calls that are not saved and need not run again, though a later one does.
+        kept_bytes: bytes of the saved outputs.
+        seconds: time to run all other calls again, up to the last whose output is needed.
     """
 
     keep: tuple[int, ...]
@@ -59,12 +59,12 @@ class Found:
     seconds: float
 
 
-def frontier(calls: Sequence[Call]) -> tuple[Found, ...]:
-    """The corners of the lower convex hull of (kept bytes, seconds), from the fewest bytes to the least seconds.
+def frontier(calls: Sequence[Call]) -> tuple[Selection, ...]:
+    """The corners of the lower convex hull of (saved bytes, seconds), from the fewest bytes to the least seconds.
 
-    They are all the choices that are best at some price of a byte. The first keeps no bytes and is the fastest that
-    does so: it names outputs that hold nothing where that saves time. The last is the fastest of all, with the fewest
-    bytes that this takes. No output is kept that could be left out at no cost in seconds.
+    They are all the choices that are best at some price of a byte. The first is the fastest that saves no bytes: it
+    names outputs without memory of their own where that saves time. The last is the fastest of all, with as few bytes
+    as possible. No output is saved that could be left out at no cost in seconds.
     """
     layer = _Layer(calls)
     first = layer.cheapest(per_second=1, per_byte=layer.all_units + 1)
@@ -73,11 +73,11 @@ def frontier(calls: Sequence[Call]) -> tuple[Found, ...]:
     return tuple(layer.found(corner) for corner in corners)
 
 
-def fewer(corners: Sequence[Found], most: int) -> tuple[Found, ...]:
-    """At most `most` of these corners, rising in bytes, chosen so that the rest is missed least; both ends are kept.
+def fewer(corners: Sequence[Selection], most: int) -> tuple[Selection, ...]:
+    """At most `most` of these corners, rising in bytes, with the least area between the two hulls; both ends stay.
 
-    Layers that differ reach every point on the lines between the corners that are chosen. The choice makes the area
-    between those lines and the lines between all corners, in seconds times bytes, as small as it can be.
+    Mixing layers reaches every point on the lines between the chosen corners, so the area between those lines and the
+    lines between all corners, in seconds times bytes, is what is lost.
 
     Raises ValueError when `most` is less than 2.
     """
@@ -85,26 +85,26 @@ def fewer(corners: Sequence[Found], most: int) -> tuple[Found, ...]:
         raise ValueError(f"a choice has at least its two ends, not {most}; ask for 2 or more")
     if len(corners) <= most:
         return tuple(corners)
-    # For each corner: the smallest area on a way there from the first, and the way; one step longer each time.
+    # For each corner: the smallest area on a path there from the first, and the path; one step longer each time.
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, (0,))}
     for _ in range(most - 1):
         longer = dict(best)
         for end in range(1, len(corners)):
-            ways = [
-                (area + _area(corners[at], corners[end]), (*way, end)) for at, (area, way) in best.items() if at < end
+            paths = [
+                (area + _area(corners[at], corners[end]), (*path, end)) for at, (area, path) in best.items() if at < end
             ]
-            longer[end] = min([*ways, longer[end]] if end in longer else ways)
+            longer[end] = min([*paths, longer[end]] if end in longer else paths)
         best = longer
     return tuple(corners[number] for number in best[len(corners) - 1][1])
 
 
-def _area(left: Found, right: Found) -> float:
+def _area(left: Selection, right: Selection) -> float:
     return (right.kept_bytes - left.kept_bytes) * (left.seconds + right.seconds) / 2
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Corner:
-    """A choice in exact numbers: `units` are femtoseconds."""
+    """A choice in integers: `units` are femtoseconds."""
 
     keep: frozenset[int]
     kept_bytes: int
@@ -124,10 +124,10 @@ def _between(layer: _Layer, left: _Corner, right: _Corner) -> Iterator[_Corner]:
 class _Layer:
     """A layer's calls as a network whose minimum cuts are the best choices.
 
-    Node 2v stands for "the output of v has to be there", node 2v + 1 for "v runs again"; a node on the source's side is
-    true. An arc from the first to the second costs what keeping v costs, one from the second to the sink what running v
-    costs, and one without limit leads from "v runs again" to the output of each call that v reads. Where v is needed,
-    the source itself stands for the first.
+    Node 2v represents "the output of v is available", node 2v + 1 "v runs again"; a node on the source's side is true.
+    The arc from the first to the second costs what saving v costs, the one from the second to the sink what running v
+    costs, and an unlimited one leads from "v runs again" to the output of each call that v reads. Where v is needed,
+    the source itself is the first node.
     """
 
     def __init__(self, calls: Sequence[Call]) -> None:
@@ -149,7 +149,7 @@ class _Layer:
     def cheapest(self, *, per_second: int, per_byte: int) -> _Corner:
         """The choice of least per_second x seconds + per_byte x bytes; of equals the one of fewest bytes, then outputs.
 
-        The second and third wish are lower digits of the same whole number.
+        The second and third criterion are lower digits of the same integer.
         """
         outputs = len(self.calls) + 1
         whole = outputs * (self.all_bytes + 1)
@@ -169,9 +169,9 @@ class _Layer:
             units=sum(self.units[v] for v in self._run_again(keep)),
         )
 
-    def found(self, corner: _Corner) -> Found:
+    def found(self, corner: _Corner) -> Selection:
         again = self._run_again(corner.keep)
-        return Found(
+        return Selection(
             keep=tuple(sorted(corner.keep)),
             skip=tuple(v for v in range(max(again, default=0)) if v not in again and v not in corner.keep),
             kept_bytes=corner.kept_bytes,
@@ -179,7 +179,7 @@ class _Layer:
         )
 
     def _run_again(self, keep: frozenset[int]) -> set[int]:
-        """The calls that have to run again with these outputs kept."""
+        """The calls that have to run again with these outputs saved."""
         again: set[int] = set()
         waiting = self.forced + [v for v in self.needed if v not in keep]
         while waiting:
@@ -191,11 +191,11 @@ class _Layer:
 
 
 class _Network:
-    """Directed arcs whose capacities come with each question; the last two nodes are source and sink.
+    """Directed arcs whose capacities are passed to each cut; the last two nodes are source and sink.
 
     E. A. Dinic, Algorithm for solution of a problem of maximum flow in networks with power estimation, Soviet
-    Mathematics Doklady 11, 1970, 1277-1280, in whole numbers. On these networks it is some 10 to 20 times as fast as
-    the algorithms of networkx 3.6 (0.6 ms against 5 to 20 ms for 120 calls), and a hull asks about a hundred times.
+    Mathematics Doklady 11, 1970, 1277-1280, in integers. On these networks it is some 10 to 20 times as fast as
+    the algorithms of networkx 3.6 (0.6 ms against 5 to 20 ms for 120 calls), and a hull needs about a hundred cuts.
     """
 
     def __init__(self, num_nodes: int) -> None:
@@ -208,7 +208,7 @@ class _Network:
         return len(self.heads)
 
     def add(self, tail: int, head: int) -> int:
-        """The number of a new arc; the next number is its way back, with capacity 0."""
+        """The number of a new arc; the next number is its reverse arc, with capacity 0."""
         arc = len(self.heads)
         self.heads += [head, tail]
         self.arcs_of[tail].append(arc)
@@ -233,7 +233,7 @@ class _Network:
         return side
 
     def _steps_to_sink(self, capacity: list[int]) -> list[int]:
-        """The fewest arcs with capacity left from each node to the sink; the number of nodes where there is no way."""
+        """The fewest arcs with capacity left from each node to the sink; the number of nodes where there is no path."""
         heads, nowhere = self.heads, len(self.arcs_of)
         steps = [nowhere] * nowhere
         steps[self.sink] = 0
@@ -246,30 +246,30 @@ class _Network:
         return steps
 
     def _block(self, capacity: list[int], steps: list[int]) -> None:
-        """Send flow along shortest ways until each of them is blocked; changes both arguments."""
+        """Send flow along shortest paths until each of them is blocked; changes both arguments."""
         heads, arcs_of, source, sink = self.heads, self.arcs_of, self.source, self.sink
         tried = [0] * len(arcs_of)
-        way: list[int] = []
+        path: list[int] = []
         node = source
         while True:
             if node == sink:
-                flow = min(capacity[arc] for arc in way)
-                for arc in way:
+                flow = min(capacity[arc] for arc in path)
+                for arc in path:
                     capacity[arc] -= flow
                     capacity[arc ^ 1] += flow
-                full = next(place for place, arc in enumerate(way) if not capacity[arc])
-                node = heads[way[full] ^ 1]
-                del way[full:]
+                full = next(place for place, arc in enumerate(path) if not capacity[arc])
+                node = heads[path[full] ^ 1]
+                del path[full:]
             arcs, nearer = arcs_of[node], steps[node] - 1
             at = tried[node]
             while at < len(arcs) and not (capacity[arcs[at]] and steps[heads[arcs[at]]] == nearer):
                 at += 1
             tried[node] = at
             if at < len(arcs):
-                way.append(arcs[at])
+                path.append(arcs[at])
                 node = heads[arcs[at]]
-            elif way:
+            elif path:
                 steps[node] = len(arcs_of)
-                node = heads[way.pop() ^ 1]
+                node = heads[path.pop() ^ 1]
             else:
                 return

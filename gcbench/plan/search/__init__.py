@@ -1,4 +1,4 @@
-"""The search for the fastest setting that fits: named strategies and found plans, at every batch size that may pay.
+"""The search for the fastest candidate that fits: named strategies and searched plans, at all useful batch sizes.
 
-It runs in a child process. Memory comes from the predictor, time from the figures of the operators that it traced.
+It runs in a child process. Memory comes from the predictor, time from the operator times of the traced steps.
 """

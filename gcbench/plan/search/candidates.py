@@ -1,4 +1,4 @@
-"""What a plan takes and brings at a batch size: traced once, and computed from then on."""
+"""Peak memory and step time of a plan at any batch size: traced once per plan, then scaled."""
 
 from __future__ import annotations
 
@@ -25,15 +25,16 @@ _MOST_BATCH = 2**20
 
 
 class CandidateEvaluator:
-    """One model on one device, at one length.
+    """Evaluates plans of one model on one target, at one sequence length.
+
+    Its settings never change: `limited`, `with_figures` and `exact_up_to` each return another evaluator, which shares
+    the traces and those results that stay valid.
 
     Attributes:
-        usable: bytes that may be used; None where there is no bound.
-        is_cuda: whether the target has a caching allocator, and a process holds more than its tensors.
-        all_up_to: the batch size up to which all is known of what does not fit either; None for all batch sizes.
+        usable: usable bytes of the device; None without a limit.
+        is_cuda: whether the target has a caching allocator, so that a process takes more memory than its tensors.
+        pair: the two batch sizes that are traced, from which all others follow.
     """
-
-    all_up_to: int | None = None
 
     def __init__(self, task: PlanTask, figures: Figures) -> None:
         self.task = task
@@ -42,39 +43,51 @@ class CandidateEvaluator:
         self.is_cuda = task.target.kind == "cuda"
         self.usable = _usable(task)
         self.pair = traced_at(task.target, task.seq_len)
-        """The batch sizes that others follow from."""
+        self._exact_up_to: int | None = None
         self._scalings: dict[Plan, Scaling] = {}
         self._peaks: dict[tuple[Plan, int, bool], tuple[int, Peak]] = {}
         self._profiles: dict[tuple[Plan, int], StepProfile | None] = {}
         self._seconds: dict[tuple[Plan, int, bool], float] = {}
 
     def limited(self, task: PlanTask) -> CandidateEvaluator:
-        """The same for a task that differs in the target's memory alone; what was traced is shared."""
+        """The evaluator for a task that differs only in the memory of the target."""
         other = copy(self)
         other.task, other.usable = task, _usable(task)
         other.session = Session.on(self.session, task.target)
-        other._peaks = {}  # short of memory, an allocator gives back what it caches
+        other._peaks = {}  # an allocator that runs short of memory frees what it caches
         return other
 
-    def use(self, figures: Figures) -> None:
-        """Other figures from now on."""
-        self.figures = figures
-        self._profiles, self._seconds = {}, {}
+    def with_figures(self, figures: Figures) -> CandidateEvaluator:
+        """The evaluator with other operator times."""
+        other = copy(self)
+        other.figures = figures
+        other._profiles, other._seconds = {}, {}
+        return other
+
+    def exact_up_to(self, batch: int) -> CandidateEvaluator:
+        """The evaluator that reports a lower bound for larger batches whose tensors alone exceed the device.
+
+        The allocator is not replayed for these, which is what takes long.
+        """
+        other = copy(self)
+        other._exact_up_to = batch
+        return other
 
     def calls(self, plan: Plan, batch: int) -> list[Work]:
-        """Every call of an operator in a step, as it is made."""
+        """All operator calls of a step, the optimizer's included."""
         scaling = self.scaling(plan)
         update = scaling.step(batch).update
         pairs = () if update is None else zip(update.works, update.times, strict=True)
         return [*scaling.calls(batch), *(work for work, times in pairs for _ in range(round(times)))]
 
     def trace(self, plans: list[Plan]) -> dict[Plan, str]:
-        """Trace what these plans' steps are computed from, on two cores; those that cannot be traced, and why.
+        """Trace these plans on two cores; returns the reason for each that cannot be traced.
 
-        Raises what the model's own code raises on tensors without values, with nothing recomputed.
+        The first two must checkpoint nothing and everything. Raises what the model's own code raises on fake tensors
+        (shapes and dtypes, no data) without checkpointing.
         """
         low, high = self.pair
-        # What others do at the larger batch size follows from the first two, which keep everything and nothing.
+        # The steps of the other plans at the larger batch size follow from these two.
         found = self._traced([*((plan, high) for plan in plans[:2]), *((plan, low) for plan in plans)])
         growth = Growth(
             [
@@ -103,14 +116,14 @@ class CandidateEvaluator:
         return refused
 
     def _traced(self, pairs: Sequence[tuple[Plan, int]]) -> dict[tuple[Plan, int], Step | str]:
-        """The steps of plans at batch sizes, on two cores; of those that cannot be traced, why."""
+        """The step of each (plan, batch size), or why it cannot be traced; on two cores."""
         predictor, seq_len = self.session.predictor, self.task.seq_len
 
         def step(pair: tuple[Plan, int]) -> Step | str:
             plan, batch = pair
             try:
                 return predictor.step(plan, batch_size=batch, seq_len=seq_len)
-            except Exception as err:  # a model's own code, which may not bear that some of it is not run again
+            except Exception as err:  # a model's own code, which may not allow that calls are skipped
                 if not plan.groups:
                     raise
                 return first_sentence(err)
@@ -119,38 +132,38 @@ class CandidateEvaluator:
             return dict(zip(pairs, on_two_cores(step, pairs), strict=True))
 
     def scaling(self, plan: Plan) -> Scaling:
-        """Its steps at any batch size."""
+        """The plan's steps at any batch size."""
         if plan not in self._scalings:
             self._scalings[plan] = Scaling(self.session.predictor, plan, seq_len=self.task.seq_len, pair=self.pair)
         return self._scalings[plan]
 
     def candidate(self, spec: str, plan: Plan, batch: int, *, traced: bool = False, in_full: bool = False) -> Candidate:
-        """A plan at a batch size; with `traced` from a trace of this very step, with `in_full` also beyond `all_up_to`.
+        """Evaluate a plan at a batch size; with `traced` from a trace of this very step.
 
-        Beyond it the peak may be a lower bound.
+        With `in_full` the peak is never a lower bound (see `exact_up_to`).
         """
-        held, peak = self.held(plan, batch, traced=traced, in_full=in_full)
+        nbytes, peak = self.peak(plan, batch, traced=traced, in_full=in_full)
         seconds = self.seconds(plan, batch, traced=traced)
         return Candidate(
             strategy=spec,
             plan=plan,
             batch_size=batch,
-            peak_bytes=held,
+            peak_bytes=nbytes,
             allocated_bytes=peak.memory.allocated_bytes,
             peak_phase=peak.memory.peak_phase,
-            fits=self.fits(held),
+            fits=self.fits(nbytes),
             step_time_s=seconds,
             tokens_per_s=batch * self.task.seq_len / seconds,
             source="predicted" if traced or self.scaling(plan).is_exact(batch) else "estimated",
-            is_lower_bound=self.is_bound(peak),
+            is_lower_bound=self.is_lower_bound(peak),
         )
 
-    def is_bound(self, peak: Peak) -> bool:
-        """Whether the allocator was not looked at, so that the process holds more than is said."""
+    def is_lower_bound(self, peak: Peak) -> bool:
+        """Whether the peak was found without a replay of the allocator."""
         return self.is_cuda and peak.memory.process_bytes is None
 
     def seconds(self, plan: Plan, batch: int, *, traced: bool = False) -> float:
-        """How long a step takes; an estimate."""
+        """The estimated time of a step."""
         key = (plan, batch, traced)
         if key not in self._seconds:
             self._seconds[key] = self._step(plan, batch, traced=traced).seconds(self.figures)
@@ -160,81 +173,76 @@ class CandidateEvaluator:
         scaling = self.scaling(plan)
         return scaling.traced(batch) if traced else scaling.step(batch)
 
-    def held(self, plan: Plan, batch: int, *, traced: bool = False, in_full: bool = False) -> tuple[int, Peak]:
+    def peak(self, plan: Plan, batch: int, *, traced: bool = False, in_full: bool = False) -> tuple[int, Peak]:
         """(bytes that count against the device's memory, the peak) of a step."""
         key = (plan, batch, traced)
-        if key not in self._peaks or (in_full and self.is_bound(self._peaks[key][1])):
+        if key not in self._peaks or (in_full and self.is_lower_bound(self._peaks[key][1])):
             scaling = self.scaling(plan)
             line = scaling.traced(batch).timeline if traced else scaling.line(batch)
-            self._peaks[key] = self.weighed(line, None if traced or in_full else batch)
+            self._peaks[key] = self.peak_of(line, None if traced or in_full else batch)
         return self._peaks[key]
 
-    def weighed(self, line: Timeline, batch: int | None = None) -> tuple[int, Peak]:
-        """The same of any step; of batches above `all_up_to` with no look at the allocator where tensors are too much.
-
-        What is returned then is what they take, and the process besides: less than it would hold.
-        """
+    def peak_of(self, line: Timeline, batch: int | None = None) -> tuple[int, Peak]:
+        """As `peak`, of any step; it may be a lower bound where its batch size is given (see `exact_up_to`)."""
         limit = self.task.target.memory_bytes
-        if self.all_up_to is not None and batch is not None and batch > self.all_up_to and limit is not None:
+        if self._exact_up_to is not None and batch is not None and batch > self._exact_up_to and limit is not None:
             tensors = timeline.exact(line)
-            held = tensors.memory.allocated_bytes + self.outside_bytes
-            if held > limit:
-                return held, tensors
+            nbytes = tensors.memory.allocated_bytes + self.outside_bytes
+            if nbytes > limit:
+                return nbytes, tensors
         peak = self.session.peak(line)
-        return self._counts(peak), peak
-
-    def counted(self, line: Timeline, session: Session) -> int:
-        """Bytes that count against the device's memory, of any step in any session."""
-        return self._counts(session.peak(line))
-
-    def _counts(self, peak: Peak) -> int:
-        return (peak.memory.process_bytes or 0) if self.is_cuda else peak.memory.allocated_bytes
+        return self.session.counts(peak), peak
 
     @property
     def outside_bytes(self) -> int:
-        """What the process takes of the device outside of an allocator."""
+        """Device memory of the process outside the allocator; 0 on a CPU."""
         return self.session.device_model.outside_bytes if self.is_cuda else 0
 
-    def fits(self, held: int) -> bool:
-        """Whether so many bytes may be used."""
-        return self.usable is None or held <= self.usable
+    def fits(self, nbytes: int) -> bool:
+        """Whether so many bytes are usable."""
+        return self.usable is None or nbytes <= self.usable
 
     def profile(self, plan: Plan, batch: int) -> StepProfile | None:
-        """The step layer by layer; None where layers cannot be told apart."""
+        """The step layer by layer; None where it was traced in full."""
         key = (plan, batch)
         if key not in self._profiles:
             rounding = MIN_BLOCK_BYTES if self.is_cuda else 1
             self._profiles[key] = profile(self.scaling(plan).step(batch), self.figures, rounding=rounding)
         return self._profiles[key]
 
-    def most(self, plan: Plan) -> int | None:
-        """The largest batch at which a plan fits; None where one sequence does not, or nothing is too large."""
+    def largest_batch(self, plan: Plan) -> int | None:
+        """The largest batch at which a plan fits; None where not even one sequence does, or memory is unlimited."""
         if self.usable is None:
             return None
         scaling = self.scaling(plan)
         if not scaling.is_affine:
-            return next((batch for batch in (8, 4, 2, 1) if self.fits(self.held(plan, batch)[0])), None)
-        return self.largest_of(lambda batch: self.tensors(scaling.line(batch)), lambda batch: self.held(plan, batch))
+            return next((batch for batch in (8, 4, 2, 1) if self.fits(self.peak(plan, batch)[0])), None)
+        return self.largest_that_fits(scaling.line, lambda batch: self.peak(plan, batch))
 
-    def largest_of(self, tensors: Callable[[int], int], held: Callable[[int], tuple[int, Peak]]) -> int | None:
-        """The largest batch that fits, by what its tensors take, which is quick to tell, and what it holds in all."""
+    def largest_that_fits(self, line: Callable[[int], Timeline], peak: Callable[[int], tuple[int, Peak]]) -> int | None:
+        """The largest batch that fits, by a step's timeline and peak at a batch size; None where none fits.
+
+        The tensors alone are quick to add up, so the search narrows the range by them before it replays an allocator.
+        """
         assert self.usable is not None
-        room = self.usable - self.outside_bytes
+
+        def largest_by_tensors(available: int) -> int:
+            return largest(lambda batch: self.tensor_bytes(line(batch)) <= available)
 
         def fits(batch: int) -> bool:
-            return self.fits(held(batch)[0])
+            return self.fits(peak(batch)[0])
 
-        # No more fit than would with nothing lost between tensors; where the search then begins, about as much is lost.
-        most = largest(lambda batch: tensors(batch) <= room)
+        # An upper bound: no fragmentation. Then a guess: as much fragmentation as at that bound.
+        most = largest_by_tensors(self.usable - self.outside_bytes)
         if most == 0 or fits(most):
             return most or None
-        nbytes, peak = held(most)
-        room = self.usable - (nbytes - peak.memory.allocated_bytes)
-        return largest(fits, start=min(most - 1, largest(lambda batch: tensors(batch) <= room))) or None
+        nbytes, at_most = peak(most)
+        guess = largest_by_tensors(self.usable - (nbytes - at_most.memory.allocated_bytes))
+        return largest(fits, start=min(most - 1, guess)) or None
 
     @staticmethod
-    def tensors(line: Timeline) -> int:
-        """Bytes that tensors take at a step's peak."""
+    def tensor_bytes(line: Timeline) -> int:
+        """Allocated bytes of tensors at a step's peak."""
         return timeline.exact(line).memory.allocated_bytes
 
 
@@ -244,7 +252,7 @@ def _usable(task: PlanTask) -> int | None:
 
 
 def largest(fits: Callable[[int], bool], *, start: int = 0) -> int:
-    """The largest batch that fits, where smaller ones do too; 0 for none. `start` is a guess, looked around first."""
+    """The largest batch that fits, where smaller ones do too; 0 for none. `start` is a guess, tried first."""
     low, high, step = start, start + 1, 1
     while low > 0 and not fits(low):
         low, high, step = max(low - step, 0), low, 2 * step

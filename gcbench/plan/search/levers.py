@@ -1,8 +1,7 @@
-"""What would lower the peak besides checkpointing: each replayed or traced anew, none asserted."""
+"""Changes other than checkpointing that would reduce the peak; each is replayed or traced, none is estimated."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -19,24 +18,25 @@ from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Timeline
 
 _WORTH_NAMING = 0.005
-"""Of the peak; smaller gains are no lever."""
+"""As a fraction of the peak; smaller reductions are left out."""
 _LORA_R = 16
 _FUSED = "adamw_torch_fused"
 _BLOCK = 256
-"""Elements of an 8-bit optimizer's state that share one fp32 factor, and the least that a state is quantised at: 4096
-elements (bitsandbytes 0.50.2, `init_state` in bitsandbytes/optim/optimizer.py)."""
+"""Elements of an 8-bit optimizer's state that share one fp32 scale (bitsandbytes 0.50.2, `init_state` in
+bitsandbytes/optim/optimizer.py)."""
 _LEAST_QUANTISED = 4096
-
-Held = Callable[[Timeline, Session], int]
+"""Elements; smaller states stay in fp32 (same source)."""
 
 
 class Trial:
-    """The levers of one candidate that take traces of their own, half of them tried ahead; a context manager."""
+    """The changes of one candidate that need traces of their own; a forked process begins half of them at once.
 
-    def __init__(self, task: PlanTask, candidate: Candidate, *, held: Held) -> None:
+    A context manager, which ends that process.
+    """
+
+    def __init__(self, task: PlanTask, candidate: Candidate) -> None:
         self.of = (candidate.plan, candidate.batch_size)
         self._changes = _changes(task, candidate)
-        self._held = held
         self._ahead: Ahead[Change, int | None] = Ahead(self._try, self._changes[0::2])
 
     def __enter__(self) -> Trial:
@@ -46,10 +46,10 @@ class Trial:
         self._ahead.__exit__(*exc)
 
     def _try(self, change: Change) -> int | None:
-        return _traced(change[2], change[3], self._held)
+        return _traced(change[2], change[3])
 
     def peaks(self) -> list[tuple[str, str | None, int]]:
-        """(name, flag, bytes) of each that can be had."""
+        """(name, flag, peak in bytes) of each change that can be traced."""
         other = [self._try(change) for change in self._changes[1::2]]
         ahead = self._ahead.results()
         if ahead is None:
@@ -63,13 +63,13 @@ class Trial:
 
 
 def levers(
-    task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, held: Held, usable: int | None
+    task: PlanTask, session: Session, candidate: Candidate, step: Step, trial: Trial, *, usable: int | None
 ) -> tuple[MemoryLever, ...]:
-    """The levers of a candidate, the best first; those too small to name are left out."""
+    """The changes that reduce the candidate's peak by more than `_WORTH_NAMING`, lowest peak first."""
     tried: list[tuple[str, str | None, int]] = []
 
     def note(name: str, flag: str | None, line: Timeline, by: Session = session) -> None:
-        tried.append((name, flag, held(line, by)))
+        tried.append((name, flag, by.weighed(line)[0]))
 
     assembly = step.assembly
     sizes = without_logits(assembly, CHUNKS)
@@ -96,19 +96,19 @@ Change = tuple[str, str | None, PlanTask, Candidate]
 
 
 def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
-    """Other workloads, what takes longest first, and other ways to treat the same layers."""
+    """Changes of the workload, those that take longest to trace first, and of the policies of the same layers."""
     changes: list[Change] = []
-    # A policy names calls of operators, and these are not the same ones any more.
+    # A policy names calls of operators, which a changed model does not have: then its layers are recomputed fully.
     plan = candidate.plan
     whole = candidate if not plan.policies else replace(candidate, plan=replace(plan, policies=()))
-    besides = "" if whole is candidate else ", the same layers recomputed whole"
+    besides = "" if whole is candidate else ", the same layers fully recomputed"
 
     def change(name: str, flag: str, other: PlanTask) -> None:
         changes.append((name + besides, flag, other, whole))
 
     if task.lora is None:
         adapters = replace(task, lora=Lora(r=_LORA_R))
-        change(f"LoRA adapters of rank {_LORA_R} in place of all weights", f"--lora-r {_LORA_R}", adapters)
+        change(f"LoRA adapters of rank {_LORA_R} instead of full fine-tuning", f"--lora-r {_LORA_R}", adapters)
     if task.attn_implementation == "eager":
         change("fused attention", "--attn-implementation sdpa", replace(task, attn_implementation="sdpa"))
     if task.precision == "fp32":
@@ -116,23 +116,25 @@ def _changes(task: PlanTask, candidate: Candidate) -> list[Change]:
     if task.precision in ("fp32", "bf16-mixed", "fp16-mixed"):
         change("weights in bf16", "--precision bf16", replace(task, precision="bf16"))
     if task.target.kind == "cuda" and plan.groups and whole is candidate and not (plan.compiled or plan.own):
-        away = replace(candidate, plan=plan.with_policies(offload=True))
-        changes.append(("boundaries in the host's memory", f"--strategies {candidate.strategy}+offload", task, away))
+        offloaded = replace(candidate, plan=plan.with_policies(offload=True))
+        changes.append(
+            ("layer inputs offloaded to host memory", f"--strategies {candidate.strategy}+offload", task, offloaded)
+        )
     return changes
 
 
-def _traced(task: PlanTask, candidate: Candidate, held: Held) -> int | None:
-    """The peak of another workload; None where its step cannot be had."""
+def _traced(task: PlanTask, candidate: Candidate) -> int | None:
+    """The peak of another workload in bytes; None where its step cannot be traced."""
     try:
         session = Session(task.as_predictions())
         plan, batch = candidate.plan, candidate.batch_size
-        return held(session.predictor.step(plan, batch_size=batch, seq_len=task.seq_len).timeline, session)
-    except Exception:  # a model's own code; a lever that cannot be tried is none
+        return session.weighed(session.predictor.step(plan, batch_size=batch, seq_len=task.seq_len).timeline)[0]
+    except Exception:  # a model's own code may raise anything; the change is then left out
         return None
 
 
 def _eight_bit(task: PlanTask, session: Session, candidate: Candidate, step: Step) -> Timeline | None:
-    """The step with AdamW's two states in 8 bits, whichever AdamW it was traced with; None where it cannot be had.
+    """The step with AdamW's two states in 8 bits, whichever AdamW it was traced with; None where it cannot be traced.
 
     An 8-bit optimizer steps a parameter in one kernel, in place, and makes no lists of temporaries as `adamw_torch`
     does: it is the step of the fused optimizer, with smaller states.
@@ -152,7 +154,7 @@ def _eight_bit(task: PlanTask, session: Session, candidate: Candidate, step: Ste
 
 
 def _traced_fused(task: PlanTask, candidate: Candidate) -> Assembly | None:
-    """The step of a model whose layers cannot be told apart, with the fused optimizer; None where it cannot be had."""
+    """The step with the fused optimizer, for models traced in full; None where it cannot be traced."""
     try:
         predictor = Session(replace(task, optim=_FUSED).as_predictions()).predictor
         return predictor.step(candidate.plan, batch_size=candidate.batch_size, seq_len=task.seq_len).assembly
@@ -161,9 +163,9 @@ def _traced_fused(task: PlanTask, candidate: Candidate) -> Assembly | None:
 
 
 def _quantised(nbytes: Ints, *, width: int) -> Ints:
-    """What states take in 8 bits: a byte an element, and a factor for every block of them; small ones stay.
+    """Bytes of states in 8 bits: one byte per element and one scale per block; small states keep their size.
 
-    `width` is what an element takes now, in bytes.
+    `width` is the size of an element now, in bytes.
     """
     small = nbytes // width + 4 * -(-nbytes // (width * _BLOCK))
     return np.where(nbytes >= width * _LEAST_QUANTISED, small, nbytes)

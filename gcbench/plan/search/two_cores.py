@@ -1,4 +1,4 @@
-"""Two cores for work that takes a model already built: a copy of the process does some of it, and tells."""
+"""Uses a second core for work on a model that is already built, in a forked copy of the process."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ R = TypeVar("R")
 
 
 class Ahead(Generic[T, R]):
-    """`work` of each item, begun at once by a forked copy of this process; a context manager, which ends the copy.
+    """Runs `work` on each item in a forked copy of this process, at once; a context manager, which ends the copy.
 
-    Results must be picklable. Where there is one core, or the copy fails, for whatever reason, nothing comes of it.
+    Results must be picklable. There are none where there is only one core, or where the copy fails.
     """
 
     def __init__(self, work: Callable[[T], R], items: Sequence[T]) -> None:
@@ -36,11 +36,11 @@ class Ahead(Generic[T, R]):
             try:
                 _end_with(parent)
                 os.close(reading)
-                with os.fdopen(writing, "wb") as telling:
-                    pickle.dump([work(item) for item in items], telling, protocol=pickle.HIGHEST_PROTOCOL)
+                with os.fdopen(writing, "wb") as pipe:
+                    pickle.dump([work(item) for item in items], pipe, protocol=pickle.HIGHEST_PROTOCOL)
                 code = 0
             finally:
-                os._exit(code)  # nothing of this process is to be cleaned up twice
+                os._exit(code)  # without a second cleanup of what belongs to this process
         os.close(writing)
         self._pid = pid
         self._pipe = os.fdopen(reading, "rb")
@@ -50,11 +50,11 @@ class Ahead(Generic[T, R]):
 
     def __exit__(self, *exc: object) -> None:
         if self._pid is not None:
-            os.kill(self._pid, signal.SIGKILL)  # it may wait for somebody to read what it has to say
+            os.kill(self._pid, signal.SIGKILL)  # it may be blocked on a full pipe
             self._end()
 
     def results(self) -> list[R] | None:
-        """One for each item, once they are there; None where nothing came of it."""
+        """Wait for the results, one per item; None where there are none."""
         if self._pid is None:
             return None
         content = self._pipe.read()
@@ -72,25 +72,25 @@ class Ahead(Generic[T, R]):
 
 
 def on_two_cores(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """`work` of each item, in order; a copy of this process does as many as it gets to.
+    """`work` of each item, in order; this process and a copy of it share the items.
 
-    Results must be picklable. What the copy cannot do, for whatever reason, is done here.
+    Results must be picklable. Items that the copy fails on are done here.
     """
     numbers = _Numbers(len(items))
     found: dict[int, R] = {}
     with numbers, Ahead(lambda _: [(number, work(items[number])) for number in numbers], items[:1]) as there:
         found.update((number, work(items[number])) for number in numbers)
-        for told in there.results() or ():
-            found.update(told)
+        for results in there.results() or ():
+            found.update(results)
     return [found[number] if number in found else work(item) for number, item in enumerate(items)]
 
 
 class _Numbers:
-    """0, 1, 2 and so on, each handed out once among this process and its copies; a context manager."""
+    """0, 1, 2, …, each handed out once among this process and its copies; a context manager."""
 
     _WIDTH = 4
     _MOST = 2**16 // _WIDTH
-    """What a pipe holds; later ones are not handed out."""
+    """Capacity of a pipe; later numbers are not handed out."""
 
     def __init__(self, count: int) -> None:
         self._reading, writing = os.pipe()
@@ -104,12 +104,12 @@ class _Numbers:
         os.close(self._reading)
 
     def __iter__(self) -> Iterator[int]:
-        while told := os.read(self._reading, self._WIDTH):
-            yield int.from_bytes(told, "big")
+        while number := os.read(self._reading, self._WIDTH):
+            yield int.from_bytes(number, "big")
 
 
 def _end_with(parent: int) -> None:
-    """Have the kernel kill this process when its parent is killed, which then cannot do it (prctl(2))."""
+    """Have the kernel kill this process when its parent dies, which then cannot do it (prctl(2))."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
     if os.getppid() != parent:  # it was killed before
@@ -117,9 +117,9 @@ def _end_with(parent: int) -> None:
 
 
 def _can_be_shared() -> bool:
-    """Whether a copy of this process can trace, and has a core for it.
+    """Whether a copy of this process can trace, and there is a core for it.
 
-    autograd keeps a thread for each accelerator that torch sees. After a backward pass, no copy can run one.
+    autograd has a thread for each accelerator that torch sees: after a backward pass, a copy cannot run another.
     """
     if sys.platform != "linux" or torch.cuda.device_count() > 0:
         return False

@@ -1,4 +1,4 @@
-"""Which of several measured settings are told apart in speed, and which of those that are not is taken. Pure."""
+"""Chooses among measured candidates whose speeds may be indistinguishable: then the simplest. Pure."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from gcbench.report.stats import Estimate
 Rounds = Mapping[Candidate, Sequence[RoundResult]]
 _MOST_NAMES = 3
 _LEAST_UNITS = 3
-"""Rounds for an interval: two say nothing of how far apart rounds lie."""
+"""Rounds for an interval: two are too few to estimate the spread."""
 
 
 def against(candidate: Candidate, other: Candidate, rounds: Rounds) -> Estimate | None:
-    """Its tokens per second over those of `other`, by the rounds that both ran in; None without any."""
-    # Seconds of `other` over those of `candidate`, less 1; a sequence more a step counts for the candidate.
+    """Tokens per second of `candidate` over those of `other`, from the rounds they share; None without any."""
+    # Seconds of `other` over those of `candidate`, less 1; the batch sizes turn it into a ratio of tokens per second.
     paid = stats.overhead(rounds[other], rounds[candidate])
     if paid is None:
         return None
@@ -34,7 +34,7 @@ def against(candidate: Candidate, other: Candidate, rounds: Rounds) -> Estimate 
 
 
 def may_be_as_fast(candidate: Candidate, leader: Candidate, rounds: Rounds) -> bool:
-    """Whether it is not shown to be slower than the leader; too few rounds for an interval show nothing."""
+    """Whether it is not significantly slower than the leader; without an interval nothing is significant."""
     ratio = against(candidate, leader, rounds)
     if ratio is None or ratio.high is None:
         return True
@@ -42,32 +42,32 @@ def may_be_as_fast(candidate: Candidate, leader: Candidate, rounds: Rounds) -> b
 
 
 def simplest(candidates: Sequence[Candidate]) -> Candidate:
-    """Of settings that are not told apart: `off` first, then what every trainer has, then the fewest layers."""
+    """The simplest candidate: `off`, else a strategy that every trainer has, else the fewest layers recomputed."""
     return min(candidates, key=lambda each: (*each.rank[:2], -each.tokens_per_s))
 
 
 def decided(
     candidates: Sequence[Candidate], rounds: Rounds
 ) -> tuple[Candidate | None, list[Candidate], list[Candidate]]:
-    """(the choice, the others that it is not told apart from, all candidates with their intervals against it).
+    """(the choice, those that are indistinguishable from it, all candidates with their intervals against it).
 
-    The choice is the simplest of those that fit and are not told apart from the fastest; None where nothing fits.
+    The choice is the simplest of those that fit and are indistinguishable from the fastest; None where nothing fits.
     """
     fitting = [each for each in candidates if each.fits]
     if not fitting:
         return None, [], list(candidates)
     leader = max(fitting, key=lambda each: each.tokens_per_s)
-    alike = [each for each in fitting if each == leader or may_be_as_fast(each, leader, rounds)]
-    return beside(candidates, alike, rounds)
+    tied = [each for each in fitting if each == leader or may_be_as_fast(each, leader, rounds)]
+    return beside(candidates, tied, rounds)
 
 
 def beside(
-    candidates: Sequence[Candidate], alike: Sequence[Candidate], rounds: Rounds
+    candidates: Sequence[Candidate], tied: Sequence[Candidate], rounds: Rounds
 ) -> tuple[Candidate, list[Candidate], list[Candidate]]:
-    """The same, where it is known which are not told apart."""
-    choice = simplest(alike)
+    """As `decided`, with the indistinguishable candidates already known."""
+    choice = simplest(tied)
     now = {each: each if each == choice else _with_interval(each, choice, rounds) for each in candidates}
-    return choice, [now[each] for each in alike if each != choice], list(now.values())
+    return choice, [now[each] for each in tied if each != choice], list(now.values())
 
 
 def _with_interval(candidate: Candidate, choice: Candidate, rounds: Rounds) -> Candidate:
@@ -76,23 +76,24 @@ def _with_interval(candidate: Candidate, choice: Candidate, rounds: Rounds) -> C
 
 
 def sentence(choice: Candidate, others: Sequence[Candidate]) -> str:
-    """`off at batch 4 is not told apart from every:2 at batch 4 (−12 to 31 %), and is the simplest of them.`"""
+    """`off at batch 4 is as fast within the noise as every:2 at batch 4 (−12 to 31 %), and is the simpler one.`"""
     if not others:
         return ""
     named = [_named(each, choice) for each in others[:_MOST_NAMES]]
     if len(others) > _MOST_NAMES:
         named.append(f"{len(others) - _MOST_NAMES} more")
     which = "the simpler one" if len(others) == 1 else "the simplest of them"
-    return f"{choice.strategy} at batch {choice.batch_size} is not told apart from {listed(named)}, and is {which}."
+    name = f"{choice.strategy} at batch {choice.batch_size}"
+    return f"{name} is as fast within the noise as {listed(named)}, and is {which}."
 
 
 def _named(candidate: Candidate, choice: Candidate) -> str:
-    told = interval_of(candidate) or f"{100 * (candidate.tokens_per_s / choice.tokens_per_s - 1):+.0f} %, no interval"
-    return f"{candidate.strategy} at batch {candidate.batch_size} ({told.replace('-', '−')})"
+    change = interval_of(candidate) or f"{100 * (candidate.tokens_per_s / choice.tokens_per_s - 1):+.0f} %, no interval"
+    return f"{candidate.strategy} at batch {candidate.batch_size} ({change.replace('-', '−')})"
 
 
 def interval_of(candidate: Candidate) -> str | None:
-    """`−12 to 31 %`: its tokens per second against the choice's; None where there is no interval."""
+    """`−12 to 31 %`: the change in tokens per second against the choice; None without an interval."""
     if candidate.frac_low is None or candidate.frac_high is None:
         return None
     return interval(candidate.frac_low - 1, candidate.frac_high - 1)

@@ -1,4 +1,4 @@
-"""Settings whose speeds are not told apart: the simplest is taken, and it is said of which that holds."""
+"""Candidates whose speeds are indistinguishable: the simplest is chosen, and the answer names the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fixtures_report import outcome, peaks, report, workload
 from gcbench.core.records import RoundResult
 from gcbench.core.units import GIB
 from gcbench.devices.target import TargetOptions
-from gcbench.plan import confirm, told_apart
+from gcbench.plan import confirm, ties
 from gcbench.plan.decision import Candidate
 from gcbench.plan.from_run import decide
 from gcbench.plan.planned import PlanOptions
@@ -44,21 +44,21 @@ def measured(**rates):
     return list(found), {each: rounds(each, values) for each, values in found.items()}
 
 
-def test_what_is_shown_to_be_faster_is_taken():
+def test_what_is_significantly_faster_is_chosen():
     candidates, ran = measured(off=[50.0, 51.0, 50.5, 50.2], every_2=[100.0, 101.0, 100.5, 100.4])
-    choice, others, shown = told_apart.decided(candidates, ran)
+    choice, others, shown = ties.decided(candidates, ran)
     assert choice.strategy == "every:2" and others == []
     off = shown[0]
     assert 0.49 < off.frac_low < 0.51 < 1 and off.frac_high < 0.52
 
 
-def test_noise_is_not_taken_for_speed():
+def test_noise_does_not_count_as_speed():
     """The trap: every:2 does all that off does and more, and two rounds had it 42 % faster."""
     candidates, ran = measured(off=[300.0, 100.0, 250.0], every_2=[200.0, 310.0, 150.0])
-    choice, others, _ = told_apart.decided(candidates, ran)
+    choice, others, _ = ties.decided(candidates, ran)
     assert choice.strategy == "off"
-    said = told_apart.sentence(choice, others)
-    assert said.startswith("off at batch 4 is not told apart from every:2 at batch 4 (")
+    said = ties.sentence(choice, others)
+    assert said.startswith("off at batch 4 is as fast within the noise as every:2 at batch 4 (")
     assert said.endswith(" %), and is the simpler one.")
 
 
@@ -67,9 +67,9 @@ def test_too_few_rounds_show_nothing(num_rounds):
     """The trap: an interval from two rounds, which no one can use."""
     candidates, ran = measured(off=[100.0] * num_rounds, every_2=[150.0] * num_rounds)
     ran = {each: [replace(one, step_times_s=one.step_times_s[:1]) for one in own] for each, own in ran.items()}
-    choice, others, _ = told_apart.decided(candidates, ran)
+    choice, others, _ = ties.decided(candidates, ran)
     assert choice.strategy == "off"
-    assert "(+50 %, no interval)" in told_apart.sentence(choice, others)
+    assert "(+50 %, no interval)" in ties.sentence(choice, others)
 
 
 def test_of_equals_off_comes_first_then_what_every_trainer_has_then_fewer_layers():
@@ -77,15 +77,15 @@ def test_of_equals_off_comes_first_then_what_every_trainer_has_then_fewer_layers
     equals = [candidate(name, 100.0 + place) for place, name in enumerate(order)]
     assert sorted(equals, key=lambda each: (*each.rank[:2], -each.tokens_per_s)) == equals
     large = candidate("off", 101.0, batch=16)
-    assert told_apart.simplest([candidate("off", 100.0, batch=1), large]) == large, "a smaller batch is not simpler"
+    assert ties.simplest([candidate("off", 100.0, batch=1), large]) == large, "a smaller batch is not simpler"
 
 
-def test_one_that_does_not_fit_is_not_taken_and_nothing_is_no_choice():
+def test_one_that_does_not_fit_is_not_chosen_and_without_any_there_is_no_choice():
     candidates, ran = measured(off=[100.0] * 3, every_2=[100.0] * 3)
     out = replace(candidates[0], fits=False)
     ran[out] = ran[candidates[0]]
-    assert told_apart.decided([out, candidates[1]], ran)[0].strategy == "every:2"
-    assert told_apart.decided([out], ran)[0] is None
+    assert ties.decided([out, candidates[1]], ran)[0].strategy == "every:2"
+    assert ties.decided([out], ran)[0] is None
 
 
 def test_a_stored_run_decides_so():
@@ -103,18 +103,20 @@ def test_a_stored_run_decides_so():
     wanted = SimpleNamespace(seq_len=None, strategies=None)
     planned = decide(report(*cells), "run", wanted, TargetOptions(device_memory=100 * GIB), asked, command="")
     assert planned.decision.choice.strategy == "off"
-    assert "off at batch" in planned.decision.binding and "not told apart from every:2" in planned.decision.binding
+    assert (
+        "off at batch" in planned.decision.binding and "as fast within the noise as every:2" in planned.decision.binding
+    )
 
 
 # On a card without nvidia-smi
 
 
-def test_a_card_that_does_not_tell_what_a_process_holds_is_taken_by_its_allocator():
-    """The trap: peak_process_bytes is None, and every setting that was measured is thrown away."""
+def test_without_process_memory_the_reserved_memory_is_used():
+    """The trap: peak_process_bytes is None, and every measured candidate is discarded."""
     decision = SimpleNamespace(outside_bytes=700)
     row = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=5000)
-    assert confirm._held_of_card(row, decision) == 5700
+    assert confirm._process_bytes(row, decision) == 5700
     told = SimpleNamespace(peak_process_bytes=6000, peak_reserved_bytes=5000)
-    assert confirm._held_of_card(told, decision) == 6000
+    assert confirm._process_bytes(told, decision) == 6000
     nothing = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=None)
-    assert confirm._held_of_card(nothing, decision) is None
+    assert confirm._process_bytes(nothing, decision) is None
