@@ -24,8 +24,7 @@ from gcbench.checkpointing.replaced import ReplacementWatch
 from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core.errors import UsageError
 from gcbench.core.units import counted
-from gcbench.job.twin import own_plan, twin_of
-from gcbench.simulate.trace.fake_model import FakeModel
+from gcbench.job.twin import order_of_twin, own_plan
 from gcbench.strategies import Plan
 from gcbench.strategies._for_model import unsupported
 from gcbench.training import step as training
@@ -35,8 +34,6 @@ _BEFORE = "_gcbench_before"
 
 _ATTRIBUTES = ("gradient_checkpointing", "_gradient_checkpointing_func", "_compiled_call_impl")
 """The attributes that a strategy sets on modules."""
-
-_TRACED_TOKENS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,19 +265,9 @@ def _order_run(model: Module, layers: Sequence[Module]) -> tuple[int, ...] | Non
         return None
     try:
         with torch.device("cpu"):
-            return _order_of_twin(model, len(layers))
+            return order_of_twin(model, len(layers))
     except Exception:  # a model's own code
         return None
-
-
-def _order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
-    twin = twin_of(model)
-    fake_model = FakeModel(twin, precision="bf16")
-    if len(fake_model.layers) != num_layers:
-        return None
-    with checkpointing.layers_run(twin) as ran, fake_model.ready():
-        twin(**training.forward_inputs(twin, torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64)))
-    return tuple(ran.order)
 
 
 def _in_one_list(model: Module, layers: Sequence[Module]) -> bool:

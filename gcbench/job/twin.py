@@ -9,9 +9,14 @@ import torch
 from torch.nn import Module
 from transformers import PreTrainedModel
 
+from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing import own_checkpointing
 from gcbench.job.layer_order import groups_of
+from gcbench.simulate.trace.fake_model import FakeModel
 from gcbench.strategies import Plan
+from gcbench.training import step as training
+
+_TRACED_TOKENS = 8
 
 
 def twin_of(model: PreTrainedModel) -> Module:
@@ -39,3 +44,14 @@ def own_plan(model: Module, every: Plan) -> Plan:
             f"the checkpointing flag of {type(model).__name__} changes nothing; train it without checkpointing"
         )
     return every if groups is None else replace(every, groups=groups)
+
+
+def order_of_twin(model: PreTrainedModel, num_layers: int) -> tuple[int, ...] | None:
+    """Find the numbers of the layers that a twin runs on text, in order; None where it has another number of them."""
+    twin = twin_of(model)
+    fake_model = FakeModel(twin, precision="bf16")
+    if len(fake_model.layers) != num_layers:
+        return None
+    with checkpointing.layers_run(twin) as ran, fake_model.ready():
+        twin(**training.forward_inputs(twin, torch.zeros(1, _TRACED_TOKENS, dtype=torch.int64)))
+    return tuple(ran.order)

@@ -96,9 +96,7 @@ def run(
     )
     command = shlex.join(["gcbench", *argv])
     if from_run is not None:
-        from gcbench.plan import from_run as plan_from
-
-        plan_from.plan(
+        plan_session.plan_from_stored(
             from_run, settings, target_options, options, out=out, command=command, as_json=as_json, quiet=quiet
         )
         return

@@ -8,8 +8,6 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from rich.console import Console
-
 from gcbench.core import headroom
 from gcbench.core.errors import ResultsError, UsageError
 from gcbench.core.records import ModelFacts, Report, Row
@@ -17,77 +15,16 @@ from gcbench.core.units import format_bytes
 from gcbench.devices.target import CPU, Target, TargetOptions
 from gcbench.job import settings as configs
 from gcbench.job.settings import Settings
-from gcbench.models.sources import slug
-from gcbench.plan import session as plan_session
 from gcbench.plan import ties
 from gcbench.plan.decision import Candidate, Decision, Largest, ranked
 from gcbench.plan.planned import PlanOptions, PlanResult
-from gcbench.plan.stored import load_plan
-from gcbench.report import report_file as reports
-from gcbench.report import stored_kind
 from gcbench.report.rows import failed_proof, rows, unproven
-from gcbench.report.run_folder import Store
 from gcbench.report.stats import MIN_ROUNDS
 from gcbench.strategies import OFF, Plan, parse
 from gcbench.strategies._for_model import plan_of
 from gcbench.strategies.plan_file import of_json
 
 _OF_THE_RUN = ("precision", "optim", "attn_implementation", "lora_r", "lora_target_modules", "layers", "set")
-
-
-def plan(
-    folder: Path,
-    settings: Settings,
-    target_options: TargetOptions,
-    options: PlanOptions,
-    *,
-    out: Path | None,
-    command: str,
-    as_json: bool,
-    quiet: bool,
-) -> None:
-    """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
-    if stored_kind.kind_of(folder) == "plan" and _again(folder, settings, target_options, options):
-        _shown_again(folder, options, out=out, as_json=as_json, quiet=quiet)
-        return
-    report = reports.load(folder)
-    planned = decide(report, folder, settings, target_options, options, command=command)
-    with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
-        plan_session.finish(planned, options, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
-
-
-def _again(folder: Path, settings: Settings, target_options: TargetOptions, options: PlanOptions) -> bool:
-    """Whether the stored plan is shown unchanged; one that was measured can be decided anew from its run.
-
-    Raises UsageError where a plan without a run should be decided anew.
-    """
-    anew = {
-        "--batch": options.batch_sizes,
-        "--seq-len": settings.seq_len,
-        "--strategies": settings.strategies,
-        "--reserve": options.reserve_frac,
-        "--device": target_options.device,
-        "--device-memory": target_options.device_memory,
-    }
-    passed = [flag for flag, value in anew.items() if value is not None]
-    if passed and not (folder / reports.REPORT_NAME).exists():
-        raise UsageError(
-            f"{', '.join(passed)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan "
-            "anew without --from"
-        )
-    return not passed
-
-
-def _shown_again(folder: Path, options: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
-    """Show a stored plan, with the settings for a tool if one is named; nothing is planned anew."""
-    planned = load_plan(folder)
-    plan_session.check_emit(options.emit, planned.settings)
-    err = Console(stderr=True)
-    if out is None:
-        plan_session.finish(planned, options, None, as_json=as_json, quiet=quiet, err=err)
-        return
-    with Store.create(out) as store:
-        plan_session.finish(planned, options, store, as_json=as_json, quiet=quiet, err=err)
 
 
 def decide(

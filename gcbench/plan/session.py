@@ -23,13 +23,16 @@ from gcbench.job import preflight
 from gcbench.job.describe import changed_config
 from gcbench.job.settings import Settings
 from gcbench.models import flash_attention, sources
+from gcbench.models.sources import slug
+from gcbench.plan import from_run
 from gcbench.plan.decide import decide
 from gcbench.plan.named import in_run_order
 from gcbench.plan.planned import PlanOptions, PlanResult
-from gcbench.plan.stored import save_plan
+from gcbench.plan.stored import load_plan, save_plan
 from gcbench.processes import progress as counting
 from gcbench.processes.children import Children, ForkedChildren
 from gcbench.report import report_file as reports
+from gcbench.report import stored_kind
 from gcbench.report.run_folder import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
 
@@ -195,3 +198,58 @@ def publish(planned: PlanResult, store: Store) -> PlanResult:
         write_text(folder / "plan.txt", view.text(planned, width=100))
         plot.draw(planned, folder / "plots")
     return planned
+
+
+def plan_from_stored(
+    folder: Path,
+    settings: Settings,
+    target_options: TargetOptions,
+    options: PlanOptions,
+    *,
+    out: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Decide from the run in `folder`, store and show; raises ResultsError where it lacks what a decision needs."""
+    if stored_kind.kind_of(folder) == "plan" and _again(folder, settings, target_options, options):
+        _shown_again(folder, options, out=out, as_json=as_json, quiet=quiet)
+        return
+    report = reports.load(folder)
+    planned = from_run.decide(report, folder, settings, target_options, options, command=command)
+    with Store.create(out) if out else Store.new(f"plan-{slug(report.model.model)}", planned.created) as store:
+        finish(planned, options, store, as_json=as_json, quiet=quiet, err=Console(stderr=True))
+
+
+def _again(folder: Path, settings: Settings, target_options: TargetOptions, options: PlanOptions) -> bool:
+    """Whether the stored plan is shown unchanged; one that was measured can be decided anew from its run.
+
+    Raises UsageError where a plan without a run should be decided anew.
+    """
+    anew = {
+        "--batch": options.batch_sizes,
+        "--seq-len": settings.seq_len,
+        "--strategies": settings.strategies,
+        "--reserve": options.reserve_frac,
+        "--device": target_options.device,
+        "--device-memory": target_options.device_memory,
+    }
+    passed = [flag for flag, value in anew.items() if value is not None]
+    if passed and not (folder / reports.REPORT_NAME).exists():
+        raise UsageError(
+            f"{', '.join(passed)}: {folder} is a stored plan, which is taken as it is; leave the flag out, or plan "
+            "anew without --from"
+        )
+    return not passed
+
+
+def _shown_again(folder: Path, options: PlanOptions, *, out: Path | None, as_json: bool, quiet: bool) -> None:
+    """Show a stored plan, with the settings for a tool if one is named; nothing is planned anew."""
+    planned = load_plan(folder)
+    check_emit(options.emit, planned.settings)
+    err = Console(stderr=True)
+    if out is None:
+        finish(planned, options, None, as_json=as_json, quiet=quiet, err=err)
+        return
+    with Store.create(out) as store:
+        finish(planned, options, store, as_json=as_json, quiet=quiet, err=err)

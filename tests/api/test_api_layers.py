@@ -138,7 +138,7 @@ class Several(torch.nn.Module):
     ("make", "strategy", "error", "words"),
     [
         (build, "per-leyer", ValueError, r"no strategy 'per-leyer'; did you mean per-layer\?"),
-        (build, "every:9", ValueError, "every:9 needs at least 9 layers and the model has 4; take"),
+        (build, "every:9", ValueError, "every:9 needs at least 9 layers and the model has 4; use"),
         (build, "selective:mn", ValueError, r"^torch .* has no operator 'mn'; near names: min"),
         (build, 3, TypeError, "3 is not a strategy; pass one by name, like 'per-layer', or a gcbench.Plan"),
         (build, None, TypeError, "None is not a strategy; pass"),
@@ -169,7 +169,7 @@ def test_mistakes_are_reported_with_a_remedy(make, strategy, error, words):
 
 def test_offload_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="on a CPU it is there already; leave it out"):
+    with pytest.raises(ValueError, match="on a CPU they are there already; leave it out"):
         gcbench.apply(build(), "offload")
 
 

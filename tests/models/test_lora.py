@@ -224,9 +224,12 @@ def test_runs_of_different_ranks_have_no_cell_in_common():
     [
         (("--lora-r", 0), ["--lora-r: 0 is too small; it must be 1 or more"]),
         (("--lora-r", "eight"), ["--lora-r: 'eight' is not a whole number"]),
-        (("--lora-target-modules", "q_proj"), ["--lora-target-modules needs the rank", "--lora-r 8"]),
+        (("--lora-target-modules", "q_proj"), ["--lora-target-modules also needs the rank", "--lora-r 8"]),
         (("--lora-r", 4, "--lora-target-modules", "q_proj,,v_proj"), ["has an empty item"]),
-        (("--lora-r", 4, "--lora-target-modules", "all-linear,q_proj"), ["all-linear stands for", "leave out"]),
+        (
+            ("--lora-r", 4, "--lora-target-modules", "all-linear,q_proj"),
+            ["all-linear means every linear layer", "leave out"],
+        ),
         (("--lora-r", 4, "--lora_target_modules", "q_prj"), ["no module 'q_prj'", "did you mean q_proj?", "o_proj"]),
         (("--lora-r", 4, "--lora-target-modules", "q_proj,zzz"), ["no module 'zzz'", "its linear layers are q_proj"]),
         (("--lora-r", 4, "--lora-target-modules", "mlp"), ["no adapter for a LlamaMLP", "linear layers: q_proj"]),

@@ -265,6 +265,6 @@ def test_a_range_of_one_value_is_that_value(spec, layers, said):
 def test_what_no_card_holds_is_to_be_shared(cli):
     args = ("-b", 1, "--seq-len", 8, "--strategies", "off", "--precision", "bf16", "--device", "h200")
     result = cli("predict", "-m", "llama-3.1-405b", *args)
-    assert "No card holds that much: 22 or more of this size could share it (FSDP or ZeRO-3" in " ".join(
+    assert "No card has that much memory: 22 or more of this size could share it (FSDP or ZeRO-3" in " ".join(
         result.out.split()
     )

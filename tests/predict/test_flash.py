@@ -51,9 +51,9 @@ def test_weights_in_fp32_are_cast_for_the_kernel(cli, model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--precision", "fp32"), "computes in 16 bits only; add --precision bf16"),
+        (("--precision", "fp32"), "only computes in 16 bits; add --precision bf16"),
         (("--device", "t4"), "older than Ampere; leave the flag out"),
-        (("--strategies", "selective:attention"), "of which selective:attention keeps none; leave that strategy out"),
+        (("--strategies", "selective:attention"), "selective:attention saves none of them; leave that strategy out"),
         (("--attn-implementation", "fa3"), "is not predicted; use flash_attention_2"),
         (("--attn-implementation", "flex"), "cannot be predicted: torch traces its backward pass on a GPU only"),
     ],

@@ -179,7 +179,7 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
     ("flags", "code", "message"),
     [
         (("--device", "rtx4091"), 3, ("there is no device 'rtx4091'", "near names: rtx-4090")),
-        (("--device", "quantum"), 3, ("there is no device 'quantum'", "gcbench devices lists all that are known")),
+        (("--device", "quantum"), 3, ("there is no device 'quantum'", "gcbench devices lists all known devices")),
         (("--device-memory", "8 bananas"), 2, ("--device-memory: '8 bananas'", "write it like 8GiB")),
         (("--device-memory", "0"), 2, ("--device-memory", "leaves no memory at all")),
         (("--device-memory", "-1GiB"), 2, ("--device-memory: '-1GiB'",)),
