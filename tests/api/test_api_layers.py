@@ -116,7 +116,7 @@ def test_an_ordinary_model_is_not_run_to_learn_its_order(monkeypatch, model):
         looks.append(call)
         raise Broken
 
-    monkeypatch.setattr(api, "_order_of_twin", fail)
+    monkeypatch.setattr(api, "order_of_twin", fail)
     for spec in ("first:2", "segment:2", "per-layer"):
         assert gcbench.apply(model, spec).plan.num_layers == 4
     assert looks == []
