@@ -17,7 +17,9 @@ CONTEXT_UNCERTAIN_BYTES = 267 * MIB
 """By how much the context, kernels and handles of a process may exceed the prediction: the observed spread on one kind
 of card, 676 MiB in a message from an H100 NVL and at most 943 in 71 cells on an H100 with torch 2.11 (767
 in the median), from results/reference/truth-nvidia-h100-80gb-hbm3.json. Messages from other cards differ among each
-other by up to 0.3 GiB (simulate/cuda/workspaces.toml)."""
+other by up to 0.3 GiB (simulate/cuda/workspaces.toml). Of the 64 cells measured later 17 lie above: 1.1 GiB for Pythia
+in fp32, 1.3 to 2.1 GiB for Qwen3 MoE, 2.7 GiB in one cell of Gemma 2. A process is looked at after the timed steps, so
+part of that may be the allocator's; the two were not separated, and no prediction has it."""
 RESERVED_UNCERTAIN_FRAC = 0.022
 """By how much a reserved peak may exceed its prediction, as a fraction: the largest error in the same cells, 1.9 % with
 the present order of allocations and 2.2 % before (median error 0.03 %)."""

@@ -33,6 +33,7 @@ from gcbench.plan.search.two_cores import on_two_cores
 from gcbench.plan.task import Decided, Planning, PlanTask
 from gcbench.predict.worker import failure
 from gcbench.processes.messages import Answer, Refusal
+from gcbench.report.explanation import kind_name
 from gcbench.simulate.additions import additions
 from gcbench.simulate.costs import CardFigures, Figures
 from gcbench.simulate.explain import explain
@@ -337,7 +338,7 @@ class Planner:
     def _peak_words(self, candidate: Candidate) -> str:
         step, peak = self._traced(candidate)
         explained = explain(step.assembly, peak, ())
-        shares = ", ".join(f"{share.kind} {format_bytes(share.nbytes)}" for share in explained.shares[:3])
+        shares = ", ".join(f"{kind_name(share.kind)} {format_bytes(share.nbytes)}" for share in explained.shares[:3])
         return f"{peak.memory.peak_phase} phase ({explained.part}), of {shares}"
 
     def _additions(self, candidate: Candidate) -> tuple[Addition, ...]:
