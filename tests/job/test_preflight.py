@@ -147,8 +147,10 @@ def test_names_of_experts_that_peft_translates_are_left_to_the_child():
 
 
 @pytest.fixture(scope="module")
-def causal_lms():
+def causal_lms(request):
     transformers = pytest.importorskip("transformers")
+    before = transformers.logging.get_verbosity()
+    request.addfinalizer(lambda: transformers.logging.set_verbosity(before))
     transformers.logging.set_verbosity_error()
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING, CONFIG_MAPPING_NAMES
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
