@@ -215,7 +215,7 @@ class _SecondRun(_Counting):  # type: ignore[no-untyped-call]
 class Placeholder(torch.Tensor):
     """The result of a skipped call: a tensor without storage that raises SkippedButNeeded if its values are read.
 
-    It is on the device of the result, so that autocast treats both alike.
+    It is on the device of the result, so that autocast treats both the same way.
     """
 
     @staticmethod

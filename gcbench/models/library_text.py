@@ -99,7 +99,7 @@ def linear_layers(model_type: str) -> tuple[str, ...]:
 def own_name(model_type: str, field: str) -> str | None:
     """What the config of the type calls a field (gpt2's `max_position_embeddings` is `n_positions`).
 
-    None where that cannot be told: its file holds several configs that differ in this.
+    None where that is unknown: its file holds several configs that differ in this.
     """
     text = _own_text("configuration", model_type)
     if text is None:

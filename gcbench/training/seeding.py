@@ -23,7 +23,7 @@ def seed_generators(seed: int) -> None:
 
 @contextmanager
 def generators_restored(devices: Sequence[str]) -> Iterator[None]:
-    """After the context the generators go on as if none had been drawn from; torch's on the CPU and on `devices`."""
+    """Leave the generators as they were before the context; torch's on the CPU and on `devices`."""
     of_python, of_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng(devices=devices):
@@ -34,5 +34,5 @@ def generators_restored(devices: Sequence[str]) -> Iterator[None]:
 
 
 def state_outside_torch() -> object:
-    """The states of Python's and NumPy's generators: equal when neither has been drawn from in between."""
+    """Return the states of Python's and NumPy's generators: equal when neither has been drawn from in between."""
     return random.getstate(), pickle.dumps(np.random.get_state(legacy=False))

@@ -25,7 +25,7 @@ OnPhase = Callable[[Phase], None]
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
-    """The dtype that parameters, gradients and optimizer states have."""
+    """Return the dtype that parameters, gradients and optimizer states have."""
     return PRECISIONS[precision][0]
 
 
@@ -85,7 +85,7 @@ class TrainingStep:
 
 
 def _loss(outputs: Any) -> torch.Tensor:
-    """The loss that a model computes, where transformers' Trainer looks for it: old code returns a tuple or a dict."""
+    """Return the model's loss from where transformers' Trainer takes it: old code returns a tuple or a dict."""
     if isinstance(outputs, tuple) and not hasattr(outputs, "loss"):
         return outputs[0]  # type: ignore[no-any-return]
     return outputs["loss"] if type(outputs) is dict else outputs.loss  # type: ignore[no-any-return]
@@ -100,7 +100,7 @@ class Update:
         self.scaler = torch.amp.GradScaler(device_type) if needs_scaler else None
 
     def scaled(self, loss: torch.Tensor) -> torch.Tensor:
-        """The loss to differentiate."""
+        """Return the loss to differentiate."""
         return loss if self.scaler is None else self.scaler.scale(loss)
 
     def __call__(self) -> None:
@@ -113,7 +113,7 @@ class Update:
 
 
 def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed: int) -> torch.Tensor:
-    """Token ids, shape (batch_size, seq_len), int64, on the model's device.
+    """Draw token ids, shape (batch_size, seq_len), int64, on the model's device.
 
     Ids with a meaning of their own (padding, image placeholders) are left out: they change what a model does.
     """
@@ -129,7 +129,7 @@ def random_batch(model: torch.nn.Module, *, batch_size: int, seq_len: int, seed:
 
 
 def num_token_ids(model: torch.nn.Module) -> int:
-    """How many token ids a model takes; its config has the answer where it does not show its embeddings."""
+    """Return the number of token ids that a model takes, from its embeddings or else from its config."""
     embeddings = input_embeddings(model)
     if embeddings is not None:
         return len(embeddings.weight)  # type: ignore[arg-type]
@@ -141,12 +141,12 @@ def num_token_ids(model: torch.nn.Module) -> int:
 
 
 def input_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
-    """What turns token ids into vectors; None where a model's code does not tell."""
+    """Return the input embeddings; None where the model's code does not name them."""
     return _told(model, "get_input_embeddings")
 
 
 def output_embeddings(model: torch.nn.Module) -> torch.nn.Module | None:
-    """The layer that makes the logits; None where a model has none, or its code does not tell."""
+    """Return the layer that computes the logits; None where there is none, or the code does not name it."""
     return _told(model, "get_output_embeddings")
 
 
@@ -168,7 +168,7 @@ def _special_ids(config: object, vocab_size: int) -> set[int]:
 
 
 def forward_inputs(model: torch.nn.Module, batch: torch.Tensor) -> dict[str, object]:
-    """Keyword arguments of the model's forward for training on `batch`, shape (batch_size, seq_len)."""
+    """Return the keyword arguments of the model's forward for training on `batch`, shape (batch_size, seq_len)."""
     inputs: dict[str, object] = {"input_ids": batch, "labels": batch}
     accepted = inspect.signature(model.forward).parameters
     # A cache is built in training when checkpointing is off and not when it is on: never build one.

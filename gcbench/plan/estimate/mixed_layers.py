@@ -127,15 +127,16 @@ class Combiner:
         homes, _ = self._tables[0].gradients
         numbers = np.array([table.gradients[1] for table in self._tables], np.int64)
         gradients = bases[homes] + numbers[source[homes], np.arange(len(homes))]
-        standing = len(part.resident)
+        num_resident = len(part.resident)
         sizes = [
-            self._tables[step].of_segment(lines[step].nbytes[standing:], number) for number, step in enumerate(source)
+            self._tables[step].of_segment(lines[step].nbytes[num_resident:], number)
+            for number, step in enumerate(source)
         ]
         own = len(step.update.own)
-        own_at = standing + part.passes.num_blocks
+        own_at = num_resident + part.passes.num_blocks
         return step_timeline(
             events,
-            np.concatenate([lines[0].nbytes[:standing], *sizes, lines[0].nbytes[own_at : own_at + own], *sizes]),
+            np.concatenate([lines[0].nbytes[:num_resident], *sizes, lines[0].nbytes[own_at : own_at + own], *sizes]),
             gradients.tolist(),
             num_blocks=int(counts.sum()),
             backward_at=backward_at,

@@ -18,11 +18,11 @@ LEARNING_RATE = 5e-5
 
 
 def names() -> tuple[str, ...]:
-    """Every optimizer's name."""
+    """Return every optimizer's name."""
     return tuple(module.NAME for module in modules(__name__))
 
 
 def build(name: str, params: Iterable[torch.nn.Parameter]) -> torch.optim.Optimizer:
-    """The optimizer called `name` over `params`; KeyError when there is none."""
+    """Make the optimizer called `name` for `params`; raises KeyError where there is none."""
     by_name = {module.NAME: module for module in modules(__name__)}
     return cast("torch.optim.Optimizer", by_name[name].build(params, LEARNING_RATE))

@@ -13,7 +13,7 @@ SUMMARY = "transformers' Adafactor with the Trainer's settings: factored second 
 
 
 def build(params: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Adafactor without its own schedule, as the Trainer builds it."""
+    """Make Adafactor without its own schedule, as the Trainer builds it."""
     from transformers.optimization import Adafactor
 
     optimizer: torch.optim.Optimizer = Adafactor(params, lr=learning_rate, scale_parameter=False, relative_step=False)

@@ -13,7 +13,7 @@ SUMMARY = "torch.optim.AdamW as torch chooses it (foreach on CUDA, one by one on
 
 
 def build(params: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with torch's own choice of implementation."""
+    """Make AdamW with torch's own choice of implementation."""
     from torch.optim import AdamW
 
     return AdamW(params, lr=learning_rate)

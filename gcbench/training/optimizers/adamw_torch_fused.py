@@ -13,7 +13,7 @@ SUMMARY = "torch.optim.AdamW with the fused kernel: no temporaries"
 
 
 def build(params: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """AdamW with the fused implementation."""
+    """Make AdamW with the fused implementation."""
     from torch.optim import AdamW
 
     return AdamW(params, lr=learning_rate, fused=True)

@@ -13,7 +13,7 @@ SUMMARY = "torch.optim.SGD without momentum: no state"
 
 
 def build(params: Iterable[torch.nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
-    """Plain SGD."""
+    """Make Plain SGD."""
     from torch.optim import SGD
 
     return SGD(params, lr=learning_rate)
