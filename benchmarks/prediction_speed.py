@@ -39,8 +39,8 @@ from gcbench.predict import session as forecast
 from gcbench.predict.task import CellToPredict, PredictTask
 from gcbench.predict.worker import Session
 from gcbench.processes.children import ForkedChildren
-from gcbench.simulate.trace.fake_model import materialize
 from gcbench.simulate.trace.recorder import Recorder, as_in_a_real_run
+from gcbench.simulate.trace.storage import materialize
 from gcbench.training.step import TrainingStep
 
 REFERENCE = Path(__file__).parent.parent / "results" / "reference"

@@ -77,7 +77,7 @@ def check_overhead() -> float:
         for _ in range(3):
             events: list[object] = []
             took = seconds(lambda events=events: worker.check(task, events.append))
-            ratios.append(took / sum(e.steps_s for e in events if isinstance(e, (ReferenceRun, cases.Checked))))
+            ratios.append(took / sum(e.steps_s for e in events if isinstance(e, (ReferenceRun, cases.CheckResult))))
         return min(ratios)
 
 
