@@ -1,7 +1,7 @@
 """Lists memory on a card that a trace of operators cannot see: libraries' workspaces, and buffers inside kernels.
 
-Persistent terms are in `workspaces.toml` and `devices/contexts.toml`, each with its source; buffers are derived here and
-in `reductions.py` from pytorch's sources, torch 2.11 to 2.13. Figures that others measured say so.
+Persistent terms are in `workspaces.toml` and `devices/contexts.toml`, each with its source; buffers are derived here
+and in `reductions.py` from pytorch's sources, torch 2.11 to 2.13. Figures that others measured say so.
 Attention's buffers are in `attention_buffers.py`.
 
 Not modelled, because no source gives the size closely enough, with an upper bound if there is one:
