@@ -102,7 +102,7 @@ def test_a_run_on_the_card_is_what_the_allocator_counted(cli, model, tmp_path, p
     assert stored.machine.device_name == torch.cuda.get_device_name(0)
     assert stored.machine.device_memory_bytes == torch.cuda.get_device_properties(0).total_memory
     rounds = [r for outcome in stored.outcomes for r in outcome.rounds]
-    assert [r.num_alloc_retries for r in rounds] == [0] * 9
+    assert [r.num_alloc_retries for r in rounds] == [0] * (3 if IS_EMULATED else 9)
     assert IS_EMULATED or all(len(r.step_times_s) == 3 and min(r.step_times_s) > 0 for r in rounds)
 
 

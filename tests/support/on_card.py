@@ -1,4 +1,4 @@
-"""What tests on a card assert where the card is emulated: nothing is computed there, so values and times mean nothing."""
+"""What tests on a card assert where the card is emulated: nothing is computed, so values and times mean nothing."""
 
 from __future__ import annotations
 
