@@ -248,9 +248,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(hour.log.read_text(encoding="utf-8", errors="replace")[-9000:])
     with suppress(OSError):
         for path in sorted(out.iterdir()):
-            print(
-                f"{path.stat().st_size:>12,} {path.name}{' (log cut)' if path.stat().st_size > LOG_BYTES * 4 else ''}"
-            )
+            print(f"{path.stat().st_size:>12,} {path.name}")
 
 
 if __name__ == "__main__":

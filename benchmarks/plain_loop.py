@@ -13,6 +13,7 @@ Needs a CUDA device, which may be emulated: the file then says so.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -184,7 +185,7 @@ def main() -> None:
         return
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
-    with ThreadPoolExecutor(3) as pool:  # what a process allocates does not depend on others that have room
+    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:  # what a process allocates does not depend on others that have room
         for done in as_completed([pool.submit(_in_a_process, name) for name in waiting]):
             name, found = done.result()
             stored.update(found.pop("machine", {}))
