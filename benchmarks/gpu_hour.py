@@ -19,6 +19,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -239,12 +240,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with hour.log.open("a", encoding="utf-8") as log:
         log.write(json.dumps(hour.header) + "\n")
     wanted = [each for each in everything if (each.name in asked.stages if asked.stages else hour.waits(each))]
-    for stage in wanted:
-        hour.do(stage, limit_s=stage.limit_s)
-    for stage in wanted:
-        if stage.goes_on and hour.waits(stage) and hour.left_s > 15:
-            hour.do(stage, limit_s=hour.left_s)
-    keep_loops_as_truth(hour)
+    try:
+        for stage in wanted:
+            hour.do(stage, limit_s=stage.limit_s)
+        for stage in wanted:
+            if stage.goes_on and hour.waits(stage) and hour.left_s > 15:
+                hour.do(stage, limit_s=hour.left_s)
+    except KeyboardInterrupt:
+        raise SystemExit(f"interrupted; what was done is in {out}, and the same command goes on from there") from None
+    finally:
+        keep_loops_as_truth(hour)
+        shutil.rmtree(hour.scratch, ignore_errors=True)
     print(hour.log.read_text(encoding="utf-8", errors="replace")[-9000:])
     with suppress(OSError):
         for path in sorted(out.iterdir()):

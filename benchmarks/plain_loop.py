@@ -185,7 +185,8 @@ def main() -> None:
         return
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
-    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:  # what a process allocates does not depend on others that have room
+    # What a process allocates does not depend on others, as long as the card has room for all.
+    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:
         for done in as_completed([pool.submit(_in_a_process, name) for name in waiting]):
             name, found = done.result()
             stored.update(found.pop("machine", {}))
