@@ -1,4 +1,4 @@
-"""The minutes on a card: a stage that hangs is ended, what was done is kept, and a rehearsal never claims to measure."""
+"""The minutes on a card: what hangs is ended, what was done is kept, and a rehearsal never claims to measure."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ def main() -> None:
         print(f"error: {err}", file=sys.stderr)
         sys.exit(err.exit_code)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests/gpu"), *arguments]
+    tests = ("-m", "gpu", "-p", "no:cacheprovider", str(ROOT / "tests/gpu"))
+    command = [sys.executable, "-m", "pytest", *tests, *arguments]
     os.chdir(ROOT)
     os.execve(sys.executable, command, {**os.environ, **added, "PYTHONPATH": path})
 
