@@ -160,6 +160,8 @@ class Hour:
             self.save("plan.json", {"report": report, "files": others})
             return
         runs = self.stored("runs.json").get("runs", {})
+        if stage.name in runs and _num_rounds(runs[stage.name]) > _num_rounds(report):
+            return  # an earlier one came further before it was cut off
         self.save("runs.json", {"runs": {**runs, stage.name: report}})
 
     def waits(self, stage: Stage) -> bool:
@@ -169,6 +171,10 @@ class Hour:
 
 def _identity(machine: dict[str, Any]) -> tuple[Any, ...]:
     return machine["device_name"], *(machine["versions"].get(name) for name in ("torch", "transformers", "cuda"))
+
+
+def _num_rounds(report: dict[str, Any]) -> int:
+    return sum(len(outcome["rounds"]) for outcome in report["outcomes"])
 
 
 def _siblings(report: Path) -> list[Path]:
@@ -243,9 +249,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         for stage in wanted:
             hour.do(stage, limit_s=stage.limit_s)
-        for stage in wanted:
-            if stage.goes_on and hour.waits(stage) and hour.left_s > 15:
-                hour.do(stage, limit_s=hour.left_s)
+        going_on = [stage for stage in reversed(wanted) if stage.goes_on and hour.waits(stage)]
+        for number, stage in enumerate(going_on):  # the grid last, as it can use all that the others leave
+            if hour.left_s > 15:
+                hour.do(stage, limit_s=hour.left_s / (len(going_on) - number))
     except KeyboardInterrupt:
         raise SystemExit(f"interrupted; what was done is in {out}, and the same command goes on from there") from None
     finally:
