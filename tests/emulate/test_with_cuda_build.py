@@ -62,7 +62,8 @@ except torch.OutOfMemoryError:
     print(json.dumps([len(held), torch.cuda.memory_reserved()]))
 """
     count, reserved = emulated(code, PYTORCH_ALLOC_CONF="expandable_segments:True")
-    assert (count, reserved) == (23, 23 * GIB)
+    assert count == 23
+    assert reserved == -(-23 * GIB // (20 << 20)) * (20 << 20)  # memory is mapped 20 MiB at a time
 
 
 def test_several_cards_have_each_its_memory_and_a_card_too_many_does_not_exist() -> None:
