@@ -74,7 +74,7 @@ def _packed(
     """Run several sequences as one, in (tokens, heads, head dimension), as `flash_attn_varlen_func` does."""
     batch = query.shape[0]
     tokens = [tensor.transpose(1, 2).reshape(-1, *_per_token(tensor)) for tensor in (query, key, value)]
-    out = _varlen(*tokens, lengths, dropout, causal, scaling)
+    out = _varlen(tokens, lengths, dropout, causal, scaling)
     return out.view(batch, -1, *out.shape[1:])
 
 
@@ -86,7 +86,7 @@ def _padded(
     chosen = torch.arange(batch * length, device=query.device)
     ends = torch.arange(batch + 1, dtype=torch.int32, device=query.device)
     tokens = [tensor.transpose(1, 2).reshape(-1, *_per_token(tensor))[chosen] for tensor in (query, key, value)]
-    out = _varlen(*tokens, (ends, ends, length, length), dropout, causal, scaling)
+    out = _varlen(tokens, (ends, ends, length, length), dropout, causal, scaling)
     whole = torch.zeros(batch * length, *out.shape[1:], dtype=out.dtype, device=out.device)
     whole[chosen] = out
     return whole.view(batch, length, *out.shape[1:])
@@ -97,22 +97,16 @@ def _per_token(tensor: torch.Tensor) -> tuple[int, int]:
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    lengths: Sequence[Any],
-    dropout: float,
-    causal: bool,
-    scaling: float | None,
+    tokens: Sequence[torch.Tensor], lengths: Sequence[Any], dropout: float, causal: bool, scaling: float | None
 ) -> torch.Tensor:
     """Run the kernel with head dimensions padded to a multiple of 8 (`FlashAttnVarlenFunc`).
 
-    `lengths`: where each sequence of queries and of keys begins, int32, and the longest of both.
+    `tokens`: query, key and value. `lengths`: where each sequence of queries and of keys begins, int32, and the longest
+    of both.
     """
-    head_dim = query.shape[-1]
+    head_dim = tokens[0].shape[-1]
     padding = -head_dim % 8
-    if padding:
-        query, key, value = (functional.pad(tensor, [0, padding]) for tensor in (query, key, value))
+    query, key, value = (functional.pad(tensor, [0, padding]) if padding else tensor for tensor in tokens)
     scaling = head_dim**-0.5 if scaling is None else scaling
     out: torch.Tensor = torch.ops.aten._flash_attention_forward.default(
         query, key, value, *lengths, dropout, causal, False, scale=scaling
