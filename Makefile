@@ -77,6 +77,9 @@ gpu-hour: $(READY) ## Use the minutes one has a card for, eight at most: GPU tes
 accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
 	$(BIN)/python benchmarks/accuracy.py
 
+published: $(READY) ## Predict what others measured and published, and say how far off the predictions are
+	$(BIN)/python benchmarks/published.py
+
 bench-predict: $(READY) ## Measure how fast predictions are, and for how many types of models there is one
 	$(BIN)/python benchmarks/prediction_speed.py
 	$(BIN)/python benchmarks/coverage.py
