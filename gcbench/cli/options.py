@@ -84,6 +84,15 @@ Device = Annotated[
         "--device", rich_help_panel=WORKLOAD, help="Device to train on: auto, cpu, cuda or cuda:N (default: auto)."
     ),
 ]
+Emulate = Annotated[
+    str | None,
+    typer.Option(
+        "--emulate",
+        metavar="CARD",
+        rich_help_panel=WORKLOAD,
+        help="Run on an emulated card (gcbench devices), which need not be here and computes nothing (default: none).",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
