@@ -279,6 +279,15 @@ MeasureFlag = Annotated[
         help="Benchmark the leading candidates on this machine before choosing (default: estimate their times).",
     ),
 ]
+EmulateFlag = Annotated[
+    bool,
+    typer.Option(
+        "--emulate",
+        rich_help_panel=DECISION,
+        help="Run the choice on an emulated card of --device before showing it, and choose again where its memory "
+        "runs out (default: predict only).",
+    ),
+]
 FromRun = Annotated[
     Path | None,
     typer.Option(

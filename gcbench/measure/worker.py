@@ -19,7 +19,7 @@ from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
 from gcbench.devices.target import CPU
-from gcbench.diagnoses.failures import crash
+from gcbench.diagnoses.failures import crash, with_doubt
 from gcbench.emulate.environment import emulated_card
 from gcbench.measure import take_fingerprint
 from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
@@ -30,9 +30,6 @@ from gcbench.training.step import TrainingStep, parameter_dtype, random_batch
 
 _MAX_SKIPPED_STEPS = 24
 """An fp16 scaler starts at 2**16 and halves at each overflow, so its scale fits long before."""
-VALUES_UNKNOWN = (
-    "nothing is computed on an emulated card, so code that depends on values of tensors may fail only there"
-)
 _UNSUPPORTED = ("not implemented for", "not supported", "does not support", "unsupported", "Could not run")
 
 
@@ -224,7 +221,6 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             detail=text,
         )
     failure = crash(err, task.cell.strategy, lora=task.lora is not None)
-    is_own_code = type(err).__module__ == "builtins"
-    if emulated_card() is None or device is None or device.name == CPU or not is_own_code:
+    if emulated_card() is None or device is None or device.name == CPU:
         return failure
-    return replace(failure, message=f"{failure.message}; {VALUES_UNKNOWN}")
+    return replace(failure, message=with_doubt(failure.message, err))
