@@ -117,9 +117,8 @@ def summary(check: Check) -> str:
     parts = [f"{good} of {counted(done, 'combination')} {'trains' if done == 1 else 'train'} with the gradients of off"]
     if check.is_emulated:
         runs = "runs" if done == 1 else "run"
-        parts = [
-            f"{counts[RUNS]} of {counted(done, 'combination')} {runs} on the emulated card, which computes nothing"
-        ]
+        ran = f"{counts[RUNS]} of {counted(done, 'combination')} {runs}"
+        parts = [f"{ran} on the emulated card, which computes nothing"]
     elif counts[IDENTICAL] and counts[WITHIN_NOISE]:
         parts[0] += f" ({counts[IDENTICAL]} bit-identical)"
     elif counts[IDENTICAL]:

@@ -34,7 +34,7 @@ from gcbench.core.records import ModelFacts, Phase
 from gcbench.core.units import counted
 from gcbench.devices import backends
 from gcbench.devices.target import CPU
-from gcbench.diagnoses.failures import with_doubt
+from gcbench.diagnoses.failures import NEEDS_TRITON, lacks_triton, with_doubt
 from gcbench.diagnoses.known_causes import Observation, diagnose
 from gcbench.emulate.environment import emulated_card
 from gcbench.job.preflight import beyond_positions
@@ -272,6 +272,8 @@ class _Checker:
         return f"Train with a setting other than {setting.label} on this device.{size}"
 
     def _failed(self, combination: Combination, seen: Evidence, err: Exception) -> CheckResult:
+        if lacks_triton(err):
+            return CheckResult(number=0, verdict=UNSUPPORTED, message=NEEDS_TRITON)
         known = diagnose(self._observation(combination, seen, error_type=type(err).__name__, error_text=str(err)))
         unsupported = isinstance(err, NotImplementedError)
         message = first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}"

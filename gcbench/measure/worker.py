@@ -19,7 +19,7 @@ from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
 from gcbench.devices.target import CPU
-from gcbench.diagnoses.failures import crash, with_doubt
+from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
 from gcbench.emulate.environment import emulated_card
 from gcbench.measure import take_fingerprint
 from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
@@ -214,12 +214,8 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             message=f"not supported here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
-    if type(err).__name__ == "TritonMissing":
-        return Failure(
-            kind="unsupported",
-            message="compiled layers need the package triton, which is not installed; run pip install triton",
-            detail=text,
-        )
+    if lacks_triton(err):
+        return Failure(kind="unsupported", message=NEEDS_TRITON, detail=text)
     failure = crash(err, task.cell.strategy, lora=task.lora is not None)
     if emulated_card() is None or device is None or device.name == CPU:
         return failure
