@@ -96,8 +96,7 @@ def find(name: str, extra: Path | None = None) -> Card:
 
 
 def find_to_emulate(name: str) -> Card:
-    """Return the card of the catalogue called `name`, as `find` does; raises UnavailableError where none can be
-    emulated."""
+    """Return the card of the catalogue called `name`; raises UnavailableError with near names, as `find` does."""
     card = known(name)
     if card is None:
         other = spellings.no_cuda_device(name)
@@ -106,22 +105,7 @@ def find_to_emulate(name: str) -> Card:
             if other is not None
             else f"{_unknown(name, ())}; name one of them, as only cards of the catalogue can be emulated"
         )
-    refuse_to_emulate(card)
     return card
-
-
-def refuse_to_emulate(card: Card) -> None:
-    """Raise UnavailableError for a card that cannot be emulated."""
-    if card.vendor == "amd":
-        raise UnavailableError(
-            f"{card.name} is an AMD card, and only NVIDIA cards can be emulated; predict for it with gcbench predict "
-            f"--device {card.name}"
-        )
-    if card.compute_capability is None:
-        raise UnavailableError(
-            f"{card.name} cannot be emulated, as its compute capability is unknown, which decides the kernels; add "
-            "compute_capability to its description"
-        )
 
 
 def _unknown(name: str, own: Sequence[Card]) -> str:

@@ -316,7 +316,11 @@ def _device(raw: object) -> str:
 
 
 def _card(raw: object) -> str:
-    return cards.find_to_emulate(_text(raw)).name
+    from gcbench.emulate.properties import capability_of  # only where a card is to be emulated
+
+    card = cards.find_to_emulate(_text(raw))
+    capability_of(card)
+    return card.name
 
 
 def _yes_no(raw: object) -> bool:

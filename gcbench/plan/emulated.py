@@ -12,9 +12,9 @@ from gcbench.core.errors import UsageError
 from gcbench.core.memory_peaks import MemoryPeaks
 from gcbench.core.records import Cell, Failure, Workload
 from gcbench.core.units import format_bytes
-from gcbench.devices import cards
 from gcbench.devices.cards import Card
 from gcbench.devices.target import Target
+from gcbench.emulate.properties import capability_of
 from gcbench.job.resolve import described, target_notice
 from gcbench.job.settings import EMULATED_DEVICE
 from gcbench.measure.runner import Progress
@@ -34,7 +34,7 @@ def card_of(target: Target | None) -> Card:
     be emulated."""
     if target is None or target.card is None:
         raise UsageError("--emulate needs a card by its name (gcbench devices); add --device, like --device h100")
-    cards.refuse_to_emulate(target.card)
+    capability_of(target.card)
     return replace(target.card, memory_bytes=target.memory_bytes or target.card.memory_bytes)
 
 
