@@ -49,7 +49,6 @@ _ANY = ""
 
 _OF_MEASURING = {"warmup", "steps", "rounds", "timeout", "emulate"}
 """Settings that runs of different sources have each their own of."""
-_SOURCES = {"measured": "measured", "emulated": "emulated: real steps that compute nothing", "predicted": "predicted"}
 _IN_THE_KEY = {
     "model",
     "batch_size",
@@ -156,7 +155,7 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
     despite = (f"compared despite {clash}" for clash in clashes.values())
     return Comparison(
-        changes=changes, notices=(*_sources(a, b), *despite, *too_few, *_differences(a, b), *_about_models(a, b))
+        changes=changes, notices=(*words.sources(a, b), *despite, *too_few, *_differences(a, b), *_about_models(a, b))
     )
 
 
@@ -365,16 +364,6 @@ def _differences(a: Report, b: Report) -> list[str]:
         # A prediction and a measurement have settings of their own.
         and (a.source == b.source or (name in facts_a and name in facts_b and name not in _OF_MEASURING))
     ]
-
-
-def _sources(a: Report, b: Report) -> tuple[str, ...]:
-    """Say where the figures of each run come from, unless both were measured or both predicted."""
-    if a.source == b.source != "emulated":
-        return ()
-    sides = (("A", a), ("B", b))
-    each = [f"{name} is {_SOURCES[report.source]} ({report.machine.device_name})" for name, report in sides]
-    without = [name for name, report in sides if report.source != "measured"]
-    return (f"{'; '.join(each)}; {' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times",)
 
 
 def _about_models(a: Report, b: Report) -> list[str]:

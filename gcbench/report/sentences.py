@@ -71,6 +71,7 @@ EMULATED = (
     "are real; nothing was computed, so there are no times and no gradients."
 )
 """What the figures of an emulated card are, below every table of them."""
+_SOURCES = {"measured": "measured", "emulated": "emulated: real steps that compute nothing", "predicted": "predicted"}
 
 
 def is_emulated(rows: Iterable[Row]) -> bool:
@@ -82,6 +83,16 @@ def emulated_card(report: Report) -> str:
     """Return `NVIDIA H100 80GB HBM3, 79.20 GiB`: the card that the report emulates, with its memory."""
     machine = report.machine
     return f"{machine.device_name}, {format_bytes(machine.device_memory_bytes)}"
+
+
+def sources(a: Report, b: Report) -> tuple[str, ...]:
+    """Say where the figures of two runs come from, unless both were measured or both predicted."""
+    if a.source == b.source != "emulated":
+        return ()
+    sides = (("A", a), ("B", b))
+    each = [f"{name} is {_SOURCES[report.source]} ({report.machine.device_name})" for name, report in sides]
+    without = [name for name, report in sides if report.source != "measured"]
+    return (f"{'; '.join(each)}; {' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times",)
 
 
 def notes(rows: Iterable[Row]) -> tuple[str, ...]:

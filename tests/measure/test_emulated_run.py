@@ -7,11 +7,11 @@ from dataclasses import replace
 import pytest
 import tiny
 from fixtures_report import peaks, round_result
-from test_runner import FACTS, MACHINE, SETTINGS, ScriptedChildren, Ticker, crash, go
+from scripted import FACTS, MACHINE, SETTINGS, ScriptedChildren, Ticker, go
 
 from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.gradient_fingerprint import Fingerprint
-from gcbench.core.records import EMULATED, Cell, Workload
+from gcbench.core.records import EMULATED, Cell, Failure, Workload
 from gcbench.job import settings as configs
 from gcbench.measure import take_fingerprint, worker
 from gcbench.measure.task import MeasureTask
@@ -73,7 +73,9 @@ def test_a_lost_fingerprint_on_a_real_device_stays_a_crash(tmp_path):
 
 
 def test_resuming_keeps_the_emulated_card(tmp_path):
-    children = EmulatedChildren(fates={("per-layer", 1, 0): crash()})
+    children = EmulatedChildren(
+        fates={("per-layer", 1, 0): Answer(failure=Failure(kind="crash", message="it fell over"))}
+    )
     first = go(tmp_path, children, ON_CARD)
     again = EmulatedChildren()
     resumed = go(tmp_path, again, configs.settings(first.settings), previous=first)
