@@ -30,6 +30,7 @@ _SOURCES = {
     "nvidia-ml": ("nvml.c",),
     "nvrtc": ("nvrtc.c",),
     "nccl": ("nccl.c",),
+    "cupti": ("cupti.c",),
 }
 _DRIVER, _NVML = "libcuda.so.1", "libnvidia-ml.so.1"
 _FLAGS = ("-O2", "-fPIC", "-std=gnu11", "-fno-builtin", "-Wall", "-Wextra", "-Wno-missing-field-initializers")
@@ -38,8 +39,6 @@ _REFUSED_STUB = '__attribute__((weak)) long {name}(void) {{ return emu_refuse("{
 _REFUSED = re.compile(r"(?i)buffer_?size|workspace_?size|Get\w+Size$")
 """Functions whose result is a size: one that nobody wrote would leave it undefined."""
 _NOT_SUPPORTED = {"cusolver": 9, "cusparse": 10, "cudnn": 3000, "cufft": 16}
-_ALWAYS = {"cupti": 15}
-"""Libraries without which torch does: each of their functions reports this status, "not initialized"."""
 _OLDEST = (2, 9)
 _CUDNN_VERSION = 91900
 _SECONDS = 300
@@ -242,7 +241,7 @@ def _compile(library: Library, compiler: str, flags: list[str], place: Path) -> 
 def _stub(key: str, name: str) -> str:
     if key in _NOT_SUPPORTED and _REFUSED.search(name):
         return _REFUSED_STUB.format(name=name, status=_NOT_SUPPORTED[key])
-    return _STUB.format(name=name, status=_ALWAYS.get(key, 0))
+    return _STUB.format(name=name, status=0)
 
 
 def _write_shim(folder: Path, python: Path) -> None:

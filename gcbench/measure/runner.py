@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
-from gcbench.core.errors import UsageError
+from gcbench.core import snapshot_files
+from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.gradient_fingerprint import Fingerprint, difference
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.devices.target import CPU
 from gcbench.job.describe import describe
 from gcbench.job.resolve import LEAST_TIMED_S, ResolvedRun, begin, resolve
 from gcbench.job.settings import Settings, as_json
@@ -47,18 +50,29 @@ def run(
     progress: Progress,
     command: str,
     previous: Report | None = None,
+    snapshot: Path | None = None,
 ) -> Report:
     """Measure every round of every cell that `previous` lacks, and save the report in `store` after each of them.
 
     Raises UsageError or UnavailableError before anything is measured; afterwards a failure becomes a row.
+
+    `snapshot` is the file for memory snapshots (`snapshot_files.files`).
     """
     machine, facts = describe(settings, source, children)
+    if snapshot is not None and machine.device == CPU:
+        raise UnavailableError(
+            "--snapshot needs a CUDA device, whose allocator PyTorch can record; use --device cuda, or gcbench predict "
+            "with --snapshot for a card that is not here"
+        )
     resolved = resolve(settings, facts, machine, model_notices=source.notices)
     report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(resolved.settings.rounds) for cell in _off_first(resolved.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
     tasks = [task_for(resolved, source, cell, number) for cell, number in todo]
+    if snapshot is not None:
+        files = snapshot_files.files(snapshot, resolved.cells)
+        tasks = [replace(task, snapshot=str(files[task.cell])) if task.with_memory else task for task in tasks]
     progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=resolved.settings.rounds)
     for task in tasks:
         if _is_done(report, task.cell, task.round):  # it failed in an earlier round

@@ -43,7 +43,8 @@ def call(driver: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
         card = cards.find("t4")
         values = properties.properties(card, num_cards=2, built_for=EVERY_ARCHITECTURE, torch_version="2.13")
         values |= {name: str(value) for name, value in changes.items()}
-        env = os.environ | {"GCBENCH_EMULATED_PROPERTIES": properties.joined(values)}
+        outer = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # where tests are emulated
+        env = outer | {"GCBENCH_EMULATED_PROPERTIES": properties.joined(values)}
         if ledger is not None:
             env["GCBENCH_EMULATED_LEDGER"] = str(ledger)
         begin = f"import ctypes as c, os, sys, subprocess\ncuda = c.CDLL({str(driver)!r})\n" + _HELPERS

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from gcbench.core import snapshot_files
 from gcbench.core.errors import UnavailableError
+from gcbench.core.files import write_bytes
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
 from gcbench.core.units import MIB
 from gcbench.devices.backends import _machine
@@ -72,6 +76,15 @@ class CudaDevice:
         probe = CudaMemoryProbe(self.index)
         yield probe
         probe.close()
+
+    def record_memory(self) -> None:
+        # With the stacks of frees too, torch 2.11 raises a SystemError where checkpointing stops a recomputation early.
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", clear_history=True)
+
+    def write_memory_snapshot(self, file: Path) -> None:
+        snapshot = torch.cuda.memory._snapshot()
+        torch.cuda.memory._record_memory_history(enabled=None)
+        write_bytes(file, pickle.dumps(snapshot, protocol=snapshot_files.PROTOCOL))
 
     def start_timing(self) -> None:
         torch.cuda.synchronize(self.index)
