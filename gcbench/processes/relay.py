@@ -47,10 +47,11 @@ class Relay:
         """Start the relay; `environment` is added to the parent's own for it and its children."""
         self._log_path = log_path
         self._ours, theirs = Pipe()
-        # The path as a value, so that the relay finds what this process finds, whatever made it so.
+        # The path as a value, so that the relay finds what this process finds, whatever made it so; and its temporary
+        # files in this one's folder, which is removed even where the relay is killed.
         code = (
-            f"import sys; sys.path[:] = {sys.path!r}; from gcbench.processes.relay_process import serve; "
-            f"serve({theirs.fileno()}, {preload!r})"
+            f"import sys, tempfile; sys.path[:] = {sys.path!r}; tempfile.tempdir = {str(log_path.parent)!r}; "
+            f"from gcbench.processes.relay_process import serve; serve({theirs.fileno()}, {preload!r})"
         )
         with theirs, log_path.open("ab") as log:
             self._process = _without_interrupt([sys.executable, "-c", code], environment, theirs.fileno(), log)
