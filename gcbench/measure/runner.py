@@ -26,6 +26,11 @@ from gcbench.report.rows import needs_repeat
 from gcbench.report.run_folder import Store
 from gcbench.strategies import OFF
 
+PROCESS_UNREAD = (
+    "Memory of the process outside the allocator was not measured: neither nvidia-smi nor nvidia-ml-py reports the "
+    "card's used memory; for that column, put nvidia-smi on PATH or pip install nvidia-ml-py."
+)
+
 
 class Progress(Protocol):
     """Shows the progress of a run."""
@@ -81,7 +86,23 @@ def run(
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
         report = measure_round(report, task, resolved, children, store, progress)
         progress.leave(_outcome(report, task.cell))
-    return _repeat_off(report, resolved, source, children, store)
+    return _without_process_memory(_repeat_off(report, resolved, source, children, store), store)
+
+
+def _without_process_memory(report: Report, store: Store) -> Report:
+    """Return the report, saved with a notice where the memory of the process on a card could not be read."""
+    peaks = [result.memory for outcome in report.outcomes for result in outcome.rounds if result.memory]
+    is_read = (
+        report.source != "measured"
+        or report.machine.device == "cpu"
+        or not peaks
+        or any(peak.process_bytes is not None for peak in peaks)
+    )
+    if is_read or PROCESS_UNREAD in report.notices:
+        return report
+    report = replace(report, notices=(*report.notices, PROCESS_UNREAD))
+    store.save(report)
+    return report
 
 
 def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:

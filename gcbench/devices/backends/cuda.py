@@ -141,9 +141,17 @@ class CudaDevice:
         )
 
     def _used_bytes(self) -> int | None:
-        """Return the card's memory used by all processes, in whole MiB; None when nvidia-smi does not report it."""
+        """Return the card's memory used by all processes, in bytes; None when neither tool reports it.
+
+        Both nvidia-smi and nvidia-ml-py ask the driver's management library, which creates no context on the card.
+        """
         reported = _nvidia_smi(self.index, "memory.used")
-        return int(reported) * MIB if reported is not None and reported.isdecimal() else None
+        if reported is not None and reported.isdecimal():
+            return int(reported) * MIB
+        try:
+            return int(torch.cuda.device_memory_used(self.index))
+        except Exception:  # without nvidia-ml-py, the library itself or a permission, each has an error of its own
+            return None
 
 
 class CudaMemoryProbe:
