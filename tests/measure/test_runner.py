@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from fixtures_report import round_result
+from fixtures_report import peaks, round_result
 from scripted import FACTS, MACHINE, SETTINGS, Call, ScriptedChildren, Ticker, go, gradients
 
 from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.records import Failure
+from gcbench.measure import runner
 from gcbench.processes.messages import Answer, Refusal
 from gcbench.report import report_file as reports
 
