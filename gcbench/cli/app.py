@@ -247,6 +247,45 @@ def check(
     )
 
 
+@app.command("dry-run", context_settings={"allow_interspersed_args": False})
+def dry_run(
+    command: options.Command = None,
+    device: options.EmulatedDevice = None,
+    device_memory: options.DeviceMemory = None,
+    device_file: options.DeviceFile = None,
+    num_devices: options.NumDevices = None,
+    steps: options.DryRunSteps = None,
+    snapshot: options.Snapshot = None,
+    plan: options.PlanToo = False,
+    out: options.PredictOut = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+) -> None:
+    """Run any training script, unmodified, on an emulated card: whether it fits, and where memory goes.
+
+    PyTorch's own CUDA code and allocator run, and nothing is computed. The peaks of every phase are reported, and where
+    memory runs out: the line, what was allocated, and the checkpointing with which gcbench plan predicts that it fits.
+
+    Exit code: 0 it fits, 1 it does not, 3 it cannot be told; a script that fails by itself passes its own code on.
+    """
+    from gcbench.dry_run import command as dry_run_command
+
+    dry_run_command.run(
+        command or [],
+        device=device,
+        device_memory=device_memory,
+        device_file=device_file,
+        num_devices=num_devices,
+        steps=steps,
+        snapshot=snapshot,
+        plans=plan,
+        out=out,
+        as_json=json,
+        quiet=quiet,
+        argv=sys.argv[1:],
+    )
+
+
 @app.command()
 def compare(
     a: Annotated[
