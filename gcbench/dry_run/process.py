@@ -59,19 +59,41 @@ def child_environment(
     }
 
 
+def interpreter_of(command: Sequence[str]) -> Path:
+    """Return the Python that a command runs: itself, that of a script's first line, else this one.
+
+    Raises UsageError where there is no such program.
+    """
+    found = shutil.which(command[0])
+    if found is None:
+        raise UsageError(
+            f"there is no program {command[0]!r}; write the command as in a shell, like: -- python train.py"
+        )
+    if Path(found).name.startswith("python"):
+        return Path(found)
+    try:
+        with Path(found).open("rb") as file:
+            words = file.readline(512).decode(errors="replace").removeprefix("#!").split()
+    except OSError:
+        words = []
+    named = [word for word in words if Path(word).name.startswith("python")]
+    script_python = shutil.which(named[0]) if named else None
+    return Path(script_python or sys.executable)
+
+
 def run(command: Sequence[str], environment: Mapping[str, str], *, folder: Path, to_stderr: bool) -> Ended:
     """Run the command to its end, with this terminal's input and output.
 
     Args:
         to_stderr: whether the command's standard output goes to standard error, as this one's is a document.
 
-    Raises UsageError where there is no such program.
+    Raises UsageError where the program cannot be run.
     """
-    if shutil.which(command[0], path=environment.get("PATH")) is None:
-        raise UsageError(f"there is no program {command[0]!r}; write the command as in a shell, like: -- python train.py")
     sys.stdout.flush()
     try:
-        process = subprocess.Popen(list(command), env=dict(environment), stdout=sys.stderr.fileno() if to_stderr else None)
+        process = subprocess.Popen(
+            list(command), env=dict(environment), stdout=sys.stderr.fileno() if to_stderr else None
+        )
     except OSError as err:
         raise UsageError(f"{command[0]!r} cannot be run ({err.strerror}); write it as in a shell") from None
     was_interrupted = False
@@ -107,7 +129,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 def _observed(folder: Path) -> tuple[Observed, ...]:
     """Read what the processes reported, the one that trained first."""
     found = [
-        decode(Observed, json.loads(path.read_text(encoding="utf-8"))) for path in sorted(folder.glob("observed-*.json"))
+        decode(Observed, json.loads(path.read_text(encoding="utf-8")))
+        for path in sorted(folder.glob("observed-*.json"))
     ]
     found = [each for each in found if each.torch is not None]
     return tuple(sorted(found, key=_activity, reverse=True))

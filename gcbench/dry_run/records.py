@@ -199,12 +199,13 @@ class Observed:
     """What the observer saw of one process.
 
     Attributes:
-        first: the first step; `later` the one of the others with the highest peak, `later_peaks` the peaks of all others.
+        first: the first step; `later` the one of the others with the highest peak.
+        later_peaks: the peaks of all steps but the first.
         unfinished: the step that was running at the end.
         listed: peak allocated and reserved bytes of each step, as far as they are listed.
         outside: phase outside steps -> peak allocated and reserved bytes.
         by_card: number of the card -> peak allocated and reserved bytes.
-        context_bytes: what the process takes on the card outside PyTorch's allocator, as the emulated card estimates it.
+        context_bytes: what the process takes on the card outside PyTorch's allocator: the emulated card's estimate.
     """
 
     schema: int
@@ -264,6 +265,8 @@ class WouldFit:
         command: the command that plans it again.
         strategy: what it chose, in words.
         source: how its memory is known: `predicted` or `estimated`.
+        same_batch_strategy: the fastest that fits with the script's own batch, where the choice has a smaller one; None
+            where nothing does.
     """
 
     sentence: str | None = None
@@ -273,6 +276,8 @@ class WouldFit:
     peak_bytes: int | None = None
     allocated_bytes: int | None = None
     source: str | None = None
+    same_batch_strategy: str | None = None
+    same_batch_peak_bytes: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

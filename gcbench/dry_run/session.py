@@ -61,10 +61,11 @@ def dry_run(
     card = cards.find(options.device, options.device_file)
     if options.device_memory is not None:
         card = replace(card, memory_bytes=options.device_memory)
-    emulated = environment(card, num_cards=options.num_devices)
+    python = process.interpreter_of(command)
     store = Store.create(out) if out is not None else None
     folder = _private_folder()
     try:
+        emulated = environment(card, num_cards=options.num_devices, python=python, ledger=folder / "ledger")
         result = _run(command, options, card, emulated, folder, store, invocation, to_stderr=as_json, quiet=quiet)
         if store is not None:
             with store.attempt():
@@ -75,7 +76,9 @@ def dry_run(
         else:
             view.show(result)
         if store is not None and not quiet:
-            Console(stderr=True).print(f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True)
+            Console(stderr=True).print(
+                f"Everything is in {store.folder}", markup=False, highlight=False, soft_wrap=True
+            )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         if store is not None:

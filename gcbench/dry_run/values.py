@@ -8,6 +8,8 @@ from gcbench.dry_run.records import Read
 
 SIZES = ("nonzero", "unique", "unique_consecutive", "masked_select", "argwhere", "mask")
 _LISTS = ("tolist", "cpu", "int", "index")
+_MODEL_CODE = ("/models/", "/integrations/", "modeling_")
+"""Parts of the paths of a library's model code, as opposed to its trainer."""
 _BESIDE_TRAINING = ("accelerate", "trl", "peft", "datasets", "tqdm")
 """Packages whose reads are for logging."""
 
@@ -27,6 +29,7 @@ def _words(read: Read) -> str | None:
         if read.library in _BESIDE_TRAINING:
             return None
         return f"the condition ({read.condition}) reads a value; it was taken as {read.answer} ({times})"
-    if read.kind in _LISTS and read.library is not None and read.library not in _BESIDE_TRAINING:
+    is_model = read.library is not None and any(part in read.file for part in _MODEL_CODE)
+    if read.kind in _LISTS and is_model:
         return f"the model reads values ({read.kind}), which decide what follows; they were {read.answer} ({times})"
     return None

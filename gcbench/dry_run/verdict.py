@@ -115,7 +115,9 @@ def _unused(observed: Observed, card: Card) -> Verdict:
     steps = f"took {counted(observed.num_steps, 'step')} on the CPU" if observed.num_steps else "trained nothing on it"
     return Verdict(
         ending="unobserved",
-        sentence=f"the script never used the card, and {steps}; have it train on cuda to see whether it fits {card.title}",
+        sentence=(
+            f"the script never used the card, and {steps}; have it train on cuda to see whether it fits {card.title}"
+        ),
         exit_code=NOT_JUDGED,
     )
 
@@ -165,10 +167,13 @@ def _limit(error: ScriptError | None, ended: Ended, num_cards: int) -> str | Non
         return None
     text = "\n".join(f"{cause.type}: {cause.message}" for cause in error.chain)
     at = _at(error.place)
-    if re.search(r"invalid device ordinal|Invalid device id|device >= 0 && device < num_gpus|no such CUDA device", text):
+    if re.search(
+        r"invalid device ordinal|Invalid device id|device >= 0 && device < num_gpus|no such CUDA device", text
+    ):
         return (
             f"the script asks for a card that is not there{at}, as {counted(num_cards, 'card')} "
-            f"{'is' if num_cards == 1 else 'are'} emulated; add --num-devices {num_cards + 1}, or let it train on cuda:0"
+            f"{'is' if num_cards == 1 else 'are'} emulated; add --num-devices {num_cards + 1}, or have it train on "
+            "cuda:0"
         )
     if any(file.endswith("torch/cuda/graphs.py") for file in error.files) or re.search(r"captur", text):
         return (

@@ -99,9 +99,7 @@ def _table(result: DryRun, observed: Observed) -> Table:
     highest = max(range(len(found)), key=lambda number: found[number][2][0])
     context = observed.context_bytes
     columns = [
-        Column(
-            header="when", cells=tuple(_when(observed, step, phase) for step, phase, _ in found), right=False
-        ),
+        Column(header="when", cells=tuple(_when(observed, step, phase) for step, phase, _ in found), right=False),
         Column(header="allocated", cells=tuple(format_bytes(peak[0]) for _, _, peak in found)),
         Column(header="reserved", cells=tuple(format_bytes(peak[1]) for _, _, peak in found)),
     ]
@@ -237,9 +235,11 @@ def _short(file: str | None) -> str:
 
 
 def _would_fit(found: WouldFit, observed: Observed) -> Iterator[str]:
-    if found.sentence is not None:
-        least = f"; the least that it finds needs {format_bytes(found.peak_bytes)}" if found.peak_bytes else ""
-        yield _sentence(f"{found.sentence}{least}")
+    if found.sentence is not None or found.strategy is None:
+        least = (
+            f"; the least that gcbench plan finds needs {format_bytes(found.peak_bytes)}" if found.peak_bytes else ""
+        )
+        yield _sentence(f"{found.sentence or 'no setting was found'}{least}")
     else:
         batch = observed.workload.batch_size or 1
         accumulated = batch // (found.batch_size or 1)
@@ -247,9 +247,16 @@ def _would_fit(found: WouldFit, observed: Observed) -> Iterator[str]:
         if accumulated > 1:
             size += f" with {accumulated} times the gradient accumulation"
         yield (
-            f"{found.strategy} at {size} would need {format_bytes(found.peak_bytes)} of the process, "
-            f"{format_bytes(found.allocated_bytes)} allocated ({found.source} by gcbench plan)."
+            f"{found.strategy[:1].upper()}{found.strategy[1:]} at {size} would need {format_bytes(found.peak_bytes)} "
+            f"in all, {format_bytes(found.allocated_bytes)} of it allocated ({found.source} by gcbench plan)."
         )
+        if accumulated > 1 and found.same_batch_strategy is not None:
+            yield (
+                f"At its own batch {batch}, {found.same_batch_strategy} would need "
+                f"{format_bytes(found.same_batch_peak_bytes)}."
+            )
+        elif accumulated > 1:
+            yield f"At its own batch {batch}, nothing that gcbench plan tries fits."
     if found.command is not None:
         yield f"{found.command}"
     elif found.strategy is not None:

@@ -10,10 +10,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from gcbench.core.files import write_text
 from gcbench.dry_run.records import Workload, WouldFit
 from gcbench.export._handover import SEARCHED
+from gcbench.strategies import OFF
 
 _OPTIMIZERS = {"AdamW": "adamw_torch", "SGD": "sgd", "Adafactor": "adafactor"}
 _MOST_BATCHES = 5
@@ -24,21 +26,21 @@ def why_no_plan(workload: Workload) -> str | None:
     """Return why `gcbench plan` cannot plan what the script trains; None where it can."""
     if workload.config is None:
         what = f"{workload.model_class} is not a Hugging Face model" if workload.model_class else "no model was seen"
-        return f"gcbench plan has no setting for it, as {what}"
+        return f"it cannot be planned, as {what}"
     if not workload.causal_lm:
-        return f"gcbench plan has no setting for it, as {workload.model_class} is not a causal language model"
+        return f"it cannot be planned, as {workload.model_class} is not a causal language model"
     if workload.quantized:
-        return "gcbench plan has no setting for it, as its weights are quantised"
+        return "it cannot be planned, as its weights are quantised"
     if workload.batch_size is None or workload.seq_len is None:
-        return "gcbench plan has no setting for it, as the shape of its inputs was not seen"
+        return "it cannot be planned, as the shape of its inputs was not seen"
     if workload.optimizer is not None and workload.optimizer not in _OPTIMIZERS:
-        return f"gcbench plan has no setting for it, as it does not know the optimizer {workload.optimizer}"
+        return f"it cannot be planned, as gcbench plan does not know the optimizer {workload.optimizer}"
     if precision(workload) is None:
-        return f"gcbench plan has no setting for it, as it does not know weights in {workload.dtype}"
+        return f"it cannot be planned, as gcbench plan does not know weights in {workload.dtype}"
     if workload.peft_type not in (None, "LORA"):
-        return f"gcbench plan has no setting for it, as it does not know adapters of kind {workload.peft_type}"
+        return f"it cannot be planned, as gcbench plan does not know adapters of kind {workload.peft_type}"
     if workload.peft_type is None and workload.num_trainable != workload.num_params:
-        return "gcbench plan has no setting for it, as it trains only some of the parameters, without LoRA"
+        return "it cannot be planned, as only some of the parameters are trained, without LoRA"
     return None
 
 
@@ -103,24 +105,38 @@ def plan(
     planned = _run(wanted, _environment(emulated), folder / "plan")
     command = None if keep is None else shlex.join(["gcbench", *wanted])
     if isinstance(planned, str):
-        return WouldFit(sentence=f"gcbench plan failed: {planned}", command=command)
+        return WouldFit(sentence=f"it cannot be planned: {planned}", command=command)
     choice = planned.get("choice")
     if not isinstance(choice, dict):
         smallest = planned.get("smallest_peak_bytes")
         return WouldFit(
-            sentence="gcbench plan finds no setting that fits",
+            sentence="no setting fits",
             command=command,
             peak_bytes=smallest if isinstance(smallest, int) else None,
         )
-    strategy = str(choice["strategy"])
+    same = _fastest_at(planned.get("rows"), workload.batch_size)
     return WouldFit(
         command=command,
-        strategy="a searched plan" if strategy == SEARCHED else strategy,
+        strategy=_named(choice),
         batch_size=choice["batch_size"],
         peak_bytes=choice["peak_bytes"],
         allocated_bytes=choice["peak_allocated_bytes"],
         source=choice["source"],
+        same_batch_strategy=None if same is None else _named(same),
+        same_batch_peak_bytes=None if same is None else same["peak_bytes"],
     )
+
+
+def _named(row: Mapping[str, Any]) -> str:
+    strategy = str(row["strategy"])
+    return "a searched plan" if strategy == SEARCHED else "no checkpointing" if strategy == OFF else strategy
+
+
+def _fastest_at(rows: object, batch_size: int | None) -> dict[str, Any] | None:
+    """Return the candidate with the most tokens per second of those that fit at a batch size."""
+    found = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    fitting = [row for row in found if row["status"] == "ok" and row["batch_size"] == batch_size]
+    return max(fitting, key=lambda row: float(row["tokens_per_s"]), default=None)
 
 
 def _environment(emulated: Mapping[str, str]) -> dict[str, str]:

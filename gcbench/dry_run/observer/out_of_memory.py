@@ -60,7 +60,7 @@ class OutOfMemory:
 
     def _event(self, device: int, requested: int, limit: int, free: int, *, detailed: bool) -> dict[str, Any]:
         cuda = self._torch.cuda
-        frames = places.stack(sys._getframe(2))
+        frames = places.stack(sys._getframe())  # of the observer's own frames none is kept
         return {
             "number": self.count,
             "device": device,
@@ -78,7 +78,7 @@ class OutOfMemory:
 
 
 def alive(torch: Any, device: int) -> list[dict[str, Any]]:
-    """Return what is allocated on a card, in groups: bytes, number of blocks, and for the rest the line that made it."""
+    """Return what is allocated on a card, in groups: by what a tensor is for, else by the line that allocated it."""
     owners = _owners(torch)
     sizes: dict[tuple[str, str, int], list[int]] = defaultdict(lambda: [0, 0])
     for segment in torch._C._cuda_memorySnapshot(None)["segments"]:

@@ -1,7 +1,8 @@
 """Splits a script's run into steps and phases, from the events that PyTorch reports, and keeps the peaks of each.
 
-A step ends with its optimizers' steps. What happens between two events belongs to the phase before it, except that what
-precedes the optimizer after a backward pass, such as clipping gradients, belongs to the optimizer.
+A step ends with its optimizers' steps. What happens between two events belongs to the phase before it, with two
+exceptions: what precedes the optimizer after a backward pass, such as clipping gradients, belongs to the optimizer; and
+what is allocated after it, such as the next batch, belongs to what follows.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class Phases:
         self._optimizer_ran = False
         self._backward_depth = 0
         self._optimizer_depth = 0
+        self._gap_start: dict[int, Peak] | None = None
         self.phase = START
         self.step = Step(number=1)
         self.num_steps = 0
@@ -153,6 +155,7 @@ class Phases:
             self._fold(OPTIMIZER)
         else:
             self._enter(OPTIMIZER)
+            self._gap_start = self._meter.take()  # what is held now, as nothing has happened since
         self._optimizer_ran = True
         if not self._backward_depth:
             self._on_step()
@@ -173,12 +176,28 @@ class Phases:
         self._fold(self.phase)
 
     def _enter(self, phase: str) -> None:
-        self.measure()
-        self.phase = phase
+        if self._gap_start is None:
+            self.measure()
+            self.phase = phase
+        else:
+            self.phase = phase
+            self._fold_gap(phase)
+
+    def _fold_gap(self, phase: str) -> None:
+        """Count what has been allocated since the optimizer for the phase that follows; if nothing was, nothing."""
+        before, self._gap_start = self._gap_start or {}, None
+        taken = self._meter.take()
+        self._keep(phase, {card: peak for card, peak in taken.items() if peak != before.get(card)})
 
     def _fold(self, phase: str) -> None:
+        self._gap_start = None
+        self._keep(phase, self._meter.take())
+
+    def _keep(self, phase: str, peaks: dict[int, Peak]) -> None:
+        if not peaks:
+            return
         highest = (0, 0)
-        for card, peak in self._meter.take().items():
+        for card, peak in peaks.items():
             known = self.by_card.get(card, [0, 0])
             self.by_card[card] = [max(known[0], peak[0]), max(known[1], peak[1])]
             highest = max(highest[0], peak[0]), max(highest[1], peak[1])
@@ -188,7 +207,8 @@ class Phases:
         """Close the step whose optimizer has run, at the beginning of the next."""
         if not self._optimizer_ran:
             return
-        self.measure()
+        if self._gap_start is None:
+            self.measure()
         self._optimizer_ran = False
         self.phase = FORWARD
         step, self.step = self.step, Step(number=self.step.number + 1)

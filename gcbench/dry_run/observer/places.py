@@ -121,7 +121,7 @@ def qualified_name(filename: str, line: int) -> str | None:
             None,
         )
         if node is not None:
-            names.append(node.name)  # type: ignore[attr-defined]
+            names.append(node.name)
     return ".".join(names) or None
 
 
@@ -150,9 +150,7 @@ def condition_of(filename: str, line: int) -> str | None:
         if isinstance(name, ast.Name)
     }
     kinds = [
-        kind
-        for kind, test in tested
-        if any(isinstance(name, ast.Name) and name.id in names for name in ast.walk(test))
+        kind for kind, test in tested if any(isinstance(name, ast.Name) and name.id in names for name in ast.walk(test))
     ]
     return next((kind for kind in ("while", "if", "assert") if kind in kinds), None)
 

@@ -103,7 +103,7 @@ class Reads:
 
         @functools.wraps(original)
         def read(tensor: Any, *args: Any, **kwargs: Any) -> Any:
-            if compiling() or not tensor.is_cuda or self._in_progress:
+            if compiling() or self._in_progress or not (tensor.is_cuda or _is_marked(tensor)):
                 return original(tensor, *args, **kwargs)
             self._in_progress = True  # item() may be implemented by another of these
             try:
@@ -193,6 +193,12 @@ def _answer(tensor: Any, value: Any) -> Any:
     return LOSS_VALUE if isinstance(value, float) and _is_loss(tensor) else value
 
 
+def _is_marked(tensor: Any) -> bool:
+    """Return whether a tensor on the host is a copy of one whose answer is known."""
+    known: dict[str, object] = getattr(tensor, "__dict__", {})
+    return _TRUTH in known or _LOSS in known
+
+
 def _filled(value: Any, truth: bool) -> Any:
     return [_filled(part, truth) for part in value] if isinstance(value, list) else truth
 
@@ -202,8 +208,9 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], torch: Any = None)
     original = getattr(owner, name)
     setattr(owner, name, wrapper)
     if torch is not None:
-        import torch.jit._builtins as builtins  # type: ignore[no-redef]
+        import torch.jit._builtins
 
+        builtins: Any = torch.jit._builtins
         known = builtins._find_builtin(original)
         if known is not None:
             builtins._register_builtin(wrapper, known)

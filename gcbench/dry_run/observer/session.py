@@ -84,7 +84,9 @@ class Session:
         before = sys.excepthook
 
         def note_failure(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-            self._see_failure(error, trace)
+            with suppress(Exception):
+                trace = _without_observer(error, trace)
+                self._see_failure(error, trace)
             before(kind, error, trace)
 
         sys.excepthook = note_failure
@@ -201,10 +203,8 @@ class Session:
             self._stopped = {"why": "endless", "file": file, "line": line}
 
     def _see_failure(self, error: BaseException, trace: TracebackType | None) -> None:
-        frames = [
-            (each.filename, each.lineno or 0, each.name) for each in reversed(traceback.extract_tb(trace))
-        ]
-        chain = []
+        frames = [(each.filename, each.lineno or 0, each.name) for each in reversed(traceback.extract_tb(trace))]
+        chain: list[dict[str, str]] = []
         cause: BaseException | None = error
         while cause is not None and len(chain) < 8:
             chain.append({"type": type(cause).__name__, "message": str(cause)[:2000]})
@@ -297,6 +297,25 @@ class _Later:
 
     def take(self) -> dict[int, tuple[int, int]]:
         return {}
+
+
+def _without_observer(error: BaseException, trace: TracebackType | None) -> TracebackType | None:
+    """Take the observer's own frames off an error's traceback, and off those of its causes."""
+
+    def stripped(entry: TracebackType | None) -> TracebackType | None:
+        while entry is not None and places.library_of(entry.tb_frame.f_code.co_filename) == "gcbench":
+            entry = entry.tb_next
+        if entry is not None:
+            entry.tb_next = stripped(entry.tb_next)
+        return entry
+
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        cause.__traceback__ = stripped(cause.__traceback__)
+        cause = cause.__cause__ or cause.__context__
+    return stripped(trace)
 
 
 def _around(module: Any, name: str, before: Callable[[Any], object], after: Callable[[], object]) -> None:

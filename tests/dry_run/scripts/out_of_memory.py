@@ -44,7 +44,7 @@ def train(batch: int) -> None:
     optimizer.zero_grad()
 
 
-model = Wide(100_000 if where == "optimizer" else 8192).to("cuda")
+model = Wide(60_000 if where == "optimizer" else 8192).to("cuda")
 optimizer = torch.optim.AdamW(model.parameters())
 for batch in (16, 64_000, 16) if where in ("forward", "caught", "swallowed") else (16,):
     try:

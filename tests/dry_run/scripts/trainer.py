@@ -30,7 +30,10 @@ arguments = TrainingArguments(
     report_to="none",
 )
 trainer = Trainer(
-    model=AutoModelForCausalLM.from_config(config), args=arguments, train_dataset=data, eval_dataset=data.select(range(8))
+    model=AutoModelForCausalLM.from_config(config),
+    args=arguments,
+    train_dataset=data,
+    eval_dataset=data.select(range(8)),
 )
 trainer.train()
 print("allocated", torch.cuda.max_memory_allocated(), "reserved", torch.cuda.max_memory_reserved())
