@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import check_options, options, usage
+from gcbench.cli import check_options, dry_run_options, options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -247,43 +247,7 @@ def check(
     )
 
 
-@app.command("dry-run", context_settings={"allow_interspersed_args": False})
-def dry_run(
-    command: options.Command = None,
-    device: options.EmulatedDevice = None,
-    device_memory: options.DeviceMemory = None,
-    device_file: options.DeviceFile = None,
-    num_devices: options.NumDevices = None,
-    steps: options.DryRunSteps = None,
-    snapshot: options.Snapshot = None,
-    plan: options.PlanToo = False,
-    out: options.PredictOut = None,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Run any training script, unmodified, on an emulated card: whether it fits, and where memory goes.
-
-    PyTorch's own CUDA code and allocator run, and nothing is computed. The peaks of every phase are reported, and where
-    memory runs out: the line, what was allocated, and the checkpointing with which gcbench plan predicts that it fits.
-
-    Exit code: 0 it fits, 1 it does not, 3 it cannot be told; a script that fails by itself passes its own code on.
-    """
-    from gcbench.dry_run import command as dry_run_command
-
-    dry_run_command.run(
-        command or [],
-        device=device,
-        device_memory=device_memory,
-        device_file=device_file,
-        num_devices=num_devices,
-        steps=steps,
-        snapshot=snapshot,
-        plans=plan,
-        out=out,
-        as_json=json,
-        quiet=quiet,
-        argv=sys.argv[1:],
-    )
+dry_run = app.command("dry-run", context_settings={"allow_interspersed_args": False})(dry_run_options.dry_run)
 
 
 @app.command()
@@ -417,14 +381,7 @@ def _parse_and_run() -> int:
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        hint = usage.hint(message, command.rpartition(" ")[2], _options())
-        if hint is not None:
-            message = message.partition(" (Possible options")[0]
-        parts = [
-            f"{message[:1].lower()}{message[1:]};",
-            *([hint if hint.endswith("?") else f"{hint};"] if hint else []),
-        ]
-        raise UsageError(f"{' '.join(parts)} see {command} --help") from None
+        raise UsageError(usage.sentence(message, command, _options())) from None
     if code == Interrupted.exit_code:  # how some versions of Typer report Ctrl-C
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

@@ -290,50 +290,6 @@ PlanStrategies = Annotated[
         "every:4, selective:attention, selective:matmul).",
     ),
 ]
-Command = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="-- COMMAND…", help="The command to run, as in a shell: python train.py --lr 1e-5.", show_default=False
-    ),
-]
-EmulatedDevice = Annotated[
-    str | None,
-    typer.Option(
-        "--device", metavar="NAME", rich_help_panel=WORKLOAD, help="Card to emulate; gcbench devices lists them."
-    ),
-]
-NumDevices = Annotated[
-    str | None,
-    typer.Option(
-        "--num-devices", metavar="N", rich_help_panel=WORKLOAD, help="Number of cards to emulate (default: 1)."
-    ),
-]
-DryRunSteps = Annotated[
-    str | None,
-    typer.Option(
-        "--steps",
-        metavar="N",
-        rich_help_panel=RUN,
-        help="End the script cleanly after N optimizer steps (default: let it run to its end).",
-    ),
-]
-Snapshot = Annotated[
-    Path | None,
-    typer.Option(
-        "--snapshot",
-        metavar="FILE.pickle",
-        rich_help_panel=RUN,
-        help="Write PyTorch's memory snapshot, for pytorch.org/memory_viz, where memory runs out or at the end.",
-    ),
-]
-PlanToo = Annotated[
-    bool,
-    typer.Option(
-        "--plan",
-        rich_help_panel=RUN,
-        help="Ask gcbench plan for the best setting also where the script fits (default: only where it does not).",
-    ),
-]
 Config = Annotated[
     Path | None,
     typer.Option(

@@ -124,6 +124,9 @@ def _unused(observed: Observed, card: Card) -> Verdict:
 
 def _unobserved(ended: Ended) -> Verdict:
     if ended.exit_code:
+        limit = _limit(None, ended, 1) if ended.exit_code < 0 else None
+        if limit is not None:
+            return Verdict(ending="not emulated", sentence=limit, exit_code=NOT_JUDGED)
         return _failed(ended, None)
     return Verdict(
         ending="unobserved",

@@ -24,6 +24,9 @@ SHOWN_BY = {
     "devices/cards.py": ("predict", "plan"),
     "check/worker.py": ("check",),
     "cli/check_options.py": ("check",),
+    "cli/dry_run_options.py": ("dry-run",),
+    "dry_run/would_fit.py": ("plan",),  # calls it
+    "dry_run": ("dry-run",),
     "check/models.py": ("check",),
     "check/session.py": ("check",),
     "checkpointing/apply.py": FOUR,

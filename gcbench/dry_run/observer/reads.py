@@ -86,8 +86,8 @@ class Reads:
                 _wrap(torch, name, _joining(getattr(torch, name), join, compiling), torch)
         for name in ("__invert__", "logical_not"):
             _wrap(tensor, name, _inverting(getattr(tensor, name), compiling))
-        for name, same in (("__eq__", False), ("__ne__", False)):
-            _wrap(tensor, name, _comparing(getattr(tensor, name), name, same, compiling))
+        for name in ("__eq__", "__ne__"):
+            _wrap(tensor, name, _comparing(getattr(tensor, name), name, compiling))
 
     def _answer_reads(self) -> None:
         tensor = self._torch.Tensor
@@ -214,6 +214,9 @@ def _wrap(owner: Any, name: str, wrapper: Callable[..., Any], torch: Any = None)
         known = builtins._find_builtin(original)
         if known is not None:
             builtins._register_builtin(wrapper, known)
+        dispatched: Any = torch._jit_internal.boolean_dispatched
+        if original in dispatched:
+            dispatched[wrapper] = dispatched[original]
 
 
 def _tagging(original: Callable[..., Any], truth: bool, compiling: Callable[[], bool]) -> Callable[..., Any]:
@@ -274,9 +277,7 @@ def _inverting(original: Callable[..., Any], compiling: Callable[[], bool]) -> C
     return inverting
 
 
-def _comparing(
-    original: Callable[..., Any], name: str, same: bool, compiling: Callable[[], bool]
-) -> Callable[..., Any]:
+def _comparing(original: Callable[..., Any], name: str, compiling: Callable[[], bool]) -> Callable[..., Any]:
     """Answer `x != x`, which asks for NaN, with no, and whether a loss is zero with no too."""
 
     @functools.wraps(original)

@@ -140,6 +140,7 @@ class Session:
             cuda.memory._record_memory_history(context="state", stacks="python", max_entries=1)
         else:
             cuda.memory._record_memory_history(context="alloc", stacks="python", max_entries=_MOST_TRACED)
+        self._write()  # a crash leaves at least this
 
     def _watch_modules(self, module_class: Any) -> None:
         """Note calls of outermost modules; PyTorch's global hooks would change how compiled modules are traced."""
