@@ -46,7 +46,7 @@ def judge(ended: Ended, card: Card, num_cards: int) -> Verdict:
     if observed is None:
         return _unobserved(ended)
     error = observed.failure
-    ran_out = _ran_out(observed, ended.exit_code)
+    ran_out = _ran_out(observed)
     if ran_out:
         return _does_not_fit(observed, card)
     if ended.exit_code == 0:
@@ -59,15 +59,16 @@ def judge(ended: Ended, card: Card, num_cards: int) -> Verdict:
     return _failed(ended, error)
 
 
-def _ran_out(observed: Observed, exit_code: int) -> bool:
+def _ran_out(observed: Observed) -> bool:
     """Whether memory ran out and no step followed; a script may catch the error and end as if nothing had happened."""
     error = observed.failure
     if error is not None and error.is_out_of_memory:
         return True
     if error is not None and any(cause.type == "OutOfMemoryError" for cause in error.chain):
         return True
-    if not observed.out_of_memory or (exit_code != 0 and error is not None):
+    if not observed.out_of_memory:
         return False
+    # Also where another error follows: accelerate raises its own when no batch size is left.
     return observed.num_steps <= observed.out_of_memory[-1].done_steps
 
 
@@ -189,7 +190,7 @@ def _limit(error: ScriptError | None, ended: Ended, num_cards: int) -> str | Non
             "gloo backend"
         )
     extension = next((name for name in error.libraries if name in _LEAVE_OUT), None)
-    named = next((name for name in _LEAVE_OUT if re.search(rf"\b{name}\b", text)), None)
+    named = next((name for name in _LEAVE_OUT if re.search(rf"\b{name}", text)), None)
     if extension is not None and (error.libraries[0] == extension or _OF_THE_CARD.search(text)):
         return _names(extension) + at
     if _NO_LIBRARY.search(text) and (extension or named):

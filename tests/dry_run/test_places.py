@@ -66,7 +66,13 @@ def test_the_users_own_code_is_what_is_installed_nowhere(script):
 def test_the_innermost_line_of_the_user_is_the_place(script):
     torch = "/venv/lib/python3.12/site-packages/torch/nn/modules/linear.py"
     model = "/venv/lib/python3.12/site-packages/transformers/models/llama/modeling_llama.py"
-    frames = [(torch, 1, "forward"), (model, 2, "forward"), (torch, 3, "call"), (script, 8, "train"), (script, 1, "<module>")]
+    frames = [
+        (torch, 1, "forward"),
+        (model, 2, "forward"),
+        (torch, 3, "call"),
+        (script, 8, "train"),
+        (script, 1, "<module>"),
+    ]
     user, library = places.user_place(frames), places.library_place(frames)
     assert user is not None and library is not None
     assert (user["line"], user["text"]) == (8, "value = loss.item()  # 8")
