@@ -205,6 +205,7 @@ class Observed:
         listed: peak allocated and reserved bytes of each step, as far as they are listed.
         outside: phase outside steps -> peak allocated and reserved bytes.
         by_card: number of the card -> peak allocated and reserved bytes.
+        refused: functions of NVIDIA's libraries that were called and that the emulated card refuses.
         context_bytes: what the process takes on the card outside PyTorch's allocator: the emulated card's estimate.
     """
 
@@ -233,6 +234,7 @@ class Observed:
     snapshot: str | None
     snapshot_failed: str | None
     checkpoint_reentrant: bool | None
+    refused: tuple[str, ...] = ()
 
     @property
     def peak_allocated_bytes(self) -> int:

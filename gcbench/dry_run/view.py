@@ -13,6 +13,7 @@ from gcbench.core.text_table import show as show_all
 from gcbench.core.units import counted, format_bytes
 from gcbench.dry_run import values
 from gcbench.dry_run.records import OF_A_STEP, SCHEMA, DryRun, Observed, OutOfMemory, Place, WouldFit
+from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -148,6 +149,8 @@ def sections(result: DryRun) -> Iterator[tuple[str, list[str]]]:
     told = list(_values(observed))
     if told:
         yield "values", told
+    if observed.refused:
+        yield "not emulated", [f"{', '.join(observed.refused)}: called, and refused by the emulated card."]
     if observed.snapshot or observed.snapshot_failed:
         yield "snapshot", [_snapshot(observed)]
 
@@ -247,12 +250,12 @@ def _would_fit(found: WouldFit, observed: Observed) -> Iterator[str]:
         if accumulated > 1:
             size += f" with {accumulated} times the gradient accumulation"
         yield (
-            f"{found.strategy[:1].upper()}{found.strategy[1:]} at {size} would need {format_bytes(found.peak_bytes)} "
+            f"{_setting(found.strategy)} at {size} would need {format_bytes(found.peak_bytes)} "
             f"in all, {format_bytes(found.allocated_bytes)} of it allocated ({found.source} by gcbench plan)."
         )
         if accumulated > 1 and found.same_batch_strategy is not None:
             yield (
-                f"At its own batch {batch}, {found.same_batch_strategy} would need "
+                f"{_setting(found.same_batch_strategy)} at its own batch {batch} would need "
                 f"{format_bytes(found.same_batch_peak_bytes)}."
             )
         elif accumulated > 1:
@@ -261,6 +264,10 @@ def _would_fit(found: WouldFit, observed: Observed) -> Iterator[str]:
         yield f"{found.command}"
     elif found.strategy is not None:
         yield "--out keeps the model's config and prints the command that plans it again."
+
+
+def _setting(strategy: str) -> str:
+    return "No checkpointing" if strategy == OFF else f"Checkpointing with {strategy}"
 
 
 def _values(observed: Observed) -> Iterator[str]:

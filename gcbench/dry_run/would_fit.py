@@ -15,7 +15,6 @@ from typing import Any
 from gcbench.core.files import write_text
 from gcbench.dry_run.records import Workload, WouldFit
 from gcbench.export._handover import SEARCHED
-from gcbench.strategies import OFF
 
 _OPTIMIZERS = {"AdamW": "adamw_torch", "SGD": "sgd", "Adafactor": "adafactor"}
 _MOST_BATCHES = 5
@@ -129,7 +128,7 @@ def plan(
 
 def _named(row: Mapping[str, Any]) -> str:
     strategy = str(row["strategy"])
-    return "a searched plan" if strategy == SEARCHED else "no checkpointing" if strategy == OFF else strategy
+    return "a searched plan" if strategy == SEARCHED else strategy
 
 
 def _fastest_at(rows: object, batch_size: int | None) -> dict[str, Any] | None:

@@ -59,9 +59,12 @@ def test_what_would_fit_is_told_with_its_source():
         same_batch_peak_bytes=5 * 2**30,
     )
     shown = text(observed(), DOES_NOT, fitting)
-    assert "Every:2 at batch 4 with 3 times the gradient accumulation would need 3.00 GiB in all" in shown
+    assert (
+        "Checkpointing with every:2 at batch 4 with 3 times the gradient accumulation would need 3.00 GiB in all"
+        in shown
+    )
     assert "predicted by gcbench plan" in shown
-    assert "At its own batch 12, per-layer would need 5.00 GiB." in shown
+    assert "Checkpointing with per-layer at its own batch 12 would need 5.00 GiB." in shown
 
 
 def test_a_loop_that_was_ended_is_told():

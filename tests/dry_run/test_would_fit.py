@@ -94,7 +94,7 @@ def test_the_choice_and_the_best_at_the_scripts_own_batch_are_told(monkeypatch, 
     choice = row("off", 4, 90.0)
     rows = [choice, row("per-layer", 12, 50.0), row("every:2", 12, 60.0), row("off", 12, 99.0, "oom")]
     found = planned(monkeypatch, tmp_path, {"choice": choice, "rows": rows})
-    assert (found.strategy, found.batch_size, found.peak_bytes) == ("no checkpointing", 4, 4000)
+    assert (found.strategy, found.batch_size, found.peak_bytes) == ("off", 4, 4000)
     assert (found.same_batch_strategy, found.same_batch_peak_bytes) == ("every:2", 12000)
     assert json.loads((tmp_path / "kept" / "config.json").read_text()) == {}
     assert found.command is not None and "kept/config.json" in found.command

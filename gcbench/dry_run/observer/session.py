@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import ctypes
 import faulthandler
 import functools
 import gc
@@ -289,6 +290,7 @@ class Session:
             "failure": self._failure,
             "snapshot": self._notes.get("snapshot"),
             "snapshot_failed": self._notes.get("snapshot_failed"),
+            "refused": _refused() if self._devices else [],
             "checkpoint_reentrant": self._notes.get("checkpoint_reentrant"),
         }
 
@@ -298,6 +300,19 @@ class _Later:
 
     def take(self) -> dict[int, tuple[int, int]]:
         return {}
+
+
+def _refused() -> list[str]:
+    """Return the functions of NVIDIA's libraries that were called and that the emulated card refuses."""
+    try:
+        asked = ctypes.CDLL("libcuda.so.1").emu_refused
+    except (OSError, AttributeError):  # a card that is there
+        return []
+    asked.restype, asked.argtypes = ctypes.c_char_p, (ctypes.c_size_t,)
+    names: list[str] = []
+    while (name := asked(len(names))) is not None:
+        names.append(name.decode())
+    return names
 
 
 def _without_observer(error: BaseException, trace: TracebackType | None) -> TracebackType | None:
