@@ -29,6 +29,8 @@ def _words(read: Read) -> str | None:
         if read.library in _BESIDE_TRAINING:
             return None
         return f"the condition ({read.condition}) reads a value; it was taken as {read.answer} ({times})"
+    if read.kind in ("tolist", "cpu") and read.library is None:
+        return f"values are copied from the card ({read.kind}), for what follows; they were {read.answer} ({times})"
     is_model = read.library is not None and any(part in read.file for part in _MODEL_CODE)
     if read.kind in _LISTS and is_model:
         return f"the model reads values ({read.kind}), which decide what follows; they were {read.answer} ({times})"

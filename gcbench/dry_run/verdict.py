@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from gcbench.core.units import counted, format_bytes
 from gcbench.devices.cards import Card
+from gcbench.dry_run import values
 from gcbench.dry_run.process import Ended
 from gcbench.dry_run.records import Observed, Place, ScriptError, Verdict
 
@@ -150,6 +151,8 @@ def _failed(ended: Ended, error: ScriptError | None) -> Verdict:
             exit_code=128 - code,
         )
     what = f": {error.type}{_at(error.place)}, with its traceback above" if error is not None else ""
+    if ended.observed and values.told(ended.observed[0].reads):
+        what += "; it had read values from the card, which were not computed and may be the cause"
     return Verdict(
         ending="script failed", sentence=f"the script itself failed with exit code {code}{what}", exit_code=code
     )
