@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import check_options, dry_run_options, options, usage
+from gcbench.cli import check_options, compare_options, dry_run_options, options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -75,6 +75,7 @@ def run(
     config: options.Config = None,
     out: options.Out = None,
     resume: options.Resume = False,
+    snapshot: options.Snapshot = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -86,7 +87,9 @@ def run(
     flags = options.settings_passed(locals())
     from gcbench.measure import command as run_command
 
-    run_command.run(flags, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+    run_command.run(
+        flags, config=config, out=out, resume=resume, snapshot=snapshot, as_json=json, quiet=quiet, argv=sys.argv[1:]
+    )
 
 
 @app.command()
@@ -115,6 +118,7 @@ def predict(
     exact: options.Exact = False,
     config: options.Config = None,
     out: options.PredictOut = None,
+    snapshot: options.Snapshot = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -136,6 +140,7 @@ def predict(
         exact=exact,
         config=config,
         out=out,
+        snapshot=snapshot,
         as_json=json,
         quiet=quiet,
         argv=sys.argv[1:],
@@ -252,21 +257,10 @@ dry_run = app.command("dry-run", context_settings={"allow_interspersed_args": Fa
 
 @app.command()
 def compare(
-    a: Annotated[
-        Path, typer.Argument(metavar="A", help="Folder of a run, prediction or plan, or its JSON file: the baseline.")
-    ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The run, prediction or plan to compare with it.")],
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-on",
-            metavar="memory:1%",
-            help="Exit with 1 if B is worse by more than this in memory or time; repeatable.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare even if devices, precisions or model sizes differ.")
-    ] = False,
+    a: compare_options.A,
+    b: compare_options.B,
+    fail_on: compare_options.FailOn = None,
+    force: compare_options.Force = False,
     json: Json = False,
 ) -> None:
     """Compare two runs, predictions or plans cell by cell: better, worse or no significant difference."""

@@ -326,6 +326,16 @@ PlanOut = Annotated[
         help="Folder to store the plan in (default: results/plan-MODEL-TIME).",
     ),
 ]
+Snapshot = Annotated[
+    Path | None,
+    typer.Option(
+        "--snapshot",
+        metavar="FILE.pickle",
+        rich_help_panel=RUN,
+        help="File to write a memory snapshot to, for pytorch.org/memory_viz; of several cells each gets its own, with "
+        "its strategy in the name (default: none).",
+    ),
+]
 Resume = Annotated[
     bool,
     typer.Option(

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from gcbench.core import snapshot_files
 from gcbench.core.errors import UsageError
 from gcbench.core.records import Report
 from gcbench.job import settings as configs
@@ -20,12 +21,15 @@ def run(
     config: Path | None,
     out: Path | None,
     resume: bool,
+    snapshot: Path | None,
     as_json: bool,
     quiet: bool,
     argv: Sequence[str],
 ) -> None:
     """Measure every cell of the settings that flags, file and a resumed run make up, and show the report."""
     previous: Report | None = None
+    if resume and snapshot is not None:
+        raise UsageError("--snapshot cannot be added to a stored run, whose steps are not repeated; leave out --resume")
     if resume:
         if out is None:
             raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
@@ -34,8 +38,15 @@ def run(
     raw = {**(previous.settings if previous else {}), **file.settings, **flags}
     settings = configs.settings(raw)
     tell(file, raw, quiet=quiet)
+    snapshot = snapshot_files.check(snapshot)
     from gcbench.measure import session  # only now: a wrong value is reported before anything else is imported
 
     session.measure(
-        settings, out=out, previous=previous, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+        settings,
+        out=out,
+        previous=previous,
+        snapshot=snapshot,
+        command=shlex.join(["gcbench", *argv]),
+        as_json=as_json,
+        quiet=quiet,
     )

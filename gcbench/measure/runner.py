@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
-from gcbench.core.errors import UsageError
+from gcbench.core import snapshot_files
+from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.gradient_fingerprint import Fingerprint, difference
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.devices.target import CPU
 from gcbench.job.describe import describe
 from gcbench.job.resolve import LEAST_TIMED_S, ResolvedRun, begin, resolve
 from gcbench.job.settings import Settings, as_json
@@ -22,6 +25,11 @@ from gcbench.processes.messages import Event
 from gcbench.report.rows import needs_repeat
 from gcbench.report.run_folder import Store
 from gcbench.strategies import OFF
+
+PROCESS_UNREAD = (
+    "Memory of the process outside the allocator was not measured: neither nvidia-smi nor nvidia-ml-py reports the "
+    "card's used memory; for that column, put nvidia-smi on PATH or pip install nvidia-ml-py."
+)
 
 
 class Progress(Protocol):
@@ -47,18 +55,29 @@ def run(
     progress: Progress,
     command: str,
     previous: Report | None = None,
+    snapshot: Path | None = None,
 ) -> Report:
     """Measure every round of every cell that `previous` lacks, and save the report in `store` after each of them.
 
     Raises UsageError or UnavailableError before anything is measured; afterwards a failure becomes a row.
+
+    `snapshot` is the file for memory snapshots (`snapshot_files.files`).
     """
     machine, facts = describe(settings, source, children)
+    if snapshot is not None and machine.device == CPU:
+        raise UnavailableError(
+            "--snapshot needs a CUDA device, whose allocator PyTorch can record; use --device cuda, or gcbench predict "
+            "with --snapshot for a card that is not here"
+        )
     resolved = resolve(settings, facts, machine, model_notices=source.notices)
     report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(resolved.settings.rounds) for cell in _off_first(resolved.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
     tasks = [task_for(resolved, source, cell, number) for cell, number in todo]
+    if snapshot is not None:
+        files = snapshot_files.files(snapshot, resolved.cells)
+        tasks = [replace(task, snapshot=str(files[task.cell])) if task.with_memory else task for task in tasks]
     progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=resolved.settings.rounds)
     for task in tasks:
         if _is_done(report, task.cell, task.round):  # it failed in an earlier round
@@ -67,7 +86,23 @@ def run(
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
         report = measure_round(report, task, resolved, children, store, progress)
         progress.leave(_outcome(report, task.cell))
-    return _repeat_off(report, resolved, source, children, store)
+    return _without_process_memory(_repeat_off(report, resolved, source, children, store), store)
+
+
+def _without_process_memory(report: Report, store: Store) -> Report:
+    """Return the report, saved with a notice where the memory of the process on a card could not be read."""
+    peaks = [result.memory for outcome in report.outcomes for result in outcome.rounds if result.memory]
+    is_read = (
+        report.source != "measured"
+        or report.machine.device == "cpu"
+        or not peaks
+        or any(peak.process_bytes is not None for peak in peaks)
+    )
+    if is_read or PROCESS_UNREAD in report.notices:
+        return report
+    report = replace(report, notices=(*report.notices, PROCESS_UNREAD))
+    store.save(report)
+    return report
 
 
 def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:

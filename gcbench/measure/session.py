@@ -20,12 +20,19 @@ from gcbench.measure import progress, runner
 from gcbench.models import sources
 from gcbench.processes.children import ForkedChildren
 from gcbench.report import report_file as reports
-from gcbench.report.publish import publish, show
+from gcbench.report.publish import publish, show, tell_snapshots
 from gcbench.report.run_folder import Store
 
 
 def measure(
-    settings: Settings, *, out: Path | None, previous: Report | None, command: str, as_json: bool, quiet: bool
+    settings: Settings,
+    *,
+    out: Path | None,
+    previous: Report | None,
+    snapshot: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure what `previous` lacks, store it in the run folder and show it.
 
@@ -53,10 +60,13 @@ def measure(
                 progress=display,
                 command=command,
                 previous=previous,
+                snapshot=snapshot,
             )
         publish(report, store)
         try:
             show(report, store.folder, as_json=as_json, quiet=quiet, err=err)
+            if snapshot is not None and not quiet:
+                tell_snapshots(err, report, snapshot)
         finally:
             store.close()
     broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in ERROR_KINDS]

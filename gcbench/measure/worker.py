@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from pathlib import Path
 
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing.policy_contexts import RecomputeMismatch, SavedOutputMutated, SkippedButNeeded
 from gcbench.checkpointing.random_draws import has_dropout
 from gcbench.checkpointing.segments import LayersNotSequential
+from gcbench.core import snapshot_files
 from gcbench.core.errors import first_sentence
 from gcbench.core.gradient_fingerprint import Fingerprint
 from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
@@ -43,6 +45,9 @@ def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
         measurement = _Measurement(task, device, send)
         return measurement.run()
     except BaseException as err:
+        if measurement is not None:
+            with suppress(Exception):  # the failure matters more
+                measurement.write_snapshot()
         where = measurement.where if measurement is not None else "while the model was being built"
         return Answer(failure=_failure(err, task=task, device=device, where=where))
 
@@ -60,10 +65,12 @@ class _Measurement:
         self.num_recomputed: int | None = None
         self.draws_outside_torch = False
         self.steps_s = 0.0
+        self._is_recorded = False
 
     def run(self) -> Answer:
         task, workload = self.task, self.task.cell.workload
         self.device.limit_memory(task.memory_limit_bytes)
+        self._record()
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         self.model = models.build(
             task.source,
@@ -147,7 +154,9 @@ class _Measurement:
 
             self._warm_up()
             self.device.settle()
+            self._record()
             self._one("memory", on_phase)
+        self.write_snapshot()
         peaks = probe.peaks()
         limit = self.task.memory_limit_bytes
         if limit is not None and peaks.allocated_bytes > limit:
@@ -156,6 +165,22 @@ class _Measurement:
                 f"the step needs {format_bytes(peaks.allocated_bytes)} and the limit is {format_bytes(limit)}"
             )
         return peaks
+
+    def _record(self) -> None:
+        """Record allocations for a snapshot, if there is to be one: from the model on, then anew in the memory step."""
+        if self.task.snapshot is not None:
+            self.device.record_memory()
+            self._is_recorded = True
+
+    def write_snapshot(self) -> None:
+        """Write the snapshot of what is recorded, once; raises UsageError if the file cannot be written."""
+        if self.task.snapshot is None or not self._is_recorded:
+            return
+        self._is_recorded = False
+        try:
+            self.device.write_memory_snapshot(Path(self.task.snapshot))
+        except OSError as err:
+            raise snapshot_files.unwritable(Path(self.task.snapshot), err) from None
 
     def _timed(self) -> tuple[list[float], int | None]:
         self.device.start_timing()  # without settling: the first step would include requests for device memory

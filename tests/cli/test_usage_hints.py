@@ -23,6 +23,7 @@ SHOWN_BY = {
     "calibration/op_times.py": ("plan",),
     "devices/cards.py": ("predict", "plan"),
     "check/worker.py": ("check",),
+    "cli/compare_options.py": None,
     "cli/check_options.py": ("check",),
     "dry_run/would_fit.py": ("plan",),  # calls it
     "dry_run": ("dry-run",),
@@ -52,6 +53,7 @@ SHOWN_BY = {
     "models/flash_attention.py": ("predict", "plan"),
     "predict/session.py": ("predict",),
     "core/headroom.py": ("predict", "plan"),
+    "core/snapshot_files.py": ("run", "predict"),
     "models/build.py": FOUR,
     "plan/command.py": ("plan",),
     "plan/from_run.py": None,  # names a whole gcbench run, too

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from dry_runs import CARD, ended, error, observed, out_of_memory
 
+from gcbench.dry_run.records import Read
 from gcbench.dry_run.verdict import judge
 
 
@@ -44,6 +45,13 @@ def test_the_scripts_own_failure_passes_its_exit_code_on():
     assert "the script itself failed with exit code 1: KeyError at /home/me/train.py:7" in found.sentence
     assert judge(ended(observed(), exit_code=42), CARD, 1).exit_code == 42
     assert judge(ended(exit_code=5), CARD, 1).exit_code == 5
+
+
+def test_a_failure_after_reading_values_says_that_they_may_be_the_cause():
+    read = Read(file="/home/me/t.py", line=1, kind="tolist", answer="zeros", count=1, library=None, condition=None)
+    seen = observed(failure=error("RuntimeError", "sum of probabilities <= 0"), reads=(read,))
+    found = judge(ended(seen, exit_code=1), CARD, 1)
+    assert found.ending == "script failed" and "it had read values from the card" in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -93,8 +93,9 @@ def test_only_reads_that_decide_something_are_told():
         replace(base, line=4, kind="tolist", library="transformers", file=model),
         replace(base, line=5, kind="cpu", library="transformers", file="/v/site-packages/transformers/trainer.py"),
         replace(base, line=6, kind="bool", library="accelerate", condition="if"),
+        replace(base, line=7, kind="tolist", answer="zeros"),
     ]
-    assert [read.line for read, _ in values.told(reads)] == [2, 3, 4]
+    assert [read.line for read, _ in values.told(reads)] == [2, 3, 7, 4]
 
 
 def test_what_is_observed_is_read_back_as_it_was_written():

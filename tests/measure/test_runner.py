@@ -142,6 +142,30 @@ def test_memory_is_probed_in_the_first_round_only(tmp_path):
     assert [task.with_memory for task in children.tasks] == [task.round == 0 for task in children.tasks]
 
 
+CARD = replace(MACHINE, device="cuda:0", device_name="A card")
+
+
+def with_process_memory(nbytes: int | None) -> dict[Call, Answer]:
+    """The answers of the rounds that probe memory."""
+    memory = replace(peaks(1, 2, 3), process_bytes=nbytes)
+    answer = Answer(result=round_result(0, [0.1, 0.2], memory=memory, diff=None), fingerprint=gradients(1.0))
+    return {(strategy, 1, 0): answer for strategy in SETTINGS.strategies}
+
+
+def test_unread_process_memory_on_a_card_is_noticed_once(tmp_path):
+    """The trap: without nvidia-smi the column is empty without a word, and each continued run adds the word again."""
+    first = go(tmp_path, ScriptedChildren(machine=CARD, fates=with_process_memory(None)))
+    assert first.notices.count(runner.PROCESS_UNREAD) == 1
+    assert reports.load(tmp_path).notices == first.notices
+    again = go(tmp_path, ScriptedChildren(machine=CARD), replace(SETTINGS, rounds=4), previous=first)
+    assert again.notices == first.notices
+
+
+def test_process_memory_that_was_read_needs_no_notice(tmp_path):
+    report = go(tmp_path, ScriptedChildren(machine=CARD, fates=with_process_memory(5000)))
+    assert runner.PROCESS_UNREAD not in report.notices
+
+
 def test_a_failed_cell_is_not_measured_again(tmp_path):
     """The trap: an hour of timeouts, three times over."""
     children = ScriptedChildren(fates={("per-layer", 1, 0): crash("timeout"), ("every:2", 1, 1): crash("oom")})

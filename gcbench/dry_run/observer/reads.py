@@ -17,6 +17,7 @@ _TRUTH = "_gcbench_truth"
 """Attribute of a tensor of truth values of which the answer is known."""
 _LOSS = "_gcbench_loss"
 """Attribute of a scalar that is a loss, or a copy of one."""
+_ZEROS = "zeros"
 LOSS_VALUE = 1.0
 _QUESTIONS = {"isnan": False, "isinf": False, "isneginf": False, "isposinf": False, "isfinite": True}
 _PASSED_ON = ("any", "all", "cpu", "detach", "clone", "to", "bool", "squeeze", "view", "reshape", "max", "min")
@@ -54,12 +55,12 @@ class Reads:
         self._answer_reads()
         self._watch_sizes()
 
-    def _note(self, kind: str, answer: object) -> None:
+    def _note(self, kind: str, answer: bool | int | float | str) -> None:
         frames = places.frames_from(sys._getframe(2))
         place = places.reading_place(frames)
         if place is None:
             return
-        key = (place[0], place[1], kind, repr(answer))
+        key = (place[0], place[1], kind, str(answer))
         if key not in self.counts and len(self.counts) >= _MOST_PLACES:
             return
         count = self.counts[key] = self.counts.get(key, 0) + 1
@@ -111,7 +112,7 @@ class Reads:
             finally:
                 self._in_progress = False
             value = _answer(tensor, value)
-            self._note(kind, value if isinstance(value, (bool, int, float)) else "zeros")
+            self._note(kind, value if isinstance(value, (bool, int, float)) else _ZEROS)
             return value
 
         return read
@@ -123,7 +124,7 @@ class Reads:
         def cpu(tensor: Any, *args: Any, **kwargs: Any) -> Any:
             copied = original(tensor, *args, **kwargs)
             if not compiling() and tensor.is_cuda and tensor.numel() <= _MOST_COPIED:
-                self._note("cpu", "zeros")
+                self._note("cpu", _ZEROS)
             return copied
 
         return cpu

@@ -16,14 +16,20 @@ from typing import Self
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import CUDNN_VERSION, AttentionCall, Mask, choose, gpu_of
+from gcbench.simulate.trace.recorder import Recorder
 
 _FLASH_HEAD_DIM_MULTIPLE = 8
 _EFFICIENT_MASK_MULTIPLE = 8
 """In elements: `mem_eff_alignment`."""
+
+_OF_THE_TRACE: tuple[type, ...] = (FakeTensorMode, Recorder)
+"""Dispatch modes that a trace has and a real run has not."""
 
 
 class CudaAttention:
@@ -209,6 +215,12 @@ def _cudnn(
     return out
 
 
+def _in_dispatch_mode() -> bool:
+    """Return whether a real run would have a dispatch mode here: one that is neither for fake tensors nor records."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(not isinstance(mode, _OF_THE_TRACE) for mode in modes)
+
+
 def math_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -221,8 +233,9 @@ def math_attention(
 ) -> torch.Tensor:
     """Run attention as single operators, with scores of shape (batch, heads, queries, keys), in fp32 for half inputs.
 
-    `_scaled_dot_product_attention_math` itself does not fit: under a dispatch mode, and for fake tensors, it adds the
-    mask out of place, and on a CPU its dropout saves a mask in the scores' dtype. Names stay bound to the end here
+    `_scaled_dot_product_attention_math` itself does not fit: under any dispatch mode, and for fake tensors, it adds the
+    mask out of place (`areAnyTensorSubclassLike`), where a real run does so only under selective checkpointing's; and
+    on a CPU its dropout saves a mask in the scores' dtype. Names stay bound to the end here
     because the variables of the original do. It also converts the weights to the input's dtype, for a second result
     that is not read.
     """
@@ -244,7 +257,7 @@ def math_attention(
         value_expanded = value_acc.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     attn = torch.matmul(scaled, key_expanded.transpose(-2, -1) * root)
     if mask is not None:
-        attn.add_(mask)
+        attn = attn + mask if _in_dispatch_mode() else attn.add_(mask)
     attn = torch.ops.aten._safe_softmax.default(attn, -1)
     if dropout_p > 0:
         attn = torch.native_dropout(attn, dropout_p, True)[0]
