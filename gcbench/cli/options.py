@@ -84,6 +84,15 @@ Device = Annotated[
         "--device", rich_help_panel=WORKLOAD, help="Device to train on: auto, cpu, cuda or cuda:N (default: auto)."
     ),
 ]
+Emulate = Annotated[
+    str | None,
+    typer.Option(
+        "--emulate",
+        metavar="CARD",
+        rich_help_panel=WORKLOAD,
+        help="Run on an emulated card (gcbench devices), which need not be here and computes nothing (default: none).",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -268,6 +277,15 @@ MeasureFlag = Annotated[
         "--measure",
         rich_help_panel=DECISION,
         help="Benchmark the leading candidates on this machine before choosing (default: estimate their times).",
+    ),
+]
+EmulateFlag = Annotated[
+    bool,
+    typer.Option(
+        "--emulate",
+        rich_help_panel=DECISION,
+        help="Run the choice on an emulated card of --device before showing it, and choose again where its memory "
+        "runs out (default: predict only).",
     ),
 ]
 FromRun = Annotated[

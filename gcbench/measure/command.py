@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gcbench.core import snapshot_files
@@ -37,6 +37,8 @@ def run(
     file = settings_file.read(config, "run")
     raw = {**(previous.settings if previous else {}), **file.settings, **flags}
     settings = configs.settings(raw)
+    if settings.emulate is not None:
+        _refuse_timing(flags)
     tell(file, raw, quiet=quiet)
     snapshot = snapshot_files.check(snapshot)
     from gcbench.measure import session  # only now: a wrong value is reported before anything else is imported
@@ -50,3 +52,13 @@ def run(
         as_json=as_json,
         quiet=quiet,
     )
+
+
+def _refuse_timing(flags: Mapping[str, object]) -> None:
+    """Raise UsageError for flags about timed steps, of which an emulated card has none."""
+    passed = [f"--{name}" for name in ("steps", "rounds") if name in flags]
+    if passed:
+        raise UsageError(
+            f"{' and '.join(passed)}: an emulated card has no times, so there is one round without timed steps; leave "
+            f"{'it' if len(passed) == 1 else 'them'} out, or --emulate"
+        )

@@ -114,6 +114,12 @@ def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: 
     if changed:
         changes = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
         raise UsageError(f"--resume continues the stored run, and its settings differ: {changes}; take a new --out")
+    source = "emulated" if resolved.is_emulated else "measured"
+    if previous.source != source:
+        raise UsageError(
+            f"--resume continues the stored run, which is {previous.source}, and this one would be {source}; take a "
+            "new --out"
+        )
     libraries = ("torch", "transformers", *(["peft"] if resolved.settings.lora else []))
     for what, before, after in (
         ("device", previous.machine.device_name, machine.device_name),
@@ -164,7 +170,7 @@ def task_for(resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int
         seed=settings.seed,
         warmup=settings.warmup,
         steps=settings.steps or resolved.least_steps,
-        least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
+        least_timed_s=0.0 if settings.steps or resolved.is_emulated else LEAST_TIMED_S,
         with_memory=number == 0,
         memory_limit_bytes=settings.memory_limit,
         lora=settings.lora,
@@ -178,13 +184,14 @@ def measure_round(
     start = time.monotonic()
     answer = children.run(task, on_event=progress.step, timeout_s=resolved.settings.timeout)
     outcome = _outcome(report, task.cell)
-    if answer.result is None or answer.fingerprint is None:
+    if answer.result is None or (answer.fingerprint is None and not resolved.is_emulated):
         why = answer.refusal.message if answer.refusal else "the child gave no result"
         outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message=why))
     else:
         result = replace(answer.result, wall_s=time.monotonic() - start)
-        store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
-        result = _compared(result, answer.fingerprint, task.cell, store)
+        if answer.fingerprint is not None:
+            store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
+            result = _compared(result, answer.fingerprint, task.cell, store)
         outcome = replace(outcome, rounds=(*outcome.rounds, result))
     outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
     report = replace(report, outcomes=outcomes)

@@ -14,6 +14,8 @@ from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
 from gcbench.core.records import ERROR_KINDS, Report
 from gcbench.core.units import counted, format_bytes
+from gcbench.devices import cards
+from gcbench.emulate import environment
 from gcbench.job import preflight
 from gcbench.job.settings import Settings
 from gcbench.measure import progress, runner
@@ -39,6 +41,9 @@ def measure(
     Raises GcbenchError at the end when a cell crashed, timed out or was killed, or when results could not be written.
     """
     source = preflight.model_of(settings, pretrained=settings.pretrained)
+    card = None if settings.emulate is None else cards.find_to_emulate(settings.emulate)
+    # Built before a folder is made: where a card cannot be emulated here, nothing is left behind.
+    added = None if card is None else environment.environment(card)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if previous is not None and out is not None:
         store = Store.reopen(out)
@@ -49,8 +54,8 @@ def measure(
         if previous is not None:
             previous = reports.reopen(store.folder)  # again, now that it is locked
         with (
-            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source))) as children,
-            progress.choose(err, quiet=quiet) as display,
+            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source)), environment=added) as children,
+            progress.choose(err, quiet=quiet, verb="measuring" if card is None else "emulating") as display,
         ):
             report = runner.run(
                 settings,
@@ -103,6 +108,6 @@ def _interrupted(store: Store) -> str:
     publish(report, store, plots=False)
     done = sum(len(outcome.rounds) for outcome in report.outcomes)
     return (
-        f"interrupted; {counted(done, 'measured round')} {'is' if done == 1 else 'are'} kept in {store.folder}; "
-        f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
+        f"interrupted; {counted(done, f'{report.source} round')} {'is' if done == 1 else 'are'} kept in "
+        f"{store.folder}; finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
     )

@@ -19,7 +19,7 @@ class MeasureTask:
 
     Attributes:
         attn_implementation: the user's choice; None for the model's own.
-        steps: timed steps, at least.
+        steps: timed steps, at least; an emulated card runs none.
         least_timed_s: timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run.
         with_memory: whether to run a step with the memory probe.
         snapshot: the file for a memory snapshot of that step, or of the step that runs out of memory.

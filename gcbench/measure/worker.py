@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gcbench.checkpointing import apply as checkpointing
@@ -19,7 +20,9 @@ from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
-from gcbench.diagnoses.failures import crash
+from gcbench.devices.target import CPU
+from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
+from gcbench.emulate.environment import emulated_card
 from gcbench.measure import take_fingerprint
 from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
 from gcbench.models import build as models
@@ -65,6 +68,7 @@ class _Measurement:
         self.num_recomputed: int | None = None
         self.draws_outside_torch = False
         self.steps_s = 0.0
+        self.is_emulated = emulated_card() is not None and device.name != CPU
         self._is_recorded = False
 
     def run(self) -> Answer:
@@ -92,7 +96,8 @@ class _Measurement:
             memory = self._warm_up_and_probe()
         else:
             self._warm_up()
-        times, process_bytes = self._timed()
+        # On an emulated card no step is timed, and the memory outside the allocator is an estimate: left unknown.
+        times, process_bytes = ([], None) if self.is_emulated else self._timed()
         if memory is not None:
             memory = MemoryPeaks(**(vars(memory) | {"process_bytes": process_bytes}))
         assert self.fingerprint is not None
@@ -105,7 +110,7 @@ class _Measurement:
                 layers_planned=self._layers_planned(),
                 layers_recomputed=self.num_recomputed,
                 params_without_grad=len(self.fingerprint.missing),
-                grad_checksum=self.fingerprint.checksum,
+                grad_checksum="" if self.is_emulated else self.fingerprint.checksum,
                 grad_rel_diff=None,
                 grad_worst_param=None,
                 num_alloc_retries=self.device.num_alloc_retries(),
@@ -113,9 +118,9 @@ class _Measurement:
                 steps_s=self.steps_s,
                 wall_s=0.0,
                 draws_outside_torch=self.draws_outside_torch,
-                draws_other_dropout=task.plan.compiled and has_dropout(self.model),
+                draws_other_dropout=task.plan.compiled and not self.is_emulated and has_dropout(self.model),
             ),
-            fingerprint=self.fingerprint,
+            fingerprint=None if self.is_emulated else self.fingerprint,
         )
 
     def _layers_planned(self) -> int:
@@ -139,7 +144,8 @@ class _Measurement:
         if self.step.num_steps == 0 and phase == "backward":
             self.draws_outside_torch = state_outside_torch() != self._state_at_start
         if phase == "optimizer" and (self.fingerprint is None or not self.fingerprint.is_finite):
-            self.fingerprint = take_fingerprint.take(self.model, step=self.step.num_steps, seed=self.task.seed)
+            take = take_fingerprint.names if self.is_emulated else take_fingerprint.take
+            self.fingerprint = take(self.model, step=self.step.num_steps, seed=self.task.seed)
 
     def _warm_up_and_probe(self) -> MemoryPeaks:
         """Warm up, with the memory probe on from the last warm-up step, and read the peaks of the step after it."""
@@ -195,14 +201,18 @@ class _Measurement:
     def _one(self, kind: str, on_phase: Callable[[Phase], None]) -> float:
         self.counter.reset()
         is_first = self.step.num_steps == 0
+        seconds: float | None = None
         start = time.perf_counter()
         with checkpointing.layers_run(self.model) if is_first else nullcontext(self.layers_run) as self.layers_run:
-            seconds = self.device.time(lambda: self.step(on_phase))
+            if self.is_emulated:
+                self.step(on_phase)
+            else:
+                seconds = self.device.time(lambda: self.step(on_phase))
         if is_first and not self.counter.is_blind:  # other steps may drop other layers
             self.num_recomputed = len(self.counter.layers)
         self.steps_s += time.perf_counter() - start
         self.send(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
-        return seconds
+        return seconds or 0.0
 
 
 def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, where: str) -> Failure:
@@ -229,4 +239,9 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             message=f"not supported here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
-    return crash(err, task.cell.strategy, lora=task.lora is not None)
+    if lacks_triton(err):
+        return Failure(kind="unsupported", message=NEEDS_TRITON, detail=text)
+    failure = crash(err, task.cell.strategy, lora=task.lora is not None)
+    if emulated_card() is None or device is None or device.name == CPU:
+        return failure
+    return replace(failure, message=with_doubt(failure.message, err))

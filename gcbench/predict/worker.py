@@ -17,6 +17,7 @@ from gcbench.core.errors import GcbenchError, UsageError, first_sentence
 from gcbench.core.files import write_bytes
 from gcbench.core.prediction import Fallback, Lever, Prediction
 from gcbench.core.records import Failure
+from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.models import build as models
 from gcbench.models import flash_attention
@@ -51,7 +52,7 @@ def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
         except UsageError as err:  # a snapshot that cannot be written
             return Answer(refusal=Refusal(error="UsageError", message=str(err)))
         except Exception as err:  # modelling code may raise anything
-            tell(Predicted(number=cell.number, failure=failure(err)))
+            tell(Predicted(number=cell.number, failure=failure(err, task.target)))
     return Answer()
 
 
@@ -214,18 +215,21 @@ class Session:
         return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
 
 
-def failure(err: BaseException) -> Failure:
-    """Return the reason why a cell has no prediction."""
+def failure(err: BaseException, target: Target) -> Failure:
+    """Return the reason why a cell has no prediction, and what settles it."""
+    remedy = "measure it with gcbench run"
+    card = None if target.card is None else cards.known(target.card.name)
+    if card is not None and target.capability is not None:
+        remedy += f", or without the card: gcbench run --emulate {card.name} …"
     reason = first_sentence(err)
     if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):
         return Failure(
             kind="unsupported",
-            message="its code reads values of tensors, and fake tensors have none; measure it with gcbench run",
+            message=f"its code reads values of tensors, and fake tensors have none; {remedy}",
             detail=reason,
         )
     return Failure(
         kind="unsupported",
-        message=f"its training step cannot be traced on fake tensors ({type(err).__name__}: {reason}); "
-        "measure it with gcbench run",
+        message=f"its training step cannot be traced on fake tensors ({type(err).__name__}: {reason}); {remedy}",
         detail=str(err),
     )
