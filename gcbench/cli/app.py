@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import check_options, compare_options, options, usage
+from gcbench.cli import check_options, compare_options, dry_run_options, options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -256,6 +256,9 @@ def check(
     )
 
 
+dry_run = app.command("dry-run", context_settings={"allow_interspersed_args": False})(dry_run_options.dry_run)
+
+
 @app.command()
 def compare(
     a: compare_options.A,
@@ -376,14 +379,7 @@ def _parse_and_run() -> int:
             return int(err.exit_code)
         context = getattr(err, "ctx", None)
         command = context.command_path if context is not None else "gcbench"
-        hint = usage.hint(message, command.rpartition(" ")[2], _options())
-        if hint is not None:
-            message = message.partition(" (Possible options")[0]
-        parts = [
-            f"{message[:1].lower()}{message[1:]};",
-            *([hint if hint.endswith("?") else f"{hint};"] if hint else []),
-        ]
-        raise UsageError(f"{' '.join(parts)} see {command} --help") from None
+        raise UsageError(usage.sentence(message, command, _options())) from None
     if code == Interrupted.exit_code:  # how some versions of Typer report Ctrl-C
         raise KeyboardInterrupt
     return code if isinstance(code, int) else 0

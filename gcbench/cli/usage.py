@@ -30,6 +30,18 @@ _MODEL = "--model"
 _NUMBERS = re.compile(r"\d+(?:\s*,\s*\d+)*,?")
 
 
+def sentence(message: str, command_path: str, options: Mapping[str, frozenset[str]]) -> str:
+    """Return a parser's message with what to write instead and where the options are listed."""
+    suggestion = hint(message, command_path.rpartition(" ")[2], options)
+    if suggestion is not None:
+        message = message.partition(" (Possible options")[0]
+    parts = [
+        f"{message[:1].lower()}{message[1:]};",
+        *([suggestion if suggestion.endswith("?") else f"{suggestion};"] if suggestion else []),
+    ]
+    return f"{' '.join(parts)} see {command_path} --help"
+
+
 def hint(message: str, command: str, options: Mapping[str, frozenset[str]]) -> str | None:
     """Return what to write instead, for a parser's message about `command`; None when there is no suggestion.
 

@@ -2,6 +2,7 @@
 
 GcbenchError
 ├── ThresholdBroken     1   a cell crashed, nothing fits, a --fail-on threshold was exceeded, or a check failed
+├── ScriptFailed        *   the script of a dry run failed by itself; its own exit code is passed on
 ├── UsageError          2   wrong flags, config file or output folder
 ├── OutputError         2   standard output cannot be written
 ├── UnavailableError    3   a model or device is unavailable
@@ -24,6 +25,14 @@ class ThresholdBroken(GcbenchError):
     """Nothing fits, `compare --fail-on` found a regression, or a `check` failed or proved nothing."""
 
     exit_code = 1
+
+
+class ScriptFailed(GcbenchError):
+    """The script of a dry run failed by itself; `exit_code` is its own."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class UsageError(GcbenchError):

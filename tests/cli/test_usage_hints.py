@@ -31,6 +31,8 @@ SHOWN_BY = {
     "check/worker.py": ("check",),
     "cli/compare_options.py": None,
     "cli/check_options.py": ("check",),
+    "dry_run/would_fit.py": ("plan",),  # calls it
+    "dry_run": ("dry-run",),
     "check/models.py": ("check",),
     "check/session.py": ("check",),
     "checkpointing/apply.py": FOUR,
@@ -81,7 +83,7 @@ SHOWN_BY = {
     "measure/worker.py": ("run", "predict", "plan"),
 }
 """Module or package -> the commands that may show what it says; None where it chooses the command's own words."""
-NOT_A_MESSAGE = ("app.py", "options.py")
+NOT_A_MESSAGE = ("app.py", "options.py", "dry_run_options.py")
 OF_OTHER_PROGRAMS = re.compile(
     r"nvidia-smi|--query-gpu|--format=csv|--id=|torchrun|--nproc|--training|--optimizer\.|--hf_|"
     r"--activation_checkpoint|--compile|--module|--config_file|--config transformers"

@@ -1,0 +1,1 @@
+"""Runs any training script, unmodified, on an emulated card, and reports its memory."""
