@@ -50,7 +50,7 @@ def test_saving_makes_the_folder_and_leaves_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "new" / "run").iterdir()] == ["report.json"]
 
 
-@pytest.mark.parametrize("fault", ["write_text", "replace"])
+@pytest.mark.parametrize("fault", ["write_bytes", "replace"])
 def test_a_failed_save_keeps_the_old_report(tmp_path, monkeypatch, fault):
     """Ctrl-C or a full disk in the middle of a save must not cost what was measured before."""
     before = stored(tmp_path).read_bytes()
@@ -58,7 +58,7 @@ def test_a_failed_save_keeps_the_old_report(tmp_path, monkeypatch, fault):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full) if fault == "write_text" else _break_replace(monkeypatch, full)
+    monkeypatch.setattr(Path, "write_bytes", full) if fault == "write_bytes" else _break_replace(monkeypatch, full)
     with pytest.raises(OSError, match="No space"):
         reports.save(report(outcome("off", peaks(1, 2, 1), steady(0.1))), tmp_path)
     monkeypatch.undo()
@@ -74,13 +74,13 @@ def _break_replace(monkeypatch, full):
 
 def test_an_interrupted_write_keeps_the_old_report_and_cleans_up(tmp_path, monkeypatch):
     before = stored(tmp_path).read_bytes()
-    whole = Path.write_text
+    whole = Path.write_bytes
 
     def half(self, data, **kwargs):
         whole(self, data[: len(data) // 2], **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Path, "write_text", half)
+    monkeypatch.setattr(Path, "write_bytes", half)
     with pytest.raises(KeyboardInterrupt):
         reports.save(report(), tmp_path)
     monkeypatch.undo()
