@@ -22,6 +22,9 @@ from processes import PROCESS_TIMEOUT_S, session_members
 
 from gcbench.cli import app as command_line
 
+# The fixtures of tests/emulate: a conftest.py there would hide this module from all that import from it.
+pytest_plugins = ("emulated_driver",)
+
 # Started in the background of a shell, a process ignores Ctrl-C and hands that down to all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
