@@ -182,7 +182,7 @@ def _value(option: Any, callback: Any) -> str:
     """Return an option's metavar, or one for the annotation of its parameter."""
     if option.is_flag:
         return ""
-    kinds = str(typing.get_type_hints(callback, globalns=vars(sys.modules[cli.__name__])).get(option.name))
+    kinds = str(typing.get_type_hints(callback, globalns=vars(sys.modules[callback.__module__])).get(option.name))
     return f"`{option.metavar or ('PATH' if 'Path' in kinds else 'TEXT')}`"
 
 

@@ -12,6 +12,8 @@ from gcbench.core import streams
 from gcbench.core import text_table as screen
 from gcbench.core.errors import ThresholdBroken, UsageError
 from gcbench.core.files import write_text
+from gcbench.dry_run import view as dry_run_view
+from gcbench.dry_run.stored import load_dry_run
 from gcbench.plan import compare as comparing_plans
 from gcbench.plan import view as plan_view
 from gcbench.plan.stored import load_plan
@@ -48,7 +50,7 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
 
 
 def report(folder: Path, *, format: str, out: Path | None) -> None:
-    """Render a stored run, prediction, plan or check to standard output or `out`."""
+    """Render a stored run, prediction, plan, check or dry run to standard output or `out`."""
     legal = (*formats.names(), "png")
     if format not in legal:
         raise UsageError(f"--format {format!r} is unknown; legal are {', '.join(legal)}")
@@ -82,7 +84,7 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
 
 
 def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) -> None:
-    """Render a stored plan or check."""
+    """Render a stored plan, check or dry run."""
     place = folder.parent if folder.suffix == ".json" else folder
     if kind == "plan":
         planned = load_plan(folder)
@@ -96,6 +98,14 @@ def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) ->
             plan_view.show_stored(planned)
             return
         text = plan_view.rendered(planned, format)
+    elif kind == "dry-run":
+        seen = load_dry_run(folder)
+        if format not in ("terminal", "json"):
+            raise UsageError(f"--format {format}: a dry run is shown as terminal or json")
+        if format == "terminal" and out is None:
+            dry_run_view.show(seen)
+            return
+        text = dry_run_view.document(seen) if format == "json" else dry_run_view.text(seen, width=100)
     else:
         check = load_check(folder)
         if format == "png":

@@ -23,8 +23,9 @@ from gcbench.dry_run import process, verdict, view, would_fit
 from gcbench.dry_run.records import DryRun, WouldFit
 from gcbench.emulate.environment import environment
 from gcbench.report.run_folder import Store
+from gcbench.report.stored_kind import DRY_RUN_NAME
 
-RESULT_NAME, TEXT_NAME = "dry-run.json", "dry-run.txt"
+TEXT_NAME = "dry-run.txt"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def dry_run(
         result = _run(command, options, card, emulated, folder, store, invocation, to_stderr=as_json, quiet=quiet)
         if store is not None:
             with store.attempt():
-                write_text(store.folder / RESULT_NAME, view.document(result))
+                write_text(store.folder / DRY_RUN_NAME, view.document(result))
                 write_text(store.folder / TEXT_NAME, view.text(result, width=100))
         if as_json:
             streams.print_json(view.document(result))

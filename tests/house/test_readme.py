@@ -40,7 +40,7 @@ def test_the_first_table_shows_time_paid_with_an_interval_without_zero():
 def test_it_names_every_command_or_the_page_that_does():
     pages = TEXT + (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
     for command in cli.app.registered_commands:
-        assert f"gcbench {command.callback.__name__}" in pages
+        assert f"gcbench {command.name or command.callback.__name__}" in pages
     for name in ("run", "predict", "plan", "check"):
         assert f"```sh\ngcbench {name}" in TEXT
 
