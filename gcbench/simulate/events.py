@@ -26,6 +26,26 @@ class Block:
     fallback: bool = False
 
 
+@dataclass(frozen=True, kw_only=True)
+class KernelBuffer:
+    """A buffer inside an operator.
+
+    Attributes:
+        name: what it holds.
+        nbytes: its size.
+        source: of the size, or that it is assumed.
+        before_results: whether it is allocated before the operator's results; the others come after them.
+        outlives: how many of the buffers after it are allocated before it is freed; None if it lives until the
+            operator returns.
+    """
+
+    name: str
+    nbytes: int
+    source: str = ""
+    before_results: bool = False
+    outlives: int | None = None
+
+
 @dataclass(kw_only=True)
 class Trace:
     """Blocks allocated and freed, in order.

@@ -16,11 +16,11 @@ from transformers import masking_utils
 
 from gcbench.core.records import Phase
 from gcbench.simulate.costs import Work
-from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.events import Block, KernelBuffer, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
 
-KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
-"""(operator, arguments, keyword arguments, result) -> (name, bytes) of each buffer inside its kernel."""
+KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[KernelBuffer]]
+"""(operator, arguments, keyword arguments, result) -> the buffers inside its kernel, in order of allocation."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -129,6 +129,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hand_over(args[0], result)
             return result
         name = func.__name__
+        buffers = () if self._kernel_buffers is None else tuple(self._kernel_buffers(func, args, kwargs, result))
+        inside = _Inside(self, name)
+        inside.allocate(buffer for buffer in buffers if buffer.before_results)
+        self._note_results(func, result, name)
+        inside.allocate(buffer for buffer in buffers if not buffer.before_results)
+        inside.free_all()
+        return result
+
+    def _note_results(self, func: Any, result: Any, name: str) -> None:
         if isinstance(result, torch.Tensor):
             self.note(result, name)
         elif isinstance(result, (tuple, list)):
@@ -141,14 +150,6 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 elif isinstance(value, (tuple, list)):
                     for inner in value:
                         self.note(inner, name)
-        if self._kernel_buffers is not None:
-            inside = [
-                self._allocate(nbytes, f"{name}: {part}")
-                for part, nbytes in self._kernel_buffers(func, args, kwargs, result)
-                if nbytes
-            ]
-            self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys locals
-        return result
 
     def _adds_in_place(self, args: Any, kwargs: Any) -> bool:
         """Whether the autograd engine is adding two gradients into a buffer that nothing else references.
@@ -181,6 +182,33 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The weak reference went with `alive`, so that the end of `old` is not recorded.
         storage = result.untyped_storage()
         self._watch(storage, storage._cdata, alive[1])
+
+
+class _Inside:
+    """Allocates and frees the buffers inside one call of an operator."""
+
+    def __init__(self, recorder: Recorder, op: str) -> None:
+        self._recorder = recorder
+        self._op = op
+        self._alive: list[tuple[int, int | None]] = []
+        """(block, how many more buffers it outlives, None for all), in order of allocation."""
+
+    def allocate(self, buffers: Iterable[KernelBuffer]) -> None:
+        for buffer in buffers:
+            if not buffer.nbytes:
+                continue
+            self._alive = [(block, None if left is None else left - 1) for block, left in self._alive]
+            number = self._recorder._allocate(buffer.nbytes, f"{self._op}: {buffer.name}")
+            self._alive.append((number, buffer.outlives))
+            self._free(lambda left: left == 0)
+
+    def free_all(self) -> None:
+        self._free(lambda left: True)
+
+    def _free(self, is_due: Callable[[int | None], bool]) -> None:
+        due = [block for block, left in self._alive if is_due(left)]
+        self._recorder.trace.events.extend(~block for block in reversed(due))  # as C++ destroys locals
+        self._alive = [(block, left) for block, left in self._alive if block not in due]
 
 
 _ADD = torch.ops.aten.add.Tensor
