@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
-from gcbench.core.files import write_text
+from gcbench.core.files import cache_folder, write_text
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Machine
 from gcbench.operators.call_text import form
@@ -293,8 +292,7 @@ def machine_key(machine: Machine) -> str:
 
 def default_folder() -> Path:
     """The folder of calibrations, in the user's cache folder (XDG base directory specification)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "gcbench"
+    return cache_folder()
 
 
 def path_for(machine: str, folder: Path | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Write a file atomically. No torch."""
+"""Writes a file atomically, and finds the user's cache folder. No torch."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def write_text(path: Path, text: str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def cache_folder() -> Path:
+    """Return gcbench's folder in the user's cache folder (XDG base directory specification)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "gcbench"

@@ -1,7 +1,7 @@
 """Lists memory on a card that a trace of operators cannot see: libraries' workspaces, and buffers inside kernels.
 
-Persistent terms are in `workspaces.toml`, each with its source; buffers are derived here and in `reductions.py` from
-pytorch's sources, torch 2.11 to 2.13. None of them was measured by gcbench yet; figures that others measured say so.
+Persistent terms are in `workspaces.toml` and `devices/contexts.toml`, each with its source; buffers are derived here
+and in `reductions.py` from pytorch's sources, torch 2.11 to 2.13. Figures that others measured say so.
 Attention's buffers are in `attention_buffers.py`.
 
 Not modelled, because no source gives the size closely enough, with an upper bound if there is one:
@@ -33,6 +33,7 @@ from typing import Any, Literal
 import torch
 
 from gcbench.core.units import parse_bytes
+from gcbench.devices import contexts
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS
 from gcbench.simulate.cuda.attention_rules import gpu_of
@@ -48,6 +49,7 @@ _THREADS_PER_SM = {"7.5": 1024, "8.6": 1536, "8.7": 1536, "8.9": 1536, "11": 153
 
 From https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-capabilities.html.
 """
+CONTEXT = "CUDA context, kernels and handles"
 _aten = torch.ops.aten
 
 _LEAST_SORT_BYTES = 4607
@@ -317,7 +319,8 @@ def _num_sms(target: Target) -> int:
 @cache
 def _table() -> tuple[dict[str, Any], ...]:
     text = resources.files("gcbench.simulate.cuda").joinpath("workspaces.toml").read_text(encoding="utf-8")
-    return tuple(tomllib.loads(text)["persistent"])
+    context = {"name": CONTEXT, "requested_at": ["forward"], "in_allocator": False}
+    return (*tomllib.loads(text)["persistent"], *(context | entry for entry in contexts.entries()))
 
 
 def _applies(entry: dict[str, Any], capability: tuple[int, int]) -> bool:
