@@ -86,7 +86,9 @@ class Comparison:
     def reserved_error(self) -> float | None:
         if self.predicted is None or self.measured is None or self.predicted.reserved_bytes is None:
             return None
-        return self.predicted.reserved_bytes / self.measured.reserved_bytes - 1 if self.measured.reserved_bytes else None
+        return (
+            self.predicted.reserved_bytes / self.measured.reserved_bytes - 1 if self.measured.reserved_bytes else None
+        )
 
     @property
     def same_phase(self) -> bool | None:

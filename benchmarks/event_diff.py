@@ -51,10 +51,6 @@ class Event:
     frees: bool
     who: str
 
-    @property
-    def key(self) -> tuple[bool, int]:
-        return self.frees, self.nbytes
-
 
 def record(cell: dict[str, Any], path: str) -> None:
     """Run two steps of a cell on the card and keep the allocator's history of both, with stacks."""
@@ -200,8 +196,13 @@ def _who(frames: Sequence[dict[str, Any]]) -> str:
 
 
 def differences(real: Sequence[Event], said: Sequence[Event]) -> Iterator[str]:
-    """Where two lists of events part, in words."""
-    matcher = SequenceMatcher(None, [e.key for e in real], [e.key for e in said], autojunk=False)
+    """Where two lists of events part, in words.
+
+    Allocations are matched in order by size, then all events by block: two frees of one size may be of two tensors.
+    """
+    same = _same_blocks([e for e in real if not e.frees], [e for e in said if not e.frees])
+    keys = [(e.frees, same.get(e.block, ~e.block)) for e in real]
+    matcher = SequenceMatcher(None, keys, [(e.frees, e.block) for e in said], autojunk=False)
     for tag, begin, end, said_begin, said_end in matcher.get_opcodes():
         if tag == "equal":
             continue
@@ -210,6 +211,16 @@ def differences(real: Sequence[Event], said: Sequence[Event]) -> Iterator[str]:
         yield from (_line("-", event) for event in real[begin:end])
         yield from (_line("+", event) for event in said[said_begin:said_end])
         yield from (_line(" ", event) for event in said[said_end : said_end + _CONTEXT])
+
+
+def _same_blocks(real: Sequence[Event], said: Sequence[Event]) -> dict[int, int]:
+    """Real block -> the predicted one that it is."""
+    matcher = SequenceMatcher(None, [e.nbytes for e in real], [e.nbytes for e in said], autojunk=False)
+    return {
+        real[begin + offset].block: said[said_begin + offset].block
+        for begin, said_begin, size in matcher.get_matching_blocks()
+        for offset in range(size)
+    }
 
 
 def _line(sign: str, event: Event) -> str:
@@ -243,10 +254,12 @@ def main() -> None:
     real = list(real_events(history))
     before = {name: sum(1 for _ in real_events(history[:place])) for name, place in places}
     said, line, peak = predicted_events(cell, asked.emulate or asked.device)
-    said_begin = len([e for e in _of_line(line, line.marks[0][0])])
+    said_begin = len(_of_line(line, line.marks[0][0]))
     said_settled = [len(_of_line(line, at)) for at in line.settled_at]
     print(f"real                {peaks[0]:>15,} allocated {peaks[1]:>15,} reserved")
-    print(f"predicted           {peak.memory.allocated_bytes:>15,} allocated {peak.memory.reserved_bytes:>15,} reserved")
+    print(
+        f"predicted           {peak.memory.allocated_bytes:>15,} allocated {peak.memory.reserved_bytes:>15,} reserved"
+    )
     again = replayed(real, [before["model"], before["first step"]], before["forward"])
     print(f"real, replayed      {again[0]:>15,} allocated {again[1]:>15,} reserved")
     again = replayed(said, said_settled, said_begin)

@@ -149,13 +149,22 @@ def emulated_cases() -> Iterator[Case]:
     yield _case("smollm2, fp16-mixed", "smollm2-360m", 2, 1024, 8, precision="fp16-mixed", strategies=every_one)
     yield _case("gpt2, bf16", "gpt2", 4, 512, 8, precision="bf16", strategies=every_one)
     yield _case(
-        "gpt2, eager, bf16-mixed", "gpt2", 4, 512, 6, precision="bf16-mixed", attn_implementation="eager", strategies=ALL
+        "gpt2, eager, bf16-mixed",
+        "gpt2",
+        4,
+        512,
+        6,
+        precision="bf16-mixed",
+        attn_implementation="eager",
+        strategies=ALL,
     )
     yield _case("gpt2, eager, fp32", "gpt2", 4, 512, 6, attn_implementation="eager", strategies=ALL)
     # Optimizers, where the passes set the peak and where the update does
     for optim in ("adamw_torch_fused", "sgd", "adafactor"):
         yield _case(f"gpt2, fp32, {optim}", "gpt2", 4, 512, 6, optim=optim)
-        yield _case(f"qwen2.5 0.5b, fp16-mixed, {optim}", "qwen2.5-0.5b", 1, 1024, 8, precision="fp16-mixed", optim=optim)
+        yield _case(
+            f"qwen2.5 0.5b, fp16-mixed, {optim}", "qwen2.5-0.5b", 1, 1024, 8, precision="fp16-mixed", optim=optim
+        )
         yield _case(f"smollm2, bf16-mixed, {optim}", "smollm2-135m", 4, 512, 10, precision="bf16-mixed", optim=optim)
     # LoRA
     for precision in ("bf16", "fp16-mixed", "bf16-mixed", "fp32"):
@@ -177,9 +186,13 @@ def emulated_cases() -> Iterator[Case]:
     yield _case("gpt2, LoRA, fp16-mixed", "gpt2", 2, 1024, 12, precision="fp16-mixed", lora_r=8)
     # Other layers: sliding windows, biases, one key head, rotary halves, experts, an odd length
     window = small | {"sliding_window": 256, "head_dim": 64}
-    yield _case("mistral, a window of 256, bf16-mixed", "mistral-7b-v0.1", 2, 1024, 4, set=window, precision="bf16-mixed")
+    yield _case(
+        "mistral, a window of 256, bf16-mixed", "mistral-7b-v0.1", 2, 1024, 4, set=window, precision="bf16-mixed"
+    )
     yield _case("mistral, a window of 256, fp32", "mistral-7b-v0.1", 2, 500, 4, set=window, strategies=ALL)
-    yield _case("gemma 2, eager, fp16-mixed", "gemma-2-2b", 1, 700, 4, precision="fp16-mixed", attn_implementation="eager")
+    yield _case(
+        "gemma 2, eager, fp16-mixed", "gemma-2-2b", 1, 700, 4, precision="fp16-mixed", attn_implementation="eager"
+    )
     yield _case("gemma 3 270m, bf16-mixed", "gemma-3-270m", 2, 777, 8, precision="bf16-mixed", strategies=ALL)
     yield _case("qwen2.5 0.5b, bf16", "qwen2.5-0.5b", 4, 1000, 12, precision="bf16", strategies=every_one)
     yield _case("qwen3 0.6b, fp16-mixed", "qwen3-0.6b", 2, 512, 8, precision="fp16-mixed", optim="adafactor")
@@ -197,7 +210,9 @@ def emulated_cases() -> Iterator[Case]:
         strategies=ALL,
     )
     yield _case("opt 125m, fp32, eager", "opt-125m", 4, 512, 12, attn_implementation="eager", set={"layerdrop": 0.0})
-    yield _case("opt 125m, bf16-mixed", "opt-125m", 4, 512, 12, precision="bf16-mixed", set={"layerdrop": 0.0}, strategies=ALL)
+    yield _case(
+        "opt 125m, bf16-mixed", "opt-125m", 4, 512, 12, precision="bf16-mixed", set={"layerdrop": 0.0}, strategies=ALL
+    )
     yield _case("olmo 2, fp32, sgd", "olmo-2-1b", 1, 512, 4, optim="sgd")
     yield _case("tinyllama, fp32, short", "tinyllama-1.1b", 1, 64, 6)
     experts = small | {"intermediate_size": 1024, "head_dim": 64, "vocab_size": 32000}

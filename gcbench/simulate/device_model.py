@@ -51,9 +51,7 @@ def device_model_for(target: Target) -> DeviceModel:
             stack.enter_context(attention)
             yield
 
-    def kernel_buffers(
-        func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Iterator[KernelBuffer]:
+    def kernel_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[KernelBuffer]:
         yield from attention_buffers.internal_buffers(func, args, kwargs, target)
         yield from workspaces.internal_buffers(func, args, kwargs, result, target)
 

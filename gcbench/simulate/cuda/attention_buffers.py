@@ -26,6 +26,8 @@ ASSUMED_NUM_SMS = 108
 
 _FP32_BYTES = 4
 _FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_FLASH_RNG = "mha_fwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_RNG_STATE_BYTES = 16
 _FLASH_BACKWARD = "mha_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _COPIES = "_flash_attention_backward, pytorch aten/src/ATen/native/transformers/cuda/attention_backward.cu"
 _EFFICIENT_FORWARD = "_efficient_attention_forward, pytorch aten/src/ATen/native/transformers/cuda/attention.cu"
@@ -87,9 +89,15 @@ def _sizes(inputs: dict[str, Any]) -> _Sizes:
 
 
 def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Partial results of each split, if there are so few blocks that the keys are split among multiprocessors."""
+    """The random state, if there is dropout; else the partial results of splits.
+
+    Keys are split among multiprocessors if there are too few blocks for all of them.
+    """
     s = _sizes(inputs)
-    if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
+    if gpu.vendor != "nvidia":
+        return
+    if inputs["dropout_p"] > 0:  # replaced by the state that dropout drew from
+        yield KernelBuffer(name="first rng_state", nbytes=_RNG_STATE_BYTES, source=_FLASH_RNG, after_results=2)
         return
     splits = _num_splits(s, num_sms)
     if splits > 1:

@@ -143,11 +143,11 @@ def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[Kern
     segments = min(count, num_weights)
     partial_segments = count // 10 + segments
     for name in ("sorted tokens", "their places"):
-        yield _buffer(name, count * itemsize, _EMBEDDING_SORT, before_results=True)
-    yield _buffer("range", count * itemsize, _EMBEDDING_SORT, before_results=True, outlives=1)
-    yield _buffer("CUB's sort", _sort_bytes(count, itemsize), _RADIX_SORT, before_results=True, outlives=0)
+        yield _buffer(name, count * itemsize, _EMBEDDING_SORT, after_results=0)
+    yield _buffer("range", count * itemsize, _EMBEDDING_SORT, after_results=0, outlives=1)
+    yield _buffer("CUB's sort", _sort_bytes(count, itemsize), _RADIX_SORT, after_results=0, outlives=0)
     if by_frequency:
-        yield _buffer("counts", count * itemsize, _EMBEDDING_SORT, before_results=True)
+        yield _buffer("counts", count * itemsize, _EMBEDDING_SORT, after_results=0)
     yield _buffer("segment offsets", count * itemsize, _EMBEDDING)
     yield _buffer("number of segments", _INT64_BYTES, _EMBEDDING)
     yield _buffer("unique tokens", count * itemsize, _EMBEDDING, outlives=1)
@@ -306,9 +306,9 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] 
 
 
 def _buffer(
-    name: str, nbytes: int, source: str, *, before_results: bool = False, outlives: int | None = None
+    name: str, nbytes: int, source: str, *, after_results: int | None = None, outlives: int | None = None
 ) -> KernelBuffer:
-    return KernelBuffer(name=name, nbytes=nbytes, source=source, before_results=before_results, outlives=outlives)
+    return KernelBuffer(name=name, nbytes=nbytes, source=source, after_results=after_results, outlives=outlives)
 
 
 def _num_sms(target: Target) -> int:

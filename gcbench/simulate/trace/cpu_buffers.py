@@ -30,9 +30,7 @@ _WRAPPING = frozenset(
 """Operators whose argument is a number, which they wrap themselves."""
 
 
-def internal_buffers(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-) -> Iterator[KernelBuffer]:
+def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[KernelBuffer]:
     """The buffers that the operator allocates inside while it runs on the CPU."""
     if func is _SAFE_SOFTMAX:
         yield from _safe_softmax(result)

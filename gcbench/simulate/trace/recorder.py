@@ -90,6 +90,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_backward(self, phase: Phase) -> None:
         """Note whether the backward pass runs, in a step that is not the measured one."""
         self._in_backward = phase == "backward"
+        if phase == "forward" and self.trace.forward_at is None:
+            self.trace.forward_at = len(self.trace.events)
+        if phase == "backward" and self.trace.backward_at is None:
+            self.trace.backward_at = len(self.trace.events)
 
     def on_phase(self, phase: Phase) -> None:
         """Mark a phase of the measured step."""
@@ -131,25 +135,26 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         name = func.__name__
         buffers = () if self._kernel_buffers is None else tuple(self._kernel_buffers(func, args, kwargs, result))
         inside = _Inside(self, name)
-        inside.allocate(buffer for buffer in buffers if buffer.before_results)
-        self._note_results(func, result, name)
-        inside.allocate(buffer for buffer in buffers if not buffer.before_results)
+        for count, tensor in enumerate(self._results(func, result)):
+            inside.allocate(buffer for buffer in buffers if buffer.after_results == count)
+            self.note(tensor, name)
+        inside.allocate(buffer for buffer in buffers if buffer.after_results is None)
         inside.free_all()
         return result
 
-    def _note_results(self, func: Any, result: Any, name: str) -> None:
+    def _results(self, func: Any, result: Any) -> Iterator[torch.Tensor]:
+        """The tensors that an operator returns, in the order in which the device allocates them."""
         if isinstance(result, torch.Tensor):
-            self.note(result, name)
+            yield result
         elif isinstance(result, (tuple, list)):
             order = self._result_order.get(func)
             if order is not None:
                 self._hide(value for place, value in enumerate(result) if place not in order)
             for value in result if order is None else [result[place] for place in order]:
                 if isinstance(value, torch.Tensor):
-                    self.note(value, name)
+                    yield value
                 elif isinstance(value, (tuple, list)):
-                    for inner in value:
-                        self.note(inner, name)
+                    yield from value
 
     def _adds_in_place(self, args: Any, kwargs: Any) -> bool:
         """Whether the autograd engine is adding two gradients into a buffer that nothing else references.
