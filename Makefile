@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /|/' | awk -F'|' '{ printf "  make %-13s %s\n", $$1, $$2 }'
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,12 @@ test: $(READY) ## Install and run the tests, those apart that take their time
 
 test-slow: $(READY) ## Run the tests that take their time
 	$(TESTS) -m slow
+
+CUDA_PYTHON ?= $(BIN)/python
+CARD ?= h100
+
+test-emulated: $(READY) ## Run the GPU tests on an emulated CARD, with a CUDA build of torch in CUDA_PYTHON's environment
+	$(CUDA_PYTHON) tests/support/run_emulated.py $(CARD)
 
 lint: $(READY) ## Check style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -65,7 +71,7 @@ families: $(READY) ## Check every type of causal LM, scaled down (goes on where 
 truth: $(READY) ## Measure the grid that predictions are held to, on this machine's device (goes on where it stopped)
 	$(BIN)/python benchmarks/truth.py
 
-gpu-hour: $(READY) ## Use the minutes one has a card for: GPU tests, plain loops, two runs, the grid
+gpu-hour: $(READY) ## Use the minutes one has a card for, eight at most: GPU tests, runs, the grid, rates, a plan
 	$(BIN)/python benchmarks/gpu_hour.py results/gpu-hour
 
 EMULATED_CARDS ?= h100 a100-80gb rtx-4090 t4
@@ -74,6 +80,9 @@ truth-emulated: ## Measure the grid on emulated cards, with CUDA_PYTHON's CUDA b
 
 accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
 	$(BIN)/python benchmarks/accuracy.py
+
+published: $(READY) ## Predict what others measured and published, and say how far off the predictions are
+	$(BIN)/python benchmarks/published.py
 
 bench-predict: $(READY) ## Measure how fast predictions are, and for how many types of models there is one
 	$(BIN)/python benchmarks/prediction_speed.py
@@ -87,4 +96,4 @@ bench-plan: $(READY) ## Measure how good plans are: regret on this machine, fron
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test test-slow lint docs bench reference truth truth-emulated gpu-hour accuracy bench-predict bench-plan frontier families clean
+.PHONY: help install run test test-slow test-emulated lint docs bench reference truth truth-emulated gpu-hour accuracy bench-predict bench-plan frontier families clean

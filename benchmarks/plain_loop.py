@@ -6,17 +6,21 @@
 Nothing of gcbench trains or measures here: a model from its config, AdamW, `loss.backward()`. What the predictor is
 held to must not have come from the code that it imitates. Besides the peaks every allocation of the measured step is
 kept in order (`events`: bytes taken, negative where given back), so that a difference can be found, not guessed.
-Needs a CUDA device.
+A case that `gcbench run` can express also has its `settings` there, and its figures as a `cell` of `truth.py`'s grid.
+Needs a CUDA device, which may be emulated: the file then says so.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+from gcbench.emulate.environment import emulated_card
 
 CASES: dict[str, dict[str, Any]] = {
     "qwen2.5-0.5b, off": {"model": "qwen2.5-0.5b", "batch": 2, "seq": 1024},
@@ -92,6 +96,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
     ids = torch.randint(100, 1000, (case["batch"], case["seq"]), device="cuda")
 
+    phases: dict[str, int] = {}
+    reserved = [0]
+
+    def ends(phase: str) -> None:
+        """Keep the peak of the phase that ends here; the allocator counts on the host."""
+        phases[phase] = max(phases.get(phase, 0), torch.cuda.max_memory_allocated())
+        reserved[0] = max(reserved[0], torch.cuda.max_memory_reserved())
+        torch.cuda.reset_peak_memory_stats()
+
     def step() -> None:
         for _ in range(case.get("micro_batches", 1)):
             with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
@@ -100,20 +113,25 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
                     loss = outputs.loss
                 else:
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            ends("forward")
             loss.backward()
+            ends("backward")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        ends("optimizer")
 
     for _ in range(2):
         step()
         torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    phases.clear()
+    reserved[0] = 0
     before = torch.cuda.memory_allocated()
     torch.cuda.memory._record_memory_history(context=None)
     step()
     torch.cuda.synchronize()
-    peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    peaks = max(phases.values()), reserved[0]
     (trace,) = torch.cuda.memory._snapshot()["device_traces"][:1]
     signs = {"alloc": 1, "free_completed": -1}
     return {
@@ -121,9 +139,42 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         "reserved_bytes": peaks[1],
         "allocated_before_bytes": before,
         "num_alloc_retries": torch.cuda.memory_stats()["num_alloc_retries"],
+        "phases": phases,
         "machine": _machine(),
         "events": [signs[event["action"]] * event["size"] for event in trace if event["action"] in signs],
     }
+
+
+def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the `settings` and the `cell` of a case in `truth.py`'s form; empty where no strategy says the same."""
+    every = case.get("every")
+    if "phases" not in found or {"micro_batches", "keeps_outputs"} & case.keys() or case.get("start"):
+        return {}
+    strategy = "off" if every is None else "per-layer" if every == 1 else f"every:{every}"
+    precision = "bf16-mixed" if case.get("mixed") else {"float32": "fp32"}.get(case.get("dtype", ""), "bf16")
+    settings = {
+        "model": case["model"],
+        "batch_size": case["batch"],
+        "seq_len": case["seq"],
+        "strategies": [strategy],
+        "precision": precision,
+        **{name: case[name] for name in ("layers", "set", "lora_r") if name in case},
+        **({"lora_target_modules": case["lora_targets"]} if "lora_targets" in case else {}),
+    }
+    memory = {
+        "allocated_bytes": found["allocated_bytes"],
+        "reserved_bytes": found["reserved_bytes"],
+        "process_bytes": None,
+        **{f"{phase}_bytes": nbytes for phase, nbytes in found["phases"].items()},
+    }
+    cell = {
+        "strategy": strategy,
+        "memory": memory,
+        "failure": None,
+        "kind": None,
+        "num_alloc_retries": found["num_alloc_retries"],
+    }
+    return {"settings": settings, "cell": cell}
 
 
 def main() -> None:
@@ -134,11 +185,13 @@ def main() -> None:
         return
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
-    with ThreadPoolExecutor(3) as pool:  # what a process allocates does not depend on others that have room
+    # What a process allocates does not depend on others, as long as the card has room for all.
+    with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:
         for done in as_completed([pool.submit(_in_a_process, name) for name in waiting]):
             name, found = done.result()
             stored.update(found.pop("machine", {}))
-            stored["cases"][name] = {**CASES[name], **found}
+            stored["source"] = "measured" if emulated_card() is None else "emulated"
+            stored["cases"][name] = {**CASES[name], **found, **as_cell(CASES[name], found)}
             path.write_text(json.dumps(stored) + "\n")
             said = found.get("failure") or f"{found['allocated_bytes']:,} and {found['reserved_bytes']:,} reserved"
             print(f"{name}: {said}", flush=True)

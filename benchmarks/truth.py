@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,11 @@ def as_text(document: dict[str, Any]) -> str:
     return re.sub(r'"@(\d+)@"', lambda found: marked[int(found[1])], text) + "\n"
 
 
-def free_bytes() -> int:
+def free_bytes(added: Mapping[str, str] | None) -> int:
     """The memory of the card that is free before the allocator takes any, asked for in a process of its own."""
     command = [sys.executable, "-c", "import torch; print(torch.cuda.mem_get_info()[0])"]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, env={**os.environ, **(added or {})}, capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def main() -> None:
@@ -102,10 +104,9 @@ def main() -> None:
     arguments.add_argument("--emulate", metavar="CARD", help="Emulate this card, of which only memory is measured.")
     asked = arguments.parse_args()
     card = cards.find(asked.emulate) if asked.emulate else None
-    if card is not None:
-        os.environ.update(environment(card))  # this program's own; its children inherit it
+    added = None if card is None else environment(card)
     begin = time.perf_counter()
-    with ForkedChildren() as children:
+    with ForkedChildren(environment=added) as children:
         device = asked.device if card is None else "cuda"
         answer = children.run(DescribeTask(device=device), on_event=lambda event: None, timeout_s=600.0)
         raise_refusal(answer)
@@ -119,7 +120,7 @@ def main() -> None:
             torch_version = ".".join((libraries["torch"] or "").split(".")[:2])
             grid, named = cases("emulated"), f"emulated-{card.name}-torch{torch_version}"
             command = f"python benchmarks/truth.py --emulate {card.name}"
-            header = {"command": command, "source": "emulated", "free_bytes": free_bytes()}
+            header = {"command": command, "source": "emulated", "free_bytes": free_bytes(added)}
         path = REFERENCE / f"truth-{named}.json"
         stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if stored and any(stored["machine"]["versions"].get(name) != there for name, there in libraries.items()):

@@ -16,7 +16,9 @@ WRONG: Final = "WRONG"
 FAILED: Final = "failed"
 NOT_REPEATABLE: Final = "not repeatable"
 UNSUPPORTED: Final = "unsupported"
-Verdict = Literal["identical", "within noise", "WRONG", "failed", "not repeatable", "unsupported"]
+RUNS: Final = "runs"
+"""On an emulated card: it ran and recomputed the planned layers; its gradients have no values to compare."""
+Verdict = Literal["identical", "within noise", "WRONG", "failed", "not repeatable", "unsupported", "runs"]
 
 FULL, LORA, FROZEN_BASE = "full", "lora", "frozen-base"
 TUNED = (FULL, LORA, FROZEN_BASE)
@@ -133,6 +135,8 @@ class CheckRow:
     link: str | None
     model_changes: str | None = None
     model_notice: str | None = None
+    source: str = "measured"
+    """`emulated` where the steps ran on an emulated card, which computes nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,6 +165,8 @@ class Check:
     notices: tuple[str, ...] = ()
     model_changes: str | None = None
     """What `--layers` and `--set` changed about the model."""
+    is_emulated: bool = False
+    """Whether the steps ran on an emulated card."""
 
     @property
     def failures(self) -> tuple[Combination, ...]:
@@ -206,6 +212,7 @@ def rows(check: Check) -> tuple[CheckRow, ...]:
                 link=result.link,
                 model_changes=check.model_changes,
                 model_notice=" ".join(check.notices) or None,
+                source="emulated" if check.is_emulated else "measured",
             )
         )
     return tuple(table)

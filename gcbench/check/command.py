@@ -67,6 +67,7 @@ def run(
             strategies=tuple(s for s in settings.strategies if s != "off") if settings.strategies else None,
             compiled=compiled,
             device=settings.device,
+            emulate=settings.emulate,
             batch_size=settings.batch_size[0],
             seq_len=settings.seq_len[0] if settings.seq_len else None,
             layers=settings.layers,

@@ -42,6 +42,11 @@ class Gradients:
             tuple(name for name, grad in trained if grad is None),
         )
 
+    @classmethod
+    def without_values(cls, model: torch.nn.Module) -> Gradients:
+        """Note which parameters have no gradient, on an emulated card, where gradients have no values."""
+        return cls({}, tuple(name for name, p in model.named_parameters() if p.requires_grad and p.grad is None))
+
     @property
     def is_finite(self) -> bool:
         return all(bool(grad.isfinite().all()) for grad in self.by_name.values())

@@ -21,6 +21,8 @@ from gcbench.core.files import write_text
 from gcbench.core.interruption import ignore_more
 from gcbench.core.json_codec import encode
 from gcbench.core.records import Json, Machine, ModelFacts
+from gcbench.devices import cards
+from gcbench.emulate import environment
 from gcbench.job import preflight
 from gcbench.job.describe import DescribeTask, operators
 from gcbench.models import sources
@@ -49,6 +51,7 @@ class CheckOptions:
     tuned: tuple[str, ...] | None = None
     compiled: bool = True
     device: str = "auto"
+    emulate: str | None = None
     batch_size: int = 2
     seq_len: int | None = None
     layers: int | None = None
@@ -71,12 +74,14 @@ def check(options: CheckOptions, *, out: Path | None, command: str, as_json: boo
             precision=options.precisions[0] if options.precisions and len(options.precisions) == 1 else None,
         ),
     )
+    card = None if options.emulate is None else cards.find_to_emulate(options.emulate)
+    added = None if card is None else environment.environment(card)
     err = Console(stderr=True)
     with ExitStack() as stack:
         store = stack.enter_context(Store.create(out)) if out is not None else None
         try:
             with (
-                ForkedChildren() as children,
+                ForkedChildren(environment=added) as children,
                 progress.choose(err, verb="checking", noun="combinations", quiet=quiet) as counter,
             ):
                 done = run(options, source=source, children=children, command=command, on_result=counter.count)
@@ -194,7 +199,8 @@ def run(
     return Check(
         model=options.model,
         command=command,
-        device=machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})",
+        device=_device(machine),
+        is_emulated=machine.emulated is not None,
         versions={name: machine.versions[name] for name in _VERSIONS if name in machine.versions},
         scaled=None if options.full_size else "scaled down",
         num_params=facts.num_params if facts else None,
@@ -206,6 +212,12 @@ def run(
         notices=tuple(notices),
         model_changes=model_changes.describe(options.layers, options.overrides),
     )
+
+
+def _device(machine: Machine) -> str:
+    if machine.emulated is not None:
+        return f"{machine.device_name} (emulated)"
+    return machine.device_name if machine.device == "cpu" else f"{machine.device_name} ({machine.device})"
 
 
 def _with_own(

@@ -11,6 +11,7 @@ from gcbench.check.cases import (
     FAILED,
     IDENTICAL,
     NOT_REPEATABLE,
+    RUNS,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -31,10 +32,11 @@ from gcbench.report.sentences import listed
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
-MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", WRONG: "✗", FAILED: "!", NOT_REPEATABLE: "?", UNSUPPORTED: "–"}
+MARKS = {IDENTICAL: "=", WITHIN_NOISE: "≈", RUNS: "○", WRONG: "✗", FAILED: "!", NOT_REPEATABLE: "?", UNSUPPORTED: "–"}
 _MEANINGS = {
     IDENTICAL: "gradients bit-identical to off",
     WITHIN_NOISE: "equal to off within the kernels' run-to-run noise",
+    RUNS: "ran without an error; its gradients were not compared",
     WRONG: "WRONG",
     FAILED: "failed",
     NOT_REPEATABLE: NOTHING_SHOWN,
@@ -47,6 +49,7 @@ PLAIN = (
 _STYLES = {
     IDENTICAL: "green",
     WITHIN_NOISE: "green",
+    RUNS: "green",
     WRONG: "bold red",
     FAILED: "bold red",
     NOT_REPEATABLE: "bold yellow",
@@ -85,7 +88,7 @@ def problems(check: Check) -> tuple[SharedProblem, ...]:
     """Group results without a good verdict by verdict and cause, or message; worst first, unsupported last."""
     groups: dict[tuple[str, str], list[tuple[CheckResult, Combination]]] = {}
     for result in check.results:
-        if not result.is_shown:
+        if not result.is_shown and result.verdict != RUNS:
             combination = check.combinations[result.number]
             # Where the cause is known, or is in off, results with other figures are the same problem.
             reason = result.cause or _without_setting(result.message or "", combination)
@@ -112,7 +115,11 @@ def summary(check: Check) -> str:
     done = len(check.results)
     good = counts[IDENTICAL] + counts[WITHIN_NOISE]
     parts = [f"{good} of {counted(done, 'combination')} {'trains' if done == 1 else 'train'} with the gradients of off"]
-    if counts[IDENTICAL] and counts[WITHIN_NOISE]:
+    if check.is_emulated:
+        runs = "runs" if done == 1 else "run"
+        ran = f"{counts[RUNS]} of {counted(done, 'combination')} {runs}"
+        parts = [f"{ran} on the emulated card, which computes nothing"]
+    elif counts[IDENTICAL] and counts[WITHIN_NOISE]:
         parts[0] += f" ({counts[IDENTICAL]} bit-identical)"
     elif counts[IDENTICAL]:
         parts[0] += ", bit-identical"
@@ -130,6 +137,8 @@ def summary(check: Check) -> str:
     recomputed = [r for r in check.results if r.layers_recomputed is not None]
     if recomputed and all(r.layers_recomputed == r.layers_expected for r in recomputed):
         text += " Exactly the planned layers were recomputed."
+    if check.is_emulated:
+        text += " Gradients have no values there; check them without --emulate, on the CPU or a card that is here."
     return text
 
 

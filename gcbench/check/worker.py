@@ -17,6 +17,7 @@ from gcbench.check.cases import (
     IDENTICAL,
     LORA,
     NOT_REPEATABLE,
+    RUNS,
     UNSUPPORTED,
     WITHIN_NOISE,
     WRONG,
@@ -32,7 +33,10 @@ from gcbench.core.errors import GcbenchError, MissingLibrary, UnavailableError, 
 from gcbench.core.records import ModelFacts, Phase
 from gcbench.core.units import counted
 from gcbench.devices import backends
+from gcbench.devices.target import CPU
+from gcbench.diagnoses.failures import NEEDS_TRITON, lacks_triton, with_doubt
 from gcbench.diagnoses.known_causes import Observation, diagnose
+from gcbench.emulate.environment import emulated_card
 from gcbench.job.preflight import beyond_positions
 from gcbench.models import build as models
 from gcbench.models.scaledown import scaled_down
@@ -68,6 +72,7 @@ class _Checker:
     def __init__(self, task: CheckTask) -> None:
         self.task = task
         self.name = backends.choose(task.device)
+        self.is_emulated = emulated_card() is not None and self.name != CPU
         self.source = task.source
         self.seq_len = self._seq_len()
         if not task.full_size:
@@ -227,7 +232,7 @@ class _Checker:
                         if step.num_steps == 0:
                             seen.recomputed = None if counter.is_blind else len(counter.layers)
                             seen.backward = frozenset(seen.ran.backward)
-                        gradients = Gradients.of(model)
+                        gradients = Gradients.without_values(model) if self.is_emulated else Gradients.of(model)
                         if gradients.is_finite:  # an fp16 scaler skips steps until its scale fits
                             seen.gradients.append(gradients)
                         looking_s += time.perf_counter() - start
@@ -267,12 +272,17 @@ class _Checker:
         return f"Train with a setting other than {setting.label} on this device.{size}"
 
     def _failed(self, combination: Combination, seen: Evidence, err: Exception) -> CheckResult:
+        if lacks_triton(err):
+            return CheckResult(number=0, verdict=UNSUPPORTED, message=NEEDS_TRITON)
         known = diagnose(self._observation(combination, seen, error_type=type(err).__name__, error_text=str(err)))
         unsupported = isinstance(err, NotImplementedError)
+        message = first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}"
+        if self.is_emulated and known is None and not unsupported:
+            message = with_doubt(message, err)
         return CheckResult(
             number=0,
             verdict=UNSUPPORTED if unsupported else FAILED,
-            message=first_sentence(err) if unsupported else f"{type(err).__name__}: {first_sentence(err)}",
+            message=message,
             cause=known.cause if known else None,
             remedy=known.remedy if known else None,
             link=known.link if known else None,
@@ -307,6 +317,8 @@ class _Checker:
             params_without_grad=lost,
             steps_s=seen.steps_s,
         )
+        if self.is_emulated:
+            result = replace(result, verdict=RUNS, grad_rel_diff=None, worst_param=None, noise=None)
         precision = combination.setting.precision
         if not is_roundoff and not reference.repeats(precision, self.name):
             return _not_repeatable(result, f"{NOTHING_SHOWN}; {reference.how_it_differs()}")

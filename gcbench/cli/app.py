@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import check_options, options, usage
+from gcbench.cli import check_options, compare_options, options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -60,6 +60,7 @@ def run(
     optim: options.Optim = None,
     attn_implementation: options.AttnImplementation = None,
     device: options.Device = None,
+    emulate: options.Emulate = None,
     layers: options.Layers = None,
     set_: options.Set = None,
     pretrained: options.Pretrained = None,
@@ -75,6 +76,7 @@ def run(
     config: options.Config = None,
     out: options.Out = None,
     resume: options.Resume = False,
+    snapshot: options.Snapshot = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -86,7 +88,9 @@ def run(
     flags = options.settings_passed(locals())
     from gcbench.measure import command as run_command
 
-    run_command.run(flags, config=config, out=out, resume=resume, as_json=json, quiet=quiet, argv=sys.argv[1:])
+    run_command.run(
+        flags, config=config, out=out, resume=resume, snapshot=snapshot, as_json=json, quiet=quiet, argv=sys.argv[1:]
+    )
 
 
 @app.command()
@@ -115,6 +119,7 @@ def predict(
     exact: options.Exact = False,
     config: options.Config = None,
     out: options.PredictOut = None,
+    snapshot: options.Snapshot = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
@@ -136,6 +141,7 @@ def predict(
         exact=exact,
         config=config,
         out=out,
+        snapshot=snapshot,
         as_json=json,
         quiet=quiet,
         argv=sys.argv[1:],
@@ -162,6 +168,7 @@ def plan(
     strategies: options.PlanStrategies = None,
     reserve: options.Reserve = None,
     measure: options.MeasureFlag = False,
+    emulate: options.EmulateFlag = False,
     from_run: options.FromRun = None,
     emit: options.Emit = None,
     seed: options.Seed = None,
@@ -185,6 +192,7 @@ def plan(
         reserve=reserve,
         emit=emit,
         measure=measure,
+        emulate=emulate,
         from_run=from_run,
         device_memory=device_memory,
         device_file=device_file,
@@ -210,6 +218,7 @@ def check(
     batch_size: check_options.BatchSize = None,
     seq_len: check_options.SeqLen = None,
     device: options.Device = None,
+    emulate: options.Emulate = None,
     layers: options.Layers = None,
     set_: options.Set = None,
     trust_remote_code: options.TrustRemoteCode = None,
@@ -249,21 +258,10 @@ def check(
 
 @app.command()
 def compare(
-    a: Annotated[
-        Path, typer.Argument(metavar="A", help="Folder of a run, prediction or plan, or its JSON file: the baseline.")
-    ],
-    b: Annotated[Path, typer.Argument(metavar="B", help="The run, prediction or plan to compare with it.")],
-    fail_on: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--fail-on",
-            metavar="memory:1%",
-            help="Exit with 1 if B is worse by more than this in memory or time; repeatable.",
-        ),
-    ] = None,
-    force: Annotated[
-        bool, typer.Option("--force", help="Compare even if devices, precisions or model sizes differ.")
-    ] = False,
+    a: compare_options.A,
+    b: compare_options.B,
+    fail_on: compare_options.FailOn = None,
+    force: compare_options.Force = False,
     json: Json = False,
 ) -> None:
     """Compare two runs, predictions or plans cell by cell: better, worse or no significant difference."""

@@ -84,6 +84,15 @@ Device = Annotated[
         "--device", rich_help_panel=WORKLOAD, help="Device to train on: auto, cpu, cuda or cuda:N (default: auto)."
     ),
 ]
+Emulate = Annotated[
+    str | None,
+    typer.Option(
+        "--emulate",
+        metavar="CARD",
+        rich_help_panel=WORKLOAD,
+        help="Run on an emulated card (gcbench devices), which need not be here and computes nothing (default: none).",
+    ),
+]
 Layers = Annotated[
     str | None,
     typer.Option(
@@ -270,6 +279,15 @@ MeasureFlag = Annotated[
         help="Benchmark the leading candidates on this machine before choosing (default: estimate their times).",
     ),
 ]
+EmulateFlag = Annotated[
+    bool,
+    typer.Option(
+        "--emulate",
+        rich_help_panel=DECISION,
+        help="Run the choice on an emulated card of --device before showing it, and choose again where its memory "
+        "runs out (default: predict only).",
+    ),
+]
 FromRun = Annotated[
     Path | None,
     typer.Option(
@@ -324,6 +342,16 @@ PlanOut = Annotated[
         "-o",
         rich_help_panel=RUN,
         help="Folder to store the plan in (default: results/plan-MODEL-TIME).",
+    ),
+]
+Snapshot = Annotated[
+    Path | None,
+    typer.Option(
+        "--snapshot",
+        metavar="FILE.pickle",
+        rich_help_panel=RUN,
+        help="File to write a memory snapshot to, for pytorch.org/memory_viz; of several cells each gets its own, with "
+        "its strategy in the name (default: none).",
     ),
 ]
 Resume = Annotated[

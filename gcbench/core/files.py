@@ -11,11 +11,16 @@ def write_text(path: Path, text: str) -> None:
 
     Bytes of file names that are not valid text are written unchanged, in JSON as escapes.
     """
+    errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
+    write_bytes(path, text.encode("utf-8", errors))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace the content of `path` atomically; raises OSError and leaves the old content on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        errors = "backslashreplace" if path.suffix == ".json" else "surrogateescape"
-        temporary.write_text(text, encoding="utf-8", errors=errors)
+        temporary.write_bytes(content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -17,6 +17,11 @@ FailureKind = Literal["oom", "unsupported", "timeout", "killed", "crash"]
 ERROR_KINDS: tuple[FailureKind, ...] = ("timeout", "killed", "crash")
 """Failures that make a command exit with 1; out of memory and unsupported are results."""
 
+Source = Literal["measured", "emulated", "predicted"]
+"""Where figures come from; `emulated`: real training steps on a card that is not there, which compute nothing."""
+EMULATED = "emulated"
+"""The name of the emulated card among a machine's settings."""
+
 Json = str | int | float | bool | None | list["Json"] | dict[str, "Json"]
 
 
@@ -85,6 +90,7 @@ class RoundResult:
             cannot be counted.
         params_without_grad: number of trainable parameters whose gradient was None after the first backward pass.
         grad_checksum: exact checksum of all gradients of the first step; equal checksums mean bit-identical gradients.
+            Empty on an emulated card, where gradients have no values.
         grad_rel_diff: L2 norm of the difference between these gradients and those of `off` in round 0, relative to the
             norm of the latter; 0.0 when the checksums are equal; None without a reference.
         grad_worst_param: the parameter that contributes most to that difference; None when there is none.
@@ -191,6 +197,11 @@ class Machine:
     versions: dict[str, str] = field(default_factory=dict)
     settings: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def emulated(self) -> str | None:
+        """The card that the device emulates; None for a device that computes."""
+        return self.settings.get(EMULATED)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
@@ -208,7 +219,7 @@ class Report:
     outcomes: tuple[Outcome, ...]
     notices: tuple[str, ...] = ()
     """Sentences on what the run decided for the user: defaults used, strategies left out."""
-    source: Literal["measured", "predicted"] = "measured"
+    source: Source = "measured"
     plan_files: dict[str, str] = field(default_factory=dict)
     """Strategy -> content of its plan file."""
     model_notices: tuple[str, ...] = ()
@@ -257,7 +268,8 @@ class Row:
     grad_noise_floor: float | None = None
     """Largest relative difference between the gradients of two `off` rounds; 0.0 when kernels are deterministic."""
     proof: str | None = None
-    """`identical`, `within noise` or `no reference`; or, with the saving withheld, `FAILED: why` or `not repeatable`,
+    """`identical`, `within noise` or `no reference`; None where nothing was computed; or, with the saving withheld,
+    `FAILED: why` or `not repeatable`,
     when two runs of `off` differ by more than roundoff explains."""
     lora_r: int | None = None
     """Rank of the LoRA adapters; None when all parameters are trained."""

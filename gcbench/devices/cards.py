@@ -23,6 +23,10 @@ _LEAST_MEMORY_BYTES = 256 * MIB
 _MOST_MEMORY_BYTES = 16 * 1024 * GIB
 _LEAST_RATE = 1e9
 _MOST_NEAR_NAMES = 4
+_REMEDY = (
+    "or set only its memory, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
+    "with its name and memory_bytes"
+)
 _LEAST_OF_BOX, _MOST_OF_BOX = 0.88, 1.02
 """Range of the total memory that torch reports, relative to the marketed size in GiB."""
 
@@ -82,22 +86,36 @@ def find(name: str, extra: Path | None = None) -> Card:
     found = _found(name, own)
     if found is not None:
         return found
-    remedy = (
-        "or set only its memory, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
-        "with its name and memory_bytes"
-    )
     other = spellings.no_cuda_device(name)
     if other is not None:
         raise UnavailableError(
             f"{name!r} is {other}, and predictions are for CUDA cards and CPUs; use --device cpu with --device-memory "
             "36GiB, or only --device-memory 36GiB for a CUDA card of that size"
         )
+    raise UnavailableError(f"{_unknown(name, own)}; {_REMEDY}")
+
+
+def find_to_emulate(name: str) -> Card:
+    """Return the card of the catalogue called `name`; raises UnavailableError with near names, as `find` does."""
+    card = known(name)
+    if card is None:
+        other = spellings.no_cuda_device(name)
+        raise UnavailableError(
+            f"{name!r} is {other}, and only NVIDIA cards can be emulated; gcbench devices lists them"
+            if other is not None
+            else f"{_unknown(name, ())}; name one of them, as only cards of the catalogue can be emulated"
+        )
+    return card
+
+
+def _unknown(name: str, own: Sequence[Card]) -> str:
+    """Say that no card, or several, have a name, with near ones."""
     sizes = _sizes(name, own)
     if sizes:
-        raise UnavailableError(f"{name!r} comes in several sizes; near names: {', '.join(sizes)}; {remedy}")
+        return f"{name!r} comes in several sizes; near names: {', '.join(sizes)}"
     near = _near(name, _by_key(own))
     hint = f"near names: {', '.join(near)}" if near else "gcbench devices lists all known devices"
-    raise UnavailableError(f"there is no device {name!r} in the catalogue; {hint}; {remedy}")
+    return f"there is no device {name!r} in the catalogue; {hint}"
 
 
 def known(name: str) -> Card | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gcbench.core.records import Json, Machine
@@ -98,6 +98,9 @@ def resolve_target(options: TargetOptions, machine: Machine | None) -> Target | 
         return None
     if machine.device == CPU:
         return Target(kind=CPU, name=CPU, memory_bytes=options.device_memory)
+    if machine.emulated is not None and (options.device_file or cards.known(machine.emulated)):
+        # Not a device of this machine: its operators cannot be timed, so its card's rates count.
+        return resolve_target(replace(options, device=machine.emulated), None)
     card = Card(
         name=machine.device,
         full_name=machine.device_name,

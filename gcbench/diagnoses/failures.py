@@ -7,6 +7,22 @@ import traceback
 from gcbench.core.records import Failure
 from gcbench.diagnoses.known_causes import Observation, diagnose
 
+_VALUES_UNKNOWN = "nothing is computed on an emulated card, so code that reads values of tensors may fail only there"
+
+
+NEEDS_TRITON = "compiled layers need the package triton, which is not installed; run pip install triton"
+
+
+def lacks_triton(err: BaseException) -> bool:
+    """Return whether the compiler for a card found no triton, which `pip install --no-deps torch` leaves out."""
+    return type(err).__name__ == "TritonMissing"
+
+
+def with_doubt(message: str, err: BaseException) -> str:
+    """Add to the message of a failure on an emulated card that the card may be the cause; a library's own error class
+    tells of something else."""
+    return f"{message}; {_VALUES_UNKNOWN}" if type(err).__module__ == "builtins" else message
+
 
 def crash(err: BaseException, strategy: str = "", *, lora: bool = False) -> Failure:
     """Return the failure of a cell whose code raised an unexpected exception."""

@@ -7,12 +7,18 @@ from dataclasses import replace
 
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.core.errors import GcbenchError
+from gcbench.core.records import EMULATED, Machine
 from gcbench.devices import backends
+from gcbench.devices.backends import Device
+from gcbench.devices.target import CPU
 from gcbench.diagnoses.failures import crash
+from gcbench.emulate.environment import emulated_card
 from gcbench.job.describe import DescribeTask
 from gcbench.models import build as models
 from gcbench.models import flash_attention
 from gcbench.processes.messages import Answer, Refusal
+
+_PRELOAD = "LD_PRELOAD"
 
 
 def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: None) -> Answer:
@@ -21,7 +27,7 @@ def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: 
         device = backends.open_device(backends.choose(task.device))
         checkpointing.check_operators(task.operators)
         if task.source is None:
-            return Answer(machine=device.describe())
+            return Answer(machine=_machine(device))
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         changed = task.layers is not None or bool(task.overrides)
         traced = _as_traced(task)
@@ -43,11 +49,20 @@ def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: 
             from gcbench.models import changed_config  # most runs do not need it
 
             changes = changed_config.of(task.source, layers=task.layers, overrides=task.overrides)
-        return Answer(machine=device.describe(), facts=facts, changed=changes)
+        return Answer(machine=_machine(device), facts=facts, changed=changes)
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:
         return Answer(failure=crash(err))
+
+
+def _machine(device: Device) -> Machine:
+    """Describe the device; one that is emulated says so, and not by which library."""
+    machine, card = device.describe(), emulated_card()
+    if card is None or machine.device == CPU:
+        return machine
+    settings = {name: value for name, value in machine.settings.items() if name != _PRELOAD}
+    return replace(machine, settings=settings | {EMULATED: card})
 
 
 def _as_traced(task: DescribeTask) -> DescribeTask:

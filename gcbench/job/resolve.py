@@ -33,6 +33,7 @@ class ResolvedRun:
         settings: the user's, with every default filled in.
         cells: in the order of the tables.
         plans: strategy -> plan.
+        is_emulated: whether the device is emulated: one round of as few steps as possible, none of them timed.
         refusals: strategy -> why this model or device does not support it, for those that are not supported.
         plan_files: strategy -> the content of the file that it was read from.
         least_steps: the fewest timed steps of a round, where the settings do not set their number.
@@ -48,6 +49,7 @@ class ResolvedRun:
     least_steps: int
     notices: tuple[str, ...]
     model_notices: tuple[str, ...] = ()
+    is_emulated: bool = False
 
 
 def resolve(
@@ -64,6 +66,7 @@ def resolve(
     """
     mistakes: list[str] = []
     kind = target.kind if target else machine.device.partition(":")[0]
+    is_emulated = target is None and machine.emulated is not None
     notices = [target_notice(target, machine)] if target else _device_notices(requested, kind, machine)
 
     limit = facts.max_seq_len
@@ -102,11 +105,13 @@ def resolve(
         device=machine.device,
         seq_len=seq_len,
         strategies=tuple(plans),
-        warmup=requested.warmup or _WARMUP[kind],
+        warmup=requested.warmup or (1 if is_emulated else _WARMUP[kind]),
     )
+    if is_emulated:
+        settings = replace(settings, rounds=1, steps=None)
     if requested.memory_limit is not None:
         notices.append(f"Memory is limited to {format_bytes(requested.memory_limit)} to emulate a smaller device.")
-    if not requested.pretrained and not target:
+    if not requested.pretrained and not target and not is_emulated:
         notices.append("Weights are random: memory and time do not depend on their values.")
     return ResolvedRun(
         settings=settings,
@@ -118,9 +123,10 @@ def resolve(
             if (why := not_for(plan, facts) or unsupported(plan, kind, is_predicted=target is not None))
         },
         plan_files=plan_files,
-        least_steps=_LEAST_STEPS[kind],
+        least_steps=0 if is_emulated else _LEAST_STEPS[kind],
         notices=tuple(notices),
         model_notices=model_notices,
+        is_emulated=is_emulated,
     )
 
 
@@ -130,6 +136,13 @@ def default_strategies(facts: ModelFacts) -> tuple[str, ...]:
 
 
 def _device_notices(requested: Settings, kind: str, machine: Machine) -> list[str]:
+    if machine.emulated is not None:
+        memory = format_bytes(machine.device_memory_bytes)
+        here = "" if requested.emulate else " This process runs on that card."
+        return [
+            f"Emulated: {machine.device_name}, {memory}, which is not here. Memory is that of PyTorch's own allocator; "
+            f"nothing is computed, so there are no times.{here}"
+        ]
     if kind != "cpu":
         return [f"Measured on {machine.device_name} ({machine.device})."]
     subject = "No GPU was found, so these" if requested.device == "auto" else "These"
@@ -180,6 +193,7 @@ def begin(resolved: ResolvedRun, machine: Machine, facts: ModelFacts, command: s
         notices=resolved.notices,
         plan_files=resolved.plan_files,
         model_notices=resolved.model_notices,
+        source="emulated" if machine.emulated is not None else "measured",
     )
 
 

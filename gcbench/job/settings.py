@@ -11,7 +11,7 @@ from typing import Any
 
 from gcbench import strategies
 from gcbench.core import spellings, units
-from gcbench.core.errors import UsageError
+from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.records import ALL_LINEAR, Json, Lora
 from gcbench.devices import cards
 from gcbench.training import optimizers
@@ -21,6 +21,8 @@ DEFAULT_STRATEGIES = ("off", "per-layer", "every:2", "every:4")
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 2**24
 MAX_LORA_R = 2**16
+EMULATED_DEVICE = "cuda:0"
+"""The name that torch has for an emulated card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,8 @@ class Settings:
     optim: str = "adamw_torch"
     attn_implementation: str | None = None
     device: str = "auto"
+    emulate: str | None = None
+    """The card to emulate, by its name in the catalogue; `device` is then "cuda:0"."""
     warmup: int | None = None
     steps: int | None = None
     rounds: int = 3
@@ -74,9 +78,10 @@ ALIASES = {
 def settings(raw_values: Mapping[str, object]) -> Settings:
     """Check and convert raw values (text from flags, native values from TOML); None means not set.
 
-    Raises UsageError with every mistake found.
+    Raises UsageError with every mistake found, else UnavailableError for a card that cannot be emulated.
     """
     mistakes: list[str] = []
+    unavailable: UnavailableError | None = None
     values: dict[str, Any] = {}
     for raw_key, raw in raw_values.items():
         if raw is None:
@@ -91,6 +96,8 @@ def settings(raw_values: Mapping[str, object]) -> Settings:
             values[key] = _PARSERS[key](raw)
         except ValueError as err:
             mistakes.append(f"{_flag(key)}: {err}")
+        except UnavailableError as err:
+            unavailable = err
     for key, example in (("model", "gpt2"), ("batch_size", "16")):
         if key not in values and not any(m.startswith(_flag(key)) for m in mistakes):
             mistakes.append(f"{_flag(key)} is missing; write it like {_flag(key)} {example}")
@@ -100,9 +107,28 @@ def settings(raw_values: Mapping[str, object]) -> Settings:
         and not any(m.startswith("--lora-r") for m in mistakes)
     ):
         mistakes.append("--lora-target-modules also needs the rank of the adapters; add it, like --lora-r 8")
+    if values.get("emulate") is not None:
+        mistakes += _against_emulation(values)
+        values["device"] = EMULATED_DEVICE
     if mistakes:
         raise UsageError.of(mistakes)
+    if unavailable is not None:
+        raise unavailable
     return Settings(**values)
+
+
+def _against_emulation(values: Mapping[str, Any]) -> list[str]:
+    """List the settings that contradict `--emulate`."""
+    card, device = values["emulate"], values.get("device", "auto")
+    mistakes = []
+    if device not in ("auto", "cuda", EMULATED_DEVICE):
+        mistakes.append(f"--device {device}: the device is the emulated {card}; leave out --device, or --emulate")
+    if values.get("pretrained"):
+        mistakes.append(
+            "--pretrained: nothing is computed on an emulated card, so no weights are needed; leave it out, or "
+            "--emulate"
+        )
+    return mistakes
 
 
 def notices(raw_values: Mapping[str, object]) -> tuple[str, ...]:
@@ -282,10 +308,19 @@ def _device(raw: object) -> str:
     card = cards.known(name)
     if card is not None:
         raise ValueError(
-            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}; gcbench predict "
-            f"--device {card.name} and gcbench plan --device {card.name} predict for that card"
+            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}; --emulate "
+            f"{card.name} emulates that card, and gcbench predict --device {card.name} and gcbench plan --device "
+            f"{card.name} predict for it"
         )
     raise ValueError(f"{raw!r} is unknown; {legal}")
+
+
+def _card(raw: object) -> str:
+    from gcbench.emulate.properties import capability_of  # only where a card is to be emulated
+
+    card = cards.find_to_emulate(_text(raw))
+    capability_of(card)
+    return card.name
 
 
 def _yes_no(raw: object) -> bool:
@@ -346,6 +381,7 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "optim": optimizer,
     "attn_implementation": _attention_or_own,
     "device": _device,
+    "emulate": _card,
     "warmup": _count(1, 1000),
     "steps": _count(1, 100_000),
     "rounds": _count(1, 1000),

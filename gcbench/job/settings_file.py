@@ -25,7 +25,7 @@ def _all_but(*names: str) -> tuple[str, ...]:
 
 KEYS: Mapping[str, tuple[str, ...]] = {
     "run": _OF_ALL,
-    "predict": (*_all_but(*_OF_RUN_ALONE, "seed"), *_OF_A_TARGET, "reserve", "explain", "exact"),
+    "predict": (*_all_but(*_OF_RUN_ALONE, "seed", "emulate"), *_OF_A_TARGET, "reserve", "explain", "exact"),
     "plan": (*_all_but(*_OF_RUN_ALONE, "pretrained"), *_OF_A_TARGET, "reserve", "measure", "from", "emit"),
     "check": (
         *_all_but(*_OF_RUN_ALONE, "pretrained", "memory_limit", "lora_r", "lora_target_modules"),

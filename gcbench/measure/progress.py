@@ -61,8 +61,9 @@ class QuietProgress:
 class PlainProgress(QuietProgress):
     """One line per round of a cell, for logs and pipes, and more lines at intervals during a long round."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, *, verb: str = "measuring") -> None:
         self._console = console
+        self._verb = verb
         self._start = time.monotonic()
         self._where, self._last_step, self._done_steps, self._total, self._steps = "", "", 0, 0, 0
         self._heartbeat = Heartbeat(self._print_last_step)
@@ -76,7 +77,7 @@ class PlainProgress(QuietProgress):
 
     def begin(self, *, num_steps: int, num_rounds: int) -> None:
         self._num_rounds, self._total = num_rounds, num_steps
-        self._say(f"measuring: {counted(num_steps, 'training step')} or more, in {counted(num_rounds, 'round')}")
+        self._say(f"{self._verb}: {counted(num_steps, 'training step')} or more, in {counted(num_rounds, 'round')}")
 
     def enter(self, cell: Cell, *, round: int, num_steps: int) -> None:
         self._where = f"round {round + 1}/{self._num_rounds} {label(cell)}"
@@ -148,11 +149,12 @@ class LiveProgress(QuietProgress):
         self._display.update(self._task, description=f"{self._where} · building the model")
 
     def step(self, event: Event) -> None:
+        took = "" if event.seconds is None else f" {format_seconds(event.seconds)}"
         self._display.update(
             self._task,
             # A round may take more steps than planned; then the bar waits for the next round.
             completed=self._before + min(event.step, self._num_steps),
-            description=f"{self._where} · {event.kind} step {format_seconds(event.seconds)}",
+            description=f"{self._where} · {event.kind} step{took}",
         )
 
     def leave(self, outcome: Outcome) -> None:
@@ -165,8 +167,8 @@ class LiveProgress(QuietProgress):
         self._display.update(self._task, total=self._total)
 
 
-def choose(console: Console, *, quiet: bool) -> QuietProgress:
+def choose(console: Console, *, quiet: bool, verb: str = "measuring") -> QuietProgress:
     """Choose the live display for a terminal, plain lines otherwise, none where `quiet`."""
     if quiet:
         return QuietProgress()
-    return LiveProgress(console) if console.is_terminal else PlainProgress(console)
+    return LiveProgress(console) if console.is_terminal else PlainProgress(console, verb=verb)

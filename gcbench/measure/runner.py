@@ -6,12 +6,15 @@ import json
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
-from gcbench.core.errors import UsageError
+from gcbench.core import snapshot_files
+from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.gradient_fingerprint import Fingerprint, difference
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.devices.target import CPU
 from gcbench.job.describe import describe
 from gcbench.job.resolve import LEAST_TIMED_S, ResolvedRun, begin, resolve
 from gcbench.job.settings import Settings, as_json
@@ -22,6 +25,11 @@ from gcbench.processes.messages import Event
 from gcbench.report.rows import needs_repeat
 from gcbench.report.run_folder import Store
 from gcbench.strategies import OFF
+
+PROCESS_UNREAD = (
+    "Memory of the process outside the allocator was not measured: neither nvidia-smi nor nvidia-ml-py reports the "
+    "card's used memory; for that column, put nvidia-smi on PATH or pip install nvidia-ml-py."
+)
 
 
 class Progress(Protocol):
@@ -47,18 +55,29 @@ def run(
     progress: Progress,
     command: str,
     previous: Report | None = None,
+    snapshot: Path | None = None,
 ) -> Report:
     """Measure every round of every cell that `previous` lacks, and save the report in `store` after each of them.
 
     Raises UsageError or UnavailableError before anything is measured; afterwards a failure becomes a row.
+
+    `snapshot` is the file for memory snapshots (`snapshot_files.files`).
     """
     machine, facts = describe(settings, source, children)
+    if snapshot is not None and machine.device == CPU:
+        raise UnavailableError(
+            "--snapshot needs a CUDA device, whose allocator PyTorch can record; use --device cuda, or gcbench predict "
+            "with --snapshot for a card that is not here"
+        )
     resolved = resolve(settings, facts, machine, model_notices=source.notices)
     report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)
     store.save(report)
     schedule = [(cell, number) for number in range(resolved.settings.rounds) for cell in _off_first(resolved.cells)]
     todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
     tasks = [task_for(resolved, source, cell, number) for cell, number in todo]
+    if snapshot is not None:
+        files = snapshot_files.files(snapshot, resolved.cells)
+        tasks = [replace(task, snapshot=str(files[task.cell])) if task.with_memory else task for task in tasks]
     progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=resolved.settings.rounds)
     for task in tasks:
         if _is_done(report, task.cell, task.round):  # it failed in an earlier round
@@ -67,7 +86,23 @@ def run(
         progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
         report = measure_round(report, task, resolved, children, store, progress)
         progress.leave(_outcome(report, task.cell))
-    return _repeat_off(report, resolved, source, children, store)
+    return _without_process_memory(_repeat_off(report, resolved, source, children, store), store)
+
+
+def _without_process_memory(report: Report, store: Store) -> Report:
+    """Return the report, saved with a notice where the memory of the process on a card could not be read."""
+    peaks = [result.memory for outcome in report.outcomes for result in outcome.rounds if result.memory]
+    is_read = (
+        report.source != "measured"
+        or report.machine.device == "cpu"
+        or not peaks
+        or any(peak.process_bytes is not None for peak in peaks)
+    )
+    if is_read or PROCESS_UNREAD in report.notices:
+        return report
+    report = replace(report, notices=(*report.notices, PROCESS_UNREAD))
+    store.save(report)
+    return report
 
 
 def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:
@@ -79,6 +114,12 @@ def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: 
     if changed:
         changes = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
         raise UsageError(f"--resume continues the stored run, and its settings differ: {changes}; take a new --out")
+    source = "emulated" if resolved.is_emulated else "measured"
+    if previous.source != source:
+        raise UsageError(
+            f"--resume continues the stored run, which is {previous.source}, and this one would be {source}; take a "
+            "new --out"
+        )
     libraries = ("torch", "transformers", *(["peft"] if resolved.settings.lora else []))
     for what, before, after in (
         ("device", previous.machine.device_name, machine.device_name),
@@ -129,7 +170,7 @@ def task_for(resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int
         seed=settings.seed,
         warmup=settings.warmup,
         steps=settings.steps or resolved.least_steps,
-        least_timed_s=0.0 if settings.steps else LEAST_TIMED_S,
+        least_timed_s=0.0 if settings.steps or resolved.is_emulated else LEAST_TIMED_S,
         with_memory=number == 0,
         memory_limit_bytes=settings.memory_limit,
         lora=settings.lora,
@@ -143,13 +184,14 @@ def measure_round(
     start = time.monotonic()
     answer = children.run(task, on_event=progress.step, timeout_s=resolved.settings.timeout)
     outcome = _outcome(report, task.cell)
-    if answer.result is None or answer.fingerprint is None:
+    if answer.result is None or (answer.fingerprint is None and not resolved.is_emulated):
         why = answer.refusal.message if answer.refusal else "the child gave no result"
         outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message=why))
     else:
         result = replace(answer.result, wall_s=time.monotonic() - start)
-        store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
-        result = _compared(result, answer.fingerprint, task.cell, store)
+        if answer.fingerprint is not None:
+            store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
+            result = _compared(result, answer.fingerprint, task.cell, store)
         outcome = replace(outcome, rounds=(*outcome.rounds, result))
     outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
     report = replace(report, outcomes=outcomes)

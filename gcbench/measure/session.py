@@ -14,24 +14,36 @@ from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
 from gcbench.core.interruption import ignore_more
 from gcbench.core.records import ERROR_KINDS, Report
 from gcbench.core.units import counted, format_bytes
+from gcbench.devices import cards
+from gcbench.emulate import environment
 from gcbench.job import preflight
 from gcbench.job.settings import Settings
 from gcbench.measure import progress, runner
 from gcbench.models import sources
 from gcbench.processes.children import ForkedChildren
 from gcbench.report import report_file as reports
-from gcbench.report.publish import publish, show
+from gcbench.report.publish import publish, show, tell_snapshots
 from gcbench.report.run_folder import Store
 
 
 def measure(
-    settings: Settings, *, out: Path | None, previous: Report | None, command: str, as_json: bool, quiet: bool
+    settings: Settings,
+    *,
+    out: Path | None,
+    previous: Report | None,
+    snapshot: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Measure what `previous` lacks, store it in the run folder and show it.
 
     Raises GcbenchError at the end when a cell crashed, timed out or was killed, or when results could not be written.
     """
     source = preflight.model_of(settings, pretrained=settings.pretrained)
+    card = None if settings.emulate is None else cards.find_to_emulate(settings.emulate)
+    # Built before a folder is made: where a card cannot be emulated here, nothing is left behind.
+    added = None if card is None else environment.environment(card)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     if previous is not None and out is not None:
         store = Store.reopen(out)
@@ -42,8 +54,8 @@ def measure(
         if previous is not None:
             previous = reports.reopen(store.folder)  # again, now that it is locked
         with (
-            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source))) as children,
-            progress.choose(err, quiet=quiet) as display,
+            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source)), environment=added) as children,
+            progress.choose(err, quiet=quiet, verb="measuring" if card is None else "emulating") as display,
         ):
             report = runner.run(
                 settings,
@@ -53,10 +65,13 @@ def measure(
                 progress=display,
                 command=command,
                 previous=previous,
+                snapshot=snapshot,
             )
         publish(report, store)
         try:
             show(report, store.folder, as_json=as_json, quiet=quiet, err=err)
+            if snapshot is not None and not quiet:
+                tell_snapshots(err, report, snapshot)
         finally:
             store.close()
     broken = [outcome for outcome in report.outcomes if outcome.failure and outcome.failure.kind in ERROR_KINDS]
@@ -93,6 +108,6 @@ def _interrupted(store: Store) -> str:
     publish(report, store, plots=False)
     done = sum(len(outcome.rounds) for outcome in report.outcomes)
     return (
-        f"interrupted; {counted(done, 'measured round')} {'is' if done == 1 else 'are'} kept in {store.folder}; "
-        f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
+        f"interrupted; {counted(done, f'{report.source} round')} {'is' if done == 1 else 'are'} kept in "
+        f"{store.folder}; finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
     )

@@ -25,6 +25,12 @@ def take(model: torch.nn.Module, *, step: int, seed: int) -> Fingerprint:
     )
 
 
+def names(model: torch.nn.Module, *, step: int, seed: int) -> Fingerprint:
+    """Note which parameters have no gradient, where gradients have no values."""
+    missing = (name for name, p in model.named_parameters() if p.requires_grad and p.grad is None)
+    return Fingerprint(step=step, parameters=(), missing=tuple(missing))
+
+
 @torch.no_grad()
 def _print(name: str, grad: torch.Tensor, seed: int) -> ParameterPrint:
     flat = _flat(grad)

@@ -19,9 +19,10 @@ class MeasureTask:
 
     Attributes:
         attn_implementation: the user's choice; None for the model's own.
-        steps: timed steps, at least.
+        steps: timed steps, at least; an emulated card runs none.
         least_timed_s: timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run.
         with_memory: whether to run a step with the memory probe.
+        snapshot: the file for a memory snapshot of that step, or of the step that runs out of memory.
     """
 
     handler: ClassVar[str] = "gcbench.measure.worker:measure"
@@ -40,6 +41,7 @@ class MeasureTask:
     with_memory: bool
     memory_limit_bytes: int | None
     lora: Lora | None = None
+    snapshot: str | None = None
 
     @property
     def num_steps(self) -> int:

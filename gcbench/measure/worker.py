@@ -5,19 +5,24 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
+from dataclasses import replace
+from pathlib import Path
 
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing.policy_contexts import RecomputeMismatch, SavedOutputMutated, SkippedButNeeded
 from gcbench.checkpointing.random_draws import has_dropout
 from gcbench.checkpointing.segments import LayersNotSequential
+from gcbench.core import snapshot_files
 from gcbench.core.errors import first_sentence
 from gcbench.core.gradient_fingerprint import Fingerprint
 from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
-from gcbench.diagnoses.failures import crash
+from gcbench.devices.target import CPU
+from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
+from gcbench.emulate.environment import emulated_card
 from gcbench.measure import take_fingerprint
 from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
 from gcbench.models import build as models
@@ -43,6 +48,9 @@ def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
         measurement = _Measurement(task, device, send)
         return measurement.run()
     except BaseException as err:
+        if measurement is not None:
+            with suppress(Exception):  # the failure matters more
+                measurement.write_snapshot()
         where = measurement.where if measurement is not None else "while the model was being built"
         return Answer(failure=_failure(err, task=task, device=device, where=where))
 
@@ -60,10 +68,13 @@ class _Measurement:
         self.num_recomputed: int | None = None
         self.draws_outside_torch = False
         self.steps_s = 0.0
+        self.is_emulated = emulated_card() is not None and device.name != CPU
+        self._is_recorded = False
 
     def run(self) -> Answer:
         task, workload = self.task, self.task.cell.workload
         self.device.limit_memory(task.memory_limit_bytes)
+        self._record()
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
         self.model = models.build(
             task.source,
@@ -85,7 +96,8 @@ class _Measurement:
             memory = self._warm_up_and_probe()
         else:
             self._warm_up()
-        times, process_bytes = self._timed()
+        # On an emulated card no step is timed, and the memory outside the allocator is an estimate: left unknown.
+        times, process_bytes = ([], None) if self.is_emulated else self._timed()
         if memory is not None:
             memory = MemoryPeaks(**(vars(memory) | {"process_bytes": process_bytes}))
         assert self.fingerprint is not None
@@ -98,7 +110,7 @@ class _Measurement:
                 layers_planned=self._layers_planned(),
                 layers_recomputed=self.num_recomputed,
                 params_without_grad=len(self.fingerprint.missing),
-                grad_checksum=self.fingerprint.checksum,
+                grad_checksum="" if self.is_emulated else self.fingerprint.checksum,
                 grad_rel_diff=None,
                 grad_worst_param=None,
                 num_alloc_retries=self.device.num_alloc_retries(),
@@ -106,9 +118,9 @@ class _Measurement:
                 steps_s=self.steps_s,
                 wall_s=0.0,
                 draws_outside_torch=self.draws_outside_torch,
-                draws_other_dropout=task.plan.compiled and has_dropout(self.model),
+                draws_other_dropout=task.plan.compiled and not self.is_emulated and has_dropout(self.model),
             ),
-            fingerprint=self.fingerprint,
+            fingerprint=None if self.is_emulated else self.fingerprint,
         )
 
     def _layers_planned(self) -> int:
@@ -132,7 +144,8 @@ class _Measurement:
         if self.step.num_steps == 0 and phase == "backward":
             self.draws_outside_torch = state_outside_torch() != self._state_at_start
         if phase == "optimizer" and (self.fingerprint is None or not self.fingerprint.is_finite):
-            self.fingerprint = take_fingerprint.take(self.model, step=self.step.num_steps, seed=self.task.seed)
+            take = take_fingerprint.names if self.is_emulated else take_fingerprint.take
+            self.fingerprint = take(self.model, step=self.step.num_steps, seed=self.task.seed)
 
     def _warm_up_and_probe(self) -> MemoryPeaks:
         """Warm up, with the memory probe on from the last warm-up step, and read the peaks of the step after it."""
@@ -147,7 +160,9 @@ class _Measurement:
 
             self._warm_up()
             self.device.settle()
+            self._record()
             self._one("memory", on_phase)
+        self.write_snapshot()
         peaks = probe.peaks()
         limit = self.task.memory_limit_bytes
         if limit is not None and peaks.allocated_bytes > limit:
@@ -156,6 +171,22 @@ class _Measurement:
                 f"the step needs {format_bytes(peaks.allocated_bytes)} and the limit is {format_bytes(limit)}"
             )
         return peaks
+
+    def _record(self) -> None:
+        """Record allocations for a snapshot, if there is to be one: from the model on, then anew in the memory step."""
+        if self.task.snapshot is not None:
+            self.device.record_memory()
+            self._is_recorded = True
+
+    def write_snapshot(self) -> None:
+        """Write the snapshot of what is recorded, once; raises UsageError if the file cannot be written."""
+        if self.task.snapshot is None or not self._is_recorded:
+            return
+        self._is_recorded = False
+        try:
+            self.device.write_memory_snapshot(Path(self.task.snapshot))
+        except OSError as err:
+            raise snapshot_files.unwritable(Path(self.task.snapshot), err) from None
 
     def _timed(self) -> tuple[list[float], int | None]:
         self.device.start_timing()  # without settling: the first step would include requests for device memory
@@ -170,14 +201,18 @@ class _Measurement:
     def _one(self, kind: str, on_phase: Callable[[Phase], None]) -> float:
         self.counter.reset()
         is_first = self.step.num_steps == 0
+        seconds: float | None = None
         start = time.perf_counter()
         with checkpointing.layers_run(self.model) if is_first else nullcontext(self.layers_run) as self.layers_run:
-            seconds = self.device.time(lambda: self.step(on_phase))
+            if self.is_emulated:
+                self.step(on_phase)
+            else:
+                seconds = self.device.time(lambda: self.step(on_phase))
         if is_first and not self.counter.is_blind:  # other steps may drop other layers
             self.num_recomputed = len(self.counter.layers)
         self.steps_s += time.perf_counter() - start
         self.send(Event(kind=kind, step=self.step.num_steps, seconds=seconds))
-        return seconds
+        return seconds or 0.0
 
 
 def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, where: str) -> Failure:
@@ -204,4 +239,9 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
             message=f"not supported here: {first_line}; try another --precision, --attn-implementation or --device",
             detail=traceback.format_exc(),
         )
-    return crash(err, task.cell.strategy, lora=task.lora is not None)
+    if lacks_triton(err):
+        return Failure(kind="unsupported", message=NEEDS_TRITON, detail=text)
+    failure = crash(err, task.cell.strategy, lora=task.lora is not None)
+    if emulated_card() is None or device is None or device.name == CPU:
+        return failure
+    return replace(failure, message=with_doubt(failure.message, err))

@@ -53,6 +53,8 @@ def check(attn_implementation: str | None, target: Target | None, *, precision: 
         )
     if target is None or not _is_card(target):
         return
+    if attn_implementation is not None and "/" in attn_implementation:
+        raise UsageError(f"{flag} is a kernel from the hub, which is not predicted; use {FLASH} or leave the flag out")
     if attn_implementation in _OTHER_PACKAGES:
         raise UsageError(f"{flag} is not predicted; use {FLASH}, or leave the flag out")
     if attn_implementation != FLASH:

@@ -19,6 +19,8 @@ T = TypeVar("T")
 
 _OF_THE_WORKLOAD = ("precision", "optim", "attn_implementation", "layers", "set", "lora_r", "lora_target_modules")
 """Settings of the workload, which a stored run or plan has already."""
+_OF_THE_TARGET = ("device", "batch_size", "memory_limit", "emulate")
+"""Settings that have a meaning of their own here."""
 
 
 def run(
@@ -28,6 +30,7 @@ def run(
     reserve: str | None,
     emit: str | None,
     measure: bool,
+    emulate: bool,
     from_run: Path | None,
     device_memory: str | None,
     device_file: Path | None,
@@ -53,8 +56,10 @@ def run(
     batch = file.text("batch_size", batch)
     reserve, emit = file.text("reserve", reserve), file.text("emit", emit)
     measure = file.is_set("measure", measure)
+    # For the commands that run, it names the card; here, the card is that of --device.
+    emulate = emulate or isinstance(file.values.get("emulate"), str) or file.is_set("emulate", False)
     from_run = file.file("from", from_run)
-    raw = {key: value for key, value in merged.items() if key not in ("device", "batch_size", "memory_limit")}
+    raw = {key: value for key, value in merged.items() if key not in _OF_THE_TARGET}
     if from_run is not None:
         raw.setdefault("model", "of the run")
     # Where the search chooses the batch sizes, the settings are checked with a batch of one.
@@ -67,6 +72,10 @@ def run(
         mistakes.append(f"--seq-len: a plan is for one length, not {len(settings.seq_len)}; pass one")
     if from_run is not None and measure:
         mistakes.append("--measure: a stored run was measured already; leave out --measure, or --from")
+    if from_run is not None and emulate:
+        mistakes.append("--emulate: a stored run or plan is taken as it is; leave out --emulate, or --from")
+    if measure and emulate:
+        mistakes.append("--emulate: --measure runs the candidates on this machine's own device; leave out one of them")
     if from_run is not None:
         mistakes += [
             f"--{name.replace('_', '-')}: a stored run or plan has its own; leave it out, or leave out --from"
@@ -87,6 +96,7 @@ def run(
         reserve_frac=held_back,
         emit=tool,
         measure=measure,
+        emulate=emulate,
     )
     target_options = TargetOptions(
         device=None if device is None else spellings.device(str(device)),

@@ -120,7 +120,7 @@ def settled(
         smallest = min((each for each in ran if each.source == "measured"), key=lambda each: each.peak_bytes)
         rest = choose([each for each in others if each.peak_bytes < smallest.peak_bytes])
         if rest is not None:
-            decision = _with_details_of(decision, rest)
+            decision = with_details_of(decision, rest)
         return replace(
             decision,
             choice=rest,
@@ -141,14 +141,14 @@ def settled(
     ]
     candidates = ranked(ran) + ranked(estimates)
     return replace(
-        _with_details_of(decision, entered),
+        with_details_of(decision, entered),
         choice=choice,
         candidates=candidates,
         binding=" ".join(filter(None, (ties.sentence(choice, others), why_not_faster(candidates, choice)))),
     )
 
 
-def _with_details_of(decision: Decision, candidate: Candidate) -> Decision:
+def with_details_of(decision: Decision, candidate: Candidate) -> Decision:
     """The decision with the details of this candidate in place of the choice's, as far as they are known."""
     details = next((each for each in decision.details if each.of == candidate), None)
     if details is None:

@@ -41,7 +41,9 @@ def decide(
     """
     here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
     machine, facts = describe(replace(settings, device=here), source, children, needs_order=True)
-    is_here = target is None or (target.kind == CPU and machine.device == CPU)
+    is_here = (target is None and machine.emulated is None) or (
+        target is not None and target.kind == CPU and machine.device == CPU
+    )
     target = target or resolve_target(target_options, machine)
     assert target is not None
     if target.kind == CPU and target.memory_bytes is None:

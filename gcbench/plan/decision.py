@@ -34,6 +34,8 @@ class Candidate:
             other steps, `measured`.
         is_lower_bound: whether the step needs more than `peak_bytes`, which counts its tensors and the process outside
             the allocator only: that alone exceeds the device.
+        emulated_bytes: `peak_bytes` as found on an emulated card, with the same part outside the allocator; None where
+            it was not run there.
         frac_low, frac_high: the 95 % interval of its tokens per second over those of the choice, both measured; None
             where there is none.
     """
@@ -53,6 +55,7 @@ class Candidate:
     is_lower_bound: bool = False
     frac_low: float | None = None
     frac_high: float | None = None
+    emulated_bytes: int | None = None
 
     @property
     def peak_text(self) -> str:

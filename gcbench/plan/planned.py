@@ -25,12 +25,14 @@ class PlanOptions:
         reserve_frac: fraction of the device memory held back; None for the default of the kind of device.
         emit: the tool to print settings for.
         measure: whether the leading candidates are benchmarked before choosing.
+        emulate: whether the choice is run on an emulated card of the target's name before it is shown.
     """
 
     batch_sizes: tuple[int, ...] | None
     reserve_frac: float | None
     emit: str | None
     measure: bool
+    emulate: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)

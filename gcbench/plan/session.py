@@ -18,6 +18,7 @@ from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, Usag
 from gcbench.core.files import write_text
 from gcbench.core.interruption import ignore_more
 from gcbench.devices.target import CPU, TargetOptions, resolve_target
+from gcbench.emulate import environment
 from gcbench.export._handover import Training
 from gcbench.job import preflight
 from gcbench.job.describe import changed_config
@@ -75,13 +76,20 @@ def plan(
     if options.measure and early is not None and early.kind != CPU:
         raise UsageError(_not_here(target_options, early.name))
     source = preflight.model_of(settings)
+    added: dict[str, str] | None = None
+    if options.emulate:
+        from gcbench.plan import emulated
+
+        # Before the search, so that nothing is planned in vain where a card cannot be emulated, and for the search too:
+        # a CUDA build of torch without NVIDIA's libraries is imported in that environment alone.
+        added = environment.environment(emulated.card_of(early)) | emulated.variables(early)
     created = datetime.now(UTC).isoformat(timespec="seconds")
     err = Console(stderr=True)
     with Store.create(out) if out else Store.new(f"plan-{sources.slug(settings.model)}", created) as store:
         try:
             with ExitStack() as stack:
                 preload = (*sources.modules(source), "gcbench.plan.search.planner")
-                children = stack.enter_context(ForkedChildren(preload=preload))
+                children = stack.enter_context(ForkedChildren(preload=preload, environment=added))
                 # Importing matplotlib takes half a second, spent while the children work.
                 threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
                 with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:
@@ -98,6 +106,8 @@ def plan(
                 planned = replace(planned, created=created, changed=changed_config(settings, source, children))
                 if options.measure:
                     planned = _confirmed(planned, target_options, children=children, store=store, quiet=quiet, err=err)
+                if added is not None and planned.decision.choice is not None:
+                    planned = _emulated(planned, children=children, quiet=quiet, err=err)
         except KeyboardInterrupt:
             ignore_more()
             raise Interrupted(_after_interruption(store)) from None
@@ -143,6 +153,15 @@ def _confirmed(
         raise UsageError(_not_here(target_options, planned.target.name))
     with progress.choose(err, quiet=quiet) as display:
         return confirm.confirm(planned, children=children, store=store, progress=display)
+
+
+def _emulated(planned: PlanResult, *, children: Children, quiet: bool, err: Console) -> PlanResult:
+    """The plan with its choice run on the emulated card of the children."""
+    from gcbench.measure import progress
+    from gcbench.plan import emulated
+
+    with progress.choose(err, quiet=quiet, verb="emulating") as display:
+        return emulated.confirm(planned, children=children, progress=display)
 
 
 def finish(

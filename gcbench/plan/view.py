@@ -63,6 +63,7 @@ def rows(planned: PlanResult) -> list[dict[str, Json]]:
             "tokens_per_s_frac_low": candidate.frac_low,
             "tokens_per_s_frac_high": candidate.frac_high,
             "model_notice": " ".join(planned.model_notices) or None,
+            "emulated_bytes": candidate.emulated_bytes,
         }
         for candidate in decision.candidates
     ]
@@ -109,6 +110,7 @@ def answer(planned: PlanResult) -> list[tuple[str, str]]:
         ("batch", f"{choice.batch_size} × {planned.seq_len} tokens"),
         ("checkpointing", described(choice)),
         ("peak", _peak(choice, decision)),
+        *([("emulated", _emulated(choice, decision))] if choice.emulated_bytes is not None else []),
         ("speed", _speed(choice, decision)),
         ("why", _why(decision)),
         *(("note", text) for text in of_decision(decision)),
@@ -127,6 +129,15 @@ def _peak(choice: Candidate, decision: Decision) -> str:
         if spare < uncertain:
             close = f": too close to tell, as the device may use {format_bytes(uncertain)} more than predicted"
     return f"{text} of {format_bytes(decision.limit_bytes)}{reserve}; headroom {format_bytes(spare)}{close}"
+
+
+def _emulated(choice: Candidate, decision: Decision) -> str:
+    inside = (choice.emulated_bytes or 0) - decision.outside_bytes
+    return (
+        f"{format_bytes(choice.emulated_bytes)}, predicted {format_bytes(choice.peak_bytes)}: PyTorch's own allocator "
+        f"reserved {format_bytes(inside)} on an emulated card; {format_bytes(decision.outside_bytes)} outside it are "
+        "predicted"
+    )
 
 
 def _speed(choice: Candidate, decision: Decision) -> str:

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from gcbench.core import spellings
+from gcbench.core import snapshot_files, spellings
 from gcbench.core.errors import UsageError
 from gcbench.job import settings as configs
 from gcbench.job import settings_file
@@ -24,6 +24,7 @@ def run(
     exact: bool,
     config: Path | None,
     out: Path | None,
+    snapshot: Path | None,
     as_json: bool,
     quiet: bool,
     argv: Sequence[str],
@@ -50,8 +51,15 @@ def run(
         reserve_frac=parse_reserve(file.text("reserve", reserve)),
     )
     tell(file, raw, quiet=quiet)
+    snapshot = snapshot_files.check(snapshot)
     from gcbench.predict import session as forecast  # lazily: a wrong value is reported before heavy imports
 
     forecast.predict(
-        settings, target_options, out=out, command=shlex.join(["gcbench", *argv]), as_json=as_json, quiet=quiet
+        settings,
+        target_options,
+        out=out,
+        snapshot=snapshot,
+        command=shlex.join(["gcbench", *argv]),
+        as_json=as_json,
+        quiet=quiet,
     )

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench.core import headroom
-from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken
+from gcbench.core import headroom, snapshot_files
+from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.core.interruption import ignore_more
 from gcbench.core.records import ERROR_KINDS, Failure, Outcome, Report
 from gcbench.core.units import counted, format_bytes
@@ -31,7 +31,7 @@ from gcbench.processes import progress
 from gcbench.processes.children import Children, ForkedChildren
 from gcbench.processes.messages import Answer, raise_refusal
 from gcbench.report import predictions as predicted
-from gcbench.report.publish import publish, show
+from gcbench.report.publish import publish, show, tell_snapshots
 from gcbench.report.run_folder import Store
 
 OnCell = Callable[[Report, int, int], object]
@@ -41,7 +41,14 @@ _MEASUREMENT_SETTINGS = ("warmup", "steps", "rounds", "seed", "pretrained", "mem
 
 
 def predict(
-    settings: Settings, target_options: TargetOptions, *, out: Path | None, command: str, as_json: bool, quiet: bool
+    settings: Settings,
+    target_options: TargetOptions,
+    *,
+    out: Path | None,
+    snapshot: Path | None,
+    command: str,
+    as_json: bool,
+    quiet: bool,
 ) -> None:
     """Predict every cell, print it, and store it in `out` if there is one.
 
@@ -68,7 +75,14 @@ def predict(
                         store.save(so_far)
 
                 report = forecast(
-                    settings, target_options, early, source=source, children=children, command=command, on_cell=keep
+                    settings,
+                    target_options,
+                    early,
+                    source=source,
+                    children=children,
+                    command=command,
+                    snapshot=snapshot,
+                    on_cell=keep,
                 )
             if store is not None:
                 store.save(report)
@@ -76,6 +90,8 @@ def predict(
             folder = None if store is None else store.folder
             try:
                 show(report, folder, explain=target_options.explain, as_json=as_json, quiet=quiet, err=err)
+                if snapshot is not None and not quiet:
+                    tell_snapshots(err, report, snapshot)
             finally:
                 if store is not None:
                     store.close()
@@ -117,21 +133,25 @@ def forecast(
     source: sources.ModelSource,
     children: Sequence[Children],
     command: str,
+    snapshot: Path | None = None,
     on_cell: OnCell = lambda so_far, answered, waiting: None,
 ) -> Report:
     """Predict all cells, shared out among `children`, and return the report.
 
     Args:
         target: None for the device of this machine.
+        snapshot: the file for memory snapshots (`snapshot_files.files`).
         on_cell: is called before the first cell and after each, never concurrently, with the report so far, the number
             of predicted cells and the number of all cells.
     """
     here = target_options.device if target is None and target_options.device else "auto" if target is None else CPU
     _check_attention(settings, target)
+    _check_snapshot(snapshot, target)
     machine, facts = describe(replace(settings, device=here), source, children[0], target=target)
     if target is None:
         target = resolve_target(target_options, machine)
         _check_attention(settings, target)
+        _check_snapshot(snapshot, target)
     assert target is not None
     job = resolve(settings, facts, described(machine, target), target, model_notices=source.notices)
     if flash_attention.is_stood_in(settings.attn_implementation, target):
@@ -139,7 +159,7 @@ def forecast(
     report = begin(job, described(machine, target), facts, command)
     used = {name: value for name, value in report.settings.items() if name not in _MEASUREMENT_SETTINGS}
     report = replace(report, source="predicted", settings=used | target_options.as_json())
-    return _predicted(report, job, target_options, target, source, children, on_cell)
+    return _predicted(report, job, target_options, target, source, children, on_cell, snapshot)
 
 
 def _check_attention(settings: Settings, target: Target | None) -> None:
@@ -151,6 +171,15 @@ def _check_attention(settings: Settings, target: Target | None) -> None:
     )
 
 
+def _check_snapshot(snapshot: Path | None, target: Target | None) -> None:
+    """Raise UsageError for a memory snapshot of a device without CUDA's caching allocator."""
+    if snapshot is not None and target is not None and target.kind == CPU:
+        raise UsageError(
+            "--snapshot shows the memory of a CUDA card, and the device is a CPU; name a card with --device (gcbench "
+            "devices lists them)"
+        )
+
+
 def _predicted(
     report: Report,
     job: ResolvedRun,
@@ -159,11 +188,13 @@ def _predicted(
     source: sources.ModelSource,
     children: Sequence[Children],
     on_cell: OnCell,
+    snapshot: Path | None,
 ) -> Report:
     """Return the report with every cell predicted, shared out among `children`."""
     outcomes = list(report.outcomes)
     waiting = [number for number, outcome in enumerate(outcomes) if outcome.failure is None]
     answered = 0
+    paths = {} if snapshot is None else snapshot_files.files(snapshot, [outcome.cell for outcome in outcomes])
     reserve_frac = (
         headroom.RESERVE_FRAC[target.kind] if target_options.reserve_frac is None else target_options.reserve_frac
     )
@@ -181,7 +212,7 @@ def _predicted(
             on_cell(replace(report, outcomes=tuple(outcomes)), answered, len(waiting))
 
     def work(own: Children, numbers: Sequence[int]) -> None:
-        cells = [_cell(number, outcomes[number], job) for number in numbers]
+        cells = [_cell(number, outcomes[number], job, paths.get(outcomes[number].cell)) for number in numbers]
         task = partial(_task, job, target_options, target, source)
         _answer(own, cells, task, note, timeout_s=job.settings.timeout, halted=halted)
 
@@ -236,13 +267,14 @@ def _answer(
             note(number, Predicted(number=number, failure=failure))
 
 
-def _cell(number: int, outcome: Outcome, job: ResolvedRun) -> CellToPredict:
+def _cell(number: int, outcome: Outcome, job: ResolvedRun, snapshot: Path | None) -> CellToPredict:
     workload = outcome.cell.workload
     return CellToPredict(
         number=number,
         batch_size=workload.batch_size,
         seq_len=workload.seq_len,
         plan=job.plans[outcome.cell.strategy],
+        snapshot=None if snapshot is None else str(snapshot),
     )
 
 

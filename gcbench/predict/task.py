@@ -20,6 +20,8 @@ class CellToPredict:
     batch_size: int
     seq_len: int
     plan: Plan
+    snapshot: str | None = None
+    """The file to write a memory snapshot to."""
 
 
 @dataclass(frozen=True, kw_only=True)

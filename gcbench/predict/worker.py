@@ -6,21 +6,25 @@ from collections.abc import Callable
 from contextlib import suppress
 from copy import copy
 from dataclasses import replace
+from pathlib import Path
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing import own_checkpointing
-from gcbench.core.errors import GcbenchError, first_sentence
+from gcbench.core import snapshot_files
+from gcbench.core.errors import GcbenchError, UsageError, first_sentence
+from gcbench.core.files import write_bytes
 from gcbench.core.prediction import Fallback, Lever, Prediction
 from gcbench.core.records import Failure
+from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.models import build as models
 from gcbench.models import flash_attention
 from gcbench.predict.task import CellToPredict, Predicted, PredictTask
 from gcbench.processes.messages import Answer, Refusal
 from gcbench.report.predictions import NEGLIGIBLE_FRAC
-from gcbench.simulate import timeline
+from gcbench.simulate import memory_snapshot, timeline
 from gcbench.simulate.additions import additions
 from gcbench.simulate.allocator.caching_allocator import OutOfMemory
 from gcbench.simulate.compose.whole_step import Assembly
@@ -45,8 +49,10 @@ def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
     for cell in task.cells:
         try:
             tell(Predicted(number=cell.number, prediction=session.predict(cell)))
+        except UsageError as err:  # a snapshot that cannot be written
+            return Answer(refusal=Refusal(error="UsageError", message=str(err)))
         except Exception as err:  # modelling code may raise anything
-            tell(Predicted(number=cell.number, failure=failure(err)))
+            tell(Predicted(number=cell.number, failure=failure(err, task.target)))
     return Answer()
 
 
@@ -102,6 +108,8 @@ class Session:
         peak = self.peak(step.timeline)
         needed = self.counts(peak)
         limit = self.target.memory_bytes
+        if cell.snapshot is not None:
+            self._write_snapshot(Path(cell.snapshot), step)
         levers = self._levers(step, peak, cell) if self.task.explain else []
         return Prediction(
             memory=peak.memory,
@@ -149,9 +157,25 @@ class Session:
         if limit is not None and short and peak.memory.allocated_bytes + outside <= limit:
             with suppress(OutOfMemory):
                 # Short of memory, the allocator frees its cache and tries again.
-                peak = timeline.cached(line, limit_bytes=limit - outside, expandable_segments=expandable)
+                peak = timeline.cached(
+                    line, limit_bytes=limit - outside, device_bytes=limit, expandable_segments=expandable
+                )
         process = (peak.memory.reserved_bytes or 0) + outside
         return replace(peak, memory=replace(peak.memory, process_bytes=process))
+
+    def _write_snapshot(self, file: Path, step: Step) -> None:
+        """Write the step as a memory snapshot; raises UsageError if the file cannot be written."""
+        memory = self.target.memory_bytes
+        content = memory_snapshot.snapshot(
+            step.assembly,
+            limit_bytes=None if memory is None else memory - self.device_model.outside_bytes,
+            device_bytes=memory,
+            expandable_segments=self.target.expandable_segments,
+        )
+        try:
+            write_bytes(file, content)
+        except OSError as err:
+            raise snapshot_files.unwritable(file, err) from None
 
     def _levers(self, step: Step, peak: Peak, cell: CellToPredict) -> list[Lever]:
         """Replay the step with each change that may reduce the peak; negligible gains are left out."""
@@ -191,18 +215,21 @@ class Session:
         return self.peak(self._step(self._fused, cell.plan, cell).timeline).memory.allocated_bytes
 
 
-def failure(err: BaseException) -> Failure:
-    """Return the reason why a cell has no prediction."""
+def failure(err: BaseException, target: Target) -> Failure:
+    """Return the reason why a cell has no prediction, and what settles it."""
+    remedy = "measure it with gcbench run"
+    card = None if target.card is None else cards.known(target.card.name)
+    if card is not None and target.capability is not None:
+        remedy += f", or without the card: gcbench run --emulate {card.name} …"
     reason = first_sentence(err)
     if isinstance(err, (DataDependentOutputException, DynamicOutputShapeException)):
         return Failure(
             kind="unsupported",
-            message="its code reads values of tensors, and fake tensors have none; measure it with gcbench run",
+            message=f"its code reads values of tensors, and fake tensors have none; {remedy}",
             detail=reason,
         )
     return Failure(
         kind="unsupported",
-        message=f"its training step cannot be traced on fake tensors ({type(err).__name__}: {reason}); "
-        "measure it with gcbench run",
+        message=f"its training step cannot be traced on fake tensors ({type(err).__name__}: {reason}); {remedy}",
         detail=str(err),
     )

@@ -9,7 +9,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from multiprocessing import connection as mp_connection
 from multiprocessing import forkserver, resource_tracker
@@ -24,11 +24,13 @@ from gcbench.core.records import Failure
 from gcbench.core.units import format_seconds
 from gcbench.processes import child
 from gcbench.processes.messages import Answer, Refusal, Task
+from gcbench.processes.relay import Relay
 
 _LOG_TAIL = 4000
 _ENDED = (EOFError, ConnectionError)
 _SERVER_END_S = 0.2
 _SERVER_LOG = "server.txt"
+_RELAY_LOG = "relay.txt"
 
 
 HEAVY = ("gcbench.training.step", "gcbench.models.build", "gcbench.checkpointing.apply", "gcbench.devices.backends")
@@ -55,9 +57,12 @@ class ForkedChildren:
 
     Args:
         preload: modules that the server imports besides `HEAVY`, for the handlers of the tasks.
+        environment: variables to add to the children's environment, which nothing else gets; None for this process's.
     """
 
-    def __init__(self, *, preload: tuple[str, ...] = ()) -> None:
+    def __init__(self, *, preload: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> None:
+        self._environment, self._modules = environment, preload
+        self._relay: Relay | None = None
         self._context = multiprocessing.get_context("forkserver")
         self._preload = ["gcbench.processes.preload", *HEAVY, *preload]
         self._process: ForkServerProcess | None = None
@@ -65,25 +70,34 @@ class ForkedChildren:
         self._is_halted = False
 
     def __enter__(self) -> ForkedChildren:
-        # Looking for a GPU through CUDA's runtime would keep every process that is forked afterwards from using it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-        self._context.set_forkserver_preload(self._preload)
         try:
             self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
         except OSError as err:
             raise UnavailableError(
                 f"no temporary folder can be created ({err.strerror}); set TMPDIR to a folder with free space"
             ) from None
+        if self._environment is not None:
+            self._relay = Relay(
+                preload=self._modules, environment=self._environment, log_path=self._folder / _RELAY_LOG
+            )
+            return self
+        # Looking for a GPU through CUDA's runtime would keep every process that is forked afterwards from using it.
+        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+        self._context.set_forkserver_preload(self._preload)
         _start_server(self._folder / _SERVER_LOG)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
         self._kill()
-        if kind is not None and not issubclass(kind, Exception):
-            _kill_server()
+        if self._relay is not None:
+            self._relay.close()
+        elif kind is not None and not issubclass(kind, Exception):
+            kill_server()  # after an interruption: by itself it would end only after all of its imports
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
+        if self._relay is not None:
+            return self._relay.run(task, on_event=on_event, timeout_s=timeout_s)
         answer_path, log_path = self._folder / "answer.json", self._folder / "log.txt"
         for path in (answer_path, log_path):
             path.unlink(missing_ok=True)
@@ -111,6 +125,8 @@ class ForkedChildren:
         return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
 
     def halt(self) -> None:
+        if self._relay is not None:
+            self._relay.halt()
         self._is_halted = True
         process = self._process
         if process is not None and process.pid is not None:
@@ -125,6 +141,8 @@ class ForkedChildren:
         try:
             self._process.start()
         except _ENDED:
+            if self._is_halted:
+                raise
             time.sleep(_SERVER_END_S)
             _start_server(self._folder / _SERVER_LOG)
             self._process = self._context.Process(target=child.main, args=args, daemon=True)
@@ -186,8 +204,8 @@ def _start_server(log_path: Path) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _kill_server() -> None:
-    """Kill the server after an interruption: by itself it would end only after all of its imports."""
+def kill_server() -> None:
+    """Kill the server of this process, and so every later child, at once."""
     pid = getattr(forkserver._forkserver, "_forkserver_pid", None)
     if pid is not None:  # a private attribute; without it the server runs for a few seconds more
         with suppress(ProcessLookupError):

@@ -38,7 +38,8 @@ class Event:
     kind: str
     """`warm-up`, `memory` or `timed`."""
     step: int
-    seconds: float
+    seconds: float | None
+    """None on an emulated card, which takes no time."""
 
 
 @dataclass(frozen=True, kw_only=True)

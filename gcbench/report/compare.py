@@ -36,8 +36,8 @@ Verdict = Literal[
     "both fail",
     "not measured",
 ]
-"""`same`: memory is equal to the byte. `above`, `below`: a prediction against a measurement. `too few rounds`: times
-have no interval. `not measured`: both runs passed without that figure."""
+"""`same`: memory is equal to the byte. `above`, `below`: figures from different sources. `too few rounds`: times have
+no interval. `not measured`: both runs passed without that figure."""
 
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
@@ -47,6 +47,8 @@ _TOO_FEW_ROUNDS = (
 _ANY = ""
 """Replaces, in the key of a cell, a value that is not compared."""
 
+_OF_MEASURING = {"warmup", "steps", "rounds", "timeout", "emulate"}
+"""Settings that runs of different sources have each their own of."""
 _IN_THE_KEY = {
     "model",
     "batch_size",
@@ -152,7 +154,9 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     changes = tuple(_change(key, cells_a.get(key), cells_b.get(key)) for key in keys)
     too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
     despite = (f"compared despite {clash}" for clash in clashes.values())
-    return Comparison(changes=changes, notices=(*despite, *too_few, *_differences(a, b), *_about_models(a, b)))
+    return Comparison(
+        changes=changes, notices=(*words.sources(a, b), *despite, *too_few, *_differences(a, b), *_about_models(a, b))
+    )
 
 
 def broken(comparison: Comparison, thresholds: Mapping[str, float]) -> list[str]:
@@ -358,7 +362,7 @@ def _differences(a: Report, b: Report) -> list[str]:
         for name in names
         if facts_a.get(name) != facts_b.get(name)
         # A prediction and a measurement have settings of their own.
-        and (a.source == b.source or (name in facts_a and name in facts_b))
+        and (a.source == b.source or (name in facts_a and name in facts_b and name not in _OF_MEASURING))
     ]
 
 

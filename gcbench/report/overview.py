@@ -22,7 +22,9 @@ def overview(report: Report) -> Table | None:
         return None
     columns, content = columns_of(groups, is_predicted=report.source == "predicted")
     cells = sum(map(len, groups.values()))
-    return Table(title=f"Overview of {cells} cells: {content}", subtitle=_in_common(list(groups)), columns=columns)
+    return Table(
+        title=f"Overview of {cells} cells: {content}", subtitle=_in_common(report, list(groups)), columns=columns
+    )
 
 
 def columns_of(groups: dict[Workload, tuple[Row, ...]], *, is_predicted: bool) -> tuple[tuple[Column, ...], str]:
@@ -35,7 +37,8 @@ def columns_of(groups: dict[Workload, tuple[Row, ...]], *, is_predicted: bool) -
         *(Column(header=name, cells=tuple(found.get((each, name), UNKNOWN) for each in groups)) for name in names),
     )
     if not is_predicted:
-        return columns, "peak allocated, and time against off"
+        is_emulated = sentences.is_emulated(row for group in groups.values() for row in group)
+        return columns, f"peak allocated, {'on an emulated card' if is_emulated else 'and time against off'}"
     limit = next(
         (row.device_memory_bytes for group in groups.values() for row in group if row.device_memory_bytes), None
     )
@@ -58,18 +61,20 @@ def _labels(workloads: Sequence[Workload]) -> tuple[str, ...]:
     )
 
 
-def _in_common(workloads: Sequence[Workload]) -> str:
+def _in_common(report: Report, workloads: Sequence[Workload]) -> str:
     """Return `gpt2 · fp32 · adamw_torch`: the parts that all titles share."""
-    titles = [sentences.title(each).split(" · ") for each in workloads]
+    is_emulated = report.source == "emulated"
+    titles = [sentences.title(each, device=not is_emulated).split(" · ") for each in workloads]
     common = (part for part in titles[0] if all(part in title for title in titles))
-    return " · ".join(part for part in common if not part.startswith("batch "))
+    shared = [part for part in common if not part.startswith("batch ")]
+    return " · ".join([*shared, *([f"emulated on {sentences.emulated_card(report)}"] if is_emulated else [])])
 
 
 def _measured(row: Row) -> str:
     if row.status != "ok":
         return sentences.how_it_ended(row)
     if failed_proof(row):
-        return "proof failed"
+        return "FAILED" if row.source == "emulated" else "proof failed"
     peak = format_bytes(row.peak_allocated_bytes)
     if row.time_overhead_frac is None or row.strategy == OFF:
         return peak

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from gcbench.core import streams
+from gcbench.core import snapshot_files, streams
 from gcbench.core.files import write_text
 from gcbench.core.records import Report
 from gcbench.report import formats
@@ -42,3 +42,11 @@ def show(
             err.print(notice, markup=False, highlight=False, soft_wrap=True)
         if folder is not None:
             err.print(f"Everything is in {folder}", markup=False, highlight=False, soft_wrap=True)
+
+
+def tell_snapshots(err: Console, report: Report, snapshot: Path) -> None:
+    """Print where the memory snapshots of a report's cells are."""
+    paths = snapshot_files.files(snapshot, [outcome.cell for outcome in report.outcomes])
+    sentence = snapshot_files.written(list(paths.values()))
+    if sentence is not None:
+        err.print(sentence, markup=False, highlight=False, soft_wrap=True)

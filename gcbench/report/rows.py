@@ -23,6 +23,7 @@ SEEDED = (
 )
 """The remedy, for whoever writes the model."""
 NOT_MEASURED_YET = "not measured: the run ended before this cell"
+NOT_EMULATED_YET = "not emulated: the run ended before this cell"
 
 _UNIT_ROUNDOFFS = {"fp32": 2.0**-24, "bf16": 2.0**-8, "fp16": 2.0**-11}
 """Half the gap between 1 and the next number (Higham, Accuracy and Stability of Numerical Algorithms, 2.1)."""
@@ -131,10 +132,13 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
     """Return the row of an outcome; `off` summarizes the cell of `off` in the same workload."""
     mine, workload, is_off = _summary(outcome), outcome.cell.workload, outcome.cell.strategy == OFF
     planned = outcome.layers_checkpointed if mine.layers_planned is None else mine.layers_planned
-    off_proof = _proof(off, off, workload, 0) if off else None
-    proof = off_proof if is_off else _proof(mine, off, workload, planned)
-    # Only what is proven is compared with off; a prediction is that of the plan itself, so it needs no proof.
-    is_comparable = outcome.prediction is not None or not any(_hides_saving(v or FAILED) for v in (proof, off_proof))
+    is_emulated = report.source == "emulated"
+    off_proof = _proof(off, off, workload, 0, is_emulated=is_emulated) if off else None
+    proof = off_proof if is_off else _proof(mine, off, workload, planned, is_emulated=is_emulated)
+    # Only what is proven is compared with off. A prediction is that of the plan itself, so it needs no proof; on an
+    # emulated card, where gradients have no values, the count of recomputed layers is all there is, and suffices.
+    without = NO_REFERENCE if is_emulated else FAILED
+    is_comparable = outcome.prediction is not None or not any(_hides_saving(v or without) for v in (proof, off_proof))
     reference = off if is_comparable else None
     return Row(
         **vars(workload),
@@ -152,7 +156,7 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         grad_rel_diff=mine.grad_rel_diff,
         grad_noise_floor=off.noise if off else None,
         proof=proof,
-        message=_message(outcome, mine, proof),
+        message=_message(outcome, mine, proof, is_emulated=is_emulated),
         model_notice=" ".join(report.model_notices) or None,
     )
 
@@ -254,8 +258,13 @@ def _prediction_columns(prediction: Prediction | None) -> _PredictionColumns:
     )
 
 
-def _proof(mine: _Summary, off: _Summary | None, workload: Workload, layers_checkpointed: int) -> str | None:
-    """Return whether the cell recomputed what its plan says and changed no gradient; None if nothing was measured."""
+def _proof(
+    mine: _Summary, off: _Summary | None, workload: Workload, layers_checkpointed: int, *, is_emulated: bool
+) -> str | None:
+    """Return whether the cell recomputed what its plan says and changed no gradient; None if nothing was measured.
+
+    On an emulated card gradients have no values: what is left is whether it failed, and None if not.
+    """
     if mine.params_without_grad is None:
         return None
     diff, precision, device = mine.grad_rel_diff, workload.precision, workload.device
@@ -268,6 +277,8 @@ def _proof(mine: _Summary, off: _Summary | None, workload: Workload, layers_chec
     if off and off.params_without_grad is not None and mine.params_without_grad > off.params_without_grad:
         extra = mine.params_without_grad - off.params_without_grad
         return f"{FAILED}: {extra} {'parameter' if extra == 1 else 'parameters'} got no gradient"
+    if is_emulated:
+        return None
     if diff is None:
         return NO_REFERENCE
     if math.isnan(diff):
@@ -342,7 +353,7 @@ def _cause(outcome: Outcome, mine: _Summary) -> str:
     return f". {known.cause} {known.remedy} See {known.link}" if known else ""
 
 
-def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
+def _message(outcome: Outcome, mine: _Summary, proof: str | None, *, is_emulated: bool) -> str | None:
     parts = [outcome.failure.message] if outcome.failure else []
     if proof and proof.startswith(FAILED):
         parts.append(f"no saving is shown because the proof failed: {proof.partition(': ')[2]}{_cause(outcome, mine)}")
@@ -358,9 +369,9 @@ def _message(outcome: Outcome, mine: _Summary, proof: str | None) -> str | None:
     if mine.alloc_retries:
         times = "once" if mine.alloc_retries == 1 else f"{mine.alloc_retries} times"
         parts.append(
-            f"the allocator had to flush and retry {times}: timings are pessimistic and the setting is near "
-            "out of memory"
+            f"the allocator had to flush and retry {times}: {'' if is_emulated else 'timings are pessimistic and '}"
+            "the setting is near out of memory"
         )
     if not outcome.rounds and not outcome.failure and not prediction:
-        parts.append(NOT_MEASURED_YET)
+        parts.append(NOT_EMULATED_YET if is_emulated else NOT_MEASURED_YET)
     return "; ".join(parts) or None

@@ -66,6 +66,35 @@ def how_it_ended(row: Row) -> str:
     return "does not fit" if row.status == "oom" and row.source == "predicted" else FAILURES[row.status]
 
 
+EMULATED = (
+    "Emulated: PyTorch's own CUDA code and its allocator ran on a card that is not there. Peaks and recomputed layers "
+    "are real; nothing was computed, so there are no times and no gradients."
+)
+"""What the figures of an emulated card are, below every table of them."""
+_SOURCES = {"measured": "measured", "emulated": "emulated: real steps that compute nothing", "predicted": "predicted"}
+
+
+def is_emulated(rows: Iterable[Row]) -> bool:
+    """Return whether the rows are of an emulated card."""
+    return any(row.source == "emulated" for row in rows)
+
+
+def emulated_card(report: Report) -> str:
+    """Return `NVIDIA H100 80GB HBM3, 79.20 GiB`: the card that the report emulates, with its memory."""
+    machine = report.machine
+    return f"{machine.device_name}, {format_bytes(machine.device_memory_bytes)}"
+
+
+def sources(a: Report, b: Report) -> tuple[str, ...]:
+    """Say where the figures of two runs come from, unless both were measured or both predicted."""
+    if a.source == b.source != "emulated":
+        return ()
+    sides = (("A", a), ("B", b))
+    each = [f"{name} is {_SOURCES[report.source]} ({report.machine.device_name})" for name, report in sides]
+    without = [name for name, report in sides if report.source != "measured"]
+    return (f"{'; '.join(each)}; {' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times",)
+
+
 def notes(rows: Iterable[Row]) -> tuple[str, ...]:
     """Return a line for each row that has a message."""
     return tuple(
@@ -98,6 +127,8 @@ def summary(rows: Sequence[Row]) -> str:
         sentences.extend(_without_off(off, others))
     if broken:
         sentences.append(_broken(broken))
+    if is_emulated(rows):
+        sentences.append(EMULATED)
     if usable and device_type(usable[0].device) == "cpu":
         sentences.append(
             "These are CPU figures: the memory of activations carries over to a GPU only roughly, and times do not."
@@ -117,6 +148,8 @@ def interval(low: float | None, high: float | None) -> str | None:
 def time_paid(row: Row) -> str:
     """Return `for 27 % more time (95 %: 22 to 33 %)`, with the interval or the reason why there is none."""
     paid, low, high = row.time_overhead_frac, row.time_overhead_low_frac, row.time_overhead_high_frac
+    if row.source == "emulated":
+        return ""
     if paid is None:
         return "at a time that was not measured against off"
     limits = interval(low, high)
@@ -135,14 +168,14 @@ def _against_off(off: Row, others: Sequence[Row], tried: Sequence[Row]) -> list[
     peak, where = format_bytes(off.peak_allocated_bytes), PHASES[off.peak_phase or "forward"]
     if not others:
         reason = f": {_endings(tried)}" if tried else ""
-        return [f"Only off was measured{reason}; its peak is {peak}, in the {where}."]
+        return [f"Only off was {off.source}{reason}; its peak is {peak}, in the {where}."]
     best = min(others, key=_by_peak)
     saved = best.memory_saved_frac or 0.0
     if saved < _INVISIBLE_FRAC and off.peak_phase == "optimizer":
         return [_CANNOT_HELP]
     if saved < _INVISIBLE_FRAC:
         return [f"No strategy saves memory: off has a peak of {peak}, in the {where}, and none is below it."]
-    text = f"{best.strategy} saves {format_percent(saved)} of peak memory {time_paid(best)}"
+    text = f"{best.strategy} saves {format_percent(saved)} of peak memory {time_paid(best)}".rstrip()
     sentences = [f"{text}; {_where_now(best, off)}."]
     cheaper = _cheaper(best, others)
     if cheaper:
@@ -185,7 +218,7 @@ def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
             )
         return sentences
     if off is None:
-        why = "off was not measured, so what checkpointing saves is unknown; add off to the strategies."
+        why = f"off was not {best.source}, so what checkpointing saves is unknown; add off to the strategies."
     elif failed_proof(off):
         why = "off failed the proof, so what checkpointing saves is unknown."
     else:
@@ -196,7 +229,7 @@ def _without_off(off: Row | None, others: Sequence[Row]) -> list[str]:
 def _nothing_measured(rows: Sequence[Row]) -> str:
     if all(row.status == "oom" for row in rows):
         return "Nothing fits in memory; try a smaller batch, a shorter sequence or a leaner optimizer."
-    return f"Nothing was measured: {_endings(rows)}."
+    return f"Nothing was {rows[0].source}: {_endings(rows)}."
 
 
 def _endings(rows: Iterable[Row]) -> str:

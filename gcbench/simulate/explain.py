@@ -31,7 +31,7 @@ def explain(assembly: Assembly, peak: Peak, levers: Sequence[Lever]) -> Explanat
     block = assembly.block(event) if event >= 0 else None
     layer = int(assembly.layers[event]) if event >= 0 else -1
     return Explanation(
-        op=_plain(block.op) if block is not None and block.op is not None else None,
+        op=plain_op(block.op) if block is not None and block.op is not None else None,
         layer=layer if layer >= 0 else None,
         part=assembly.part(peak.at),
         shares=tuple(sorted(shares, key=lambda share: -share.nbytes)),
@@ -107,7 +107,7 @@ def _by_layer(assembly: Assembly, alive: Ints) -> tuple[LayerShare, ...]:
     return tuple(runs)
 
 
-def _plain(op: str) -> str:
+def plain_op(op: str) -> str:
     """`_softmax.default` as `_softmax`."""
     name, _, overload = op.partition(".")
     rest = overload.partition(": ")[2]

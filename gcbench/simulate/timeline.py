@@ -107,9 +107,20 @@ def exact(timeline: Timeline) -> Peak:
     return Peak(memory=memory, at=at[memory.peak_phase])
 
 
-def cached(timeline: Timeline, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> Peak:
-    """The peaks with CUDA's caching allocator; raises `OutOfMemory` if the step does not fit within the limit."""
-    allocator = CachingAllocator(limit_bytes=limit_bytes, expandable_segments=expandable_segments)
+def cached(
+    timeline: Timeline,
+    *,
+    limit_bytes: int | None = None,
+    device_bytes: int | None = None,
+    expandable_segments: bool = False,
+) -> Peak:
+    """The peaks with CUDA's caching allocator; raises `OutOfMemory` if the step does not fit within the limit.
+
+    `device_bytes` is the device's whole memory, of which the limit is what is left for the allocator.
+    """
+    allocator = CachingAllocator(
+        limit_bytes=limit_bytes, device_bytes=device_bytes, expandable_segments=expandable_segments
+    )
     sizes = (-(-timeline.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
     allocated_blocks: list[PoolBlock | None] = [None] * len(sizes)
     marks = dict(timeline.marks)

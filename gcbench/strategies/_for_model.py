@@ -32,5 +32,6 @@ def unsupported(plan: Plan, kind: str, *, is_predicted: bool = False) -> str | N
     if plan.any_policy("offload") and kind == "cpu":
         return "offload moves layer inputs to host memory, and on a CPU they are there already; leave it out"
     if is_predicted and plan.compiled:
-        return "which activations a compiler saves is known only after it has compiled; measure it with gcbench run"
+        how = "gcbench run, on a card or with --emulate" if kind == "cuda" else "gcbench run"
+        return f"which activations a compiler saves is known only after it has compiled; measure it with {how}"
     return None

@@ -233,6 +233,19 @@ def test_a_config_file_that_is_not_there(cli):
 # What the model or the machine refuses
 
 
+def test_a_snapshot_of_a_run_needs_a_cuda_device(cli, model, tmp_path):
+    """Before anything is measured, and without a folder left behind."""
+    arguments = ("-m", model(), "--batch", 1, "--device", "cpu", "--strategies", "off", "--snapshot", "s.pickle")
+    result = cli("run", *arguments, "--out", tmp_path / "run")
+    result.refused(3, "--snapshot needs a CUDA device", "--device cuda", "gcbench predict with --snapshot")
+    assert not (tmp_path / "run").exists() and not (tmp_path / "s.pickle").exists()
+
+
+def test_a_snapshot_cannot_be_added_to_a_stored_run(cli, model, tmp_path):
+    result = cli("run", "--resume", "--out", tmp_path, "--snapshot", "s.pickle")
+    result.refused(2, "--snapshot cannot be added to a stored run", "leave out --resume")
+
+
 def test_an_attention_that_the_model_refuses(cli, model, tmp_path):
     result = cli(
         "run", "-m", model("gemma2"), *QUICK, "--attn-implementation", "flash_attention_2", "--out", tmp_path / "run"

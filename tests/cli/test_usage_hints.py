@@ -22,7 +22,14 @@ SHOWN_BY = {
     "api.py": None,  # takes the option's name off
     "calibration/op_times.py": ("plan",),
     "devices/cards.py": ("predict", "plan"),
+    "plan/emulated.py": ("plan",),
+    "emulate/properties.py": None,  # names a whole gcbench predict
+    "emulate": None,  # names options of pip, nvidia-smi and binutils
+    "check/view.py": ("check",),
+    "predict/worker.py": None,  # names a whole gcbench run
+    "strategies/_for_model.py": None,  # the same
     "check/worker.py": ("check",),
+    "cli/compare_options.py": None,
     "cli/check_options.py": ("check",),
     "check/models.py": ("check",),
     "check/session.py": ("check",),
@@ -50,6 +57,7 @@ SHOWN_BY = {
     "models/flash_attention.py": ("predict", "plan"),
     "predict/session.py": ("predict",),
     "core/headroom.py": ("predict", "plan"),
+    "core/snapshot_files.py": ("run", "predict"),
     "models/build.py": FOUR,
     "plan/command.py": ("plan",),
     "plan/from_run.py": None,  # names a whole gcbench run, too

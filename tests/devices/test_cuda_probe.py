@@ -97,9 +97,29 @@ def test_the_memory_limit_is_a_fraction_of_the_card(monkeypatch):
 def test_process_memory_is_the_card_s_used_memory_less_that_of_others(monkeypatch):
     answers = iter(["512", "4608", "[N/A]"])
     monkeypatch.setattr(cuda, "_nvidia_smi", lambda index, field: next(answers))
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
-    device = object.__new__(cuda.CudaDevice)
-    device.index = 0
+    monkeypatch.setattr(torch.cuda, "device_memory_used", unreported)
+    device = opened(monkeypatch)
     device.used_by_others_bytes = device._used_bytes()
     assert device.process_bytes() == 4096 * MIB
     assert device.process_bytes() is None
+
+
+def test_without_nvidia_smi_the_management_library_is_asked(monkeypatch):
+    """The trap: a container may have the driver's library and not the program."""
+    monkeypatch.setattr(cuda, "_nvidia_smi", lambda index, field: None)
+    monkeypatch.setattr(torch.cuda, "device_memory_used", lambda index: 4608 * MIB + 512)
+    device = opened(monkeypatch)
+    device.used_by_others_bytes = 512 * MIB
+    assert device.process_bytes() == 4096 * MIB + 512
+
+
+def unreported(index):
+    raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed or it can't be imported.")
+
+
+def opened(monkeypatch):
+    """A device that was opened without a card."""
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda index: None)
+    device = object.__new__(cuda.CudaDevice)
+    device.index = 0
+    return device

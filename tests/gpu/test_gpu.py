@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from conftest import ROOT
+from on_card import IS_EMULATED, assert_proven, needs_compiler, needs_values
 from processes import PROCESS_TIMEOUT_S
 
 from gcbench.report import report_file as reports
@@ -90,17 +91,19 @@ def test_a_run_on_the_card_is_what_the_allocator_counted(cli, model, tmp_path, p
         assert row["peak_reserved_bytes"] >= row["peak_allocated_bytes"]
         assert row["peak_process_bytes"] is None or row["peak_process_bytes"] >= row["peak_reserved_bytes"]
         assert row["layers_recomputed"] == row["layers_checkpointed"]
-        assert row["proof"] in ("identical", "within noise")
+        if IS_EMULATED:
+            continue
         assert 0 < row["step_time_low_s"] <= row["step_time_s"] <= row["step_time_high_s"]
         assert row["tokens_per_s"] == pytest.approx(BATCH_SIZE * SEQ_LEN / row["step_time_s"])
+    assert_proven(result.rows)
     peaks = [result.rows[strategy]["peak_allocated_bytes"] for strategy in ("per-layer", "every:2", "off")]
     assert peaks == sorted(peaks)
     stored = reports.load(tmp_path / "run")
     assert stored.machine.device_name == torch.cuda.get_device_name(0)
     assert stored.machine.device_memory_bytes == torch.cuda.get_device_properties(0).total_memory
     rounds = [r for outcome in stored.outcomes for r in outcome.rounds]
-    assert [r.num_alloc_retries for r in rounds] == [0] * 9
-    assert all(len(r.step_times_s) == 3 and min(r.step_times_s) > 0 for r in rounds)
+    assert [r.num_alloc_retries for r in rounds] == [0] * (3 if IS_EMULATED else 9)
+    assert IS_EMULATED or all(len(r.step_times_s) == 3 and min(r.step_times_s) > 0 for r in rounds)
 
 
 @pytest.mark.parametrize("family", tiny.CHECKPOINTING)
@@ -110,7 +113,7 @@ def test_every_family_is_proven_on_the_card(cli, model, family):
         *("--strategies", "off,per-layer,every:2", "--rounds", 2, "--steps", 1, "--json"),
     )
     assert result.code == 0, result.err
-    assert {row["proof"] for row in result.rows.values()} <= {"identical", "within noise"}
+    assert_proven(result.rows)
     assert [row["layers_recomputed"] for row in result.rows.values()] == [0, 4, 2]
 
 
@@ -182,20 +185,22 @@ def test_every_strategy_is_proven_on_the_card(cli, model, family):
         *("--strategies", ",".join(STRATEGIES), "--rounds", 2, "--steps", 1, "--json"),
     )
     assert result.code == 0, result.err
-    assert {row["proof"] for row in result.rows.values()} <= {"identical", "within noise"}
+    assert_proven(result.rows)
     assert {strategy: row["layers_recomputed"] for strategy, row in result.rows.items()} == STRATEGIES
     assert result.rows["offload"]["peak_forward_bytes"] <= result.rows["per-layer"]["peak_forward_bytes"]
 
 
+@needs_compiler
 def test_compiled_layers_are_proven_on_the_card(cli, model):
     result = cli(
         *("run", "-m", model("llama"), "--batch", BATCH_SIZE, "--seq-len", SEQ_LEN, "--device", "cuda"),
         *("--strategies", "off,compile,per-layer+compile,compile:0.5", "--rounds", 1, "--steps", 1, "--json"),
     )
     assert result.code == 0, result.err
-    assert {row["proof"] for row in result.rows.values()} <= {"identical", "within noise"}
+    assert_proven(result.rows)
 
 
+@needs_values
 def test_a_check_on_the_card(cli, model):
     result = cli("check", "-m", model("gpt2"), "--full-size", "--device", "cuda", "--no-compile", "--json")
     assert result.code == 0, result.err

@@ -12,7 +12,7 @@ from gcbench.core.units import GIB
 from gcbench.job import settings_file
 from gcbench.job.settings_file import KEYS
 
-NO_SETTINGS = {"config", "out", "resume", "json", "quiet"}
+NO_SETTINGS = {"config", "out", "snapshot", "resume", "json", "quiet"}
 """Of a call, not of what is asked for."""
 
 

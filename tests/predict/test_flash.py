@@ -55,6 +55,7 @@ def test_weights_in_fp32_are_cast_for_the_kernel(cli, model):
         (("--device", "t4"), "older than Ampere; leave the flag out"),
         (("--strategies", "selective:attention"), "selective:attention saves none of them; leave that strategy out"),
         (("--attn-implementation", "fa3"), "is not predicted; use flash_attention_2"),
+        (("--attn-implementation", "kernels-community/flash-attn2"), "a kernel from the hub, which is not predicted"),
         (("--attn-implementation", "flex"), "cannot be predicted: torch traces its backward pass on a GPU only"),
     ],
 )

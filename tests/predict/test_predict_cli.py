@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import pickle
+from pathlib import Path
 
 import pytest
 import tiny
 import torch
 from conftest import ROOT, table
+from snapshots import curve
 
 from gcbench.core.units import GIB
 from gcbench.report import report_file as reports
@@ -104,6 +107,34 @@ def test_a_card_needs_no_card(cli, model):
     assert row["spare_bytes"] == row["device_memory_bytes"] - row["peak_process_bytes"] > 20 * GIB
 
 
+def peak_of(snapshot: Path) -> int:
+    """The highest point of the viewer's curve."""
+    return max(curve(pickle.loads(snapshot.read_bytes())))
+
+
+def test_a_memory_snapshot_shows_the_predicted_peak(cli, model, tmp_path):
+    """One cell has the file that was named, each of several its own; what does not fit is shown whole."""
+    arguments = ("-m", model(), *QUICK[:-4], "--device", "rtx-4090", "--json")
+    one = cli("predict", *arguments, "--strategies", "per-layer", "--snapshot", "new/step.pickle")
+    assert one.code == 0, one.err
+    assert f"Memory snapshot for https://pytorch.org/memory_viz: {tmp_path / 'new/step.pickle'}" in one.err
+    assert peak_of(tmp_path / "new/step.pickle") == one.rows["per-layer"]["peak_allocated_bytes"]
+    two = cli(
+        "predict", *arguments, "--strategies", "off,every:2", "--device-memory", "256MiB", "--snapshot", "s.pickle"
+    )
+    assert [row["status"] for row in two.rows.values()] == ["oom", "oom"]  # the context of a process alone is larger
+    for strategy, name in (("off", "s-off.pickle"), ("every:2", "s-every-2.pickle")):
+        assert peak_of(tmp_path / name) == two.rows[strategy]["peak_allocated_bytes"]
+    assert sorted(path.name for path in tmp_path.glob("*.pickle")) == ["s-every-2.pickle", "s-off.pickle"]
+
+
+def test_the_snapshots_of_several_workloads_are_named_in_full(cli, model, tmp_path):
+    arguments = ("--batch", "1,2", "--seq-len", 8, "--strategies", "off", "--device", "t4", "--quiet")
+    result = cli("predict", "-m", model(), *arguments, "--snapshot", "s.pickle")
+    assert (result.code, result.err) == (0, "")
+    assert sorted(path.name for path in tmp_path.glob("s*")) == ["s-b1-s8-off.pickle", "s-b2-s8-off.pickle"]
+
+
 def test_a_config_file_with_flags_on_top(cli, model, tmp_path):
     """Settings of a measurement are passed over, so that one file does for both."""
     (tmp_path / "run.toml").write_text(
@@ -191,6 +222,8 @@ def test_a_model_that_cannot_checkpoint_is_predicted_without(cli, model):
         (("--attn-implementation", "sdpaa"), 2, ("sdpaa", "leave the flag out")),
         (("--set", "hiden_size=8"), 2, ("no such field", "hidden_size")),
         (("--rounds", 3), 2, ("--rounds",)),
+        (("--snapshot", "s.pickle"), 2, ("--snapshot", "the device is a CPU", "gcbench devices lists them")),
+        (("--snapshot", "."), 2, ("--snapshot . cannot be written (it is a folder)", "choose another file")),
     ],
 )
 def test_bad_input_is_one_sentence(cli, model, tmp_path, flags, code, message):

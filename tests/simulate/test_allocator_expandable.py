@@ -185,6 +185,53 @@ def test_expandable_address_space_ends_at_nine_eighths_of_the_limit() -> None:
     assert allocator.malloc(40 * MIB) == handles[0]
 
 
+def test_expandable_address_space_is_that_of_the_whole_device() -> None:
+    """Device 200 of which 160 are free: addresses for 225. [80, 100) in use leaves 80 below and 125 above.
+
+    The trap: addresses for 9/8 of what is free, 180, leave 80 above too, so that a second segment begins, for which the
+    free pages of the first have to be unmapped.
+    """
+    allocator = CachingAllocator(limit_bytes=160 * MIB, device_bytes=200 * MIB, expandable_segments=True)
+    handles = [allocator.malloc(n * MIB) for n in (80, 20, 60)]
+    for handle in (handles[0], handles[2]):
+        allocator.free(handle)
+    allocator.empty_cache()
+    assert held(allocator) == (20, 20)
+    assert allocator.malloc(100 * MIB) == handles[0] + 100 * MIB
+
+
+def test_a_fraction_of_the_memory_limits_segments_not_pages() -> None:
+    """Fraction 100, page of 20: 65 take 80; 30 more would need one page, but count as a segment of 30, which is > 20.
+
+    With a device's limit of 100 the page fits.
+    """
+    allowed = CachingAllocator(allowed_bytes=100 * MIB, expandable_segments=True)
+    device = CachingAllocator(limit_bytes=100 * MIB, expandable_segments=True)
+    for allocator in (allowed, device):
+        allocator.malloc(65 * MIB)
+    device.malloc(30 * MIB)
+    assert held(device) == (95, 100)
+    with pytest.raises(OutOfMemory):
+        allowed.malloc(30 * MIB)
+    assert allowed.num_alloc_retries == 1
+
+
+@BOTH
+def test_segments_are_reported_as_they_come_and_go(expandable: bool) -> None:
+    """What is reported adds up to what is reserved, and names each address once."""
+    seen: list[tuple[str, int, int]] = []
+    allocator = CachingAllocator(expandable_segments=expandable, on_segment=lambda *event: seen.append(event))
+    first = allocator.malloc(30 * MIB)
+    allocator.malloc(100)
+    allocator.free(first)
+    allocator.empty_cache()
+    grow, shrink = ("segment_map", "segment_unmap") if expandable else ("segment_alloc", "segment_free")
+    pages = 40 if expandable else 30
+    assert [(action, size // MIB) for action, _, size in seen] == [(grow, pages), (grow, 2), (shrink, pages)]
+    assert seen[0][1] == seen[2][1] == first
+    assert allocator.reserved_bytes == 2 * MIB
+
+
 # Any sequence
 
 

@@ -56,6 +56,23 @@ def test_flash_backward_copies_a_gradient_in_another_layout():
     assert "dk_expanded" not in found
 
 
+def test_flash_backward_of_packed_sequences_has_room_between_them():
+    """By hand from `mha_varlen_bwd` of flash-attn's csrc/flash_attn/flash_api.cpp: 128 rows more for each of 3."""
+    query, key = (torch.empty(300, heads, 80, dtype=torch.bfloat16, device="meta") for heads in (8, 2))
+    ends = torch.empty(4, dtype=torch.int32, device="meta")
+    arguments = (query, query, key, key, query, None, ends, ends, 120, 120, 0.0, True, None, None)
+    assert buffers("_flash_attention_backward", *arguments) == {
+        "softmax_d": 8 * (300 + 3 * 128) * 4,
+        "dq_accum": (300 + 3 * 128) * 8 * 96 * 4,
+        "dk_expanded": 300 * 8 * 80 * 2,
+        "dv_expanded": 300 * 8 * 80 * 2,
+    }
+    alone = buffers(
+        "_flash_attention_backward", query, query, query, query, query, None, ends, ends, 120, 120, 0.0, True
+    )
+    assert "dk_expanded" not in alone
+
+
 @pytest.mark.parametrize(
     ("card", "batch", "heads", "seq", "splits"),
     [

@@ -184,6 +184,34 @@ def test_math_is_pytorchs_math(kind, kv_heads, dtype):
     assert abs(peak - their_peak) <= 64
 
 
+@pytest.fixture(autouse=True)
+def ledgers_are_of_the_trace(monkeypatch):
+    monkeypatch.setattr(attention, "_OF_THE_TRACE", (*attention._OF_THE_TRACE, Ledger))
+
+
+class Listing(TorchDispatchMode):
+    """Notes the operators that reach it, as selective checkpointing's mode sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_under_a_policy_math_adds_the_mask_out_of_place_as_pytorchs_does():
+    """The trap: an addition in place changes a product that the policy saves, and the cell is refused."""
+    tensors = [projected(heads, 16, 32, torch.float32) for heads in (4, 2, 2)]
+    with sdpa_kernel(SDPBackend.MATH), Listing() as theirs:
+        functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+    with Listing() as ours:
+        math_attention(*tensors, None, 0.0, True, None, True)
+    for listing in (theirs, ours):
+        assert "aten.add.Tensor" in listing.names and "aten.add_.Tensor" not in listing.names
+
+
 def blocks_of(run):
     """Allocations and releases of more than 64 bytes, and the peak."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from gcbench.core.records import Machine, MemoryPeaks, Phase
@@ -36,6 +37,15 @@ class Device(Protocol):
 
     def probe_memory(self) -> AbstractContextManager[MemoryProbe]:
         """Measure the step that calls the probe's `on_phase`; one step before it has to run in the context too."""
+
+    def record_memory(self) -> None:
+        """Begin to record every allocation, or begin again: what was recorded is dropped.
+
+        Raises UnavailableError on a device without a recorder.
+        """
+
+    def write_memory_snapshot(self, file: Path) -> None:
+        """Write what was recorded and the state of the memory, and stop recording; raises OSError."""
 
     def start_timing(self) -> None:
         """Prepare timing; called once before the timed steps."""

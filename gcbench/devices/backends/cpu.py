@@ -14,6 +14,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from gcbench.core.errors import UnavailableError
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
 from gcbench.core.units import GIB
 from gcbench.devices.backends import _machine
@@ -21,6 +22,7 @@ from gcbench.devices.backends import _machine
 TYPE = "cpu"
 PREFERENCE = 0
 
+_NO_RECORDER = "a memory snapshot needs a CUDA device; a run on one writes it"
 _MARK = "gcbench.phase."
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "cannot allocate memory")
 _HEADROOM = GIB
@@ -76,6 +78,12 @@ class CpuDevice:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profiler:
             yield probe
         probe.read(profiler)
+
+    def record_memory(self) -> None:
+        raise UnavailableError(_NO_RECORDER)
+
+    def write_memory_snapshot(self, file: Path) -> None:
+        raise UnavailableError(_NO_RECORDER)
 
     def start_timing(self) -> None:
         with suppress(OSError):  # not Linux, or not permitted: process_bytes then counts from the start of the process

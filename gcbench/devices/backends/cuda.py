@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import pickle
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
+from gcbench.core import snapshot_files
 from gcbench.core.errors import UnavailableError
+from gcbench.core.files import write_bytes
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
 from gcbench.core.units import MIB
 from gcbench.devices.backends import _machine
@@ -73,6 +77,15 @@ class CudaDevice:
         yield probe
         probe.close()
 
+    def record_memory(self) -> None:
+        # With the stacks of frees too, torch 2.11 raises a SystemError where checkpointing stops a recomputation early.
+        torch.cuda.memory._record_memory_history(context="alloc", stacks="python", clear_history=True)
+
+    def write_memory_snapshot(self, file: Path) -> None:
+        snapshot = torch.cuda.memory._snapshot()
+        torch.cuda.memory._record_memory_history(enabled=None)
+        write_bytes(file, pickle.dumps(snapshot, protocol=snapshot_files.PROTOCOL))
+
     def start_timing(self) -> None:
         torch.cuda.synchronize(self.index)
 
@@ -128,9 +141,17 @@ class CudaDevice:
         )
 
     def _used_bytes(self) -> int | None:
-        """Return the card's memory used by all processes, in whole MiB; None when nvidia-smi does not report it."""
+        """Return the card's memory used by all processes, in bytes; None when neither tool reports it.
+
+        Both nvidia-smi and nvidia-ml-py ask the driver's management library, which creates no context on the card.
+        """
         reported = _nvidia_smi(self.index, "memory.used")
-        return int(reported) * MIB if reported is not None and reported.isdecimal() else None
+        if reported is not None and reported.isdecimal():
+            return int(reported) * MIB
+        try:
+            return int(torch.cuda.device_memory_used(self.index))
+        except Exception:  # without nvidia-ml-py, the library itself or a permission, each has an error of its own
+            return None
 
 
 class CudaMemoryProbe:

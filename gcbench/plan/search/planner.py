@@ -65,7 +65,7 @@ def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
     except GcbenchError as err:
         return Answer(refusal=Refusal(error=type(err).__name__, message=str(err)))
     except Exception as err:  # modelling code may raise anything
-        return Answer(failure=failure(err))
+        return Answer(failure=failure(err, task.target))
     return Answer()
 
 

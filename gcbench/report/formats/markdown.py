@@ -28,6 +28,14 @@ _RECOMPUTED = (
     "*layers recomputed* is counted in the real backward pass; *layers\\_checkpointed* in `table.csv` is what the plan "
     "requests of the layers that run. Where the two differ, the model's own code decided otherwise and the proof fails."
 )
+_NO_TIMES = "time: no kernel ran on the emulated card, so no step was timed"
+_NO_GRADIENTS = (
+    "gradients: they have no values on an emulated card; gcbench check compares them, on the CPU or a card that is here"
+)
+_NO_PROCESS = (
+    "the memory of the process: what CUDA and its libraries take outside PyTorch's allocator is an estimate on an "
+    "emulated card; gcbench predict names each part"
+)
 _CHECKPOINTED = (
     "*layers checkpointed* is what the plan requests. `gcbench run` counts *layers recomputed* in the real backward "
     "pass instead, which differs when the model skips layers or its own code decides what to recompute."
@@ -45,16 +53,26 @@ def render(report: Report) -> str:
 
 
 def _measured(report: Report) -> list[str]:
-    table = rows(report)
+    table, is_emulated = rows(report), report.source == "emulated"
     blocks = [
-        f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}.",
+        _emulated_head(report) if is_emulated else _measured_head(report),
         *_overview(report),
-        _RECOMPUTED,
+        _RECOMPUTED.replace("the proof fails", "the row says FAILED") if is_emulated else _RECOMPUTED,
     ]
     for workload, group in by_workload(table).items():
-        blocks += [f"## {_escaped(sentences.title(workload, model=False))}", answer(group)]
+        title = sentences.title(workload, model=False, device=not is_emulated)
+        blocks += [f"## {_escaped(title)}", answer(group)]
     blocks += _plots(report)
     return [*blocks, "## What was not measured", _bullets(not_measured(table))]
+
+
+def _measured_head(report: Report) -> str:
+    return f"{_head(report, f'on {report.machine.device_name}')} {_made(report, 'Measured')}."
+
+
+def _emulated_head(report: Report) -> str:
+    head = _head(report, f"emulated on {sentences.emulated_card(report)}")
+    return f"{head} {_made(report, 'Emulated')}."
 
 
 def _predicted(report: Report) -> list[str]:
@@ -110,9 +128,10 @@ def prediction(cells: Sequence[PredictedCell]) -> str:
 
 def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
     """Return what a reader may miss in the report, a sentence each."""
-    gaps = []
+    is_emulated = sentences.is_emulated(table)
+    gaps = [_NO_TIMES, _NO_GRADIENTS, _NO_PROCESS] if is_emulated else []
     for workload, group in by_workload(table).items():
-        where = sentences.title(workload, model=False)
+        where = sentences.title(workload, model=False, device=not is_emulated)
         for row in group:
             if row.status != "ok":
                 kept = " (its row has what was measured before)" if row.layers_recomputed is not None else ""
@@ -120,17 +139,18 @@ def not_measured(table: Sequence[Row]) -> tuple[str, ...]:
             elif row.layers_recomputed is None:
                 gaps.append(f"{row.strategy} at {where}: the run ended before this cell")
             elif failed_proof(row):
-                gaps.append(f"the saving of {row.strategy} at {where}: it failed the proof")
+                why = "its layers were not recomputed as planned" if is_emulated else "it failed the proof"
+                gaps.append(f"the saving of {row.strategy} at {where}: {why}")
             elif hides_saving(row):
                 gaps.append(f"the saving of {row.strategy} at {where}: {NOTHING_SHOWN}")
             elif row.step_time_s is not None and row.step_time_low_s is None:
                 gaps.append(f"the interval of the step time of {row.strategy} at {where}: {sentences.TOO_FEW_ROUNDS}")
         if OFF not in {row.strategy for row in group}:
-            gaps.append(f"savings and overheads at {where}: off is not among its strategies")
+            gaps.append(f"savings{'' if is_emulated else ' and overheads'} at {where}: off is not among its strategies")
     measured = [row for row in table if row.peak_allocated_bytes is not None]
     if measured and all(row.peak_reserved_bytes is None for row in measured):
         gaps.append("reserved memory: this device has no caching allocator")
-    if measured and all(row.peak_process_bytes is None for row in measured):
+    if measured and not is_emulated and all(row.peak_process_bytes is None for row in measured):
         gaps.append("the memory of the process: it could not be read here")
     return tuple(gaps) or ("nothing: every cell has its memory, time and proof",)
 

@@ -35,7 +35,9 @@ def tables(report: Report) -> list[RenderableType]:
     """
     if report.source == "predicted":
         return _predicted(report, explain=report.settings.get("explain") is True)
-    return [*_overview(report), *(_table(group) for group in by_workload(rows(report)).values()), *_about_model(report)]
+    where = f"emulated on {sentences.emulated_card(report)}" if report.source == "emulated" else ""
+    groups = by_workload(rows(report)).values()
+    return [*_overview(report), *(_table(group, where) for group in groups), *_about_model(report)]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
@@ -62,12 +64,21 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
     def of(text: Callable[[Row], str]) -> tuple[str, ...]:
         return tuple(text(row) for row in group)
 
-    return (
+    memory = (
         Column(header="strategy", cells=of(lambda r: r.strategy), right=False),
         Column(header="layers recomputed", short_header="layers", cells=of(_recomputed), shorten=2, drop=6),
         Column(header="peak", cells=of(lambda r: format_bytes(r.peak_allocated_bytes))),
         Column(header="peak in", cells=of(lambda r: r.peak_phase or UNKNOWN), right=False, drop=3),
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac))),
+    )
+    if sentences.is_emulated(group):
+        return (
+            *memory,
+            Column(header="reserved", cells=of(lambda r: format_bytes(r.peak_reserved_bytes)), drop=4),
+            Column(header="result", cells=of(_result), right=False),
+        )
+    return (
+        *memory,
         Column(header="step time", cells=of(step_time), short=of(lambda r: format_seconds(r.step_time_s)), shorten=4),
         Column(
             header="overhead (95 %)" if any(sentences.interval(*_limits(row)) for row in group) else "overhead",
@@ -112,7 +123,14 @@ def proof(row: Row) -> str:
     return "FAILED" if failed_proof(row) else row.proof or UNKNOWN
 
 
-def _table(group: Sequence[Row]) -> Table:
+def _result(row: Row) -> str:
+    """Return how a cell on an emulated card ended, where there is no proof by gradients."""
+    if row.status == "ok" and row.peak_allocated_bytes is not None:
+        return "FAILED" if failed_proof(row) else "ran"
+    return proof(row)
+
+
+def _table(group: Sequence[Row], where: str) -> Table:
     proven = [(number, row) for number, row in enumerate(group) if row.status == "ok" and not hides_saving(row)]
     bold = set()
     if len(proven) > 1:
@@ -121,7 +139,8 @@ def _table(group: Sequence[Row]) -> Table:
         bold |= {(min(peaks)[1], "peak")} if peaks else set()
         bold |= {(min(times)[1], "step time")} if times else set()
     return Table(
-        title=sentences.title(next(iter(by_workload(group)))),
+        title=sentences.title(next(iter(by_workload(group))), device=not where),
+        subtitle=where,
         columns=table_columns(group),
         notes=sentences.notes(group),
         summary=sentences.summary(group),

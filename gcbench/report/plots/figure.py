@@ -43,7 +43,11 @@ def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axe
 def head(figure: Figure, report: Report, subject: str, facts: str) -> None:
     """Title the figure with the model and the subject, and below them the device and other facts."""
     device = f"{report.machine.device_name} ({report.machine.device})"
-    where = f"predicted for {predicted.target(report)}" if report.source == "predicted" else device
+    where = {
+        "measured": device,
+        "emulated": f"emulated on {sentences.emulated_card(report)}",
+        "predicted": f"predicted for {predicted.target(report)}",
+    }[report.source]
     title = f"{shortened(sentences.model_of(report), 60)}: {subject}\n{shortened(f'{where} · {facts}', 80)}"
     figure.suptitle(title, fontsize=12)
 

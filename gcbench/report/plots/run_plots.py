@@ -284,4 +284,4 @@ def _absence(row: Row) -> str:
         return how_it_ended(row)
     if failed_proof(row):
         return "failed the proof"
-    return NOT_REPEATABLE if hides_saving(row) else "not measured"
+    return NOT_REPEATABLE if hides_saving(row) else f"not {row.source}"

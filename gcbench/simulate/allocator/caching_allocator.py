@@ -6,7 +6,7 @@ underscore are that file's.
 
 Covered, with the settings torch has by default:
 - sizes in multiples of 512 B (`round_size`); requests up to 1 MiB in the small pool, others in the large (`get_pool`);
-- best fit: the smallest free block, of equal ones that at the lowest address (`BlockComparatorSize`, `get_free_block`).
+- best fit: the smallest free block, of equal ones the first (`BlockComparatorSize`, `get_free_block`).
   No block is too large to be handed out: the two tests on oversize blocks compare with `max_split_size`, by default
   infinite;
 - the rest of a block is split off if it is at least 512 B (small pool) or more than 1 MiB (large pool), else it is
@@ -21,14 +21,20 @@ Covered, with the settings torch has by default:
 Not covered: `roundup_power2_divisions`, `max_split_size_mb`, `garbage_collection_threshold`, `large_segment_size_mb`,
 private pools and CUDA graphs, blocks used on a second stream.
 
-Two things only the driver knows are assumed. Addresses: every segment lies above all earlier ones, on a multiple of
-2 MiB; the choice among free blocks of one size depends on it, and so, slightly, does the fragmentation. The limit: a
-segment or page can be reserved as long as the reserved total stays within it.
+Two things are assumed. Addresses: every segment lies above all earlier ones, on a multiple of 2 MiB. Among free blocks
+of one size torch 2.13 takes that of the oldest segment (pytorch#183591), as the model does, whatever the driver's
+addresses are; torch 2.11 takes the lowest address, which only the driver knows. It changes the fragmentation, and so
+what is reserved; what is allocated changes only by rests that are not split off. Where a pool has several expandable
+segments, which takes running out of memory, every version maps pages at the lowest address. The limit: a segment or
+page can be reserved as long as the reserved total stays within it.
+
+`tests/gpu/test_gpu_allocator.py` compares the model with the real allocator, event by event.
 """
 
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Callable, Iterator
 
 from gcbench.simulate.allocator.pools import (
     MIN_BLOCK_BYTES,
@@ -45,6 +51,10 @@ NULL = 0
 
 _FIRST_ADDRESS = SEGMENT_ROUNDING_BYTES
 _UNLIMITED_ADDRESS_SPACE_BYTES = 1 << 50
+
+OnSegment = Callable[[str, int, int], object]
+"""(action, address, bytes): `segment_alloc` and `segment_free`, or `segment_map` and `segment_unmap` for the pages of
+expandable segments, as a memory snapshot of torch names them."""
 
 
 class OutOfMemory(Exception):
@@ -74,13 +84,28 @@ class CachingAllocator:
     Args:
         limit_bytes: what the allocator may reserve at most: the device's memory less what other processes and
             libraries hold. None for no limit.
-        expandable_segments: as in PYTORCH_ALLOC_CONF. Reserved then counts mapped pages. torch also refuses a request
-            if reserved and its `get_allocation_size` exceed a fraction set by `set_per_process_memory_fraction`, even
-            where fewer new pages would do; the limit here is the device's own, which only pages count against.
+        allowed_bytes: the limit that `torch.cuda.set_per_process_memory_fraction` sets, in bytes. A request is refused
+            if what is reserved and the request's segment size together exceed it, even where fewer new pages of an
+            expandable segment would do. None for no such limit.
+        device_bytes: the device's whole memory, of which an expandable segment spans 9/8 in addresses; None for
+            `limit_bytes`.
+        expandable_segments: as in PYTORCH_ALLOC_CONF. Reserved then counts mapped pages.
+        on_segment: is called for every segment or page that is reserved or released, in order.
     """
 
-    def __init__(self, *, limit_bytes: int | None = None, expandable_segments: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        limit_bytes: int | None = None,
+        allowed_bytes: int | None = None,
+        device_bytes: int | None = None,
+        expandable_segments: bool = False,
+        on_segment: OnSegment = lambda action, address, nbytes: None,
+    ) -> None:
         self._limit = limit_bytes
+        self._allowed = allowed_bytes
+        self._device_bytes = limit_bytes if device_bytes is None else device_bytes
+        self._on_segment = on_segment
         self._expandable = expandable_segments
         self._small = Pool(is_small=True, expandable_segments=expandable_segments)
         self._large = Pool(is_small=False, expandable_segments=expandable_segments)
@@ -114,6 +139,11 @@ class CachingAllocator:
     def num_alloc_retries(self) -> int:
         """`num_alloc_retries` of `torch.cuda.memory_stats`: requests tried again after the cache was released."""
         return self._num_alloc_retries
+
+    def free_blocks(self) -> Iterator[PoolBlock]:
+        """The free blocks of both pools, mapped ones only, for a picture of the memory."""
+        yield from self._small.free
+        yield from self._large.free
 
     def reset_peaks(self) -> None:
         """`torch.cuda.reset_peak_memory_stats`: peaks start again from what is allocated and reserved now."""
@@ -171,24 +201,30 @@ class CachingAllocator:
                 elif block.prev is None and block.next is None:
                     pool.free.drop(block)
                     self._reserved -= block.size
+                    self._on_segment("segment_free", block.address, block.size)
 
     def _new_block(self, pool: Pool, size: int) -> PoolBlock:
         """A block of newly reserved memory, if need be after emptying the cache (the second half of `malloc`)."""
-        reserve_block = self._expand if self._expandable else self._new_segment
-        block = reserve_block(pool, size)
+        block = self._reserved_block(pool, size)
         if block is None:
             self.empty_cache()
             self._num_alloc_retries += 1
-            block = reserve_block(pool, size)
+            block = self._reserved_block(pool, size)
         if block is None:
-            assert self._limit is not None
             raise OutOfMemory(
                 requested_bytes=size,
                 allocated_bytes=self._allocated,
                 reserved_bytes=self._reserved,
-                limit_bytes=self._limit,
+                limit_bytes=min(limit for limit in (self._limit, self._allowed) if limit is not None),
             )
         return block
+
+    def _reserved_block(self, pool: Pool, size: int) -> PoolBlock | None:
+        """A block of newly reserved memory; None if a limit forbids it (`alloc_block`)."""
+        nbytes = _segment_size(pool, size)
+        if self._allowed is not None and self._reserved + nbytes > self._allowed:
+            return None
+        return self._expand(pool, size) if self._expandable else self._new_segment(pool, nbytes)
 
     def _reserve(self, nbytes: int) -> bool:
         """Reserve memory on the device; False if the limit forbids it."""
@@ -205,10 +241,13 @@ class CachingAllocator:
         self._next_address += nbytes
         return PoolBlock(pool, address, nbytes, address, mapped)
 
-    def _new_segment(self, pool: Pool, size: int) -> PoolBlock | None:
-        """A segment by cudaMalloc (`alloc_block`, `get_allocation_size`); None if the limit forbids it."""
-        nbytes = pool.page if size < MIN_OWN_SEGMENT_BYTES else _round_up(size, SEGMENT_ROUNDING_BYTES)
-        return self._new_range(pool, nbytes, mapped=True) if self._reserve(nbytes) else None
+    def _new_segment(self, pool: Pool, nbytes: int) -> PoolBlock | None:
+        """A segment by cudaMalloc; None if the device's memory is too small for it."""
+        if not self._reserve(nbytes):
+            return None
+        block = self._new_range(pool, nbytes, mapped=True)
+        self._on_segment("segment_alloc", block.address, nbytes)
+        return block
 
     def _merge_neighbours(self, block: PoolBlock) -> None:
         """Merge with the neighbours that are free, and mapped or unmapped as the block is (`try_merge_blocks`)."""
@@ -266,8 +305,8 @@ class CachingAllocator:
             if room >= size:
                 return start
         # ExpandableSegment's constructor reserves addresses for 1 1/8 of the device
-        limit = self._limit
-        space = _UNLIMITED_ADDRESS_SPACE_BYTES if limit is None else limit + limit // 8
+        total = self._device_bytes
+        space = _UNLIMITED_ADDRESS_SPACE_BYTES if total is None else total + total // 8
         segment = self._new_range(pool, max(_round_up(space, pool.page), pool.page), mapped=False)
         insort(pool.unmapped, segment, key=by_address)
         return segment
@@ -282,6 +321,7 @@ class CachingAllocator:
         if mapped < block.size:
             insort(pool.unmapped, block.split(mapped), key=by_address)
         block.mapped = True
+        self._on_segment("segment_map", block.address, mapped)
         self._merge_neighbours(block)
         pool.free.add(block)
         return True
@@ -301,9 +341,15 @@ class CachingAllocator:
             pool.free.add(block.split(end - begin))
         block.mapped = False
         self._reserved -= end - begin
+        self._on_segment("segment_unmap", begin, end - begin)
         self._merge_neighbours(block)
         if block.prev is not None or block.next is not None:  # else nothing is left of it: `release_expandable_segment`
             insort(pool.unmapped, block, key=by_address)
+
+
+def _segment_size(pool: Pool, size: int) -> int:
+    """The segment that a request asks the device for (`get_allocation_size`)."""
+    return pool.page if size < MIN_OWN_SEGMENT_BYTES else _round_up(size, SEGMENT_ROUNDING_BYTES)
 
 
 def _round_up(nbytes: int, multiple: int) -> int:

@@ -16,16 +16,20 @@ from typing import Self
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import CUDNN_VERSION, AttentionCall, Mask, choose, gpu_of
+from gcbench.simulate.trace.recorder import Recorder
 
-_OF_POLICIES = ("torch.utils.checkpoint", "gcbench.checkpointing")
 _FLASH_HEAD_DIM_MULTIPLE = 8
 _EFFICIENT_MASK_MULTIPLE = 8
 """In elements: `mem_eff_alignment`."""
+
+_OF_THE_TRACE: tuple[type, ...] = (FakeTensorMode, Recorder)
+"""Dispatch modes that a trace has and a real run has not."""
 
 
 class CudaAttention:
@@ -137,12 +141,6 @@ def _without_autocast(device_type: str) -> AbstractContextManager[object]:
     return torch.autocast(device_type, enabled=False)
 
 
-def _under_a_policy() -> bool:
-    """Whether a policy inside of layers watches the operators by a dispatch mode, as it would those on real tensors."""
-    modes = _get_current_dispatch_mode_stack()
-    return any(type(mode).__module__.startswith(_OF_POLICIES) for mode in modes)
-
-
 def _additive(mask: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor | None:
     """Convert a boolean mask to 0 and -inf, in a copy of its own shape in `dtype` (`convert_boolean_attn_mask`)."""
     if mask is None or mask.dtype is not torch.bool:
@@ -217,6 +215,12 @@ def _cudnn(
     return out
 
 
+def _in_dispatch_mode() -> bool:
+    """Return whether a real run would have a dispatch mode here: one that is neither for fake tensors nor records."""
+    modes = _get_current_dispatch_mode_stack()
+    return any(not isinstance(mode, _OF_THE_TRACE) for mode in modes)
+
+
 def math_attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -229,10 +233,11 @@ def math_attention(
 ) -> torch.Tensor:
     """Run attention as single operators, with scores of shape (batch, heads, queries, keys), in fp32 for half inputs.
 
-    `_scaled_dot_product_attention_math` itself does not fit: for fake tensors it always adds the mask out of place,
-    which it does for real ones only under a dispatch mode, as that of a policy inside of layers; and on a CPU its
-    dropout saves a mask in the scores' dtype. Names stay bound to the end here because the variables of the original
-    do. It also converts the weights to the input's dtype, for a second result that is not read.
+    `_scaled_dot_product_attention_math` itself does not fit: under any dispatch mode, and for fake tensors, it adds the
+    mask out of place (`areAnyTensorSubclassLike`), where a real run does so only under selective checkpointing's; and
+    on a CPU its dropout saves a mask in the scores' dtype. Names stay bound to the end here
+    because the variables of the original do. It also converts the weights to the input's dtype, for a second result
+    that is not read.
     """
     dtype = query.dtype
     mask = _additive(mask, dtype)
@@ -252,7 +257,7 @@ def math_attention(
         value_expanded = value_acc.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
     attn = torch.matmul(scaled, key_expanded.transpose(-2, -1) * root)
     if mask is not None:
-        attn = attn + mask if _under_a_policy() else attn.add_(mask)
+        attn = attn + mask if _in_dispatch_mode() else attn.add_(mask)
     attn = torch.ops.aten._safe_softmax.default(attn, -1)
     if dropout_p > 0:
         attn = torch.native_dropout(attn, dropout_p, True)[0]

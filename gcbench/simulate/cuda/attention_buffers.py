@@ -29,6 +29,7 @@ _FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/
 _FLASH_RNG = "mha_fwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _RNG_STATE_BYTES = 16
 _FLASH_BACKWARD = "mha_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_FLASH_VARLEN_BACKWARD = "mha_varlen_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _COPIES = "_flash_attention_backward, pytorch aten/src/ATen/native/transformers/cuda/attention_backward.cu"
 _EFFICIENT_FORWARD = "_efficient_attention_forward, pytorch aten/src/ATen/native/transformers/cuda/attention.cu"
 _EFFICIENT_BACKWARD = (
@@ -141,6 +142,24 @@ def _flash_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[
         nbytes = s.batch * s.keys * s.heads * s.head_dim * s.itemsize
         yield KernelBuffer(name="dk_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
         yield KernelBuffer(name="dv_expanded", nbytes=nbytes, source=_FLASH_BACKWARD)
+
+
+def _flash_varlen_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
+    """Buffers for packed sequences: 128 rows more for each, so that no block of one reaches into the next."""
+    tokens, heads, head_dim = inputs["query"].shape
+    if gpu.vendor == "amd":
+        yield KernelBuffer(name="delta", nbytes=tokens * heads * _FP32_BYTES, source=_AOTRITON)
+        return
+    rows = heads * (tokens + 128 * (inputs["cum_seq_q"].numel() - 1))
+    yield KernelBuffer(name="softmax_d", nbytes=rows * _FP32_BYTES, source=_FLASH_VARLEN_BACKWARD)
+    yield KernelBuffer(
+        name="dq_accum", nbytes=rows * _rounded_head_dim(head_dim) * _FP32_BYTES, source=_FLASH_VARLEN_BACKWARD
+    )
+    key = inputs["key"]
+    if key.shape[1] != heads:
+        nbytes = key.shape[0] * heads * head_dim * key.element_size()
+        yield KernelBuffer(name="dk_expanded", nbytes=nbytes, source=_FLASH_VARLEN_BACKWARD)
+        yield KernelBuffer(name="dv_expanded", nbytes=nbytes, source=_FLASH_VARLEN_BACKWARD)
 
 
 def _rounded_head_dim(head_dim: int) -> int:
@@ -289,6 +308,7 @@ _aten = torch.ops.aten
 _BUFFERS: dict[Any, Callable[[dict[str, Any], Gpu, int], Iterator[KernelBuffer]]] = {
     _aten._scaled_dot_product_flash_attention.default: _flash_forward,
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._flash_attention_backward.default: _flash_varlen_backward,
     _aten._scaled_dot_product_efficient_attention.default: _efficient_forward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
     _aten._scaled_dot_product_cudnn_attention.default: _cudnn_forward,
