@@ -74,6 +74,10 @@ truth: $(READY) ## Measure the grid that predictions are held to, on this machin
 gpu-hour: $(READY) ## Use the minutes one has a card for, eight at most: GPU tests, runs, the grid, rates, a plan
 	$(BIN)/python benchmarks/gpu_hour.py results/gpu-hour
 
+EMULATED_CARDS ?= h100 a100-80gb rtx-4090 t4
+truth-emulated: ## Measure the grid on emulated cards, with CUDA_PYTHON's CUDA build of torch (goes on where it stopped)
+	set -e; for card in $(EMULATED_CARDS); do $(or $(CUDA_PYTHON),$(BIN)/python) benchmarks/truth.py --emulate $$card; done
+
 accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
 	$(BIN)/python benchmarks/accuracy.py
 
@@ -92,4 +96,4 @@ bench-plan: $(READY) ## Measure how good plans are: regret on this machine, fron
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
 
-.PHONY: help install run test test-slow test-emulated lint docs bench reference truth gpu-hour accuracy bench-predict bench-plan frontier families clean
+.PHONY: help install run test test-slow test-emulated lint docs bench reference truth truth-emulated gpu-hour accuracy bench-predict bench-plan frontier families clean

@@ -138,6 +138,105 @@ def cuda_cases() -> Iterator[Case]:
     yield _case("mamba, bf16", "mamba-130m", 4, 64, 12, precision="bf16")
 
 
+def emulated_cases() -> Iterator[Case]:
+    """For an emulated card, where a cell takes half a second: more settings, and sizes that run out of memory."""
+    yield from cuda_cases()
+    every_one = (*ALL, "offload", "every:2+offload", "segment:3", "selective:mm/addmm")
+    small = {"hidden_size": 1024, "intermediate_size": 2816, "num_attention_heads": 16, "num_key_value_heads": 4}
+    # Every strategy, in each precision and with both kinds of attention code
+    yield _case("smollm2, fp32", "smollm2-360m", 2, 512, 8, strategies=every_one)
+    yield _case("smollm2, bf16-mixed", "smollm2-360m", 2, 1024, 8, precision="bf16-mixed", strategies=every_one)
+    yield _case("smollm2, fp16-mixed", "smollm2-360m", 2, 1024, 8, precision="fp16-mixed", strategies=every_one)
+    yield _case("gpt2, bf16", "gpt2", 4, 512, 8, precision="bf16", strategies=every_one)
+    yield _case(
+        "gpt2, eager, bf16-mixed",
+        "gpt2",
+        4,
+        512,
+        6,
+        precision="bf16-mixed",
+        attn_implementation="eager",
+        strategies=ALL,
+    )
+    yield _case("gpt2, eager, fp32", "gpt2", 4, 512, 6, attn_implementation="eager", strategies=ALL)
+    # Optimizers, where the passes set the peak and where the update does
+    for optim in ("adamw_torch_fused", "sgd", "adafactor"):
+        yield _case(f"gpt2, fp32, {optim}", "gpt2", 4, 512, 6, optim=optim)
+        yield _case(
+            f"qwen2.5 0.5b, fp16-mixed, {optim}", "qwen2.5-0.5b", 1, 1024, 8, precision="fp16-mixed", optim=optim
+        )
+        yield _case(f"smollm2, bf16-mixed, {optim}", "smollm2-135m", 4, 512, 10, precision="bf16-mixed", optim=optim)
+    # LoRA
+    for precision in ("bf16", "fp16-mixed", "bf16-mixed", "fp32"):
+        yield _case(
+            f"llama 1b, LoRA, {precision}", "llama-3.2-1b", 1, 1024, 8, precision=precision, lora_r=16, strategies=ALL
+        )
+    yield _case(
+        "qwen2.5 0.5b, LoRA on every linear layer, fp16-mixed",
+        "qwen2.5-0.5b",
+        1,
+        512,
+        12,
+        precision="fp16-mixed",
+        lora_r=8,
+        lora_target_modules=["all-linear"],
+        optim="adamw_torch_fused",
+        strategies=("off", "per-layer", "offload"),
+    )
+    yield _case("gpt2, LoRA, fp16-mixed", "gpt2", 2, 1024, 12, precision="fp16-mixed", lora_r=8)
+    # Other layers: sliding windows, biases, one key head, rotary halves, experts, an odd length
+    window = small | {"sliding_window": 256, "head_dim": 64}
+    yield _case(
+        "mistral, a window of 256, bf16-mixed", "mistral-7b-v0.1", 2, 1024, 4, set=window, precision="bf16-mixed"
+    )
+    yield _case("mistral, a window of 256, fp32", "mistral-7b-v0.1", 2, 500, 4, set=window, strategies=ALL)
+    yield _case(
+        "gemma 2, eager, fp16-mixed", "gemma-2-2b", 1, 700, 4, precision="fp16-mixed", attn_implementation="eager"
+    )
+    yield _case("gemma 3 270m, bf16-mixed", "gemma-3-270m", 2, 777, 8, precision="bf16-mixed", strategies=ALL)
+    yield _case("qwen2.5 0.5b, bf16", "qwen2.5-0.5b", 4, 1000, 12, precision="bf16", strategies=every_one)
+    yield _case("qwen3 0.6b, fp16-mixed", "qwen3-0.6b", 2, 512, 8, precision="fp16-mixed", optim="adafactor")
+    yield _case("pythia 410m, bf16-mixed", "pythia-410m", 4, 512, 8, precision="bf16-mixed", strategies=ALL)
+    yield _case("phi-2, fp32", "phi-2", 1, 512, 4, strategies=ALL)
+    yield _case("phi-3 mini, bf16", "phi-3-mini", 1, 1024, 4, precision="bf16", strategies=ALL)
+    yield _case(
+        "falcon, fp16-mixed",
+        "falcon-7b",
+        2,
+        512,
+        4,
+        set={"hidden_size": 1024, "num_attention_heads": 16},
+        precision="fp16-mixed",
+        strategies=ALL,
+    )
+    yield _case("opt 125m, fp32, eager", "opt-125m", 4, 512, 12, attn_implementation="eager", set={"layerdrop": 0.0})
+    yield _case(
+        "opt 125m, bf16-mixed", "opt-125m", 4, 512, 12, precision="bf16-mixed", set={"layerdrop": 0.0}, strategies=ALL
+    )
+    yield _case("olmo 2, fp32, sgd", "olmo-2-1b", 1, 512, 4, optim="sgd")
+    yield _case("tinyllama, fp32, short", "tinyllama-1.1b", 1, 64, 6)
+    experts = small | {"intermediate_size": 1024, "head_dim": 64, "vocab_size": 32000}
+    yield _case("mixtral, bf16", "mixtral-8x7b", 2, 512, 4, set=experts, precision="bf16", strategies=ALL)
+    yield _case("mixtral, fp32", "mixtral-8x7b", 1, 512, 4, set=experts)
+    # Sizes about the memory of 16, 24 and 80 GiB
+    for batch in (2, 3, 4, 5, 6, 7, 8):
+        yield _case(f"llama 1b, bf16, at the limit, {batch}", "llama-3.2-1b", batch, 1024, 16, precision="bf16")
+    for batch in (2, 4, 6, 8, 10, 12, 16, 20):
+        yield _case(f"qwen2.5 0.5b, bf16, at the limit, {batch}", "qwen2.5-0.5b", batch, 1024, 24, precision="bf16")
+    for batch in (1, 2, 3, 4, 6, 8):
+        yield _case(
+            f"llama 1b, bf16-mixed, at the limit, {batch}", "llama-3.2-1b", batch, 1024, 16, precision="bf16-mixed"
+        )
+    for batch in (8, 12, 16, 20, 40, 44, 48):
+        yield _case(f"gpt2, fp32, at the limit, {batch}", "gpt2", batch, 1024, 12)
+    for batch in (1, 2, 4, 6, 8, 10, 12):
+        yield _case(
+            f"llama 3b, LoRA, bf16, at the limit, {batch}", "llama-3.2-3b", batch, 2048, 28, precision="bf16", lora_r=16
+        )
+    for batch in (1, 2, 3):
+        yield _case(f"llama 8b, bf16, at the limit, {batch}", "llama-3.1-8b", batch, 4096, 32, precision="bf16")
+
+
 def cases(device: str) -> tuple[Case, ...]:
-    """The grid for a kind of device, `cpu` or `cuda`."""
-    return tuple(cpu_cases() if device == "cpu" else cuda_cases())
+    """The grid for a kind of device: `cpu`, `cuda` or `emulated`."""
+    return tuple({"cpu": cpu_cases, "cuda": cuda_cases, "emulated": emulated_cases}[device]())

@@ -1,26 +1,35 @@
-"""Measures the grid that predictions are held to, on the device at hand, and keeps it.
+"""Measures the grid that predictions are held to, on the device at hand or an emulated card, and keeps it.
 
-    python benchmarks/truth.py            the CPU's grid, or a card's where there is one
-    python benchmarks/truth.py cpu        the CPU's, whatever there is
+    python benchmarks/truth.py                  the CPU's grid, or a card's where there is one
+    python benchmarks/truth.py cpu              the CPU's, whatever there is
+    python benchmarks/truth.py --emulate h100   that of a card which is emulated: memory alone, nothing is computed
 
-Saved after every case into results/reference/truth-DEVICE.json, with machine and versions; what is there is not
-measured again as long as the case and the versions of torch and transformers are the same.
+Saved after every case into results/reference/truth-DEVICE.json, or truth-emulated-CARD-torch2.13.json, with machine and
+versions; what is there is not measured again as long as the case and the versions of torch and transformers are the
+same.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
+import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from grid import Case, cases
 
 from gcbench.core.files import write_text
 from gcbench.core.json_codec import encode
 from gcbench.core.records import Machine, Report
+from gcbench.devices import cards
+from gcbench.emulate.environment import environment
 from gcbench.job import settings as config
 from gcbench.job.describe import DescribeTask
 from gcbench.measure import runner
@@ -51,44 +60,82 @@ def measure(case: Case, device: str, children: ForkedChildren) -> Report:
         )
 
 
+def stored_case(case: Case, report: Report) -> dict[str, Any]:
+    """A measured case as it is kept."""
+    return {
+        "name": case.name,
+        "settings": case.settings,
+        "cells": [
+            {
+                "strategy": outcome.cell.strategy,
+                "memory": encode(outcome.rounds[0].memory) if outcome.rounds else None,
+                "failure": outcome.failure.message if outcome.failure else None,
+                "kind": outcome.failure.kind if outcome.failure else None,
+                "num_alloc_retries": outcome.rounds[0].num_alloc_retries if outcome.rounds else None,
+            }
+            for outcome in report.outcomes
+        ],
+    }
+
+
+def as_text(document: dict[str, Any]) -> str:
+    """The document with a line for each cell: thousands of lines of single numbers say nothing in a diff."""
+    marked: list[str] = []
+
+    def mark(cell: dict[str, Any]) -> str:
+        marked.append(json.dumps(cell))
+        return f"@{len(marked) - 1}@"
+
+    cases = [{**case, "cells": [mark(cell) for cell in case["cells"]]} for case in document["cases"]]
+    text = json.dumps({**document, "cases": cases}, indent=1)
+    return re.sub(r'"@(\d+)@"', lambda found: marked[int(found[1])], text) + "\n"
+
+
+def free_bytes(added: Mapping[str, str] | None) -> int:
+    """The memory of the card that is free before the allocator takes any, asked for in a process of its own."""
+    command = [sys.executable, "-c", "import torch; print(torch.cuda.mem_get_info()[0])"]
+    done = subprocess.run(command, env={**os.environ, **(added or {})}, capture_output=True, text=True, check=True)
+    return int(done.stdout)
+
+
 def main() -> None:
-    wanted = sys.argv[1] if len(sys.argv) > 1 else "auto"
+    arguments = argparse.ArgumentParser(description="Measure the grid that predictions are held to.")
+    arguments.add_argument("device", nargs="?", default="auto", help="A device of this machine (default: auto).")
+    arguments.add_argument("--emulate", metavar="CARD", help="Emulate this card, of which only memory is measured.")
+    asked = arguments.parse_args()
+    card = cards.find(asked.emulate) if asked.emulate else None
+    added = None if card is None else environment(card)
     begin = time.perf_counter()
-    with ForkedChildren() as children:
-        answer = children.run(DescribeTask(device=wanted), on_event=lambda event: None, timeout_s=600.0)
+    with ForkedChildren(environment=added) as children:
+        device = asked.device if card is None else "cuda"
+        answer = children.run(DescribeTask(device=device), on_event=lambda event: None, timeout_s=600.0)
         raise_refusal(answer)
         machine = answer.machine
         assert machine is not None
-        path = REFERENCE / f"truth-{slug(machine)}.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         libraries = {name: machine.versions.get(name) for name in ("torch", "transformers", "peft")}
+        if card is None:
+            grid, named = cases(machine.device.partition(":")[0]), slug(machine)
+            header: dict[str, Any] = {"command": "make truth"}
+        else:
+            torch_version = ".".join((libraries["torch"] or "").split(".")[:2])
+            grid, named = cases("emulated"), f"emulated-{card.name}-torch{torch_version}"
+            command = f"python benchmarks/truth.py --emulate {card.name}"
+            header = {"command": command, "source": "emulated", "free_bytes": free_bytes(added)}
+        path = REFERENCE / f"truth-{named}.json"
+        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if stored and any(stored["machine"]["versions"].get(name) != there for name, there in libraries.items()):
             stored = {}  # another version may allocate otherwise
         done = {case["name"]: case for case in stored.get("cases", [])}
-        grid = cases(machine.device.partition(":")[0])
         for number, case in enumerate(grid, start=1):
             if case.name in done and done[case.name]["settings"] == case.settings:
                 continue
-            report = measure(case, machine.device, children)
-            done[case.name] = {
-                "name": case.name,
-                "settings": case.settings,
-                "cells": [
-                    {
-                        "strategy": outcome.cell.strategy,
-                        "memory": encode(outcome.rounds[0].memory) if outcome.rounds else None,
-                        "failure": outcome.failure.message if outcome.failure else None,
-                        "num_alloc_retries": outcome.rounds[0].num_alloc_retries if outcome.rounds else None,
-                    }
-                    for outcome in report.outcomes
-                ],
-            }
+            done[case.name] = stored_case(case, measure(case, machine.device, children))
             document = {
-                "command": "make truth",
+                **header,
                 "machine": encode(machine),
                 "cases": [done[c.name] for c in grid if c.name in done],
             }
-            write_text(path, json.dumps(document, indent=1) + "\n")
+            write_text(path, as_text(document))
             failed = [cell["failure"] for cell in done[case.name]["cells"] if cell["failure"]]
             print(f"{number:3}/{len(grid)} {case.name}{': ' + failed[0] if failed else ''}", flush=True)
     print(f"{path}: {len(done)} cases, {time.perf_counter() - begin:.0f} s")

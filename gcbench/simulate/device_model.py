@@ -14,6 +14,7 @@ from gcbench.simulate.compose.resident import ResidentMemory
 from gcbench.simulate.cuda.attention import CudaAttention
 from gcbench.simulate.cuda.kernels import as_on_cuda
 from gcbench.simulate.cuda.result_order import ON_CUDA
+from gcbench.simulate.events import KernelBuffer
 from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 
 
@@ -50,13 +51,9 @@ def device_model_for(target: Target) -> DeviceModel:
             stack.enter_context(attention)
             yield
 
-    def kernel_buffers(
-        func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-    ) -> Iterator[tuple[str, int]]:
-        for inside in attention_buffers.internal_buffers(func, args, kwargs, target):
-            yield inside.name, inside.nbytes
-        for other in workspaces.internal_buffers(func, args, kwargs, result, target):
-            yield other.name, other.nbytes
+    def kernel_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[KernelBuffer]:
+        yield from attention_buffers.internal_buffers(func, args, kwargs, target)
+        yield from workspaces.internal_buffers(func, args, kwargs, result, target)
 
     known = workspaces.persistent_terms(target)
     return DeviceModel(

@@ -46,15 +46,33 @@ class Timeline:
         return tuple((phase, start, end) for (start, phase), end in zip(self.marks, ends, strict=True))
 
 
-def of_trace(trace: Trace, *, resident: Sequence[int] = (), settled_at: Sequence[int] = ()) -> Timeline:
-    """The timeline of a full trace, after `resident` blocks of so many bytes."""
+def of_trace(
+    trace: Trace,
+    *,
+    resident: Sequence[int] = (),
+    requested: Sequence[int | None] | None = None,
+    settled_at: Sequence[int] = (),
+) -> Timeline:
+    """The timeline of a full trace with `resident` blocks of so many bytes.
+
+    `requested` are the numbers of the trace's events before their allocations, None for those that are never requested;
+    without it all are allocated first.
+    """
     extra = len(resident)
     events = np.array(trace.events, np.int64)
+    events += np.where(events >= 0, extra, -extra)
+    known = [0] * extra if requested is None else requested
+    insertions = [(at, number) for number, at in enumerate(known) if at is not None]
+    places = np.array([at for at, _ in insertions], np.int64)
+
+    def moved(count: int) -> int:
+        return count + int(np.count_nonzero(places <= count))
+
     return Timeline(
         nbytes=np.array([*resident, *(block.nbytes for block in trace.blocks)], np.int64),
-        events=np.concatenate([np.arange(extra), events + np.where(events >= 0, extra, -extra)]),
-        marks=tuple((start + extra, phase) for start, phase in trace.marks),
-        settled_at=tuple(start + extra for start in (*settled_at, *trace.settled_at)),
+        events=np.insert(events, places, [number for _, number in insertions]),
+        marks=tuple((moved(start), phase) for start, phase in trace.marks),
+        settled_at=tuple(moved(start) for start in (*settled_at, *trace.settled_at)),
     )
 
 

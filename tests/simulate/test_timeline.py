@@ -11,8 +11,10 @@ from gcbench.core.records import PHASES
 from gcbench.core.units import MIB
 from gcbench.simulate import timeline
 from gcbench.simulate.allocator.caching_allocator import OutOfMemory
+from gcbench.simulate.compose.block_kinds import Kind
 from gcbench.simulate.compose.layer_traces import LayerTraces, SectionTrace, cut
 from gcbench.simulate.compose.passes import compose_passes
+from gcbench.simulate.compose.resident import ResidentMemory, positions_in_trace
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.fake_model import BEFORE, HEAD, LOSS, REST, LayeredTrace, NotComposable
@@ -140,6 +142,28 @@ def test_a_trace_comes_after_the_resident_blocks():
     assert made.marks == ((3, "forward"), (4, "backward"), (5, "optimizer"))
     assert made.settled_at == (2, 3)
     assert made.spans() == (("forward", 3, 4), ("backward", 4, 5), ("optimizer", 5, 6))
+
+
+def test_a_full_trace_requests_a_workspace_where_its_first_product_runs():
+    """The trap: a workspace below the model's own blocks, or one of the backward pass before it begins."""
+    trace = Trace(
+        blocks=[Block(5, None), Block(7, "mm.default"), Block(9, "mm.default")],
+        events=[0, 1, 2, ~2, ~1, ~0],
+        marks=[(4, "forward")],
+        settled_at=[3],
+        forward_at=1,
+        backward_at=2,
+    )
+    terms = [
+        ResidentMemory(name="w", nbytes=100, kind=Kind.RESIDENT, requested_at=at, requested_by=(op,))
+        for at, op in (("forward", "mm.default"), ("backward", "mm.default"), ("backward", "addmm.default"))
+    ]
+    requested = positions_in_trace(terms, trace)
+    assert requested == (2, 3, None)
+    made = timeline.of_trace(trace, resident=[100, 100, 100], requested=requested)
+    assert made.events.tolist() == [3, 4, 0, 5, 1, ~5, ~4, ~3]
+    assert made.marks == ((6, "forward"),)
+    assert made.settled_at == (5,)
 
 
 # Layer traces. Each layer allocates an activation of 10 + its number in the forward pass and frees it in its backward

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import tiny
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gcbench import strategies
 from gcbench.checkpointing import apply as checkpointing
@@ -13,8 +15,10 @@ from gcbench.devices.backends import open_device
 from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
+from gcbench.simulate.events import KernelBuffer
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.timeline import Timeline
+from gcbench.simulate.trace.recorder import Recorder
 from gcbench.training import step as training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -126,3 +130,19 @@ def test_what_is_alive_when_a_phase_begins_counts():
     )
     peaks = timeline.exact(line).memory
     assert (peaks.backward_bytes, peaks.optimizer_bytes) == (100, 10)
+
+
+def test_buffers_inside_an_operator_live_as_long_as_they_say():
+    """The trap: one set of buffers, alive at one time, after the results: another free block for each of them."""
+    inside = (
+        KernelBuffer(name="first", nbytes=10, after_results=0),
+        KernelBuffer(name="brief", nbytes=20, after_results=0, outlives=1),
+        KernelBuffer(name="briefer", nbytes=30, after_results=0, outlives=0),
+        KernelBuffer(name="last", nbytes=40),
+    )
+    recorder = Recorder(lambda func, args, kwargs, result: inside)
+    with FakeTensorMode(), recorder:
+        kept = torch.empty(8)
+    sizes = [block.nbytes for block in recorder.trace.blocks]
+    assert sizes == [10, 20, 30, kept.nbytes, 40]
+    assert recorder.trace.events == [0, 1, 2, ~2, ~1, 3, 4, ~4, ~0]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gcbench.core.records import Phase
 from gcbench.simulate.compose.block_kinds import Kind
 from gcbench.simulate.compose.passes import Passes
+from gcbench.simulate.events import Trace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,3 +37,13 @@ def request_positions(resident: Sequence[ResidentMemory], passes: Passes) -> tup
             begins = passes.backward_at if backward else 0
             known[key] = passes.first(term.requested_by, backward=backward) if term.requested_by else begins
     return tuple(known[term.requested_at, term.requested_by] for term in resident)
+
+
+def positions_in_trace(resident: Sequence[ResidentMemory], trace: Trace) -> tuple[int | None, ...]:
+    """The same in a step traced in full: numbers of the trace's events before each allocation."""
+    found: list[int | None] = []
+    for term in resident:
+        backward = term.requested_at not in (None, "forward")
+        begins = (trace.backward_at if backward else trace.forward_at) if term.requested_at else 0
+        found.append(trace.first(term.requested_by, backward=backward) if term.requested_by else begins or 0)
+    return tuple(found)

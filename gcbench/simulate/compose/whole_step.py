@@ -11,7 +11,7 @@ import numpy.typing as npt
 from gcbench.simulate import timeline
 from gcbench.simulate.compose.block_kinds import Kind, LayerPolicy, classify_full_trace, classify_passes
 from gcbench.simulate.compose.passes import Passes
-from gcbench.simulate.compose.resident import ResidentMemory, request_positions
+from gcbench.simulate.compose.resident import ResidentMemory, positions_in_trace, request_positions
 from gcbench.simulate.compose.step_timeline import are_allocations_of, persistent_blocks, state_blocks, step_timeline
 from gcbench.simulate.events import Block, Trace
 from gcbench.simulate.timeline import Timeline
@@ -122,7 +122,9 @@ def assemble_full_trace(
         gradients: blocks of the measured step's gradients.
         num_params: how many of the first blocks hold parameters.
     """
-    line = timeline.of_trace(trace, resident=[term.nbytes for term in resident])
+    line = timeline.of_trace(
+        trace, resident=[term.nbytes for term in resident], requested=positions_in_trace(resident, trace)
+    )
     blocks = [*(Block(term.nbytes, term.name) for term in resident), *trace.blocks]
     (begin, _), (backward, _), (update, _) = line.marks
     return Assembly(

@@ -90,6 +90,8 @@ class CudaAttention:
                 return math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
             mask = _additive(mask, query.dtype)
             if choice.kernel == "efficient":
+                if mask is not None:  # bound to the same name, so that the mask it is made from is freed
+                    mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
                 return _efficient(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
             return _cudnn(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
 
@@ -179,8 +181,6 @@ def _efficient(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    if mask is not None:
-        mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
     out: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention.default(
         query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
     )[0]

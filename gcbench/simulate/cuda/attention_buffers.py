@@ -1,8 +1,7 @@
 """Lists the buffers that attention's operators allocate inside on a card, which a trace of operators cannot see.
 
-From pytorch's sources, torch 2.11 to 2.13, each named beside its figure. All buffers of one call are alive at the same
-time, together with the operator's results and inputs, and freed when it returns; if an operator has two phases, they
-are those of the larger one. Deterministic algorithms, which need more, are not covered.
+From pytorch's sources, torch 2.11 to 2.13, each named beside its figure, in order of allocation, after the operator's
+results; each says how long it lives. Deterministic algorithms, which need more, are not covered.
 
 What cuDNN allocates beyond the tensors that its front end names was measured on an H100, in one block with them, and is
 assumed to be the same on other cards. What sources do not say is assumed: a card's shared memory, which decides between
@@ -14,19 +13,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import Gpu, gpu_of
+from gcbench.simulate.events import KernelBuffer
 
 ASSUMED_NUM_SMS = 108
 """Multiprocessors of a card of which only the memory is known: an A100's."""
 
 _FP32_BYTES = 4
 _FLASH_FORWARD = "set_params_splitkv, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_FLASH_RNG = "mha_fwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
+_RNG_STATE_BYTES = 16
 _FLASH_BACKWARD = "mha_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _FLASH_VARLEN_BACKWARD = "mha_varlen_bwd, pytorch aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp"
 _COPIES = "_flash_attention_backward, pytorch aten/src/ATen/native/transformers/cuda/attention_backward.cu"
@@ -45,15 +46,6 @@ _CUDNN_WORKSPACE = (
 _AOTRITON = "assumed: AOTriton's backward pass, pytorch aten/src/ATen/native/transformers/hip"
 _SAFE_SOFTMAX = "_safe_softmax, pytorch aten/src/ATen/native/transformers/attention.cpp"
 _SOFTMAX_BACKWARD = "softmax_backward_cuda_out, pytorch aten/src/ATen/native/cuda/SoftMax.cu"
-
-
-@dataclass(frozen=True, kw_only=True)
-class KernelBuffer:
-    """A buffer inside an operator: what it holds, its size in bytes, and the source of that, or that it is assumed."""
-
-    name: str
-    nbytes: int
-    source: str
 
 
 def internal_buffers(
@@ -98,9 +90,15 @@ def _sizes(inputs: dict[str, Any]) -> _Sizes:
 
 
 def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Partial results of each split, if there are so few blocks that the keys are split among multiprocessors."""
+    """The random state, if there is dropout; else the partial results of splits.
+
+    Keys are split among multiprocessors if there are too few blocks for all of them.
+    """
     s = _sizes(inputs)
-    if gpu.vendor != "nvidia" or inputs["dropout_p"] > 0:
+    if gpu.vendor != "nvidia":
+        return
+    if inputs["dropout_p"] > 0:  # replaced by the state that dropout drew from
+        yield KernelBuffer(name="first rng_state", nbytes=_RNG_STATE_BYTES, source=_FLASH_RNG, after_results=2)
         return
     splits = _num_splits(s, num_sms)
     if splits > 1:
@@ -181,7 +179,7 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
     s = _sizes(inputs)
     yield from _bshd_copy(inputs["grad_out_"], "contiguous grad_out", _EFFICIENT_BACKWARD)
     rows_bytes = s.batch * s.heads * s.queries * _FP32_BYTES
-    delta = KernelBuffer(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD)
+    delta = KernelBuffer(name="delta", nbytes=rows_bytes, source=_EFFICIENT_BACKWARD, outlives=1)
     if gpu.vendor == "amd":
         yield delta
         return
@@ -193,12 +191,14 @@ def _efficient_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Itera
         yield delta
         yield workspace
         return
-    fp32_tensors = 3 if is_half else 1
-    product = KernelBuffer(
-        name="grad_out * out", nbytes=rows_bytes * (fp32_tensors * s.value_dim + 1), source=_EFFICIENT_BACKWARD
-    )
+    fp32_bytes = rows_bytes * s.value_dim
+    parts = [("grad_out in fp32", fp32_bytes), ("out in fp32", fp32_bytes)] if is_half else []
+    parts += [("grad_out * out", fp32_bytes), ("its sum", rows_bytes)]
+    # All are freed with the full expression, of which a dense copy, of other strides, is kept.
+    for place, (name, nbytes) in enumerate(parts):
+        yield KernelBuffer(name=name, nbytes=nbytes, source=_EFFICIENT_BACKWARD, outlives=len(parts) - place)
     yield delta
-    yield max(product, workspace, key=lambda buffer: buffer.nbytes)
+    yield workspace
 
 
 class _Tile(NamedTuple):

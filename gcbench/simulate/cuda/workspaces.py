@@ -35,9 +35,10 @@ import torch
 from gcbench.core.units import parse_bytes
 from gcbench.devices import contexts
 from gcbench.devices.target import Target
-from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS, KernelBuffer
+from gcbench.simulate.cuda.attention_buffers import ASSUMED_NUM_SMS
 from gcbench.simulate.cuda.attention_rules import gpu_of
 from gcbench.simulate.cuda.reductions import Reduction, workspace
+from gcbench.simulate.events import KernelBuffer
 
 _FP32_BYTES = 4
 _INT64_BYTES = 8
@@ -51,6 +52,10 @@ From https://docs.nvidia.com/cuda/cuda-programming-guide/05-appendices/compute-c
 CONTEXT = "CUDA context, kernels and handles"
 _aten = torch.ops.aten
 
+_LEAST_SORT_BYTES = 4607
+_LEAST_CUB_BYTES = 1279
+"""CUB's counters in a sort, to which a quarter of a byte comes for each key, and its storage in a selection or scan of
+a few thousand: from the history of emulated cards' allocators, torch 2.13."""
 MOST_UNSORTED = 3072
 """Tokens whose gradients are summed without sorting them first (`_EMBEDDING_SORT`)."""
 _EMBEDDING = "embedding_backward_cuda_kernel, pytorch aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu"
@@ -134,23 +139,36 @@ def _embedding_backward(inputs: dict[str, Any], target: Target) -> Iterator[Kern
     count, width = indices.numel(), gradient.shape[-1]
     if count <= MOST_UNSORTED and not by_frequency:
         return
+    itemsize = indices.element_size()
     segments = min(count, num_weights)
     partial_segments = count // 10 + segments
-    for name in ("sorted tokens", "their places", *(("counts",) if by_frequency else ())):
-        yield _buffer(name, count * indices.element_size(), _EMBEDDING_SORT)
-    yield _buffer("segment offsets", count * indices.element_size(), _EMBEDDING)
+    for name in ("sorted tokens", "their places"):
+        yield _buffer(name, count * itemsize, _EMBEDDING_SORT, after_results=0)
+    yield _buffer("range", count * itemsize, _EMBEDDING_SORT, after_results=0, outlives=1)
+    yield _buffer("CUB's sort", _sort_bytes(count, itemsize), _RADIX_SORT, after_results=0, outlives=0)
+    if by_frequency:
+        yield _buffer("counts", count * itemsize, _EMBEDDING_SORT, after_results=0)
+    yield _buffer("segment offsets", count * itemsize, _EMBEDDING)
+    yield _buffer("number of segments", _INT64_BYTES, _EMBEDDING)
+    yield _buffer("unique tokens", count * itemsize, _EMBEDDING, outlives=1)
+    yield _buffer("CUB's selection", _LEAST_CUB_BYTES, _EMBEDDING, outlives=0)
     for name in ("partials per segment", "offsets of partials"):
-        yield _buffer(name, segments * indices.element_size(), _EMBEDDING)
-    yield _buffer("offsets of partial segments", partial_segments * indices.element_size(), _EMBEDDING)
-    for name in ("number of segments", "number of partial segments"):
-        yield _buffer(name, _INT64_BYTES, _EMBEDDING)
+        yield _buffer(name, segments * itemsize, _EMBEDDING)
+    yield _buffer("CUB's scan", _LEAST_CUB_BYTES, _EMBEDDING, outlives=0)
+    yield _buffer("number of partial segments", _INT64_BYTES, _EMBEDDING)
+    yield _buffer("offsets of partial segments", partial_segments * itemsize, _EMBEDDING)
     sum_bytes = max(gradient.element_size(), _FP32_BYTES)
     if _adds_in_one_kernel(segments, partial_segments, width, _num_sms(target)):
-        yield _buffer("segments of partial segments", partial_segments * indices.element_size(), _EMBEDDING)
+        yield _buffer("segments of partial segments", partial_segments * itemsize, _EMBEDDING)
         if gradient.element_size() < _FP32_BYTES:
             yield _buffer("gradient in fp32", num_weights * width * _FP32_BYTES, _EMBEDDING)
     else:
         yield _buffer("sums of partial segments", partial_segments * width * sum_bytes, _EMBEDDING)
+
+
+def _sort_bytes(count: int, key_bytes: int) -> int:
+    """CUB's storage for a radix sort: second copies of keys and values, and counters of its passes and tiles."""
+    return count * (key_bytes + _INT64_BYTES) + _LEAST_SORT_BYTES + count // 4
 
 
 def _adds_in_one_kernel(segments: int, partial_segments: int, width: int, num_sms: int) -> bool:
@@ -287,8 +305,10 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] 
 }
 
 
-def _buffer(name: str, nbytes: int, source: str) -> KernelBuffer:
-    return KernelBuffer(name=name, nbytes=nbytes, source=source)
+def _buffer(
+    name: str, nbytes: int, source: str, *, after_results: int | None = None, outlives: int | None = None
+) -> KernelBuffer:
+    return KernelBuffer(name=name, nbytes=nbytes, source=source, after_results=after_results, outlives=outlives)
 
 
 def _num_sms(target: Target) -> int:

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from gcbench.simulate.events import KernelBuffer
+
 _SAFE_SOFTMAX = torch.ops.aten._safe_softmax.default
 _CUMSUM = torch.ops.aten.cumsum.default
 _NUMBERS = {float: torch.float64, int: torch.int64, bool: torch.bool}
@@ -28,26 +30,24 @@ _WRAPPING = frozenset(
 """Operators whose argument is a number, which they wrap themselves."""
 
 
-def internal_buffers(
-    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
-) -> Iterator[tuple[str, int]]:
-    """(name, bytes) of each buffer that the operator allocates inside while it runs on the CPU."""
+def internal_buffers(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Iterator[KernelBuffer]:
+    """The buffers that the operator allocates inside while it runs on the CPU."""
     if func is _SAFE_SOFTMAX:
         yield from _safe_softmax(result)
     if func is _CUMSUM and args[0].dtype is not result.dtype:  # `impl_func_cum_ops` in native/ReduceOps.cpp
-        yield "input in the result's dtype", result.numel() * result.element_size()
+        yield KernelBuffer(name="input in the result's dtype", nbytes=result.numel() * result.element_size())
     for place in _places(func):
         if place < len(args) and (dtype := _NUMBERS.get(type(args[place]))) is not None:
-            yield "number", dtype.itemsize
+            yield KernelBuffer(name="number", nbytes=dtype.itemsize)
             tensor = next((arg for arg in args if isinstance(arg, torch.Tensor)), None)
             if tensor is not None and tensor.dtype is not dtype:
-                yield "number", tensor.dtype.itemsize
+                yield KernelBuffer(name="number", nbytes=tensor.dtype.itemsize)
 
 
-def _safe_softmax(result: torch.Tensor) -> Iterator[tuple[str, int]]:
+def _safe_softmax(result: torch.Tensor) -> Iterator[KernelBuffer]:
     """A mask of its elements and one of its rows (`_safe_softmax` in pytorch's aten/src/ATen/native/SoftMax.cpp)."""
-    yield "mask", result.numel()
-    yield "mask of rows", result.numel() // max(result.shape[-1], 1)
+    yield KernelBuffer(name="mask", nbytes=result.numel())
+    yield KernelBuffer(name="mask of rows", nbytes=result.numel() // max(result.shape[-1], 1))
 
 
 @cache

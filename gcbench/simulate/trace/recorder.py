@@ -16,11 +16,11 @@ from transformers import masking_utils
 
 from gcbench.core.records import Phase
 from gcbench.simulate.costs import Work
-from gcbench.simulate.events import Block, Trace
+from gcbench.simulate.events import Block, KernelBuffer, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
 
-KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[tuple[str, int]]]
-"""(operator, arguments, keyword arguments, result) -> (name, bytes) of each buffer inside its kernel."""
+KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[KernelBuffer]]
+"""(operator, arguments, keyword arguments, result) -> the buffers inside its kernel, in order of allocation."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -90,6 +90,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def note_backward(self, phase: Phase) -> None:
         """Note whether the backward pass runs, in a step that is not the measured one."""
         self._in_backward = phase == "backward"
+        if phase == "forward" and self.trace.forward_at is None:
+            self.trace.forward_at = len(self.trace.events)
+        if phase == "backward" and self.trace.backward_at is None:
+            self.trace.backward_at = len(self.trace.events)
 
     def on_phase(self, phase: Phase) -> None:
         """Mark a phase of the measured step."""
@@ -129,26 +133,28 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._hand_over(args[0], result)
             return result
         name = func.__name__
+        buffers = () if self._kernel_buffers is None else tuple(self._kernel_buffers(func, args, kwargs, result))
+        inside = _Inside(self, name)
+        for count, tensor in enumerate(self._results(func, result)):
+            inside.allocate(buffer for buffer in buffers if buffer.after_results == count)
+            self.note(tensor, name)
+        inside.allocate(buffer for buffer in buffers if buffer.after_results is None)
+        inside.free_all()
+        return result
+
+    def _results(self, func: Any, result: Any) -> Iterator[torch.Tensor]:
+        """The tensors that an operator returns, in the order in which the device allocates them."""
         if isinstance(result, torch.Tensor):
-            self.note(result, name)
+            yield result
         elif isinstance(result, (tuple, list)):
             order = self._result_order.get(func)
             if order is not None:
                 self._hide(value for place, value in enumerate(result) if place not in order)
             for value in result if order is None else [result[place] for place in order]:
                 if isinstance(value, torch.Tensor):
-                    self.note(value, name)
+                    yield value
                 elif isinstance(value, (tuple, list)):
-                    for inner in value:
-                        self.note(inner, name)
-        if self._kernel_buffers is not None:
-            inside = [
-                self._allocate(nbytes, f"{name}: {part}")
-                for part, nbytes in self._kernel_buffers(func, args, kwargs, result)
-                if nbytes
-            ]
-            self.trace.events.extend(~number for number in reversed(inside))  # as C++ destroys locals
-        return result
+                    yield from value
 
     def _adds_in_place(self, args: Any, kwargs: Any) -> bool:
         """Whether the autograd engine is adding two gradients into a buffer that nothing else references.
@@ -181,6 +187,33 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # The weak reference went with `alive`, so that the end of `old` is not recorded.
         storage = result.untyped_storage()
         self._watch(storage, storage._cdata, alive[1])
+
+
+class _Inside:
+    """Allocates and frees the buffers inside one call of an operator."""
+
+    def __init__(self, recorder: Recorder, op: str) -> None:
+        self._recorder = recorder
+        self._op = op
+        self._alive: list[tuple[int, int | None]] = []
+        """(block, how many more buffers it outlives, None for all), in order of allocation."""
+
+    def allocate(self, buffers: Iterable[KernelBuffer]) -> None:
+        for buffer in buffers:
+            if not buffer.nbytes:
+                continue
+            self._alive = [(block, None if left is None else left - 1) for block, left in self._alive]
+            number = self._recorder._allocate(buffer.nbytes, f"{self._op}: {buffer.name}")
+            self._alive.append((number, buffer.outlives))
+            self._free(lambda left: left == 0)
+
+    def free_all(self) -> None:
+        self._free(lambda left: True)
+
+    def _free(self, is_due: Callable[[int | None], bool]) -> None:
+        due = [block for block, left in self._alive if is_due(left)]
+        self._recorder.trace.events.extend(~block for block in reversed(due))  # as C++ destroys locals
+        self._alive = [(block, left) for block, left in self._alive if block not in due]
 
 
 _ADD = torch.ops.aten.add.Tensor
