@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
+from collections.abc import Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -55,8 +56,8 @@ def _decode(kind: Any, value: Any, where: str) -> Any:
             return tuple(_decode(items[0], part, f"{where}[{i}]") for i, part in enumerate(value))
         if isinstance(value, list) and len(value) == len(items):
             return tuple(_decode(items[i], part, f"{where}[{i}]") for i, part in enumerate(value))
-    elif origin in (dict, list):
-        if isinstance(value, origin):
+    elif origin in (dict, list, Mapping):
+        if isinstance(value, list if origin is list else dict):
             return value
     elif kind is float:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
