@@ -195,16 +195,13 @@ static void discharge(int device, size_t *account, size_t size) {
 int emu_charge(int device, size_t size) { return charge(device, &accounts[device].big, size); }
 void emu_discharge(int device, size_t size) { discharge(device, &accounts[device].big, size); }
 
-#define ARENA ((size_t)1 << 45) /* 32 TiB of addresses */
+/* Above what x86-64 maps for a process, so that nothing else lies there and a touch is a fault. */
+#define ARENA_BEGIN ((char *)((size_t)1 << 50))
+#define ARENA_END (ARENA_BEGIN + ((size_t)1 << 47))
 
 static char *free_addresses(size_t size) { /* above all earlier ones, and from the beginning again at the end */
-    static char *begin, *next, *end;
-    if (begin == NULL) {
-        char *base = mmap(NULL, ARENA, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (base == MAP_FAILED) return NULL;
-        begin = next = (char *)(((size_t)base + PAGE - 1) / PAGE * PAGE);
-        end = base + ARENA;
-    }
+    static char *next = ARENA_BEGIN;
+    char *const begin = ARENA_BEGIN, *const end = ARENA_END;
     size = (size + PAGE - 1) / PAGE * PAGE;
     for (int round = 0; round < 2; round++) {
         while (size <= (size_t)(end - next)) {
