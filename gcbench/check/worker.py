@@ -33,10 +33,9 @@ from gcbench.core.errors import GcbenchError, MissingLibrary, UnavailableError, 
 from gcbench.core.records import ModelFacts, Phase
 from gcbench.core.units import counted
 from gcbench.devices import backends
-from gcbench.devices.target import CPU
 from gcbench.diagnoses.failures import NEEDS_TRITON, lacks_triton, with_doubt
 from gcbench.diagnoses.known_causes import Observation, diagnose
-from gcbench.emulate.environment import emulated_card
+from gcbench.emulate.environment import card_behind
 from gcbench.job.preflight import beyond_positions
 from gcbench.models import build as models
 from gcbench.models.scaledown import scaled_down
@@ -72,7 +71,7 @@ class _Checker:
     def __init__(self, task: CheckTask) -> None:
         self.task = task
         self.name = backends.choose(task.device)
-        self.is_emulated = emulated_card() is not None and self.name != CPU
+        self.is_emulated = card_behind(self.name) is not None
         self.source = task.source
         self.seq_len = self._seq_len()
         if not task.full_size:

@@ -1,9 +1,12 @@
-"""Writes a file atomically, and finds the user's cache folder. No torch."""
+"""Writes a file atomically, makes a temporary folder, and finds the user's cache folder. No torch."""
 
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
+
+from gcbench.core.errors import UnavailableError
 
 
 def write_text(path: Path, text: str) -> None:
@@ -25,6 +28,16 @@ def write_bytes(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def temporary_folder() -> Path:
+    """Make a private folder, which the caller removes; raises UnavailableError where that is impossible."""
+    try:
+        return Path(tempfile.mkdtemp(prefix="gcbench-"))
+    except OSError as err:
+        raise UnavailableError(
+            f"no temporary folder can be created ({err.strerror}); set TMPDIR to a folder with free space"
+        ) from None
 
 
 def cache_folder() -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from rich.console import Console
 
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ScriptFailed, ThresholdBroken, UnavailableError
-from gcbench.core.files import write_text
+from gcbench.core.files import temporary_folder, write_text
 from gcbench.core.interruption import ignore_more
 from gcbench.devices import cards
 from gcbench.devices.cards import Card
@@ -64,7 +63,7 @@ def dry_run(
         card = replace(card, memory_bytes=options.device_memory)
     python = process.interpreter_of(command)
     store = Store.create(out) if out is not None else None
-    folder = _private_folder()
+    folder = temporary_folder()
     try:
         emulated = environment(card, num_cards=options.num_devices, python=python, ledger=folder / "ledger")
         result = _run(command, options, card, emulated, folder, store, invocation, to_stderr=as_json, quiet=quiet)
@@ -138,15 +137,6 @@ def _device_flags(options: DryRunOptions) -> list[str]:
     if options.device_file is not None:
         flags += ["--device-file", str(options.device_file)]
     return flags
-
-
-def _private_folder() -> Path:
-    try:
-        return Path(tempfile.mkdtemp(prefix="gcbench-"))
-    except OSError as err:
-        raise UnavailableError(
-            f"no temporary folder can be created ({err.strerror}); set TMPDIR to a folder with free space"
-        ) from None
 
 
 def _raise(result: DryRun) -> None:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
-from typing import Any
-
-_observers: list[Any] = []
 
 
 @cache
 def _library() -> ctypes.CDLL:
     library = ctypes.CDLL("libcuda.so.1")
     library.emu_num_launches.restype = ctypes.c_ulong
-    library.emu_num_reads.restype = ctypes.c_ulong
     library.emu_refused.restype = ctypes.c_char_p
     library.emu_refused.argtypes = (ctypes.c_size_t,)
     return library
@@ -25,21 +20,9 @@ def num_launches() -> int:
     return int(_library().emu_num_launches())
 
 
-def num_reads() -> int:
-    """Return how often the host read values from a card, which were zeros."""
-    return int(_library().emu_num_reads())
-
-
 def refused() -> tuple[str, ...]:
     """Return the functions of NVIDIA's libraries that were called and that the emulation refuses."""
     names: list[str] = []
     while (name := _library().emu_refused(len(names))) is not None:
         names.append(name.decode())
     return tuple(names)
-
-
-def observe_reads(function: Callable[[int], None]) -> None:
-    """Call `function` with the number of bytes at every read from a card by the host, in the thread that reads."""
-    callback = ctypes.CFUNCTYPE(None, ctypes.c_size_t)(function)
-    _observers.append(callback)  # ctypes does not keep it alive
-    _library().emu_observe_reads(callback)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gcbench.devices.cards import Card
+from gcbench.devices.target import CPU
 from gcbench.emulate import library
 from gcbench.emulate.properties import architectures, capability_of, joined, properties, split
 
@@ -46,6 +47,11 @@ def environment(
 def emulated_card() -> str | None:
     """Return the name of the card that this process runs on, if it is emulated; None in every other process."""
     return os.environ.get(CARD) if os.environ.get(PROPERTIES) else None
+
+
+def card_behind(device: str) -> str | None:
+    """Return the name of the card that a device of this process, "cpu" or "cuda:N", emulates; None for a real one."""
+    return None if device == CPU else emulated_card()
 
 
 def emulated_context_bytes() -> int | None:

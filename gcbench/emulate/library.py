@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -250,13 +251,9 @@ def _write_shim(folder: Path, python: Path) -> None:
     shim = folder / "nvidia-smi"
     code = Path(smi.__file__).read_text(encoding="utf-8")
     shim.write_text(
-        f"#!/bin/sh\nunset LD_PRELOAD\nexec {_quoted(python)} -I -S - \"$@\" <<'END'\n{code}\nEND\n", "utf-8"
+        f"#!/bin/sh\nunset LD_PRELOAD\nexec {shlex.quote(str(python))} -I -S - \"$@\" <<'END'\n{code}\nEND\n", "utf-8"
     )
     shim.chmod(0o755)
-
-
-def _quoted(python: Path) -> str:
-    return "'" + str(python).replace("'", "'\\''") + "'"
 
 
 def _probe(python: Path, preload: list[Path]) -> str:

@@ -10,9 +10,8 @@ from gcbench.core.errors import GcbenchError
 from gcbench.core.records import EMULATED, Machine
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
-from gcbench.devices.target import CPU
 from gcbench.diagnoses.failures import crash
-from gcbench.emulate.environment import emulated_card
+from gcbench.emulate.environment import card_behind
 from gcbench.job.describe import DescribeTask
 from gcbench.models import build as models
 from gcbench.models import flash_attention
@@ -58,8 +57,8 @@ def describe(task: DescribeTask, send: Callable[[object], None] = lambda event: 
 
 def _machine(device: Device) -> Machine:
     """Describe the device; one that is emulated says so, and not by which library."""
-    machine, card = device.describe(), emulated_card()
-    if card is None or machine.device == CPU:
+    machine, card = device.describe(), card_behind(device.name)
+    if card is None:
         return machine
     settings = {name: value for name, value in machine.settings.items() if name != _PRELOAD}
     return replace(machine, settings=settings | {EMULATED: card})

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from gcbench import strategies
 from gcbench.core import model_changes
 from gcbench.core.errors import UsageError
-from gcbench.core.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, Workload
+from gcbench.core.records import SCHEMA, Cell, Failure, Machine, ModelFacts, Outcome, Report, Source, Workload
 from gcbench.core.units import format_bytes
 from gcbench.core.version import __version__
 from gcbench.devices.target import CPU, Target
@@ -50,6 +50,11 @@ class ResolvedRun:
     notices: tuple[str, ...]
     model_notices: tuple[str, ...] = ()
     is_emulated: bool = False
+
+    @property
+    def source(self) -> Source:
+        """Where the figures of this run come from."""
+        return "emulated" if self.is_emulated else "measured"
 
 
 def resolve(
@@ -193,7 +198,7 @@ def begin(resolved: ResolvedRun, machine: Machine, facts: ModelFacts, command: s
         notices=resolved.notices,
         plan_files=resolved.plan_files,
         model_notices=resolved.model_notices,
-        source="emulated" if machine.emulated is not None else "measured",
+        source=resolved.source,
     )
 
 

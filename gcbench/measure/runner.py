@@ -114,11 +114,10 @@ def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: 
     if changed:
         changes = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
         raise UsageError(f"--resume continues the stored run, and its settings differ: {changes}; take a new --out")
-    source = "emulated" if resolved.is_emulated else "measured"
-    if previous.source != source:
+    if previous.source != resolved.source:
         raise UsageError(
-            f"--resume continues the stored run, which is {previous.source}, and this one would be {source}; take a "
-            "new --out"
+            f"--resume continues the stored run, which is {previous.source}, and this one would be {resolved.source}; "
+            "take a new --out"
         )
     libraries = ("torch", "transformers", *(["peft"] if resolved.settings.lora else []))
     for what, before, after in (

@@ -20,9 +20,8 @@ from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
 from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
-from gcbench.devices.target import CPU
 from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
-from gcbench.emulate.environment import emulated_card
+from gcbench.emulate.environment import card_behind
 from gcbench.measure import take_fingerprint
 from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
 from gcbench.models import build as models
@@ -68,7 +67,7 @@ class _Measurement:
         self.num_recomputed: int | None = None
         self.draws_outside_torch = False
         self.steps_s = 0.0
-        self.is_emulated = emulated_card() is not None and device.name != CPU
+        self.is_emulated = card_behind(device.name) is not None
         self._is_recorded = False
 
     def run(self) -> Answer:
@@ -242,6 +241,6 @@ def _failure(err: BaseException, *, task: MeasureTask, device: Device | None, wh
     if lacks_triton(err):
         return Failure(kind="unsupported", message=NEEDS_TRITON, detail=text)
     failure = crash(err, task.cell.strategy, lora=task.lora is not None)
-    if emulated_card() is None or device is None or device.name == CPU:
+    if device is None or card_behind(device.name) is None:
         return failure
     return replace(failure, message=with_doubt(failure.message, err))

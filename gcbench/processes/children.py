@@ -7,7 +7,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -18,7 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from gcbench.core.errors import UnavailableError
+from gcbench.core.files import temporary_folder
 from gcbench.core.json_codec import decode
 from gcbench.core.records import Failure
 from gcbench.core.units import format_seconds
@@ -70,12 +69,7 @@ class ForkedChildren:
         self._is_halted = False
 
     def __enter__(self) -> ForkedChildren:
-        try:
-            self._folder = Path(tempfile.mkdtemp(prefix="gcbench-"))
-        except OSError as err:
-            raise UnavailableError(
-                f"no temporary folder can be created ({err.strerror}); set TMPDIR to a folder with free space"
-            ) from None
+        self._folder = temporary_folder()
         if self._environment is not None:
             self._relay = Relay(
                 preload=self._modules, environment=self._environment, log_path=self._folder / _RELAY_LOG

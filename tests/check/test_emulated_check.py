@@ -21,8 +21,7 @@ NEVER = ("identical", "within noise", "with the gradients of off", "equal to off
 @pytest.fixture
 def checked(tmp_path, monkeypatch, one_thread):
     """`checked(strategy…)` checks a tiny model on what the worker takes for an emulated card; no gradient is read."""
-    monkeypatch.setattr(worker, "emulated_card", lambda: "h100")
-    monkeypatch.setattr(worker, "CPU", "another")
+    monkeypatch.setattr(worker, "card_behind", lambda device: "h100")
     monkeypatch.setattr(Gradients, "of", lambda model: pytest.fail("gradients were read"))
 
     def call(*strategies, family="llama"):

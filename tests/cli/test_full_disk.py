@@ -74,5 +74,5 @@ def test_no_temporary_folder(cli, model, monkeypatch):
     def fails(*args, **kwargs):
         raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
 
-    monkeypatch.setattr("gcbench.processes.children.tempfile.mkdtemp", fails)
+    monkeypatch.setattr("gcbench.core.files.tempfile.mkdtemp", fails)
     cli("env").refused(3, "no temporary folder can be created", "set TMPDIR")

@@ -168,7 +168,7 @@ def measured(tmp_path, monkeypatch, one_thread):
     """`measured(strategy)` measures a tiny model on what its worker takes for an emulated card."""
     from gcbench.devices.backends.cpu import CpuDevice
 
-    monkeypatch.setattr(worker, "emulated_card", lambda: "h100")
+    monkeypatch.setattr(worker, "card_behind", lambda device: "h100")
     monkeypatch.setattr(worker.backends, "open_device", lambda name: Card(CpuDevice()))
     monkeypatch.setattr(take_fingerprint, "take", lambda *args, **kwargs: pytest.fail("gradients were read"))
     monkeypatch.setattr(CpuDevice, "limit_memory", lambda self, limit: None)

@@ -43,8 +43,6 @@ def machine(
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
     variables = {name: os.environ[name] for name in _VARIABLES if name in os.environ}
-    if "GCBENCH_EMULATED_CARD" in os.environ:
-        variables.pop("LD_PRELOAD", None)  # the emulation's own, which is a setting by another name
     return Machine(
         device=device,
         device_name=device_name,

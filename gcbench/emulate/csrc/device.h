@@ -59,7 +59,6 @@ void *emu_driver_symbol(const char *name);
 
 void emu_register_kernel(const void *function, const char *name);
 int emu_launch(const void *function, const unsigned grid[3], const unsigned block[3], size_t shared); /* 0, or -1 */
-const char *emu_last_kernel(void);
 void emu_call(const char *name);    /* count a call of a function that nobody wrote, which succeeded */
 long emu_refuse(const char *name, long status); /* count a call that this emulation refuses; returns status */
 
