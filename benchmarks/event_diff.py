@@ -231,7 +231,7 @@ def main() -> None:
     """Record, predict and compare one cell."""
     if sys.argv[1:2] == ["--record"]:
         record(json.loads(sys.argv[2]), sys.argv[3])
-        return
+        os._exit(0)  # an interpreter that ends would end the process with autograd's thread, if that is still busy
     arguments = argparse.ArgumentParser(description="Compare a step's allocations with the predicted ones.")
     arguments.add_argument("--emulate", metavar="CARD", help="Emulate this card.")
     arguments.add_argument("--device", default="h100", help="The card here, as predict names it (default: h100).")

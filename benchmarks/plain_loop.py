@@ -181,8 +181,8 @@ def main() -> None:
     """Run the cases that are asked for and are not there yet, and save after each."""
     path, names = Path(sys.argv[1]), sys.argv[2:]
     if names[:1] == ["--one"]:
-        print(json.dumps(train(CASES[names[1]])))
-        return
+        print(json.dumps(train(CASES[names[1]])), flush=True)
+        os._exit(0)  # an interpreter that ends would end the process with autograd's thread, if that is still busy
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
     # What a process allocates does not depend on others, as long as the card has room for all.

@@ -23,10 +23,9 @@ _LEAST_MEMORY_BYTES = 256 * MIB
 _MOST_MEMORY_BYTES = 16 * 1024 * GIB
 _LEAST_RATE = 1e9
 _MOST_NEAR_NAMES = 4
-_REMEDY = (
-    "or set only its memory, like --device-memory 48GiB, or describe it with --device-file FILE.toml: a [[card]] "
-    "with its name and memory_bytes"
-)
+_DESCRIBE = "describe it with --device-file FILE.toml: a [[card]] with its name and memory_bytes"
+_REMEDY = f"or set only its memory, like --device-memory 48GiB, or {_DESCRIBE}"
+_CATALOGUE_ALONE = "name one of them, as only cards of the catalogue can be emulated"
 _LEAST_OF_BOX, _MOST_OF_BOX = 0.88, 1.02
 """Range of the total memory that torch reports, relative to the marketed size in GiB."""
 
@@ -95,15 +94,21 @@ def find(name: str, extra: Path | None = None) -> Card:
     raise UnavailableError(f"{_unknown(name, own)}; {_REMEDY}")
 
 
-def find_to_emulate(name: str) -> Card:
-    """Return the card of the catalogue called `name`; raises UnavailableError with near names, as `find` does."""
-    card = known(name)
+def find_to_emulate(name: str, extra: Path | None = None, *, takes_file: bool = False) -> Card:
+    """Return the card called `name`, from the file `extra` or else the catalogue.
+
+    `takes_file` tells whether the command has `--device-file`, for the remedy. Raises UnavailableError with near names,
+    as `find` does, and UsageError when `extra` cannot be read.
+    """
+    own = read(extra) if extra is not None else ()
+    card = _found(name, own)
     if card is None:
         other = spellings.no_cuda_device(name)
+        remedy = f"name one of them, or {_DESCRIBE}" if takes_file else _CATALOGUE_ALONE
         raise UnavailableError(
             f"{name!r} is {other}, and only NVIDIA cards can be emulated; gcbench devices lists them"
             if other is not None
-            else f"{_unknown(name, ())}; name one of them, as only cards of the catalogue can be emulated"
+            else f"{_unknown(name, own)}; {remedy}"
         )
     return card
 

@@ -58,7 +58,7 @@ def dry_run(
     quiet: bool,
 ) -> None:
     """Run the command on the emulated card, and report; raises the verdict where it is not that it fits."""
-    card = cards.find(options.device, options.device_file)
+    card = cards.find_to_emulate(options.device, options.device_file, takes_file=True)
     if options.device_memory is not None:
         card = replace(card, memory_bytes=options.device_memory)
     python = process.interpreter_of(command)

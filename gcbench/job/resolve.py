@@ -144,10 +144,7 @@ def _device_notices(requested: Settings, kind: str, machine: Machine) -> list[st
     if machine.emulated is not None:
         memory = format_bytes(machine.device_memory_bytes)
         here = "" if requested.emulate else " This process runs on that card."
-        return [
-            f"Emulated: {machine.device_name}, {memory}, which is not here. Memory is that of PyTorch's own allocator; "
-            f"nothing is computed, so there are no times.{here}"
-        ]
+        return [f"Emulated on {machine.device_name}, {memory}, which is not here.{here}"]
     if kind != "cpu":
         return [f"Measured on {machine.device_name} ({machine.device})."]
     subject = "No GPU was found, so these" if requested.device == "auto" else "These"

@@ -66,8 +66,8 @@ def run(
     machine, facts = describe(settings, source, children)
     if snapshot is not None and machine.device == CPU:
         raise UnavailableError(
-            "--snapshot needs a CUDA device, whose allocator PyTorch can record; use --device cuda, or gcbench predict "
-            "with --snapshot for a card that is not here"
+            "--snapshot needs a CUDA device, whose allocator PyTorch can record; use --device cuda, --emulate CARD, or "
+            "gcbench predict with --snapshot for a card that is not here"
         )
     resolved = resolve(settings, facts, machine, model_notices=source.notices)
     report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)

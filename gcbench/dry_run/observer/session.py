@@ -20,6 +20,7 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 from . import places
+from .ending import wait_for_autograd
 from .import_hooks import AfterImport
 from .out_of_memory import OutOfMemory
 from .peaks import PeakMeter
@@ -245,6 +246,8 @@ class Session:
         if self._memory is None or not self._memory.count:
             self._dump()
         self._write()
+        with suppress(Exception):
+            wait_for_autograd()
 
     def _dump(self) -> None:
         """Write PyTorch's snapshot; the first time that memory runs out, else at the end."""
