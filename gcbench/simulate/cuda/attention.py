@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.attention_rules import CUDNN_VERSION, AttentionCall, Mask, choose, gpu_of
+from gcbench.simulate.cuda.dispatcher import first_result
 from gcbench.simulate.trace.recorder import Recorder
 
 _FLASH_HEAD_DIM_MULTIPLE = 8
@@ -165,9 +166,16 @@ def flash(
     if padding:
         query, key, value = (functional.pad(tensor, (0, padding)) for tensor in (query, key, value))
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    out: torch.Tensor = torch.ops.aten._scaled_dot_product_flash_attention.default(
-        query, key, value, dropout_p, is_causal, False, scale=scale
-    )[0]
+    out: torch.Tensor = first_result(
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        query,
+        key,
+        value,
+        dropout_p,
+        is_causal,
+        False,
+        scale=scale,
+    )
     return out[..., :head_dim] if padding else out
 
 
@@ -181,9 +189,17 @@ def _efficient(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.aten._scaled_dot_product_efficient_attention.default(
-        query, key, value, mask, needs_grad, dropout_p, is_causal, scale=scale
-    )[0]
+    out: torch.Tensor = first_result(
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        query,
+        key,
+        value,
+        mask,
+        needs_grad,
+        dropout_p,
+        is_causal,
+        scale=scale,
+    )
     return out
 
 
@@ -209,9 +225,18 @@ def _cudnn(
     is_causal: bool,
     scale: float | None,
 ) -> torch.Tensor:
-    out: torch.Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention.default(
-        query, key, value, mask, needs_grad, dropout_p, is_causal, False, scale=scale
-    )[0]
+    out: torch.Tensor = first_result(
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        query,
+        key,
+        value,
+        mask,
+        needs_grad,
+        dropout_p,
+        is_causal,
+        False,
+        scale=scale,
+    )
     return out
 
 
@@ -236,11 +261,11 @@ def math_attention(
     `_scaled_dot_product_attention_math` itself does not fit: under any dispatch mode, and for fake tensors, it adds the
     mask out of place (`areAnyTensorSubclassLike`), where a real run does so only under selective checkpointing's; and
     on a CPU its dropout saves a mask in the scores' dtype. Names stay bound to the end here
-    because the variables of the original do. It also converts the weights to the input's dtype, for a second result
-    that is not read.
+    because the variables of the original do, and are freed in its order. It also converts the weights to the input's
+    dtype, for a second result that is not read.
     """
     dtype = query.dtype
-    mask = _additive(mask, dtype)
+    given_mask = mask = _additive(mask, dtype)  # freed by the original's caller, unlike one made below
     is_half = dtype in (torch.float16, torch.bfloat16)
     query_acc, key_acc, value_acc = (tensor.float() if is_half else tensor for tensor in (query, key, value))
     factor = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -263,5 +288,14 @@ def math_attention(
         attn = torch.native_dropout(attn, dropout_p, True)[0]
     unread = attn.to(dtype)
     out = torch.matmul(attn, value_expanded).to(dtype)
+    del attn
+    del key_expanded
+    del value_expanded
+    del scaled
+    del mask
+    del value_acc
+    del key_acc
+    del query_acc
     del unread
+    del given_mask
     return out

@@ -292,7 +292,7 @@ def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterato
 def _bshd_copy(tensor: torch.Tensor, name: str, source: str) -> Iterator[KernelBuffer]:
     """A copy of a (batch, heads, sequence, dim) tensor unless it is dense as (batch, sequence, heads, dim)."""
     if not tensor.transpose(1, 2).is_contiguous():
-        yield KernelBuffer(name=name, nbytes=_nbytes(tensor), source=source)
+        yield KernelBuffer(name=name, nbytes=_nbytes(tensor), source=source, after_results=0)
 
 
 def _nbytes(tensor: torch.Tensor) -> int:

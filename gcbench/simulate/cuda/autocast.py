@@ -20,9 +20,10 @@ Not yet measured by gcbench on a card.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -66,9 +67,23 @@ _FP32_APPEND_DEFAULTS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def cuda_autocast() -> AbstractContextManager[None]:
-    """Let autocast on the CPU cast as CUDA's does, in the whole process, until it is exited."""
-    return kernels_replaced("AutocastCPU", _kernels())
+@contextmanager
+def cuda_autocast() -> Iterator[None]:
+    """Let autocast on the CPU cast as CUDA's does, in the whole process, until it is exited.
+
+    A model's code that asks whether autocast is on means CUDA's if it names no device, as Nemotron's norm does.
+    """
+    is_enabled = torch.is_autocast_enabled
+
+    def is_autocast_enabled(*device_type: str) -> bool:
+        return is_enabled(*(device_type or ("cpu",)))
+
+    with (
+        kernels_replaced("AutocastCPU", _kernels()),
+        mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
+        mock.patch.object(torch, "get_autocast_gpu_dtype", lambda: torch.get_autocast_dtype("cpu")),
+    ):
+        yield
 
 
 @cache

@@ -32,3 +32,16 @@ def kernels_replaced(key: str, kernels: Mapping[str, Kernel]) -> Iterator[None]:
         yield
     finally:
         library._destroy()
+
+
+def first_result(op: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return the first of an operator's several results; the others are freed in order, as those of C++'s tuple are.
+
+    Python frees the last item of a tuple first.
+    """
+    results = list(op(*args, **kwargs))
+    results.reverse()
+    first = results.pop()
+    while results:
+        results.pop()
+    return first

@@ -35,7 +35,7 @@ from transformers.integrations import moe
 
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.autocast import cuda_autocast
-from gcbench.simulate.cuda.dispatcher import Kernel, kernels_replaced
+from gcbench.simulate.cuda.dispatcher import Kernel, first_result, kernels_replaced
 from gcbench.simulate.cuda.optimizer import foreach_on_cpu
 from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
 
@@ -122,7 +122,7 @@ def _layer_norm(
     if isinstance(tensor, FakeTensor) and tensor.dtype in _HALVES:
         result = _LayerNorm.apply(tensor, shape, weight, bias)  # type: ignore[no-untyped-call]
     else:
-        result = _aten.native_layer_norm.default(tensor, shape, weight, bias, eps)[0]
+        result = first_result(_aten.native_layer_norm.default, tensor, shape, weight, bias, eps)
     return result
 
 
@@ -152,16 +152,18 @@ class _LayerNorm(torch.autograd.Function):
         ctx: Any, tensor: torch.Tensor, shape: list[int], weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> torch.Tensor:
         rows = [*tensor.shape[: tensor.dim() - len(shape)], *[1] * len(shape)]
+        dense = tensor.contiguous()
         result = torch.empty_like(tensor, memory_format=torch.contiguous_format)
         mean = tensor.new_empty(rows, dtype=torch.float32)
         rstd = tensor.new_empty(rows, dtype=torch.float32)
         ctx.shape = shape
-        ctx.save_for_backward(tensor, mean, rstd, weight, bias)
+        ctx.save_for_backward(weight, bias, rstd, mean, tensor)  # let go from the last on
+        del dense  # the copy of an input that is not contiguous
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        tensor, mean, rstd, weight, bias = ctx.saved_tensors
+        weight, bias, rstd, mean, tensor = ctx.saved_tensors
         output_mask = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
         of_tensor, of_weight, of_bias = _aten.native_layer_norm_backward.default(
             gradients[0], tensor, ctx.shape, mean, rstd, weight, bias, output_mask

@@ -60,6 +60,7 @@ MOST_UNSORTED = 3072
 """Tokens whose gradients are summed without sorting them first (`_EMBEDDING_SORT`)."""
 _EMBEDDING = "embedding_backward_cuda_kernel, pytorch aten/src/ATen/native/cuda/EmbeddingBackwardKernel.cu"
 _EMBEDDING_SORT = "embedding_dense_backward_cuda, pytorch aten/src/ATen/native/cuda/Embedding.cu"
+_DENSE = "layer_norm_cuda and layer_norm_backward_cuda, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
 _NORM = "LaunchGammaBetaBackwardCUDAKernel, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
 _INDEX_PUT = "index_put_with_sort_kernel, pytorch aten/src/ATen/native/cuda/Indexing.cu"
 _SORT = "segmented_sort_large_segments, pytorch aten/src/ATen/native/cuda/SortStable.cu"
@@ -178,8 +179,15 @@ def _adds_in_one_kernel(segments: int, partial_segments: int, width: int, num_sm
     return _torch_version() >= (2, 11) and blocks < 4 * num_sms and partial_segments > 4 * blocks
 
 
+def _norm(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Copy an input that is a part of a larger tensor, as of fused queries, keys and values."""
+    yield from _dense("input", inputs["input"], after_results=0)
+
+
 def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Sum the weight's gradient 32 rows at a time, if there are very many rows and few columns."""
+    yield from _dense("input", inputs["input"], after_results=0)
+    yield from _dense("grad_out", inputs["grad_out"])
     columns = prod(inputs["normalized_shape"])
     rows = inputs["input"].numel() // columns
     if rows <= 64 * 1024 or columns // 32 >= _num_sms(target) // 2:
@@ -196,6 +204,13 @@ def _norm_backward(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuf
             shape=(blocks, columns), strides=(columns, 1), reduced=[0], itemsize=itemsize, acc_itemsize=acc_itemsize
         )
         yield from _reduction(partials, target)
+
+
+def _dense(name: str, tensor: torch.Tensor, *, after_results: int | None = None) -> Iterator[KernelBuffer]:
+    """The copy of a tensor that is not contiguous (`expect_contiguous`)."""
+    if not tensor.is_contiguous():
+        nbytes = tensor.numel() * tensor.element_size()
+        yield _buffer(f"dense {name}", nbytes, _DENSE, after_results=after_results)
 
 
 def _sum(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
@@ -288,6 +303,8 @@ def _grouped_mm(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer
 
 _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] = {
     _aten.embedding_dense_backward.default: _embedding_backward,
+    _aten.native_layer_norm.default: _norm,
+    _aten._fused_rms_norm.default: _norm,
     _aten.native_layer_norm_backward.default: _norm_backward,
     _aten._fused_rms_norm_backward.default: _norm_backward,
     _aten.sum.default: _sum,
