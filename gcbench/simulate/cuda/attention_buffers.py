@@ -103,10 +103,9 @@ def _flash_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[K
     splits = _num_splits(s, num_sms)
     if splits > 1:
         rows = splits * s.batch * s.heads * s.queries
-        yield KernelBuffer(name="partial lse", nbytes=rows * _FP32_BYTES, source=_FLASH_FORWARD)
-        yield KernelBuffer(
-            name="partial out", nbytes=rows * _rounded_head_dim(s.head_dim) * _FP32_BYTES, source=_FLASH_FORWARD
-        )
+        parts = {"partial lse": rows, "partial out": rows * _rounded_head_dim(s.head_dim)}
+        for name, count in parts.items():  # before the state of dropout
+            yield KernelBuffer(name=name, nbytes=count * _FP32_BYTES, source=_FLASH_FORWARD, after_results=2)
 
 
 def _num_splits(s: _Sizes, num_sms: int) -> int:

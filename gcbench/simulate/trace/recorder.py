@@ -302,9 +302,8 @@ def _nothing_is_packed(find: Callable[..., object], *args: Any, **kwargs: Any) -
     """
     real_all = torch.Tensor.all
 
-    def yes(tensor: torch.Tensor, *rest: Any, **more: Any) -> bool:
-        real_all(tensor, *rest, **more)
-        return True
+    def yes(tensor: torch.Tensor, *rest: Any, **more: Any) -> _Yes:
+        return _Yes(real_all(tensor, *rest, **more))
 
     with (
         mock.patch.object(masking_utils, "is_tracing", lambda *a, **k: False),
@@ -312,6 +311,16 @@ def _nothing_is_packed(find: Callable[..., object], *args: Any, **kwargs: Any) -
         suppress(Exception),  # another version may search in another way; none is found either way
     ):
         find(*args, **kwargs)
+
+
+class _Yes:
+    """A tensor that is true: it outlives the tensor that it was made of, as one that is asked for its value does."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+    def __bool__(self) -> bool:
+        return True
 
 
 def saved_on_host(recorder: Recorder) -> AbstractContextManager[Any]:
