@@ -74,7 +74,6 @@ def record(cell: dict[str, Any], path: str) -> None:
         seed=0,
         lora=wanted.lora,
     )
-    torch.cuda.empty_cache()
     layers = checkpointing.layers_of(model)
     checkpointing.apply(model, strategies.parse(wanted.strategies[0]).plan_for(len(layers)))
     batch = random_batch(model, batch_size=wanted.batch_size[0], seq_len=wanted.seq_len[0], seed=0)
@@ -260,7 +259,7 @@ def main() -> None:
     print(
         f"predicted           {peak.memory.allocated_bytes:>15,} allocated {peak.memory.reserved_bytes:>15,} reserved"
     )
-    again = replayed(real, [before["model"], before["first step"]], before["forward"])
+    again = replayed(real, [before["first step"]], before["forward"])
     print(f"real, replayed      {again[0]:>15,} allocated {again[1]:>15,} reserved")
     again = replayed(said, said_settled, said_begin)
     print(f"predicted, replayed {again[0]:>15,} allocated {again[1]:>15,} reserved")

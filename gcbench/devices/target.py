@@ -25,6 +25,8 @@ class Target:
         memory_bytes: memory of the device, or the size that the user set; None without a limit.
         card: its entry in the catalogue; None for the CPU and for a card of which only the memory is known.
         expandable_segments: whether PYTORCH_ALLOC_CONF has `expandable_segments:True`.
+        settled_when_built: whether the allocator's cache is emptied once the model is built, which no training loop
+            does, but gcbench's own measurements did until November 2026.
     """
 
     kind: str
@@ -32,6 +34,7 @@ class Target:
     memory_bytes: int | None = None
     card: Card | None = None
     expandable_segments: bool = False
+    settled_when_built: bool = False
 
     @property
     def capability(self) -> tuple[int, int] | None:

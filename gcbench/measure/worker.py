@@ -84,7 +84,6 @@ class _Measurement:
             seed=task.seed,
             lora=task.lora,
         )
-        self.device.settle()  # memory that building left in the cache would change every later step's reserved memory
         self.counter = checkpointing.apply(self.model, task.plan)
         batch = random_batch(self.model, batch_size=workload.batch_size, seq_len=workload.seq_len, seed=task.seed)
         self.step = TrainingStep(
@@ -150,7 +149,6 @@ class _Measurement:
         """Warm up, with the memory probe on from the last warm-up step, and read the peaks of the step after it."""
         while self.step.num_steps < self.task.warmup - 1:
             self._one("warm-up", self._fingerprint)
-        self.device.settle()
         with self.device.probe_memory() as probe:
 
             def on_phase(phase: Phase) -> None:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, modeling_utils
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -65,9 +65,37 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
 
 def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
     """Build the model on the meta device, without storage. With `lora`, raises what `with_adapters` does."""
-    with torch.device("meta"), _uninitialised():
-        model = _from_config(config, **kwargs)
+    with _uninitialised():
+        with torch.device("meta"):
+            model = _from_config(config, **kwargs)
+        # Adapters are made on the CPU and moved to the model's device, as in `build`: that allocates other things.
         return model if lora is None else with_adapters(model, lora)
+
+
+@contextmanager
+def initialising_on_meta() -> Iterator[None]:
+    """Initialise the weights of models on the meta device too, for what that allocates; transformers leaves it out.
+
+    Where a model's own code cannot do so without values, the rest of it is left out.
+    """
+    initialize = getattr(PreTrainedModel, "initialize_weights", None)
+    if initialize is None or not hasattr(modeling_utils, _DEVICE_IN_CONTEXT):
+        yield
+        return
+
+    def as_far_as_possible(model: PreTrainedModel) -> None:
+        with suppress(Exception):
+            initialize(model)
+
+    with (
+        mock.patch.object(modeling_utils, _DEVICE_IN_CONTEXT, lambda: None),
+        mock.patch.object(PreTrainedModel, "initialize_weights", as_far_as_possible),
+    ):
+        yield
+
+
+_DEVICE_IN_CONTEXT = "get_torch_context_manager_or_global_device"
+"""What transformers asks for the device on which a model is built."""
 
 
 def build(

@@ -31,7 +31,8 @@ from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.device_model import DeviceModel, device_model_for
 from gcbench.simulate.explain import curve, explain, fallback_bytes, without_logits
 from gcbench.simulate.predictor import Predictor, Step
-from gcbench.simulate.timeline import Peak, Timeline
+from gcbench.simulate.timeline import ModelBlocks, Peak, Timeline
+from gcbench.simulate.trace.building import Building, BuildRecorder
 from gcbench.strategies import Plan
 from gcbench.training.step import parameter_dtype
 
@@ -63,6 +64,7 @@ class Session:
         self.task = task
         self.target: Target = task.target
         self.device_model: DeviceModel = device_model_for(task.target)
+        self.building: Building
         self.predictor = self._predictor(task.optim)
         self._fused: Predictor | None = None
 
@@ -81,13 +83,15 @@ class Session:
             from gcbench.simulate.cuda import flash_stand_in
 
             flash_stand_in.register()
-        model = models.build_meta(
-            config,
-            lora=task.lora,
-            dtype=parameter_dtype(task.precision),
-            trust_remote_code=task.source.trust_remote_code,
-            **({} if attention is None else {"attn_implementation": attention}),
-        )
+        with BuildRecorder() as recorder, models.initialising_on_meta():
+            model = models.build_meta(
+                config,
+                lora=task.lora,
+                dtype=parameter_dtype(task.precision),
+                trust_remote_code=task.source.trust_remote_code,
+                **({} if attention is None else {"attn_implementation": attention}),
+            )
+        self.building = recorder.building_of(model)
         return Predictor(
             model,
             precision=task.precision,
@@ -152,16 +156,28 @@ class Session:
             return timeline.exact(line)
         expandable = self.target.expandable_segments
         outside, limit = self.device_model.outside_bytes, self.target.memory_bytes
-        peak = timeline.cached(line, expandable_segments=expandable)
+        model_blocks = self._model_blocks(line)
+        peak = timeline.cached(line, expandable_segments=expandable, model_blocks=model_blocks)
         short = limit is not None and (peak.memory.reserved_bytes or 0) + outside > limit
         if limit is not None and short and peak.memory.allocated_bytes + outside <= limit:
             with suppress(OutOfMemory):
                 # Short of memory, the allocator frees its cache and tries again.
                 peak = timeline.cached(
-                    line, limit_bytes=limit - outside, device_bytes=limit, expandable_segments=expandable
+                    line,
+                    limit_bytes=limit - outside,
+                    device_bytes=limit,
+                    expandable_segments=expandable,
+                    model_blocks=model_blocks,
                 )
         process = (peak.memory.reserved_bytes or 0) + outside
         return replace(peak, memory=replace(peak.memory, process_bytes=process))
+
+    def _model_blocks(self, line: Timeline) -> ModelBlocks:
+        """How the model's tensors are allocated: as while it is built."""
+        first = line.events[: len(self.building.model)]
+        if self.building.begins(line.nbytes[first].tolist()):
+            return self.building.replay_and_settle if self.target.settled_when_built else self.building.replay
+        return lambda allocator: ()
 
     def _write_snapshot(self, file: Path, step: Step) -> None:
         """Write the step as a memory snapshot; raises UsageError if the file cannot be written."""
@@ -171,6 +187,7 @@ class Session:
             limit_bytes=None if memory is None else memory - self.device_model.outside_bytes,
             device_bytes=memory,
             expandable_segments=self.target.expandable_segments,
+            model_blocks=self._model_blocks(step.timeline),
         )
         try:
             write_bytes(file, content)

@@ -22,7 +22,7 @@ from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
 from gcbench.simulate.compose.block_kinds import KIND_NAMES, Kind
 from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.explain import plain_op
-from gcbench.simulate.timeline import without_collections
+from gcbench.simulate.timeline import ModelBlocks, without_collections
 
 Frames = list[dict[str, str | int]]
 Entry = dict[str, object]
@@ -42,7 +42,12 @@ class Shortage:
 
 
 def snapshot(
-    assembly: Assembly, *, limit_bytes: int | None, device_bytes: int | None, expandable_segments: bool
+    assembly: Assembly,
+    *,
+    limit_bytes: int | None,
+    device_bytes: int | None,
+    expandable_segments: bool,
+    model_blocks: ModelBlocks = lambda allocator: (),
 ) -> bytes:
     """Return the pickled snapshot of a step.
 
@@ -52,12 +57,13 @@ def snapshot(
     Args:
         limit_bytes: what the allocator may reserve; None for no limit.
         device_bytes: the device's whole memory.
+        model_blocks: as in `timeline.cached`.
     """
     replay = _Replay(assembly, limit_bytes, device_bytes, expandable_segments=expandable_segments)
-    shortage = replay.run()
+    shortage = replay.run(model_blocks)
     if shortage is not None:
         replay = _Replay(assembly, None, device_bytes, expandable_segments=expandable_segments, shortage=shortage)
-        replay.run()
+        replay.run(model_blocks)
     return pickle.dumps(replay.as_snapshot(), protocol=PROTOCOL)
 
 
@@ -89,13 +95,22 @@ class _Replay:
         self._frames = _BlockFrames(assembly)
         self._current: Frames = []
 
-    def run(self) -> Shortage | None:
+    def run(self, model_blocks: ModelBlocks) -> Shortage | None:
         """Replay all events; returns where the device ran out of memory, if it did."""
         line = self.assembly.timeline
         begin = line.marks[0][0]
         sizes = (-(-line.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
+        events: list[int] = line.events.tolist()
         with without_collections():
-            for self._event, event in enumerate(line.events.tolist()):
+            try:
+                built = model_blocks(self.allocator)
+            except OutOfMemory as error:
+                return Shortage(event=0, device_free_bytes=max(error.limit_bytes - error.reserved_bytes, 0))
+            for event, block in zip(events, built, strict=False):
+                self._frames.allocated_in[event] = self._part()
+                if block is not None:
+                    self.live[event] = block
+            for self._event, event in enumerate(events[len(built) :], start=len(built)):
                 if self._event in line.settled_at:
                     self.allocator.empty_cache()
                 self._records = self._event >= begin

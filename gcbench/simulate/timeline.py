@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +16,8 @@ from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
 from gcbench.simulate.events import Trace, of_phases
 
 Ints = npt.NDArray[np.int64]
+ModelBlocks = Callable[[CachingAllocator], Sequence[PoolBlock | None]]
+"""Allocates what a timeline's first events do, the model's tensors, in an order of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,10 +115,12 @@ def cached(
     limit_bytes: int | None = None,
     device_bytes: int | None = None,
     expandable_segments: bool = False,
+    model_blocks: ModelBlocks = lambda allocator: (),
 ) -> Peak:
     """The peaks with CUDA's caching allocator; raises `OutOfMemory` if the step does not fit within the limit.
 
-    `device_bytes` is the device's whole memory, of which the limit is what is left for the allocator.
+    `device_bytes` is the device's whole memory, of which the limit is what is left for the allocator. With
+    `model_blocks` the model's tensors lie where it puts them.
     """
     allocator = CachingAllocator(
         limit_bytes=limit_bytes, device_bytes=device_bytes, expandable_segments=expandable_segments
@@ -131,8 +135,11 @@ def cached(
     phase: Phase | None = None
     events: Sequence[int] = timeline.events.tolist()
     allocate, release = allocator.allocate, allocator.release
-    done = 0
     with without_collections():
+        allocated_already = model_blocks(allocator)
+        done = len(allocated_already)
+        for event, block in zip(events[:done], allocated_already, strict=True):
+            allocated_blocks[event] = block
         for stop in stops:
             for place in range(done, stop):
                 event = events[place]

@@ -57,11 +57,9 @@ class TrainingStep:
         seed_generators(self.seed + self.num_steps)
         on_phase("forward")
         with self._autocast():
-            loss = _loss(self.model(**self.inputs))
+            loss = _loss(self.model(**self.inputs))  # held to the end, as a training loop holds it
         on_phase("backward")
-        loss = self.update.scaled(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
-        del loss
+        self.update.scaled(loss).backward()  # type: ignore[no-untyped-call]
         on_phase("optimizer")
         self.update()
         self.num_steps += 1

@@ -33,7 +33,7 @@ class Device(Protocol):
         """Emulate a device with `limit_bytes` of memory; called before the model is built."""
 
     def settle(self) -> None:
-        """Free memory that building the model and warming up left cached, so that it is not measured."""
+        """Free memory that warming up left cached, so that it is not measured."""
 
     def probe_memory(self) -> AbstractContextManager[MemoryProbe]:
         """Measure the step that calls the probe's `on_phase`; one step before it has to run in the context too."""

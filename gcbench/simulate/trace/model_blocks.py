@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 
 import torch
 
@@ -35,9 +35,18 @@ def kind(layer: torch.nn.Module) -> Hashable:
 
 def blocks(model: torch.nn.Module) -> tuple[tuple[str, int, bool], ...]:
     """(name, bytes, whether it is a parameter) for each storage of a model on meta, tied weights once."""
-    found: dict[int, tuple[str, int, bool]] = {}
+    return tuple((name, storage.nbytes(), is_parameter) for name, storage, is_parameter in _named_storages(model))
+
+
+def storages(model: torch.nn.Module) -> tuple[torch.UntypedStorage, ...]:
+    """The storages in the order of `blocks`."""
+    return tuple(storage for _, storage, _ in _named_storages(model))
+
+
+def _named_storages(model: torch.nn.Module) -> Iterable[tuple[str, torch.UntypedStorage, bool]]:
+    found: dict[int, tuple[str, torch.UntypedStorage, bool]] = {}
     for named, is_parameter in ((model.named_parameters(), True), (model.named_buffers(), False)):
         for name, tensor in named:
             storage = tensor.untyped_storage()
-            found.setdefault(storage._cdata, (name, storage.nbytes(), is_parameter))
-    return tuple(found.values())
+            found.setdefault(storage._cdata, (name, storage, is_parameter))
+    return found.values()

@@ -98,6 +98,9 @@ def trace_update(
     return replace(_unrolled(traced, represented_by), times=tuple(float(times.get(owner, 0)) for owner in served))
 
 
+_NEW_NUMBER = "lift_fresh.default"
+"""What `torch.tensor(1.0)` is."""
+
 _NONE, _ALL = -1, -2
 """Owners of what serves no parameter, or more than one; and of what is done for a list of all of them."""
 
@@ -175,6 +178,8 @@ def _trace(
         if recorder.number(value) is not None:
             number = recorder.own(value, position)
             counters |= {number} if name == "step" else set()
+    if counters:  # beside them lies the number that is added to them
+        counters |= {number for number, block in enumerate(recorder.trace.blocks) if block.op == _NEW_NUMBER}
     omitted = set() if steps_on_device else counters
     return _phases(recorder, gradients, spans, omitted), recorder.served
 
