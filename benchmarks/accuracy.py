@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from statistics import median
 from typing import Any
@@ -132,6 +132,8 @@ def compare(truth: dict[str, Any], children: list[ForkedChildren]) -> Iterator[C
         wanted = config.settings(case["settings"])
         source = sources.resolve(wanted.model, pretrained=False, trust_remote_code=False)
         target = targets.resolve_target(options, machine)
+        if target is not None:
+            target = replace(target, settled_when_built=truth.get("settled_when_built", False))
         report = forecast.forecast(wanted, options, target, source=source, children=children, command="make accuracy")
         said = {outcome.cell.strategy: outcome for outcome in report.outcomes}
         for cell in case["cells"]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -111,3 +112,14 @@ def test_importing_reads_no_file_and_no_torch() -> None:
     code = "import sys, gcbench.devices.cards as c; print(c._built_in.cache_info().currsize, 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "0 False\n"
+
+
+def test_a_card_to_emulate_may_be_described_in_a_file(tmp_path: Path) -> None:
+    """Where the command takes such a file, and only there, it is the remedy for an unknown name."""
+    file = tmp_path / "cards.toml"
+    file.write_text('[[card]]\nname = "mine"\nmemory_bytes = 12000000000\n')
+    assert cards.find_to_emulate("mine", file).memory_bytes == 12_000_000_000
+    with pytest.raises(UnavailableError, match="near names: h100; name one of them, or describe it with --device-file"):
+        cards.find_to_emulate("h1000", takes_file=True)
+    with pytest.raises(UnavailableError, match="only cards of the catalogue can be emulated"):
+        cards.find_to_emulate("h1000")

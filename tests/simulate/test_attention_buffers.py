@@ -56,6 +56,19 @@ def test_flash_backward_copies_a_gradient_in_another_layout():
     assert "dk_expanded" not in found
 
 
+def test_copies_are_made_before_the_gradients():
+    """`_flash_attention_backward` and `_efficient_attention_backward` copy first, and then allocate what they return."""
+    query = meta(2, 8, 128, 64)
+    other = torch.empty(2, 8, 128, 64, dtype=torch.bfloat16, device="meta")
+    flash = (other, query, query, query, other, None, None, None, 128, 128, 0.0, True)
+    efficient = (other, query, query, query, None, query, None, None, None, 0.0, [True] * 4, True)
+    for op, args, count in ((FLASH, flash, 2), (EFFICIENT, efficient, 1)):
+        backward = getattr(torch.ops.aten, f"{op}_backward").default
+        found = internal_buffers(backward, args, {}, target("a100-80gb"))
+        copies = [buffer for buffer in found if buffer.name.startswith("contiguous")]
+        assert len(copies) == count and all(buffer.after_results == 0 for buffer in copies)
+
+
 def test_flash_backward_of_packed_sequences_has_room_between_them():
     """By hand from `mha_varlen_bwd` of flash-attn's csrc/flash_attn/flash_api.cpp: 128 rows more for each of 3."""
     query, key = (torch.empty(300, heads, 80, dtype=torch.bfloat16, device="meta") for heads in (8, 2))

@@ -184,6 +184,23 @@ def test_math_is_pytorchs_math(kind, kv_heads, dtype):
     assert abs(peak - their_peak) <= 64
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_math_frees_its_tensors_in_pytorchs_order(dtype):
+    """As in a checkpointed layer, whose forward pass saves nothing: C++ destroys its variables last to first."""
+    tensors = [projected(heads, 16, 32, dtype) for heads in (4, 2, 2)]
+
+    def original():
+        with sdpa_kernel(SDPBackend.MATH):
+            functional.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True)
+
+    with torch.no_grad():
+        theirs, ours = (
+            [nbytes for nbytes in blocks_of(run)[0] if nbytes < 0]
+            for run in (original, lambda: math_attention(*tensors, None, 0.0, True, None, True))
+        )
+    assert ours == theirs
+
+
 @pytest.fixture(autouse=True)
 def ledgers_are_of_the_trace(monkeypatch):
     monkeypatch.setattr(attention, "_OF_THE_TRACE", (*attention._OF_THE_TRACE, Ledger))

@@ -193,3 +193,14 @@ def test_the_cpus_own_autocast_is_restored_afterwards(fake):
         assert on_cpu() == [FP32, FP32, FP32]
     assert on_cpu() == before
     assert before != [FP32, FP32, FP32]
+
+
+def test_code_that_names_no_device_asks_for_cudas_autocast(fake):
+    """As Nemotron's norm does before it casts by itself."""
+    with torch.autocast("cpu", dtype=BF16):
+        assert not torch.is_autocast_enabled()
+        with cuda_autocast():
+            assert torch.is_autocast_enabled() and torch.is_autocast_enabled("cpu")
+            assert torch.get_autocast_gpu_dtype() is BF16
+    with cuda_autocast():
+        assert not torch.is_autocast_enabled()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -14,7 +16,9 @@ from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.simulate.cuda.kernels import as_on_cuda, cuda_operators, experts_of
 from gcbench.simulate.cuda.optimizer import foreach_on_cpu
+from gcbench.simulate.cuda.workspaces import internal_buffers
 from gcbench.simulate.trace.grad_scaler import scaler_for_fake_tensors
+from gcbench.simulate.trace.recorder import Recorder
 
 ROWS, WIDTH = 6, 64
 
@@ -129,6 +133,37 @@ def test_layer_norm_saves_fp32_statistics(operators, dtype):
     result.sum().backward()
     assert [x.grad.dtype, norm.weight.grad.dtype, norm.bias.grad.dtype] == [dtype] * 3
     assert (x.grad.shape, norm.weight.grad.shape) == (x.shape, (WIDTH,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("norm", [torch.nn.LayerNorm, torch.nn.RMSNorm])
+def test_norm_of_a_part_of_a_tensor_copies_it(operators, norm, dtype):
+    """`expect_contiguous`, as for the queries among fused queries, keys and values; by hand: one copy of the part, in
+    the forward pass and again in the backward pass."""
+    whole = tensor(ROWS, 3, WIDTH, dtype=dtype)
+    part_bytes = ROWS * WIDTH * whole.element_size()
+    layer = norm(WIDTH, dtype=dtype)
+    target = Target(kind="cuda", name="h100", card=cards.find("h100"))
+    copies = {}
+    for name, given in (("part", whole[:, 1]), ("whole", tensor(dtype=dtype))):
+        recorder = Recorder(partial(internal_buffers, target=target))
+        recorder.note(whole, None)
+        with recorder:
+            result = layer(given)
+            result.backward(torch.empty_like(result))
+        copies[name] = sum(block.nbytes == part_bytes for block in recorder.trace.blocks)
+    assert copies["part"] >= copies["whole"] + 2
+
+
+def test_results_that_nobody_reads_are_freed_in_order(operators):
+    """By hand: the mean is freed before its reciprocal deviation, as C++ destroys a tuple; Python begins at the end."""
+    for dtype in (torch.float32, torch.bfloat16):
+        recorder = Recorder()
+        with recorder, torch.no_grad():
+            torch.nn.LayerNorm(WIDTH, dtype=dtype)(tensor(dtype=dtype))
+        statistics = [number for number, block in enumerate(recorder.trace.blocks) if block.nbytes == ROWS * 4]
+        assert len(statistics) == 2
+        assert [~event for event in recorder.trace.events if event < 0 and ~event in statistics] == statistics
 
 
 def test_frozen_layer_norm_has_no_gradients_of_its_own(operators):
