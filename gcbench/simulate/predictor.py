@@ -80,6 +80,7 @@ class Step:
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
+            update_at=parts.passes.update_at,
             requested=request_positions(parts.resident, parts.passes),
             update=update,
             accumulated=parts.accumulated,
@@ -164,6 +165,7 @@ class Predictor:
             parts.gradients,
             num_blocks=parts.passes.num_blocks,
             backward_at=parts.passes.backward_at,
+            update_at=parts.passes.update_at,
             requested=request_positions(parts.resident, parts.passes),
             update=update,
         )

@@ -57,7 +57,7 @@ def test_flash_backward_copies_a_gradient_in_another_layout():
 
 
 def test_copies_are_made_before_the_gradients():
-    """`_flash_attention_backward` and `_efficient_attention_backward` copy first, and then allocate what they return."""
+    """`_flash_attention_backward` and `_efficient_attention_backward` allocate what they return after their copies."""
     query = meta(2, 8, 128, 64)
     other = torch.empty(2, 8, 128, 64, dtype=torch.bfloat16, device="meta")
     flash = (other, query, query, query, other, None, None, None, 128, 128, 0.0, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from support.tiny import LLAMA_LIKE
 from transformers import AutoConfig
 
 from gcbench.core.records import PHASES, Lora
@@ -15,7 +16,6 @@ from gcbench.simulate.allocator.caching_allocator import CachingAllocator, OutOf
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.building import Building, BuildRecorder
 from gcbench.simulate.trace.model_blocks import blocks
-from support.tiny import LLAMA_LIKE
 
 SIDE = 32
 

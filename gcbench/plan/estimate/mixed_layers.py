@@ -140,6 +140,7 @@ class Combiner:
             gradients.tolist(),
             num_blocks=int(counts.sum()),
             backward_at=backward_at,
+            update_at=len(events) - (len(part.passes.events) - part.passes.update_at),
             requested=[self._moved(at, backward_at) for at in request_positions(part.resident, part.passes)],
             update=step.update,
         )

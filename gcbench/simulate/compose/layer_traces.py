@@ -51,12 +51,14 @@ class LayerTraces:
         gradients: id of a parameter -> (section, number of the block within it).
         layer_inputs: layer -> (where its input was allocated relative to it, number of the block there).
         accumulated: id of a parameter -> (section, number of its events before the gradient was complete).
+        update_at: (section, number of its events before the optimizer would step); None for all.
     """
 
     by_section: Mapping[Section, SectionTrace]
     gradients: Mapping[int, tuple[Section, int]]
     layer_inputs: Mapping[int, tuple[Ref, int]]
     accumulated: Mapping[int, tuple[Section, int]] = field(default_factory=dict)
+    update_at: tuple[Section, int] | None = None
 
 
 def cut(layered: LayeredTrace) -> LayerTraces:
@@ -83,6 +85,7 @@ def cut(layered: LayeredTrace) -> LayerTraces:
             if block in homes
         },
         accumulated={param: _within(moment, starts, names) for param, moment in layered.accumulated.items()},
+        update_at=None if layered.update_at is None else _within(layered.update_at, starts, names),
     )
 
 

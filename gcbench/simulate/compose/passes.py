@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,7 @@ class Passes:
         backward_at: number of events before the backward pass.
         starts: number of events before each instance.
         layer_inputs: for each layer in order, the block of its input; -1 if the step does not allocate it.
+        update_at: number of events before the optimizer steps: those after it free what the loss holds.
         events_after: for sections outside the layers, how many events there are after each event of their trace.
     """
 
@@ -36,6 +37,7 @@ class Passes:
     backward_at: int
     starts: Ints
     layer_inputs: tuple[int, ...]
+    update_at: int
     events_after: Mapping[Section, Ints] = field(default_factory=dict)
 
     def moment(self, section: Section, offset: int) -> int:
@@ -77,7 +79,7 @@ def compose_passes(traces: LayerTraces, layers: Sequence[int], represented_by: S
     layer_inputs = [
         -1 if home is None else bases[_resolve(home[0], here, layers)] + home[1] for here, home in enumerate(inputs)
     ]
-    return Passes(
+    passes = Passes(
         instances=instances,
         events=events,
         num_blocks=num_blocks,
@@ -85,8 +87,12 @@ def compose_passes(traces: LayerTraces, layers: Sequence[int], represented_by: S
         backward_at=int(starts[loss]),
         starts=starts,
         layer_inputs=tuple(layer_inputs),
+        update_at=len(events),
         events_after=events_after,
     )
+    if traces.update_at is None:
+        return passes
+    return replace(passes, update_at=passes.moment(instances[-1][0], traces.update_at[1]))
 
 
 def _instances(

@@ -13,9 +13,6 @@ from gcbench.simulate.trace.optimizer_step import UpdateTrace
 
 Ints = npt.NDArray[np.int64]
 
-_MOST_LOSS_BYTES = 8
-"""A single number."""
-
 
 def step_timeline(
     events: Ints,
@@ -24,6 +21,7 @@ def step_timeline(
     *,
     num_blocks: int,
     backward_at: int,
+    update_at: int,
     requested: Sequence[int | None],
     update: UpdateTrace,
     accumulated: Sequence[int] | None = None,
@@ -36,6 +34,8 @@ def step_timeline(
         gradients: for each parameter of `update`, the block of its gradient in the passes.
         num_blocks: how many the passes have.
         backward_at: number of the passes' events before the backward pass.
+        update_at: number of the passes' events before the update. Those after it follow the update, as a training loop
+            holds the loss until the optimizer has stepped.
         requested: for each resident block, the number of the passes' events before its allocation; None if it is never
             requested.
         accumulated: for each gradient, the number of the passes' events after which it is added to the accumulated
@@ -50,24 +50,22 @@ def step_timeline(
         own = first_update + np.arange(len(update.own), dtype=np.int64)
         return _renumbered(events, np.concatenate([of_gradients + step, own]))
 
-    events, loss = _without_loss(events, nbytes[first_step:])
-
-    def update_and_loss(own_events: Sequence[int], step: int) -> Ints:
-        return np.concatenate([update_events(own_events, step), ~(loss + step)])
-
+    until_update, held = events[:update_at], events[update_at:]
     opening = [
-        _with_requests(_shifted(events, first_step), requested),
-        update_and_loss(update.first, first_step),
+        _with_requests(_shifted(until_update, first_step), requested),
+        update_events(update.first, first_step),
+        _shifted(held, first_step),
     ]
     settled_at = sum(map(len, opening))
-    once = np.setdiff1d(persistent_blocks(events, num_blocks, gradients), loss)
-    is_once = are_allocations_of(events, once, num_blocks)
-    repeated, backward_begins = events[~is_once], int(np.count_nonzero(~is_once[:backward_at]))
-    passes = _shifted(repeated, second_step)
+    is_once = are_allocations_of(until_update, persistent_blocks(events, num_blocks, gradients), num_blocks)
+    repeated, backward_begins = until_update[~is_once], int(np.count_nonzero(~is_once[:backward_at]))
+    passes, held_by_last = _shifted(repeated, second_step), _shifted(held, second_step)
     if accumulated is not None:
-        opening.append(passes)
+        opening += [passes, held_by_last]
         passes = _accumulating(repeated, ~is_once, of_gradients, accumulated, second_step + num_blocks)
-    measured = [passes[:backward_begins], passes[backward_begins:], update_and_loss(update.later, second_step)]
+        held_by_last = _shifted(held, second_step + num_blocks)
+    ending = np.concatenate([update_events(update.later, second_step), held_by_last])
+    measured = [passes[:backward_begins], passes[backward_begins:], ending]
     begins = sum(map(len, opening)) + np.cumsum([0, *(len(phase) for phase in measured)])
     return Timeline(
         nbytes=nbytes,
@@ -75,16 +73,6 @@ def step_timeline(
         marks=tuple(zip(map(int, begins), PHASES, strict=False)),
         settled_at=(settled_at,),
     )
-
-
-def _without_loss(events: Ints, nbytes: Ints) -> tuple[Ints, Ints]:
-    """The passes' events without the last, if that frees the loss, and the loss's block.
-
-    A trace of the passes ends there; a training loop holds the loss until the optimizer has stepped.
-    """
-    if len(events) and events[-1] < 0 and nbytes[~events[-1]] <= _MOST_LOSS_BYTES:
-        return events[:-1], ~events[-1:]
-    return events, np.zeros(0, np.int64)
 
 
 def persistent_blocks(events: Ints, num_blocks: int, gradients: Sequence[int]) -> Ints:

@@ -87,6 +87,7 @@ def assemble(
         gradients,
         num_blocks=passes.num_blocks,
         backward_at=passes.backward_at,
+        update_at=passes.update_at,
         requested=request_positions(resident, passes),
         update=update,
     )

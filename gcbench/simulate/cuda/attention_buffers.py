@@ -276,11 +276,12 @@ def _cudnn_forward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[K
 
 
 def _safe_softmax(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:
-    """Booleans that say where the scores are -inf, and which rows are so throughout."""
+    """Booleans that say where the scores are -inf, and which rows are so throughout; and what those become."""
     scores = inputs["self"]
     count = scores.numel()
     yield KernelBuffer(name="masked", nbytes=count, source=_SAFE_SOFTMAX)
     yield KernelBuffer(name="masked_rows", nbytes=count // max(scores.shape[inputs["dim"]], 1), source=_SAFE_SOFTMAX)
+    yield KernelBuffer(name="zero", nbytes=scores.element_size(), source=_SAFE_SOFTMAX)
 
 
 def _softmax_backward(inputs: dict[str, Any], gpu: Gpu, num_sms: int) -> Iterator[KernelBuffer]:

@@ -55,6 +55,8 @@ class LayeredTrace:
         layer_inputs: number of a layer -> the block of its input.
         called: numbers of the layers that ran, in the order in which they did.
         accumulated: id of a parameter -> number of events before its gradient was complete.
+        update_at: number of events before the optimizer would step; what the loss alone held is freed after that. None
+            for all.
     """
 
     trace: Trace
@@ -65,6 +67,7 @@ class LayeredTrace:
     called: tuple[int, ...]
     works: tuple[tuple[Work, ...], ...] = ()
     accumulated: Mapping[int, int] = field(default_factory=dict)
+    update_at: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,6 +226,7 @@ class FakeModel:
                 for start, end in zip(marker.works_before, [*marker.works_before[1:], len(recorder.works)], strict=True)
             ),
             gradients=gradients,
+            update_at=marker.update_at,
             layer_inputs=marker.layer_inputs,
             called=tuple(marker.called),
             accumulated=accumulated,
@@ -297,6 +301,7 @@ class _SectionMarker:
         self._output: Any = None
         """What the last traced layer returned, up to the next traced one: those between return the very same object, so
         that the caller holds it as long as in a model without them."""
+        self.update_at: int | None = None
         self._hooks: list[Any] = []
         self._own_switches: list[tuple[torch.nn.Module, Any]] = []
         self._skipped: list[torch.nn.Module] = []
@@ -333,6 +338,7 @@ class _SectionMarker:
         self._phase = phase
         self.recorder.on_phase(phase)
         if phase == "optimizer":
+            self.update_at = len(self.recorder.trace.events)
             raise _Done
         self._mark(BEFORE if phase == "forward" else LOSS)
 
