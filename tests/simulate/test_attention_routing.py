@@ -140,8 +140,8 @@ def test_math_allocates_the_scores():
     assert ledger.named("add") == []
     assert ledger.named("native_dropout") == [SCORES, SCORES // 4]
     assert ledger.named("_safe_softmax") == [SCORES]
-    assert ledger.inside[:2] == [("masked", SCORES // 4), ("masked_rows", ROWS // 4)]
-    assert ledger.inside[2:] == [("grad * output", SCORES)]
+    assert ledger.inside[:3] == [("masked", SCORES // 4), ("masked_rows", ROWS // 4), ("zero", 4)]
+    assert ledger.inside[3:] == [("grad * output", SCORES)]
 
 
 def test_math_repeats_grouped_heads():

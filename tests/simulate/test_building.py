@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tiny
 import torch
-from support.tiny import LLAMA_LIKE
 from transformers import AutoConfig
 
 from gcbench.core.records import PHASES, Lora
@@ -88,8 +88,8 @@ def test_a_step_goes_on_from_where_the_building_ended():
         timeline.cached(step, limit_bytes=14 * MIB, model_blocks=building.replay)
 
 
-def tiny(model_type, **changes):
-    return AutoConfig.for_model(model_type, **{**LLAMA_LIKE, **changes})
+def tiny_config(model_type, **changes):
+    return AutoConfig.for_model(model_type, **{**tiny.LLAMA_LIKE, **changes})
 
 
 def built(config, *, initialises, lora=None):
@@ -129,13 +129,13 @@ def test_initialisation_that_asks_for_values_is_left_out(monkeypatch):
         raise RuntimeError("Tensor.item() cannot be called on meta tensors")
 
     monkeypatch.setattr(LlamaForCausalLM, "_init_weights", reads)
-    model, _ = built(tiny("llama"), initialises=True)
+    model, _ = built(tiny_config("llama"), initialises=True)
     assert len(blocks(model)) > 10
 
 
 def test_adapters_are_made_in_the_models_precision_and_then_cast():
     """peft moves them to the model's device in its dtype, and casts each to fp32 once all are there."""
-    model, building = built(tiny("llama"), initialises=True, lora=Lora(r=8, target_modules=("q_proj",)))
+    model, building = built(tiny_config("llama"), initialises=True, lora=Lora(r=8, target_modules=("q_proj",)))
     adapters = [nbytes for name, nbytes, _ in blocks(model) if "lora_" in name]
     assert adapters == [8 * 32 * 4] * 8
     halves = [n for n, nbytes in enumerate(building.nbytes) if nbytes == 8 * 32 * 2 and ~n in building.events]

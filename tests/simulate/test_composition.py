@@ -58,7 +58,7 @@ ALTERNATING = {
 LOOPING = ("mamba", "granitemoehybrid")
 """Families that go through the sequence token by token or chunk by chunk: four tokens are enough for them."""
 
-LEAST_LAYERS = {"off": 5, "per-layer": 5, "every:2": 8, "every:3": 12}
+LEAST_LAYERS = {"off": 5, "per-layer": 5, "reentrant": 5, "every:2": 8, "every:3": 12}
 """Numbers of layers of which some are left out, if all are of one kind."""
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -124,7 +124,10 @@ def test_copies_of_the_weights_of_layers_that_are_left_out_count(precision):
 
 @pytest.mark.parametrize(
     ("family", "strategy"),
-    [("llama", "off"), ("llama", "per-layer"), ("llama", "every:2"), ("mixtral", "off"), ("mixtral", "every:2")],
+    [
+        *(("llama", strategy) for strategy in ("off", "per-layer", "every:2", "reentrant")),
+        *(("mixtral", strategy) for strategy in ("off", "every:2")),
+    ],
 )
 def test_with_cudas_allocator_the_peaks_are_the_same(family, strategy):
     """Sizes alone are not enough here: what is reserved depends on the order of every event."""
@@ -141,6 +144,19 @@ def test_with_cudas_allocator_the_peaks_are_the_same(family, strategy):
     few, all_of_them = (timeline.cached(step.timeline).memory for step in (composed, full))
     assert few == all_of_them
     assert few.reserved_bytes > few.allocated_bytes > sum(term.nbytes for term in device.resident) > 0
+
+
+@pytest.mark.parametrize("strategy", ["off", "reentrant"])
+def test_the_loss_is_held_until_the_optimizer_has_stepped(strategy):
+    """And with it what its graph holds: with reentrant checkpointing, what the layers share."""
+    for step in steps(UNIFORM["llama"], strategy, layers=5, optim="adamw_torch"):
+        line = step.timeline
+        last_update = max(place for place, event in enumerate(line.events) if event >= 0)
+        assert last_update > line.marks[2][0]
+        held = [int(line.nbytes[~event]) for event in line.events[last_update:] if event < 0]
+        assert held[-1] == 4  # the loss itself
+        rotary_bytes = 16 * 8 * 4
+        assert (held.count(rotary_bytes) >= 2) == (strategy == "reentrant")
 
 
 def bytes_by_kind(step):
