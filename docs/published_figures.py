@@ -18,7 +18,6 @@ def accuracy(_: str) -> str:
     card = grids["truth-nvidia-h100-80gb-hbm3"]
     cpus = [grid["figures"] for name, grid in grids.items() if "-cpu-" in name]
     seen = card["figures"]
-    reserved = max(abs(each["reserved_error"]) for each in card["errors"] if each["reserved_error"] is not None)
     here = f"H100, torch {card['machine']['versions']['torch'].partition('+')[0]}"
     workloads = len({each["case"] for each in card["errors"]})
     cells = f"{seen['cells']} of {seen['cells'] + seen['without a prediction']} cells, {workloads} workloads"
@@ -30,20 +29,15 @@ def accuracy(_: str) -> str:
         ["figure", "compared with", "cases", "error", "not validated"],
         [
             [
-                "peak allocated, CUDA",
+                "peak, CUDA",
                 here,
                 cells,
-                f"median {_percent(seen['median'], 4)}, worst {_percent(seen['worst'], 3)}; "
+                f"allocated: median {_percent(seen['median'], 4)}, worst {_percent(seen['worst'], 3)}; reserved: "
+                f"median {_percent(seen['reserved, median'], 3)}, worst {_percent(seen['reserved, worst'], 1)}; "
                 f"right phase in {_percent(seen['phases'])}",
-                "other cards",
+                "other real cards",
             ],
-            [
-                "peak reserved, CUDA",
-                here,
-                "the same",
-                f"median {_percent(seen['reserved, median'], 3)}, worst {_percent(reserved, 1)}",
-                "other cards",
-            ],
+            *(_emulated(grids, release) for release in ("2.13", "2.11") if _emulated_grids(grids, release)),
             [
                 "peak, CPU",
                 "two processors",
@@ -69,6 +63,35 @@ def accuracy(_: str) -> str:
             ],
         ],
     )
+
+
+def _emulated_grids(grids: dict[str, Any], release: str) -> list[dict[str, Any]]:
+    """The figures of each emulated card under a release of torch."""
+    return [
+        grid["figures"]
+        for name, grid in grids.items()
+        if name.startswith("truth-emulated-") and name.endswith(f"-torch{release}")
+    ]
+
+
+def _emulated(grids: dict[str, Any], release: str) -> list[str]:
+    found = _emulated_grids(grids, release)
+    cells = sum(each["cells"] for each in found)
+    ran = [each["cells"] - each["ran out"] for each in found]
+
+    worst, worst_reserved = (max(each[name] for each in found) for name in ("worst", "reserved, worst"))
+
+    def share(name: str) -> str:
+        return _percent(sum(each[name] * count for each, count in zip(found, ran, strict=True)) / sum(ran), 1)
+
+    return [
+        "peak, emulated cards",
+        f"{len(found)} {'card' if len(found) == 1 else 'cards'}, torch {release}",
+        f"{cells:,} cells",
+        f"allocated: to the byte in {share('allocated equal')}, worst {_percent(worst, 3)}; "
+        f"reserved: to the byte in {share('reserved equal')}, worst {_percent(worst_reserved, 2)}",
+        "what is outside PyTorch's allocator",
+    ]
 
 
 def _percent(fraction: float, places: int = 0) -> str:
