@@ -37,7 +37,7 @@ def accuracy(_: str) -> str:
                 f"right phase in {_percent(seen['phases'])}",
                 "other real cards",
             ],
-            *(_emulated(grids, release) for release in ("2.13", "2.11") if _emulated_grids(grids, release)),
+            *(_emulated(found, release) for release in ("2.13", "2.11") if (found := _emulated_grids(grids, release))),
             [
                 "peak, CPU",
                 "two processors",
@@ -74,8 +74,7 @@ def _emulated_grids(grids: dict[str, Any], release: str) -> list[dict[str, Any]]
     ]
 
 
-def _emulated(grids: dict[str, Any], release: str) -> list[str]:
-    found = _emulated_grids(grids, release)
+def _emulated(found: list[dict[str, Any]], release: str) -> list[str]:
     cells = sum(each["cells"] for each in found)
     ran = [each["cells"] - each["ran out"] for each in found]
 

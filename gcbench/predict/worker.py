@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -83,7 +83,11 @@ class Session:
             from gcbench.simulate.cuda import flash_stand_in
 
             flash_stand_in.register()
-        with BuildRecorder() as recorder, models.initialising_on_meta():
+        recorder = BuildRecorder()
+        with ExitStack() as stack:
+            if self.target.kind != "cpu":  # whose allocator does not care where blocks lie
+                stack.enter_context(recorder)
+                stack.enter_context(models.initialising_on_meta())
             model = models.build_meta(
                 config,
                 lora=task.lora,

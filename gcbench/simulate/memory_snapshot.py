@@ -101,27 +101,23 @@ class _Replay:
         begin = line.marks[0][0]
         sizes = (-(-line.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
         events: list[int] = line.events.tolist()
-        with without_collections():
-            try:
+        try:
+            with without_collections():
                 built = model_blocks(self.allocator)
-            except OutOfMemory as error:
-                return Shortage(event=0, device_free_bytes=max(error.limit_bytes - error.reserved_bytes, 0))
-            for event, block in zip(events, built, strict=False):
-                self._frames.allocated_in[event] = self._part()
-                if block is not None:
-                    self.live[event] = block
-            for self._event, event in enumerate(events[len(built) :], start=len(built)):
-                if self._event in line.settled_at:
-                    self.allocator.empty_cache()
-                self._records = self._event >= begin
-                if event < 0:
-                    self._free(~event)
-                elif sizes[event]:
-                    try:
+                for event, block in zip(events, built, strict=False):
+                    self._frames.allocated_in[event] = self._part()
+                    if block is not None:
+                        self.live[event] = block
+                for self._event, event in enumerate(events[len(built) :], start=len(built)):
+                    if self._event in line.settled_at:
+                        self.allocator.empty_cache()
+                    self._records = self._event >= begin
+                    if event < 0:
+                        self._free(~event)
+                    elif sizes[event]:
                         self._allocate(event, sizes[event])
-                    except OutOfMemory as error:
-                        free = max(error.limit_bytes - error.reserved_bytes, 0)
-                        return Shortage(event=self._event, device_free_bytes=free)
+        except OutOfMemory as error:
+            return Shortage(event=self._event, device_free_bytes=max(error.limit_bytes - error.reserved_bytes, 0))
         return None
 
     def _allocate(self, number: int, size: int) -> None:

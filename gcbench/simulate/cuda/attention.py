@@ -29,6 +29,9 @@ _FLASH_HEAD_DIM_MULTIPLE = 8
 _EFFICIENT_MASK_MULTIPLE = 8
 """In elements: `mem_eff_alignment`."""
 
+_FLASH = torch.ops.aten._scaled_dot_product_flash_attention.default
+_EFFICIENT = torch.ops.aten._scaled_dot_product_efficient_attention.default
+_CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention.default
 _OF_THE_TRACE: tuple[type, ...] = (FakeTensorMode, Recorder)
 """Dispatch modes that a trace has and a real run has not."""
 
@@ -90,11 +93,15 @@ class CudaAttention:
             if choice.kernel == "math":
                 return math_attention(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
             mask = _additive(mask, query.dtype)
-            if choice.kernel == "efficient":
-                if mask is not None:  # bound to the same name, so that the mask it is made from is freed
-                    mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
-                return _efficient(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
-            return _cudnn(query, key, value, mask, call.needs_grad, dropout_p, is_causal, scale)
+            is_efficient = choice.kernel == "efficient"
+            if is_efficient and mask is not None:  # bound to the same name, so that the mask it is made from is freed
+                mask = _aligned(mask).expand(*query.shape[:3], key.shape[2])
+            op = _EFFICIENT if is_efficient else _CUDNN
+            more = () if is_efficient else (False,)  # no debug mask, which cuDNN alone would return
+            out: torch.Tensor = first_result(
+                op, query, key, value, mask, call.needs_grad, dropout_p, is_causal, *more, scale=scale
+            )
+            return out
 
 
 def describe(
@@ -166,41 +173,8 @@ def flash(
     if padding:
         query, key, value = (functional.pad(tensor, (0, padding)) for tensor in (query, key, value))
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    out: torch.Tensor = first_result(
-        torch.ops.aten._scaled_dot_product_flash_attention.default,
-        query,
-        key,
-        value,
-        dropout_p,
-        is_causal,
-        False,
-        scale=scale,
-    )
+    out: torch.Tensor = first_result(_FLASH, query, key, value, dropout_p, is_causal, False, scale=scale)
     return out[..., :head_dim] if padding else out
-
-
-def _efficient(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    needs_grad: bool,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    out: torch.Tensor = first_result(
-        torch.ops.aten._scaled_dot_product_efficient_attention.default,
-        query,
-        key,
-        value,
-        mask,
-        needs_grad,
-        dropout_p,
-        is_causal,
-        scale=scale,
-    )
-    return out
 
 
 def _aligned(mask: torch.Tensor) -> torch.Tensor:
@@ -213,31 +187,6 @@ def _aligned(mask: torch.Tensor) -> torch.Tensor:
     keys = mask.shape[-1]
     padding = _EFFICIENT_MASK_MULTIPLE - keys % _EFFICIENT_MASK_MULTIPLE
     return functional.pad(mask, (0, padding))[..., :keys]
-
-
-def _cudnn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    needs_grad: bool,
-    dropout_p: float,
-    is_causal: bool,
-    scale: float | None,
-) -> torch.Tensor:
-    out: torch.Tensor = first_result(
-        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-        query,
-        key,
-        value,
-        mask,
-        needs_grad,
-        dropout_p,
-        is_causal,
-        False,
-        scale=scale,
-    )
-    return out
 
 
 def _in_dispatch_mode() -> bool:
