@@ -109,7 +109,7 @@ def predict(
     expandable_segments: options.ExpandableSegments = False,
     layers: options.Layers = None,
     set_: options.Set = None,
-    pretrained: options.Pretrained = None,
+    pretrained: options.FromCheckpoint = None,
     trust_remote_code: options.TrustRemoteCode = None,
     lora_r: options.LoraR = None,
     lora_target_modules: options.LoraTargetModules = None,

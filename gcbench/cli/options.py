@@ -118,6 +118,15 @@ Pretrained = Annotated[
         "--pretrained", rich_help_panel=WORKLOAD, help="Load the pretrained weights (default: random weights)."
     ),
 ]
+FromCheckpoint = Annotated[
+    bool | None,
+    typer.Option(
+        "--pretrained",
+        rich_help_panel=WORKLOAD,
+        help="Predict a run that loads a checkpoint and moves it to the card: its weights lie closer together. None is "
+        "read here (default: weights made on the card, as run does).",
+    ),
+]
 TrustRemoteCode = Annotated[
     bool | None,
     typer.Option(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -80,7 +81,9 @@ def groups_of(model: torch.nn.Module) -> tuple[tuple[int, ...], ...] | None:
 def _built(task: DescribeTask) -> torch.nn.Module:
     assert task.source is not None
     config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
-    kwargs = {} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}
+    kwargs: dict[str, Any] = (
+        {} if task.attn_implementation is None else {"attn_implementation": task.attn_implementation}
+    )
     return models.build_meta(
         config, lora=task.lora, dtype=torch.bfloat16, trust_remote_code=task.source.trust_remote_code, **kwargs
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from typing import Any
 from unittest import mock
@@ -63,11 +63,22 @@ def build_config(source: ModelSource, *, layers: int | None, overrides: Mapping[
         ) from None
 
 
-def build_meta(config: PreTrainedConfig, *, lora: Lora | None = None, **kwargs: Any) -> torch.nn.Module:
-    """Build the model on the meta device, without storage. With `lora`, raises what `with_adapters` does."""
+def build_meta(
+    config: PreTrainedConfig,
+    *,
+    lora: Lora | None = None,
+    without_adapters: Callable[[torch.nn.Module], None] | None = None,
+    **kwargs: Any,
+) -> torch.nn.Module:
+    """Build the model on the meta device, without storage. With `lora`, raises what `with_adapters` does.
+
+    `without_adapters` is called with the model before it has any.
+    """
     with _uninitialised():
         with torch.device("meta"):
             model = _from_config(config, **kwargs)
+        if without_adapters is not None:
+            without_adapters(model)
         # Adapters are made on the CPU and moved to the model's device, as in `build`: that allocates other things.
         return model if lora is None else with_adapters(model, lora)
 

@@ -37,7 +37,7 @@ from gcbench.report.run_folder import Store
 OnCell = Callable[[Report, int, int], object]
 
 _MOST_CHILDREN = 4
-_MEASUREMENT_SETTINGS = ("warmup", "steps", "rounds", "seed", "pretrained", "memory_limit")
+_MEASUREMENT_SETTINGS = ("warmup", "steps", "rounds", "seed", "memory_limit")
 
 
 def predict(
@@ -298,6 +298,7 @@ def _task(
         cells=tuple(cells),
         explain=target_options.explain,
         exact=target_options.exact,
+        pretrained=settings.pretrained,
     )
 
 

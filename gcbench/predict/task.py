@@ -44,6 +44,8 @@ class PredictTask:
     """Whether to search for levers that reduce the peak."""
     exact: bool
     """Whether to trace every layer."""
+    pretrained: bool = False
+    """Whether the weights lie in memory as those of a checkpoint that was loaded and moved to the device."""
 
 
 @dataclass(frozen=True, kw_only=True)

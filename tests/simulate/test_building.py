@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny
 import torch
-from transformers import AutoConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from gcbench.core.records import PHASES, Lora
 from gcbench.core.units import MIB
+from gcbench.devices import target as targets
+from gcbench.devices.target import TargetOptions
 from gcbench.models import build as models
+from gcbench.models import sources
+from gcbench.predict.task import PredictTask
+from gcbench.predict.worker import Session
 from gcbench.simulate import timeline
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator, OutOfMemory
 from gcbench.simulate.timeline import Timeline
@@ -58,6 +66,35 @@ def test_a_tensor_that_no_operator_returned_comes_last():
     _, building = recorded(make)
     assert building.nbytes[-1] == 400
     assert building.model == (0, len(building.nbytes) - 1)
+
+
+def moved(model):
+    """The sizes of the tensors that `Module.to` moves, in its order; a tied one, which `meta` would part, once."""
+    sizes = {}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._to_copy.default:
+                storage = args[0].untyped_storage()
+                sizes.setdefault(storage.data_ptr(), storage.nbytes())
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        model.to("meta")
+    return list(sizes.values())
+
+
+@pytest.mark.parametrize("family", [None, "llama", "gpt2"])  # without and with a tied head
+def test_a_checkpoint_is_moved_in_the_order_of_torch(family):
+    make = Masked if family is None else partial(AutoModelForCausalLM.from_config, tiny_config(family))
+    recorder = BuildRecorder()
+    with torch.device("meta"):
+        meta = make()
+    recorder.move(meta)
+    building = recorder.building_of(meta)
+    assert building.events == tuple(range(len(building.nbytes)))
+    assert list(building.nbytes) == moved(make())
+    assert len(set(building.nbytes)) > 1
 
 
 def test_what_is_needed_for_a_moment_leaves_room_for_the_training():
@@ -142,3 +179,37 @@ def test_adapters_are_made_in_the_models_precision_and_then_cast():
     assert len(halves) == 8
     last_half = max(building.events.index(n) for n in halves)
     assert all(building.events.index(~n) > last_half for n in halves)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(r=8, target_modules=("c_attn",))])
+def test_pretrained_weights_leave_no_gaps_and_adapters_follow_them(model, lora):
+    """The head that is made before it is tied is the largest gap of a model that is built on the card."""
+    made, loaded = (session(model("gpt2"), lora, pretrained).building for pretrained in (False, True))
+    sizes = [made.nbytes[n] for n in made.model]
+    assert sorted(sizes) == sorted(loaded.nbytes[n] for n in loaded.model)
+    head = max(sizes)
+    assert head in {made.nbytes[~event] for event in made.events if event < 0}
+    freed = [loaded.nbytes[~event] for event in loaded.events if event < 0]
+    assert bool(freed) == (lora is not None) and head not in freed
+    base = len([n for n in loaded.events if n >= 0 and n in loaded.model])
+    assert loaded.events[: base - 4 * 2 * bool(lora)] == tuple(range(base - 4 * 2 * bool(lora)))
+
+
+def session(name, lora, pretrained):
+    """A session that predicts a model for a card."""
+    return Session(
+        PredictTask(
+            source=sources.resolve(str(name)),
+            layers=None,
+            overrides={},
+            attn_implementation=None,
+            lora=lora,
+            precision="bf16",
+            optim="adamw_torch",
+            target=targets.resolve_target(TargetOptions(device="t4"), None),
+            cells=(),
+            explain=False,
+            exact=False,
+            pretrained=pretrained,
+        )
+    )

@@ -75,6 +75,14 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._note(torch.empty((), device="meta").untyped_storage())
         return result
 
+    def move(self, model: torch.nn.Module) -> None:
+        """Record that the model's tensors are moved to the device, in the order in which `Module.to` moves them."""
+        for child in model.children():
+            self.move(child)
+        for tensor in (*model._parameters.values(), *model._buffers.values()):
+            if tensor is not None:
+                self._note(tensor.untyped_storage())
+
     def building_of(self, model: torch.nn.Module) -> Building:
         """What was recorded, for the model that was built; storages that no operator returned come last."""
         numbers: list[int] = []
