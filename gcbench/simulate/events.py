@@ -67,9 +67,9 @@ class Trace:
     backward_at: int | None = None
 
     def first(self, ops: Collection[str], *, backward: bool) -> int | None:
-        """Number of events up to and with the first result of one of `ops` in a pass; None if none runs in it."""
+        """Number of events up to and with the first result of one of `ops` in a pass of the first step, if any."""
         begin = self.backward_at if backward else self.forward_at
-        end = self.backward_at if not backward else None
+        end = self.marks[0][0] if backward and self.marks else self.backward_at if not backward else None
         for place, event in enumerate(self.events[begin:end], start=begin or 0):
             if event >= 0 and self.blocks[event].op in ops:
                 return place + 1

@@ -155,6 +155,27 @@ def test_norm_of_a_part_of_a_tensor_copies_it(operators, norm, dtype):
     assert copies["part"] >= copies["whole"] + 2
 
 
+@pytest.mark.parametrize(
+    ("shapes", "copies"),
+    [
+        (((4, 1), (6,)), 2),  # one index for rows and one for columns: broadcast, neither is contiguous
+        (((4, 6), (6,)), 1),
+        (((4, 6), (4, 6)), 0),
+        (((6,),), 0),
+    ],
+)
+def test_indices_of_different_strides_are_made_contiguous(operators, shapes, copies):
+    """By hand, of AdvancedIndex: a copy of 24 int64 before the result, which outlives the call no more than it does."""
+    target = Target(kind="cuda", name="h100", card=cards.find("h100"))
+    values, indices = tensor(10, 10, requires_grad=False), [torch.zeros(shape, dtype=torch.int64) for shape in shapes]
+    recorder = Recorder(partial(internal_buffers, target=target))
+    with recorder:
+        result = values[tuple(indices)]
+    made = [block.nbytes for block in recorder.trace.blocks]
+    assert made == [4 * 6 * 8] * copies + [result.untyped_storage().nbytes()]
+    assert [event for event in recorder.trace.events if event < 0] == [~number for number in reversed(range(copies))]
+
+
 def test_results_that_nobody_reads_are_freed_in_order(operators):
     """By hand: the mean is freed before its reciprocal deviation, as C++ destroys a tuple; Python begins at the end."""
     for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,7 @@ from gcbench.devices.backends import open_device
 from gcbench.models import build as models
 from gcbench.models.sources import ModelSource
 from gcbench.simulate import timeline
-from gcbench.simulate.events import KernelBuffer
+from gcbench.simulate.events import Block, KernelBuffer, Trace
 from gcbench.simulate.predictor import Predictor
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.recorder import Recorder
@@ -30,6 +30,16 @@ SCALARS_BYTES = 128
 """Bytes of the remaining difference: single numbers that real operators allocate and fake ones do not."""
 
 LORA = Lora(r=4, target_modules=None)
+
+
+def test_the_first_call_in_a_pass_is_sought_in_the_first_step_alone():
+    """By hand: a linear layer in the forward pass of the step that is measured is none of the first backward pass."""
+    linear, other = Block(8, "addmm.default"), Block(8, "mm.default")
+    trace = Trace(blocks=[linear, other, linear, other], events=[0, 1, 2, 3], forward_at=0, backward_at=1)
+    trace.marks = [(2, "forward"), (3, "backward"), (4, "optimizer")]
+    assert trace.first({"addmm.default"}, backward=False) == 1
+    assert trace.first({"mm.default"}, backward=True) == 2
+    assert trace.first({"addmm.default"}, backward=True) is None
 
 
 def prepare(family, strategy, layers=tiny.NUM_LAYERS):

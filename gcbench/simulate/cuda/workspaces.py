@@ -63,6 +63,7 @@ _EMBEDDING_SORT = "embedding_dense_backward_cuda, pytorch aten/src/ATen/native/c
 _DENSE = "layer_norm_cuda and layer_norm_backward_cuda, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
 _NORM = "LaunchGammaBetaBackwardCUDAKernel, pytorch aten/src/ATen/native/cuda/layer_norm_kernel.cu"
 _INDEX_PUT = "index_put_with_sort_kernel, pytorch aten/src/ATen/native/cuda/Indexing.cu"
+_INDEX = "AdvancedIndex, pytorch aten/src/ATen/native/TensorAdvancedIndexing.cpp"
 _SORT = "segmented_sort_large_segments, pytorch aten/src/ATen/native/cuda/SortStable.cu"
 _RADIX_SORT = "radix_sort_pairs, pytorch aten/src/ATen/cuda/cub-RadixSortPairs.cuh, which passes CUB no double buffers"
 _REDUCTION = "gpu_reduce_kernel, pytorch aten/src/ATen/native/cuda/Reduce.cuh"
@@ -265,6 +266,18 @@ def _index_put(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]
     yield from _second_copies(count, _INT64_BYTES)
 
 
+def _index(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
+    """Give several indices the same strides, by making each contiguous that is not."""
+    indices = [index for index in inputs["indices"] if index is not None and index.dtype is not torch.bool]
+    if len(indices) < 2:
+        return
+    expanded = torch.broadcast_tensors(*indices)  # type: ignore[no-untyped-call]
+    if len({index.stride() for index in expanded}) > 1:
+        for index in expanded:
+            if not index.is_contiguous():
+                yield _buffer("contiguous index", index.numel() * _INT64_BYTES, _INDEX, after_results=0)
+
+
 def _sort(inputs: dict[str, Any], target: Target) -> Iterator[KernelBuffer]:
     """Sort a single row too long to be sorted in place."""
     tensor, dim = inputs["self"], inputs["dim"]
@@ -311,6 +324,7 @@ _BUFFERS: dict[Any, Callable[[dict[str, Any], Target], Iterator[KernelBuffer]]] 
     _aten.sum.dim_IntList: _sum,
     _aten.mean.default: _sum,
     _aten.mean.dim: _sum,
+    _aten.index.Tensor: _index,
     _aten.index_put.default: _index_put,
     _aten.index_put_.default: _index_put,
     _aten._index_put_impl_.default: _index_put,

@@ -258,7 +258,8 @@ class FakeModel:
         Afterwards the model is as it was: tables that its code caches on a module, and grows or rebuilds as it runs,
         are part of the trace that created them.
         """
-        recorder = Recorder(self.trace_mode.kernel_buffers, self.trace_mode.result_order)
+        mode = self.trace_mode
+        recorder = Recorder(mode.kernel_buffers, mode.result_order, draws_on_host=not mode.notes_random_state)
         with ExitStack() as stack:
             modules = self.model.modules() if own else [*self._modules_that_run(), *self.layers]
             stack.enter_context(unchanged(modules))

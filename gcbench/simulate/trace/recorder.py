@@ -18,6 +18,7 @@ from gcbench.core.records import Phase
 from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block, KernelBuffer, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
+from gcbench.simulate.trace.known_values import KnownValues
 
 KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[KernelBuffer]]
 """(operator, arguments, keyword arguments, result) -> the buffers inside its kernel, in order of allocation."""
@@ -27,21 +28,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records each storage when an operator first returns it, and again when the last reference to it goes.
 
     A dispatch mode sees an operator's results only; the buffers inside its kernel on the target device come from
-    `kernel_buffers`.
+    `kernel_buffers`. With `draws_on_host` a single random number is not in the device's memory.
     """
 
     def __init__(
-        self, kernel_buffers: KernelBuffers | None = None, result_order: Mapping[Any, tuple[int, ...]] = {}
+        self,
+        kernel_buffers: KernelBuffers | None = None,
+        result_order: Mapping[Any, tuple[int, ...]] = {},
+        *,
+        draws_on_host: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         self._kernel_buffers = kernel_buffers
         self._result_order = result_order
+        self._draws_on_host = draws_on_host
         self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
         self._ages = CacheAges()
+        self.known = KnownValues()
         self.fallbacks: set[str] = set()
         """Packages whose kernels a reference implementation replaced."""
         self._fallback_depth = 0
@@ -127,6 +134,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = _without_kernel(func, args) if func in _REFUSED_BY_FAKE_TENSORS else func(*args, **kwargs)
+        result = self.known.answer(func, args, result)
         if func.namespace != "prim" and not _is_skipped(result):  # queries, like prim::device, are no work
             self.works.append(self._ages.aged(of_call(func, args, kwargs, result), args, kwargs, result))
         if (func is _ADD and self._adds_in_place(args, kwargs)) or (func is _INDEX_PUT and self._is_of_a_derivative()):
@@ -140,6 +148,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.note(tensor, name)
         inside.allocate(buffer for buffer in buffers if buffer.after_results is None)
         inside.free_all()
+        if self._draws_on_host and self.known.is_of_a_draw(result):
+            self.forget([result])
         return result
 
     def _results(self, func: Any, result: Any) -> Iterator[torch.Tensor]:
@@ -289,6 +299,13 @@ def as_in_a_real_run(recorder: Recorder, *, notes_random_state: bool) -> Iterato
         if hasattr(masking_utils, "find_packed_sequence_indices"):
             find = partial(_nothing_is_packed, masking_utils.find_packed_sequence_indices)
             stack.enter_context(mock.patch.object(masking_utils, "find_packed_sequence_indices", find))
+        if hasattr(masking_utils, "is_tracing"):
+            real_tracing = masking_utils.is_tracing
+
+            def is_tracing(tensor: Any = None) -> bool:
+                return not recorder.known.are_ones(tensor) and bool(real_tracing(tensor))
+
+            stack.enter_context(mock.patch.object(masking_utils, "is_tracing", is_tracing))
         # Checkpointing saves the random state of each layer: 5 KB, allocated without an operator.
         stack.enter_context(mock.patch.object(torch, "get_rng_state", noted_state))
         stack.enter_context(mock.patch.object(torch.random, "get_rng_state", noted_state))
