@@ -39,7 +39,13 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
     if _are_plans(a, b):
         _compare_plans(a, b, thresholds, force=force, as_json=as_json)
         return
-    comparison = comparing.compare(reports.load(a), reports.load(b), force=force)
+    both = reports.load(a), reports.load(b)
+    untimed = [place for place, each in zip((a, b), both, strict=True) if each.source != "measured"]
+    if "time" in thresholds and untimed:
+        raise UsageError(
+            f"--fail-on time: {untimed[0]} has no times, as nothing was computed there; leave it out, or compare runs"
+        )
+    comparison = comparing.compare(*both, force=force)
     if as_json:
         print_rows(comparing.to_rows(comparison))
     else:
@@ -124,11 +130,18 @@ def _report_stored(folder: Path, kind: str, *, format: str, out: Path | None) ->
         write_text(out, text)
 
 
+_NOT_COMPARED = {
+    "check": "a check, which has no figures",
+    "dry-run": "a dry run of one script, which has no cells",
+}
+
+
 def _are_plans(a: Path, b: Path) -> bool:
     """Return whether both are plans; raises UsageError for results that cannot be compared."""
     kinds = [stored_kind.kind_of(place) for place in (a, b)]
-    if "check" in kinds:
-        raise UsageError(f"{(a, b)[kinds.index('check')]} is a check, which has no figures to compare; pass two runs")
+    for kind, what in _NOT_COMPARED.items():
+        if kind in kinds:
+            raise UsageError(f"{(a, b)[kinds.index(kind)]} is {what} to compare; pass two runs")
     measured = [(place.parent if place.suffix == ".json" else place) / reports.REPORT_NAME for place in (a, b)]
     if kinds.count("plan") == 1 and not measured[kinds.index("plan")].exists():
         raise UsageError(

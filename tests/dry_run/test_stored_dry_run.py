@@ -39,3 +39,8 @@ def test_a_damaged_one_is_refused(tmp_path: Path, content: str) -> None:
     (tmp_path / "dry-run.json").write_text(content)
     with pytest.raises(ResultsError, match="is damaged"):
         load_dry_run(tmp_path)
+
+
+def test_two_dry_runs_are_not_compared(cli, tmp_path):
+    (tmp_path / "dry-run.json").write_text(view.document(SEEN))
+    cli("compare", tmp_path, tmp_path).refused(2, "is a dry run of one script", "pass two runs")

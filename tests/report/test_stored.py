@@ -208,6 +208,12 @@ def test_two_plans_are_compared_setting_by_setting(cli, folder, tmp_path):
     cli("compare", "p", "p", "--fail-on", "time:1%", "--json").refused(2, "a plan's times are estimates")
 
 
+def test_a_threshold_of_time_needs_times(cli):
+    predicted = ROOT / "results" / "reference" / "llama-8b-rtx-4090"
+    cli("compare", predicted, predicted, "--fail-on", "memory:1%,time:5%").refused(2, "has no times", "compare runs")
+    assert cli("compare", predicted, predicted, "--fail-on", "memory:1%").code == 0
+
+
 def test_plans_that_have_nothing_in_common_are_not_compared():
     small = planned(settings=Settings(model="llama-3.2-1b", batch_size=(1,), layers=2))
     with pytest.raises(UsageError, match="with num_hidden_layers=2"):
