@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ CASES: dict[str, dict[str, Any]] = {
         "batch": 4,
         "seq": 512,
         "every": 1,
-        "mixed": True,
+        "mixed": "bfloat16",
         "set": {"layerdrop": 0.0},
     },
     "qwen3-1.7b, LoRA, off": {"model": "qwen3-1.7b", "batch": 2, "seq": 1024, "layers": 6, "lora_r": 8},
@@ -44,8 +45,8 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "llama-3.2-1b, off": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024},
     "llama-3.2-1b, layers 1, 3, 5 …": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "every": 2, "start": 1},
-    "llama-3.2-1b, bf16-mixed, off": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "mixed": True},
-    "gpt2, bf16-mixed, off": {"model": "gpt2", "batch": 8, "seq": 1024, "mixed": True},
+    "llama-3.2-1b, bf16-mixed, off": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "mixed": "bfloat16"},
+    "gpt2, bf16-mixed, off": {"model": "gpt2", "batch": 8, "seq": 1024, "mixed": "bfloat16"},
     "gpt2, fp32, per-layer": {"model": "gpt2", "batch": 8, "seq": 1024, "dtype": "float32", "every": 1},
     "llama-3.2-1b, three micro-batches": {"model": "llama-3.2-1b", "batch": 2, "seq": 1024, "micro_batches": 3},
     "llama-3.2-1b, three micro-batches, per-layer, outputs kept": {
@@ -59,7 +60,17 @@ CASES: dict[str, dict[str, Any]] = {
     "gemma-3-1b, 12 layers, off": {"model": "gemma-3-1b", "batch": 2, "seq": 1024, "layers": 12},
     "qwen3-30b-a3b, 3 layers, off": {"model": "qwen3-30b-a3b", "batch": 1, "seq": 1024, "layers": 3},
 }
-"""Sizes in sequences and tokens; parameters in bf16 unless `dtype` or `mixed` (fp32 under bf16 autocast) says other."""
+"""Sizes in sequences and tokens; parameters in bf16 unless `dtype` or `mixed` (fp32 under autocast) says other.
+
+With `pretrained` the model is loaded from a checkpoint and moved to the card.
+"""
+PRECISIONS = {
+    ("bfloat16", None): "bf16",
+    ("float32", None): "fp32",
+    ("bfloat16", "bfloat16"): "bf16-mixed",
+    ("bfloat16", "float16"): "fp16-mixed",
+}
+"""(dtype of the parameters without autocast, autocast's dtype) -> what gcbench calls it."""
 
 
 def train(case: dict[str, Any]) -> dict[str, Any]:
@@ -75,10 +86,15 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     config = models.build_config(
         sources.resolve(case["model"]), layers=case.get("layers"), overrides=case.get("set", {})
     )
-    mixed = case.get("mixed", False)
+    mixed = case.get("mixed")
     dtype = torch.float32 if mixed else getattr(torch, case.get("dtype", "bfloat16"))
-    with torch.device("cuda"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if case.get("pretrained"):
+        with tempfile.TemporaryDirectory() as folder:
+            AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to("cuda")
+    else:
+        with torch.device("cuda"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if "lora_r" in case:
         from peft import LoraConfig, get_peft_model
 
@@ -87,13 +103,12 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
         )
     model.train()
     if "every" in case:
-        if "lora_r" in case:
-            model.enable_input_require_grads()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = (number - case.get("start", 0)) % case["every"] == 0
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    scaler = torch.amp.GradScaler("cuda", enabled=mixed == "float16")
     ids = torch.randint(100, 1000, (case["batch"], case["seq"]), device="cuda")
 
     phases: dict[str, int] = {}
@@ -107,16 +122,17 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
 
     def step() -> None:
         for _ in range(case.get("micro_batches", 1)):
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
+            with torch.autocast("cuda", dtype=getattr(torch, mixed or "bfloat16"), enabled=bool(mixed)):
                 if case.get("keeps_outputs"):
                     outputs = model(input_ids=ids, labels=ids, use_cache=False)
                     loss = outputs.loss
                 else:
                     loss = model(input_ids=ids, labels=ids, use_cache=False).loss
             ends("forward")
-            loss.backward()
+            scaler.scale(loss).backward()
             ends("backward")
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         ends("optimizer")
 
@@ -151,14 +167,14 @@ def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
     if "phases" not in found or {"micro_batches", "keeps_outputs"} & case.keys() or case.get("start"):
         return {}
     strategy = "off" if every is None else "per-layer" if every == 1 else f"every:{every}"
-    precision = "bf16-mixed" if case.get("mixed") else {"float32": "fp32"}.get(case.get("dtype", ""), "bf16")
+    precision = PRECISIONS[case.get("dtype", "bfloat16"), case.get("mixed")]
     settings = {
         "model": case["model"],
         "batch_size": case["batch"],
         "seq_len": case["seq"],
         "strategies": [strategy],
         "precision": precision,
-        **{name: case[name] for name in ("layers", "set", "lora_r") if name in case},
+        **{name: case[name] for name in ("layers", "set", "lora_r", "pretrained") if name in case},
         **({"lora_target_modules": case["lora_targets"]} if "lora_targets" in case else {}),
     }
     memory = {
@@ -181,7 +197,7 @@ def main() -> None:
     """Run the cases that are asked for and are not there yet, and save after each."""
     path, names = Path(sys.argv[1]), sys.argv[2:]
     if names[:1] == ["--one"]:
-        print(json.dumps(train(CASES[names[1]])), flush=True)
+        print(json.dumps(train(CASES[names[1]] if names[1] in CASES else json.loads(names[1]))), flush=True)
         os._exit(0)  # an interpreter that ends would end the process with autograd's thread, if that is still busy
     stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"cases": {}}
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
