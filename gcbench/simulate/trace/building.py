@@ -6,7 +6,6 @@ head that is then tied to the embedding. What those leave free in the allocator'
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator
 from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
+from gcbench.simulate.trace.live_storages import LiveStorages
 from gcbench.simulate.trace.model_blocks import storages
 
 
@@ -65,7 +65,7 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self._nbytes: list[int] = []
         self._events: list[int] = []
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._alive = LiveStorages(lambda number: self._events.append(~number))
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -85,25 +85,18 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def building_of(self, model: torch.nn.Module) -> Building:
         """What was recorded, for the model that was built; storages that no operator returned come last."""
-        numbers: list[int] = []
-        for storage in storages(model):
-            self._note(storage)
-            numbers.append(self._alive[storage._cdata][1])
-        return Building(nbytes=tuple(self._nbytes), events=tuple(self._events), model=tuple(numbers))
+        numbers = tuple(self._note(storage) for storage in storages(model))
+        return Building(nbytes=tuple(self._nbytes), events=tuple(self._events), model=numbers)
 
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._alive:
-            return
-        number = len(self._nbytes)
-        self._nbytes.append(storage.nbytes())
-        self._events.append(number)
-
-        def on_free(reference: object) -> None:
-            self._alive.pop(key, None)
-            self._events.append(~number)
-
-        self._alive[key] = (weakref.ref(storage, on_free), number)
+    def _note(self, storage: torch.UntypedStorage) -> int:
+        """Record a storage if it is new; returns its number."""
+        number = self._alive.get(storage)
+        if number is None:
+            number = len(self._nbytes)
+            self._nbytes.append(storage.nbytes())
+            self._events.append(number)
+            self._alive.add(storage, number)
+        return number
 
 
 _POW_OF_A_NUMBER = torch.ops.aten.pow.Scalar

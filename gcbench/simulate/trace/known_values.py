@@ -11,30 +11,34 @@ from typing import Any
 
 import torch
 
+from gcbench.simulate.trace.live_storages import LiveStorages
+
 
 class KnownValues:
     """Follows tensors of ones, and the last single number that was drawn."""
 
     def __init__(self) -> None:
-        self._ones: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._ones = LiveStorages()
         self._sum: tuple[weakref.ref[torch.Tensor], int] | None = None
         self._drawn: weakref.ref[torch.Tensor] | None = None
         self._compared: weakref.ref[torch.Tensor] | None = None
 
     def are_ones(self, tensor: object) -> bool:
         """Whether every element of the tensor is known to be 1 or true."""
-        return isinstance(tensor, torch.Tensor) and (
-            tensor.layout is torch.strided and tensor.untyped_storage()._cdata in self._ones
+        return (
+            isinstance(tensor, torch.Tensor)
+            and tensor.layout is torch.strided
+            and self._ones.get(tensor.untyped_storage()) is not None
         )
 
     def answer(self, func: Any, args: tuple[Any, ...], result: Any) -> Any:
         """What the operator returns: `result`, or a tensor of which the value is known."""
         first = args[0] if args else None
         if func in _ONES or (func is _FULL and args[1] == 1):
-            self._know(result)
+            self._ones.add(result.untyped_storage(), 1)
         elif func in _COPIES or (func is _EQUAL and args[1] == 1):
             if self.are_ones(first):
-                self._know(result)
+                self._ones.add(result.untyped_storage(), 1)
         elif func is _SUM and self.are_ones(first):
             self._sum = weakref.ref(result), args[0].numel()
         elif func is _RAND and not first:
@@ -46,7 +50,7 @@ class KnownValues:
             self._compared = weakref.ref(below)
             return below
         elif func._schema.is_mutable and isinstance(first, torch.Tensor):
-            self._ones.pop(first.untyped_storage()._cdata, None)
+            self._ones.forget(first.untyped_storage())
         if func is _EQUAL and self._sum is not None and _is(self._sum[0], first):
             return torch.tensor(self._sum[1] == args[1])
         return result
@@ -54,11 +58,6 @@ class KnownValues:
     def is_of_a_draw(self, tensor: object) -> bool:
         """Whether it is the last single number that was drawn, or what it was compared to."""
         return _is(self._drawn, tensor) or _is(self._compared, tensor)
-
-    def _know(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        self._ones[key] = weakref.ref(storage, lambda reference: self._ones.pop(key, None))
 
 
 def _is(reference: weakref.ref[torch.Tensor] | None, tensor: object) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache, partial
@@ -19,6 +18,7 @@ from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block, KernelBuffer, Trace
 from gcbench.simulate.op_work import CacheAges, of_call
 from gcbench.simulate.trace.known_values import KnownValues
+from gcbench.simulate.trace.live_storages import LiveStorages
 
 KernelBuffers = Callable[[Any, tuple[Any, ...], dict[str, Any], Any], Iterable[KernelBuffer]]
 """(operator, arguments, keyword arguments, result) -> the buffers inside its kernel, in order of allocation."""
@@ -43,7 +43,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._kernel_buffers = kernel_buffers
         self._result_order = result_order
         self._draws_on_host = draws_on_host
-        self._alive: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._alive = LiveStorages(self._on_free)
         self._open = True
         self._in_backward = False
         self._held_once = _counts_when_held_once()
@@ -60,15 +60,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if tensor.layout is not torch.strided or tensor.device.type == "meta":
             return  # what a recomputation skips is on meta
         storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key not in self._alive:
-            number = self._allocate(storage.nbytes(), op, tensor.shape)
-            self._watch(storage, key, number)
+        if self._alive.get(storage) is None:
+            self._alive.add(storage, self._allocate(storage.nbytes(), op, tensor.shape))
 
     def number(self, tensor: torch.Tensor) -> int | None:
         """The block that holds the tensor; None if it was never recorded."""
-        alive = self._alive.get(tensor.untyped_storage()._cdata)
-        return None if alive is None else alive[1]
+        return self._alive.get(tensor.untyped_storage())
 
     def forget(self, tensors: Iterable[object]) -> None:
         """Make the blocks of tensors that are not in the device's memory empty."""
@@ -123,13 +120,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.trace.events.append(number)
         return number
 
-    def _watch(self, storage: torch.UntypedStorage, key: int, number: int) -> None:
-        def on_free(reference: object) -> None:
-            self._alive.pop(key, None)
-            if self._open:
-                self.trace.events.append(~number)
-
-        self._alive[key] = (weakref.ref(storage, on_free), number)
+    def _on_free(self, number: int) -> None:
+        if self._open:
+            self.trace.events.append(~number)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -190,13 +183,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _hand_over(self, old: torch.Tensor, result: torch.Tensor) -> None:
         """Reuse the block of `old` for `result`."""
-        alive = self._alive.pop(old.untyped_storage()._cdata, None)
-        if alive is None:
+        number = self._alive.forget(old.untyped_storage())
+        if number is None:
             self.note(result, "handed over")
-            return
-        # The weak reference went with `alive`, so that the end of `old` is not recorded.
-        storage = result.untyped_storage()
-        self._watch(storage, storage._cdata, alive[1])
+        else:
+            self._alive.add(result.untyped_storage(), number)
 
 
 class _Inside:
