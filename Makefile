@@ -75,8 +75,10 @@ gpu-hour: $(READY) ## Use the minutes one has a card for, eight at most: GPU tes
 	$(BIN)/python benchmarks/gpu_hour.py results/gpu-hour
 
 EMULATED_CARDS ?= h100 a100-80gb rtx-4090 t4
-truth-emulated: ## Measure the grid on emulated cards, with CUDA_PYTHON's CUDA build of torch (goes on where it stopped)
+LOOP_CARDS ?= h100 t4
+truth-emulated: ## Measure the grid, and plain loops, on emulated cards, with CUDA_PYTHON's CUDA build of torch (goes on where it stopped)
 	set -e; for card in $(EMULATED_CARDS); do $(or $(CUDA_PYTHON),$(BIN)/python) benchmarks/truth.py --emulate $$card; done
+	set -e; for card in $(LOOP_CARDS); do $(or $(CUDA_PYTHON),$(BIN)/python) benchmarks/loop_truth.py --emulate $$card; done
 
 accuracy: $(READY) ## Predict every measured grid and say how far off the predictions are
 	$(BIN)/python benchmarks/accuracy.py

@@ -17,6 +17,7 @@ fits in every cell; before torch 2.13, 0.1 % and 2 % in the worst. Exits with 1 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -215,6 +216,7 @@ def _percent(fraction: float | None) -> str:
 
 def main() -> None:
     wanted = sys.argv[1] if len(sys.argv) > 1 else ""
+    os.chdir(REFERENCE.parents[1])  # where a model is a folder of this repository, its path begins there
     files = sorted(path for path in REFERENCE.glob("truth-*.json") if wanted in path.name)
     if not files:
         sys.exit(f"there is no truth-*.json in {REFERENCE}; measure one with make truth")

@@ -104,6 +104,8 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     model.train()
     if "every" in case:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if "lora_r" in case:  # made for reentrant checkpointing, in vain: the embedding's output would need a gradient
+            model.disable_input_require_grads()
         layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):
             layer.gradient_checkpointing = (number - case.get("start", 0)) % case["every"] == 0

@@ -37,7 +37,12 @@ def accuracy(_: str) -> str:
                 f"right phase in {_percent(seen['phases'])}",
                 "other real cards",
             ],
-            *(_emulated(found, release) for release in ("2.13", "2.11") if (found := _emulated_grids(grids, release))),
+            *(
+                _emulated(what, found, release)
+                for what, prefix in (("emulated cards", "truth-emulated-"), ("plain loops there", "truth-loops-"))
+                for release in ("2.13", "2.11")
+                if (found := _emulated_grids(grids, prefix, release))
+            ),
             [
                 "peak, CPU",
                 "two processors",
@@ -65,16 +70,14 @@ def accuracy(_: str) -> str:
     )
 
 
-def _emulated_grids(grids: dict[str, Any], release: str) -> list[dict[str, Any]]:
-    """The figures of each emulated card under a release of torch."""
+def _emulated_grids(grids: dict[str, Any], prefix: str, release: str) -> list[dict[str, Any]]:
+    """The figures of each emulated card under a release of torch, of the grids whose names begin so."""
     return [
-        grid["figures"]
-        for name, grid in grids.items()
-        if name.startswith("truth-emulated-") and name.endswith(f"-torch{release}")
+        grid["figures"] for name, grid in grids.items() if name.startswith(prefix) and name.endswith(f"-torch{release}")
     ]
 
 
-def _emulated(found: list[dict[str, Any]], release: str) -> list[str]:
+def _emulated(what: str, found: list[dict[str, Any]], release: str) -> list[str]:
     cells = sum(each["cells"] for each in found)
     ran = [each["cells"] - each["ran out"] for each in found]
 
@@ -84,7 +87,7 @@ def _emulated(found: list[dict[str, Any]], release: str) -> list[str]:
         return _percent(sum(each[name] * count for each, count in zip(found, ran, strict=True)) / sum(ran), 1)
 
     return [
-        "peak, emulated cards",
+        f"peak, {what}",
         f"{len(found)} {'card' if len(found) == 1 else 'cards'}, torch {release}",
         f"{cells:,} cells",
         f"allocated: to the byte in {share('allocated equal')}, worst {_percent(worst, 3)}; "

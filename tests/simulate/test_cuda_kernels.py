@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -291,6 +292,20 @@ def test_experts_before_ampere_multiply_one_by_one(fake):
         with experts_of(capability):
             assert moe._can_use_grouped_mm(*given) is able
     assert moe._can_use_grouped_mm(*given)
+
+
+def test_experts_of_older_transformers_have_gradients_without_the_sizes_of_groups(fake, monkeypatch):
+    """By hand: their backward pass is no operator, and asks how many tokens each expert has."""
+    operator = OPDEFS["transformers::grouped_mm_fallback"]
+    monkeypatch.delitem(OPDEFS, "transformers::grouped_mm_fallback_backward", raising=False)
+    monkeypatch.setattr(operator, "_backward_fn", lambda ctx, grad: ctx.offs.tolist())
+    states, weight = tensor(6, WIDTH), tensor(2, WIDTH, 3)
+    offsets = torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(DataDependentOutputException):
+        torch.ops.transformers.grouped_mm_fallback(states, weight, offsets).sum().backward()
+    with experts_of((7, 5)):
+        torch.ops.transformers.grouped_mm_fallback(states, weight, offsets).sum().backward()
+    assert (states.grad.shape, weight.grad.shape) == (states.shape, weight.shape)
 
 
 def test_cuda_kernels_run_for_a_cuda_target_alone(fake):

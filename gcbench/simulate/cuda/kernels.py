@@ -29,6 +29,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._library.custom_ops import OPDEFS
 from torch._prims_common import suggest_memory_format
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers.integrations import moe
@@ -73,8 +74,18 @@ def experts_of(capability: tuple[int, int] | None) -> Iterator[None]:
     if capability is None or capability >= _GROUPED_MM_SINCE or not hasattr(moe, "_can_use_grouped_mm"):
         yield
         return
-    with mock.patch.object(moe, "_can_use_grouped_mm", lambda *args: False):
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch.object(moe, "_can_use_grouped_mm", lambda *args: False))
+        operator = OPDEFS.get("transformers::grouped_mm_fallback")
+        if operator is not None and "transformers::grouped_mm_fallback_backward" not in OPDEFS:
+            stack.enter_context(mock.patch.object(operator, "_backward_fn", _gradients_of_groups))
         yield
+
+
+def _gradients_of_groups(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    """What the products of one group at a time write to; in transformers before 5.18 they ask for the groups' sizes."""
+    states, weight = ctx.saved_tensors
+    return torch.zeros_like(states), torch.zeros_like(weight), None
 
 
 def _dropout(tensor: torch.Tensor, p: float, train: bool) -> torch.Tensor:
