@@ -233,9 +233,10 @@ def _compile(library: Library, compiler: str, flags: list[str], place: Path) -> 
         command.append(str(place / _DRIVER))
     done = subprocess.run([*command, "-ldl", "-lpthread"], capture_output=True, text=True)
     if done.returncode != 0:
-        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr.strip()[-200:])
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr[-200:]).strip()
+        reason = said or f"it ended with exit code {done.returncode} and said nothing"
         raise UnavailableError(
-            f"the C compiler {compiler} failed to build the emulated card ({reason.strip()}); set CC to a working one"
+            f"the C compiler {compiler} failed to build the emulated card ({reason}); set CC to a working one"
         )
 
 

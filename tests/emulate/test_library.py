@@ -59,11 +59,15 @@ def test_a_missing_compiler_is_one_sentence_with_the_remedy(monkeypatch: pytest.
         library._compiler()
 
 
-def test_a_compiler_that_fails_is_one_sentence_with_its_reason(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [("echo 'fatal error: no headers here' >&2; exit 1", "no headers here"), ("exit 3", "ended with exit code 3")],
+)
+def test_a_compiler_that_fails_is_one_sentence_with_its_reason(tmp_path: Path, script: str, reason: str) -> None:
     compiler = tmp_path / "cc"
-    compiler.write_text("#!/bin/sh\necho 'fatal error: no headers here' >&2\nexit 1\n")
+    compiler.write_text(f"#!/bin/sh\n{script}\n")
     compiler.chmod(0o755)
-    with pytest.raises(UnavailableError, match=r"failed to build the emulated card .*no headers here.* set CC"):
+    with pytest.raises(UnavailableError, match=rf"failed to build the emulated card \(.*{reason}.*\); set CC"):
         library._compile(Library(soname="libcuda.so.1"), str(compiler), [], tmp_path)
 
 
