@@ -20,7 +20,8 @@ def accuracy(_: str) -> str:
     seen = card["figures"]
     here = f"H100, torch {card['machine']['versions']['torch'].partition('+')[0]}"
     workloads = len({each["case"] for each in card["errors"]})
-    cells = f"{seen['cells']} of {seen['cells'] + seen['without a prediction']} cells, {workloads} workloads"
+    missing = seen["without a prediction"]
+    cells = f"{seen['cells'] - missing} of " * bool(missing) + f"{seen['cells']} cells, {workloads} workloads"
     scores = choices()
     speeds = [score.speed_frac for score in scores]
     trained, types = families()

@@ -13,7 +13,7 @@ from gcbench.strategies import OWN, Plan, parse
 from gcbench.strategies._for_model import not_for, plan_of, unsupported
 
 COMPARED_WITH = (
-    "an H100 (torch 2.11, 135 cells: allocated peaks within 0.08 %, reserved ones within 9 %, in the median 0.10 %) "
+    "an H100 (torch 2.11, 135 cells: allocated peaks within 0.08 %, reserved ones within 9 %, in the median 0.08 %) "
     "and on other cards emulated alone"
 )
 """Figures of `make accuracy`."""

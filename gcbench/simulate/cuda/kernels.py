@@ -83,7 +83,7 @@ def experts_of(capability: tuple[int, int] | None) -> Iterator[None]:
 
 
 def _gradients_of_groups(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    """What the products of one group at a time write to; in transformers before 5.18 they ask for the groups' sizes."""
+    """What the products of one group at a time write to; in older transformers they ask for the sizes of the groups."""
     states, weight = ctx.saved_tensors
     return torch.zeros_like(states), torch.zeros_like(weight), None
 
