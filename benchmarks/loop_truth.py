@@ -12,8 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -27,9 +25,7 @@ from gcbench.core.files import write_text
 from gcbench.core.json_codec import encode
 from gcbench.devices import cards
 from gcbench.emulate.environment import environment
-from gcbench.job.describe import DescribeTask
 from gcbench.processes.children import ForkedChildren
-from gcbench.processes.messages import raise_refusal
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent
@@ -73,58 +69,40 @@ def cases() -> Iterator[tuple[str, dict[str, Any]]]:
             yield ", ".join(words), case
 
 
-def train(case: dict[str, Any], added: dict[str, str]) -> dict[str, Any]:
-    """Train a case on the card in a process of its own; `failure` where that ended badly."""
-    command = [sys.executable, plain_loop.__file__, "", "--one", json.dumps(case)]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **added}, capture_output=True, text=True)
-    if done.returncode:
-        return {"failure": done.stderr.strip()[-400:]}
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train other types of models in plain loops on an emulated card.")
     parser.add_argument("--emulate", metavar="CARD", required=True, help="The card to emulate.")
     card = cards.find(parser.parse_args().emulate)
     added = environment(card)
+    os.chdir(ROOT)  # where the paths of the models begin
     begin = time.perf_counter()
     with ForkedChildren(environment=added) as children:
-        answer = children.run(DescribeTask(device="cuda"), on_event=lambda event: None, timeout_s=600.0)
-    raise_refusal(answer)
-    machine = answer.machine
-    assert machine is not None
-    release = ".".join((machine.versions["torch"] or "").split(".")[:2])
-    path = truth.REFERENCE / f"truth-loops-{card.name}-torch{release}.json"
-    stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    if stored and any(stored["machine"]["versions"].get(it) != machine.versions.get(it) for it in ("torch", "peft")):
-        stored = {}
-    done = {case["name"]: case for case in stored.get("cases", [])}
+        machine = truth.machine_of(children, "cuda")
+    path = truth.REFERENCE / f"truth-loops-{card.name}-torch{truth.torch_release(machine)}.json"
     wanted = dict(cases())
-    waiting = {name: case for name, case in wanted.items() if name not in done}
-    header = {
-        "command": f"python benchmarks/loop_truth.py --emulate {card.name}",
-        "source": "emulated",
-        "free_bytes": truth.free_bytes(added),
-        "machine": encode(machine),
+    done = {
+        name: case
+        for name, case in truth.stored_cases(path, machine).items()
+        if name in wanted and case["settings"] == plain_loop.settings_of(wanted[name])
     }
+    header = {**truth.emulated_header("loop_truth.py", card, added), "machine": encode(machine)}
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        running = {pool.submit(train, case, added): name for name, case in waiting.items()}
+        running = {
+            pool.submit(plain_loop.in_a_process, json.dumps(case), added): name
+            for name, case in wanted.items()
+            if name not in done
+        }
         for future in as_completed(running):
             name, found = running[future], future.result()
             if "failure" in found:
                 print(f"{name}: {found['failure']}", flush=True)
                 continue
-            done[name] = _as_case(name, wanted[name], found)
+            both = plain_loop.as_cell(wanted[name], found)
+            done[name] = {"name": name, "settings": both["settings"], "cells": [both["cell"]]}
             document = {**header, "cases": [done[each] for each in wanted if each in done]}
             write_text(path, truth.as_text(document))
             print(f"{name}: {found['allocated_bytes']:,} and {found['reserved_bytes']:,} reserved", flush=True)
     print(f"{path}: {len(done)} of {len(wanted)} cases, {time.perf_counter() - begin:.0f} s")
-
-
-def _as_case(name: str, case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    both = plain_loop.as_cell(case, found)
-    return {"name": name, "settings": both["settings"], "cells": [both["cell"]]}
 
 
 if __name__ == "__main__":

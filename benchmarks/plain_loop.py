@@ -17,6 +17,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -163,14 +164,14 @@ def train(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
-    """Return the `settings` and the `cell` of a case in `truth.py`'s form; empty where no strategy says the same."""
+def settings_of(case: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the settings of a `gcbench run` that does the same; None where no strategy says it."""
     every = case.get("every")
-    if "phases" not in found or {"micro_batches", "keeps_outputs"} & case.keys() or case.get("start"):
-        return {}
+    if {"micro_batches", "keeps_outputs"} & case.keys() or case.get("start"):
+        return None
     strategy = "off" if every is None else "per-layer" if every == 1 else f"every:{every}"
     precision = PRECISIONS[case.get("dtype", "bfloat16"), case.get("mixed")]
-    settings = {
+    return {
         "model": case["model"],
         "batch_size": case["batch"],
         "seq_len": case["seq"],
@@ -179,6 +180,13 @@ def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         **{name: case[name] for name in ("layers", "set", "lora_r", "pretrained") if name in case},
         **({"lora_target_modules": case["lora_targets"]} if "lora_targets" in case else {}),
     }
+
+
+def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """Return the `settings` and the `cell` of a case in `truth.py`'s form; empty where there are none."""
+    settings = settings_of(case)
+    if "phases" not in found or settings is None:
+        return {}
     memory = {
         "allocated_bytes": found["allocated_bytes"],
         "reserved_bytes": found["reserved_bytes"],
@@ -186,7 +194,7 @@ def as_cell(case: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
         **{f"{phase}_bytes": nbytes for phase, nbytes in found["phases"].items()},
     }
     cell = {
-        "strategy": strategy,
+        "strategy": settings["strategies"][0],
         "memory": memory,
         "failure": None,
         "kind": None,
@@ -205,8 +213,9 @@ def main() -> None:
     waiting = [name for name in names or CASES if "allocated_bytes" not in stored["cases"].get(name, {})]
     # What a process allocates does not depend on others, as long as the card has room for all.
     with ThreadPoolExecutor(min(3, os.cpu_count() or 1)) as pool:
-        for done in as_completed([pool.submit(_in_a_process, name) for name in waiting]):
-            name, found = done.result()
+        running = {pool.submit(in_a_process, name): name for name in waiting}
+        for done in as_completed(running):
+            name, found = running[done], done.result()
             stored.update(found.pop("machine", {}))
             stored["source"] = "measured" if emulated_card() is None else "emulated"
             stored["cases"][name] = {**CASES[name], **found, **as_cell(CASES[name], found)}
@@ -215,10 +224,17 @@ def main() -> None:
             print(f"{name}: {said}", flush=True)
 
 
-def _in_a_process(name: str) -> tuple[str, dict[str, Any]]:
-    done = subprocess.run([sys.executable, __file__, "", "--one", name], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    return name, json.loads(lines[-1]) if done.returncode == 0 else {"failure": done.stderr.strip()[-400:]}
+def in_a_process(case: str, added: Mapping[str, str] = {}) -> dict[str, Any]:
+    """Train a case, by name or as JSON, in a process of its own with `added` to its environment.
+
+    Returns what `train` does, or the `failure`.
+    """
+    command = [sys.executable, __file__, "", "--one", case]
+    done = subprocess.run(command, env={**os.environ, **added}, capture_output=True, text=True)
+    if done.returncode:
+        return {"failure": done.stderr.strip()[-400:]}
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def _machine() -> dict[str, Any]:

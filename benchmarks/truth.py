@@ -98,6 +98,36 @@ def free_bytes(added: Mapping[str, str] | None) -> int:
     return int(done.stdout)
 
 
+def machine_of(children: ForkedChildren, device: str) -> Machine:
+    """The machine and versions that a child finds; raises what its refusal says."""
+    answer = children.run(DescribeTask(device=device), on_event=lambda event: None, timeout_s=600.0)
+    raise_refusal(answer)
+    assert answer.machine is not None
+    return answer.machine
+
+
+def torch_release(machine: Machine) -> str:
+    """`2.13`, for a file name."""
+    return ".".join((machine.versions.get("torch") or "").split(".")[:2])
+
+
+def stored_cases(path: Path, machine: Machine) -> dict[str, dict[str, Any]]:
+    """The stored cases by name; none where they are of other versions, which may allocate otherwise."""
+    if not path.exists():
+        return {}
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    libraries = ("torch", "transformers", "peft")
+    if any(stored["machine"]["versions"].get(name) != machine.versions.get(name) for name in libraries):
+        return {}
+    return {case["name"]: case for case in stored["cases"]}
+
+
+def emulated_header(script: str, card: cards.Card, added: Mapping[str, str]) -> dict[str, Any]:
+    """What a truth of an emulated card begins with."""
+    command = f"python benchmarks/{script} --emulate {card.name}"
+    return {"command": command, "source": "emulated", "free_bytes": free_bytes(added)}
+
+
 def main() -> None:
     arguments = argparse.ArgumentParser(description="Measure the grid that predictions are held to.")
     arguments.add_argument("device", nargs="?", default="auto", help="A device of this machine (default: auto).")
@@ -108,24 +138,15 @@ def main() -> None:
     begin = time.perf_counter()
     with ForkedChildren(environment=added) as children:
         device = asked.device if card is None else "cuda"
-        answer = children.run(DescribeTask(device=device), on_event=lambda event: None, timeout_s=600.0)
-        raise_refusal(answer)
-        machine = answer.machine
-        assert machine is not None
-        libraries = {name: machine.versions.get(name) for name in ("torch", "transformers", "peft")}
-        if card is None:
+        machine = machine_of(children, device)
+        if card is None or added is None:
             grid, named = cases(machine.device.partition(":")[0]), slug(machine)
             header: dict[str, Any] = {"command": "make truth"}
         else:
-            torch_version = ".".join((libraries["torch"] or "").split(".")[:2])
-            grid, named = cases("emulated"), f"emulated-{card.name}-torch{torch_version}"
-            command = f"python benchmarks/truth.py --emulate {card.name}"
-            header = {"command": command, "source": "emulated", "free_bytes": free_bytes(added)}
+            grid, named = cases("emulated"), f"emulated-{card.name}-torch{torch_release(machine)}"
+            header = emulated_header("truth.py", card, added)
         path = REFERENCE / f"truth-{named}.json"
-        stored = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if stored and any(stored["machine"]["versions"].get(name) != there for name, there in libraries.items()):
-            stored = {}  # another version may allocate otherwise
-        done = {case["name"]: case for case in stored.get("cases", [])}
+        done = stored_cases(path, machine)
         for number, case in enumerate(grid, start=1):
             if case.name in done and done[case.name]["settings"] == case.settings:
                 continue

@@ -20,8 +20,9 @@ def accuracy(_: str) -> str:
     seen = card["figures"]
     here = f"H100, torch {card['machine']['versions']['torch'].partition('+')[0]}"
     workloads = len({each["case"] for each in card["errors"]})
-    missing = seen["without a prediction"]
-    cells = f"{seen['cells'] - missing} of " * bool(missing) + f"{seen['cells']} cells, {workloads} workloads"
+    cells = f"{seen['cells']} cells, {workloads} workloads"
+    if missing := seen["without a prediction"]:
+        cells = f"{seen['cells'] - missing} of {cells}"
     scores = choices()
     speeds = [score.speed_frac for score in scores]
     trained, types = families()
