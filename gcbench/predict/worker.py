@@ -8,7 +8,6 @@ from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from gcbench.checkpointing import apply as checkpointing
@@ -86,20 +85,13 @@ class Session:
             flash_stand_in.register()
         recorder = BuildRecorder()
         with ExitStack() as stack:
-
-            def record(loaded: torch.nn.Module | None = None) -> None:
-                if loaded is not None:
-                    recorder.move(loaded)
+            if self.target.kind != "cpu":  # whose allocator does not care where blocks lie
                 stack.enter_context(recorder)
                 stack.enter_context(models.initialising_on_meta())
-
-            is_recorded = self.target.kind != "cpu"  # a CPU's allocator does not care where blocks lie
-            if is_recorded and not task.pretrained:
-                record()
             model = models.build_meta(
                 config,
                 lora=task.lora,
-                without_adapters=record if is_recorded and task.pretrained else None,
+                without_adapters=recorder.move if task.pretrained else None,
                 dtype=parameter_dtype(task.precision),
                 trust_remote_code=task.source.trust_remote_code,
                 **({} if attention is None else {"attn_implementation": attention}),

@@ -68,8 +68,9 @@ class Trace:
 
     def first(self, ops: Collection[str], *, backward: bool) -> int | None:
         """Number of events up to and with the first result of one of `ops` in a pass of the first step, if any."""
-        begin = self.backward_at if backward else self.forward_at
-        end = self.marks[0][0] if backward and self.marks else self.backward_at if not backward else None
+        begin, end = self.forward_at, self.backward_at
+        if backward:
+            begin, end = self.backward_at, self.marks[0][0] if self.marks else None
         for place, event in enumerate(self.events[begin:end], start=begin or 0):
             if event >= 0 and self.blocks[event].op in ops:
                 return place + 1

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from gcbench.core.snapshot_files import PROTOCOL
 from gcbench.core.version import __version__
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator, OutOfMemory
-from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
+from gcbench.simulate.allocator.pools import PoolBlock, rounded
 from gcbench.simulate.compose.block_kinds import KIND_NAMES, Kind
 from gcbench.simulate.compose.whole_step import Assembly
 from gcbench.simulate.explain import plain_op
@@ -99,7 +99,7 @@ class _Replay:
         """Replay all events; returns where the device ran out of memory, if it did."""
         line = self.assembly.timeline
         begin = line.marks[0][0]
-        sizes = (-(-line.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
+        sizes = rounded(line.nbytes).tolist()
         events: list[int] = line.events.tolist()
         try:
             with without_collections():

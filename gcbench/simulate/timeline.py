@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from gcbench.core.records import PHASES, MemoryPeaks, Phase
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator
-from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
+from gcbench.simulate.allocator.pools import PoolBlock, rounded
 from gcbench.simulate.events import Trace, of_phases
 
 Ints = npt.NDArray[np.int64]
@@ -125,7 +125,7 @@ def cached(
     allocator = CachingAllocator(
         limit_bytes=limit_bytes, device_bytes=device_bytes, expandable_segments=expandable_segments
     )
-    sizes = (-(-timeline.nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES).tolist()
+    sizes = rounded(timeline.nbytes).tolist()
     allocated_blocks: list[PoolBlock | None] = [None] * len(sizes)
     marks = dict(timeline.marks)
     stops = sorted({*marks, *timeline.settled_at, len(timeline.events)})

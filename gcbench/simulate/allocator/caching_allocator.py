@@ -37,13 +37,13 @@ from bisect import insort
 from collections.abc import Callable, Iterator
 
 from gcbench.simulate.allocator.pools import (
-    MIN_BLOCK_BYTES,
     MIN_OWN_SEGMENT_BYTES,
     SEGMENT_ROUNDING_BYTES,
     SMALL_REQUEST_BYTES,
     Pool,
     PoolBlock,
     by_address,
+    rounded,
 )
 
 NULL = 0
@@ -158,7 +158,7 @@ class CachingAllocator:
         """
         if nbytes == 0:
             return NULL
-        block = self.allocate(-(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+        block = self.allocate(rounded(nbytes))
         self._live[block.address] = block
         return block.address
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Iterator
 from operator import attrgetter
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 MIN_BLOCK_BYTES = 512
 SMALL_REQUEST_BYTES = 1 << 20
@@ -13,6 +17,13 @@ LARGE_SEGMENT_BYTES = 20 << 20
 MIN_OWN_SEGMENT_BYTES = 10 << 20
 SEGMENT_ROUNDING_BYTES = 2 << 20
 """kMinBlockSize, kSmallSize, kSmallBuffer, large_segment_size_, kMinLargeAlloc and kRoundLarge."""
+
+_Sizes = TypeVar("_Sizes", int, npt.NDArray[np.int64])
+
+
+def rounded(nbytes: _Sizes) -> _Sizes:
+    """The bytes that a block of so many takes (`round_size`), for one size or an array of them."""
+    return -(-nbytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES
 
 
 class PoolBlock:

@@ -14,7 +14,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gcbench.simulate.allocator.caching_allocator import CachingAllocator
-from gcbench.simulate.allocator.pools import MIN_BLOCK_BYTES, PoolBlock
+from gcbench.simulate.allocator.pools import PoolBlock, rounded
 from gcbench.simulate.trace.live_storages import LiveStorages
 from gcbench.simulate.trace.model_blocks import storages
 
@@ -44,7 +44,7 @@ class Building:
                 if (block := held.pop(~event, None)) is not None:
                     allocator.release(block)
             elif self.nbytes[event]:
-                held[event] = allocator.allocate(-(-self.nbytes[event] // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+                held[event] = allocator.allocate(rounded(self.nbytes[event]))
         return [held.get(number) for number in self.model]
 
     def replay_and_settle(self, allocator: CachingAllocator) -> list[PoolBlock | None]:
@@ -63,6 +63,9 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._start()
+
+    def _start(self) -> None:
         self._nbytes: list[int] = []
         self._events: list[int] = []
         self._alive = LiveStorages(lambda number: self._events.append(~number))
@@ -76,12 +79,10 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def move(self, model: torch.nn.Module) -> None:
-        """Record that the model's tensors are moved to the device, in the order in which `Module.to` moves them."""
-        for child in model.children():
-            self.move(child)
-        for tensor in (*model._parameters.values(), *model._buffers.values()):
-            if tensor is not None:
-                self._note(tensor.untyped_storage())
+        """Forget how the model was made: it is loaded on the host, and moved in the order of `Module.to`."""
+        self._start()
+        for tensor in _in_the_order_of_to(model):
+            self._note(tensor.untyped_storage())
 
     def building_of(self, model: torch.nn.Module) -> Building:
         """What was recorded, for the model that was built; storages that no operator returned come last."""
@@ -100,6 +101,15 @@ class BuildRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 _POW_OF_A_NUMBER = torch.ops.aten.pow.Scalar
+
+
+def _in_the_order_of_to(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    """A model's tensors in the order in which `torch.nn.Module.to` moves them: children first."""
+    for child in model.children():
+        yield from _in_the_order_of_to(child)
+    for tensor in (*model._parameters.values(), *model._buffers.values()):
+        if tensor is not None:
+            yield tensor
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:
