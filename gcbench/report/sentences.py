@@ -145,6 +145,11 @@ def interval(low: float | None, high: float | None) -> str | None:
     return f"{start} to {end} %"
 
 
+def tokens(per_second: float | None) -> str:
+    """Return `2,048` for tokens per second, with a decimal below 100."""
+    return "–" if per_second is None else f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
+
+
 def time_paid(row: Row) -> str:
     """Return `for 27 % more time (95 %: 22 to 33 %)`, with the interval or the reason why there is none."""
     paid, low, high = row.time_overhead_frac, row.time_overhead_low_frac, row.time_overhead_high_frac

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from gcbench.core.records import Json, Machine, Report, Row
 from gcbench.core.text_table import UNKNOWN, Column
 from gcbench.core.units import counted, format_bytes, format_count, format_percent
-from gcbench.report import additions, gaps, sentences
+from gcbench.report import additions, gaps, largest, sentences
 from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.explanation import PeakExplanation
@@ -62,7 +62,7 @@ def _measured(report: Report) -> list[str]:
     for workload, group in by_workload(table).items():
         title = sentences.title(workload, model=False, device=not is_emulated)
         blocks += [f"## {_escaped(title)}", answer(group)]
-    blocks += _plots(report)
+    blocks += [*_largest(report), *_plots(report)]
     return [*blocks, "## What was not measured", _bullets(not_measured(table))]
 
 
@@ -86,7 +86,7 @@ def _predicted(report: Report) -> list[str]:
     for workload, cells in predicted.by_workload(report).items():
         blocks += [f"## {_escaped(sentences.title(workload, model=False, device=False))}", prediction(cells)]
         blocks += _explanation(explained.explanations(cells, tried=tried))
-    blocks += _plots(report)
+    blocks += [*_largest(report), *_plots(report)]
     terms = explained.terms(report)
     if terms:
         sizes = [(term.name, format_bytes(term.nbytes), explained.side(term), term.source) for term in terms]
@@ -101,6 +101,15 @@ def _overview(report: Report) -> list[str]:
     if table is None:
         return []
     return ["## Overview", _escaped(f"{table.title.removeprefix('Overview of ')}."), _table(table.columns)]
+
+
+def _largest(report: Report) -> list[str]:
+    """Render the cells at each strategy's largest batch, where there are several batches."""
+    blocks: list[str] = []
+    for table in largest.summaries(report):
+        blocks += [f"## {_escaped(table.title)}", _escaped(f"{table.subtitle}."), _table(table.columns)]
+        blocks += map(_escaped, table.summary.splitlines())
+    return blocks
 
 
 def answer(group: Sequence[Row]) -> str:

@@ -13,7 +13,7 @@ from gcbench.core.text_table import fit as fit
 from gcbench.core.text_table import plain as plain
 from gcbench.core.text_table import show as print_all
 from gcbench.core.units import format_bytes, format_percent, format_seconds
-from gcbench.report import additions, sentences
+from gcbench.report import additions, largest, sentences
 from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.overview import overview
@@ -37,7 +37,12 @@ def tables(report: Report) -> list[RenderableType]:
         return _predicted(report, explain=report.settings.get("explain") is True)
     where = f"emulated on {sentences.emulated_card(report)}" if report.source == "emulated" else ""
     groups = by_workload(rows(report)).values()
-    return [*_overview(report), *(_table(group, where) for group in groups), *_about_model(report)]
+    return [
+        *_overview(report),
+        *(_table(group, where) for group in groups),
+        *largest.summaries(report),
+        *_about_model(report),
+    ]
 
 
 def show(report: Report, *, explain: bool = False) -> None:
@@ -87,7 +92,13 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
             short=of(_overhead_shortly),
             shorten=1,
         ),
-        Column(header="tokens/s", short_header="tok/s", cells=of(lambda r: tokens(r.tokens_per_s)), shorten=2, drop=5),
+        Column(
+            header="tokens/s",
+            short_header="tok/s",
+            cells=of(lambda r: sentences.tokens(r.tokens_per_s)),
+            shorten=2,
+            drop=5,
+        ),
         Column(header="proof", cells=of(proof), right=False),
     )
 
@@ -109,11 +120,6 @@ def overhead(row: Row) -> str:
 
 def _limits(row: Row) -> tuple[float | None, float | None]:
     return row.time_overhead_low_frac, row.time_overhead_high_frac
-
-
-def tokens(per_second: float | None) -> str:
-    """Return `2,048`, with a decimal below 100."""
-    return UNKNOWN if per_second is None else f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.1f}"
 
 
 def proof(row: Row) -> str:
@@ -159,7 +165,7 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
             parts += explained.explanations(cells, tried=report.settings.get("explain") is True)
     if explain:
         parts += explained.term_list(report)
-    return [*parts, *_about_model(report), Text(predicted.NOT_MEASURED)]
+    return [*parts, *largest.summaries(report), *_about_model(report), Text(predicted.NOT_MEASURED)]
 
 
 def _about_model(report: Report) -> list[RenderableType]:
