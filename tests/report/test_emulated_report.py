@@ -86,7 +86,7 @@ def test_nothing_is_said_of_times_or_gradients_that_do_not_exist(strategies):
 
 
 def test_no_plot_of_times_is_drawn():
-    assert run_plots.drawable(two_batches()) == (run_plots.MEMORY,)
+    assert run_plots.drawable(two_batches()) == (run_plots.MEMORY, "curves-batch.png")
 
 
 def test_the_plot_says_that_the_card_is_emulated():

@@ -12,6 +12,7 @@ from fixtures_report import OUT_OF_MEMORY, mixed_report, outcome, peaks, report,
 from gcbench.core.units import format_bytes
 from gcbench.report import rows as tables
 from gcbench.report.plots import label_placement, run_plots
+from gcbench.report.plots.figure import MARKERS
 
 NAMES = ("off", "per-layer", *(f"every:{k}" for k in range(2, 7)), *(f"segment:{k}" for k in range(2, 7)))
 LONG = ("off", *(f"segment:{k}+offload:boundaries+pinned" for k in range(1, 12)))
@@ -59,7 +60,7 @@ def test_files_are_written_and_named_beforehand(case, tmp_path):
 
 
 def test_only_off_has_no_tradeoff(tmp_path):
-    assert [path.name for path in run_plots.draw(grid(1, 2), tmp_path)] == [run_plots.MEMORY]
+    assert [path.name for path in run_plots.draw(grid(1, 1), tmp_path)] == [run_plots.MEMORY]
 
 
 def test_a_run_where_all_failed_draws_nothing(tmp_path):
@@ -87,7 +88,7 @@ def boxes(axes):
     points = [
         axes.transData.transform((line.get_xdata()[0], line.get_ydata()[0]))
         for line in axes.lines
-        if line.get_marker() in run_plots._MARKERS and len(line.get_xdata()) == 1 and line.get_linestyle() != "-"
+        if line.get_marker() in MARKERS and len(line.get_xdata()) == 1 and line.get_linestyle() != "-"
     ]
     return texts, points
 

@@ -15,7 +15,7 @@ from gcbench.report import predictions as predicted
 from gcbench.report.explanation import PeakExplanation
 from gcbench.report.formats.terminal import table_columns
 from gcbench.report.overview import overview
-from gcbench.report.plots import memory_over_step, run_plots
+from gcbench.report.plots import curves, memory_over_step, run_plots
 from gcbench.report.predictions import PredictedCell
 from gcbench.report.rows import NOTHING_SHOWN, by_workload, failed_proof, hides_saving, rows
 from gcbench.report.sentences import notes
@@ -224,6 +224,7 @@ def _plots(report: Report) -> list[str]:
     captions = {
         run_plots.MEMORY: "Peak memory of each phase of a training step",
         run_plots.TRADEOFF: "Memory saved versus time overhead",
+        **{name: curves.caption(dimension) for name, dimension in curves.files(report).items()},
         **{name: memory_over_step.caption(workload) for name, workload in memory_over_step.files(report).items()},
     }
     links = [f"![{captions[name]}](plots/{name})" for name in run_plots.drawable(report)]

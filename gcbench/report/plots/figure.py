@@ -22,14 +22,27 @@ if TYPE_CHECKING:
 DPI = 120
 LONGEST_LABEL = 28
 GREY = "#555555"
+OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
+"""M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 
 
-def panels(count: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    """Create a figure with `count` panels of `width` × `height` inches, in up to three columns."""
+def colour(style: int) -> str:
+    """Return the colour of the strategy with this number."""
+    return OKABE_ITO[style % len(OKABE_ITO)]
+
+
+def marker(style: int) -> str:
+    """Return the marker of the strategy with this number."""
+    return MARKERS[style % len(MARKERS)]
+
+
+def panels(count: int, *, width: float, height: float, across: int | None = None) -> tuple[Figure, list[Axes]]:
+    """Create a figure with `count` panels of `width` × `height` inches, in up to three columns or in `across`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    across = {1: 1, 2: 2, 4: 2}.get(count, 3)
+    across = across or {1: 1, 2: 2, 4: 2}.get(count, 3)
     down = math.ceil(count / across)
     figure = Figure(figsize=(max(width * across, 7.5), height * down + 0.9), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
@@ -73,6 +86,14 @@ def _first(letters: Sequence[str], length: int) -> list[str]:
     """Return the first letters that fit in `length`."""
     ends = accumulate(map(len, letters))
     return [letter for letter, end in zip(letters, ends, strict=True) if end <= length]
+
+
+def make_room(axes: Axes) -> None:
+    """Extend the panel to the right until the texts after the bars fit."""
+    width = axes.get_window_extent().width
+    for text in axes.texts:
+        end, needed = text.get_position()[0], min(text.get_window_extent().width + 6, 0.8 * width)
+        axes.set_xlim(0, max(axes.get_xlim()[1], end / (1 - needed / width)))
 
 
 def lay_out(figure: Figure) -> None:

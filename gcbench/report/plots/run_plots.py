@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -10,8 +11,20 @@ from typing import TYPE_CHECKING
 
 from gcbench.core.records import PHASES, Phase, Report, Row, Workload
 from gcbench.core.units import GIB, MIB, format_bytes
-from gcbench.report.plots import memory_over_step
-from gcbench.report.plots.figure import GREY, LONGEST_LABEL, head, lay_out, panels, quiet, shortened, write
+from gcbench.report.plots import curves, memory_over_step
+from gcbench.report.plots.figure import (
+    GREY,
+    LONGEST_LABEL,
+    colour,
+    head,
+    lay_out,
+    make_room,
+    marker,
+    panels,
+    quiet,
+    shortened,
+    write,
+)
 from gcbench.report.plots.label_placement import MARGIN, Box, Label, place
 from gcbench.report.plots.lettering import choose_font
 from gcbench.report.rows import NOT_REPEATABLE, by_workload, failed_proof, hides_saving, rows
@@ -25,16 +38,23 @@ if TYPE_CHECKING:
 
 MEMORY = "memory.png"
 TRADEOFF = "tradeoff.png"
+_OWN = re.compile(r"(memory|tradeoff|curves-(batch|length)|step(-b\d+-s\d+)?)\.png")
+"""Every name that `draw` may give to a file."""
 LABEL = "strategy-label"
 """The gid of the labels that must not overlap."""
 
-_OKABE_ITO = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8F8A00")
-"""M. Okabe and K. Ito, Color Universal Design, 2008; their yellow darkened to be seen on white."""
 _REACH, _LEAST_REACH = 4, 100.0
 """How far the x axis extends for intervals: so many times the spread of the centres, or so many percent."""
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h", "p", "*")
 _PHASE_COLOURS: dict[Phase, str] = {"forward": "#56B4E9", "backward": "#E69F00", "optimizer": "#009E73"}
 _PHASE_HATCHES: dict[Phase, str] = {"forward": "", "backward": "////", "optimizer": "...."}
+
+
+def remove_stale(report: Report, folder: Path) -> None:
+    """Remove the plots of an earlier state of this report from its own folder `folder`; raises OSError."""
+    current = drawable(report)
+    for path in folder.glob("*.png"):
+        if path.name not in current and _OWN.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def drawable(report: Report) -> tuple[str, ...]:
@@ -56,6 +76,8 @@ def _figures(report: Report) -> dict[str, Callable[[], Figure]]:
         figures[MEMORY] = partial(memory_figure, report)
     if _panels(table):
         figures[TRADEOFF] = partial(tradeoff_figure, report)
+    for name, dimension in curves.files(report).items():
+        figures[name] = partial(curves.curves_figure, report, dimension)
     for name, workload in memory_over_step.files(report).items():
         figures[name] = partial(memory_over_step.step_figure, report, workload)
     return figures
@@ -76,7 +98,7 @@ def memory_figure(report: Report) -> Figure:
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, fontsize=9)
     lay_out(figure)
     for axes in found:
-        _make_room(axes)
+        make_room(axes)
     return figure
 
 
@@ -157,14 +179,6 @@ def _memory_panel(axes: Axes, workload: Workload, group: Sequence[Row]) -> None:
     quiet(axes, "x")
 
 
-def _make_room(axes: Axes) -> None:
-    """Extend the panel to the right until the texts after the bars fit."""
-    width = axes.get_window_extent().width
-    for text in axes.texts:
-        end, needed = text.get_position()[0], min(text.get_window_extent().width + 6, 0.8 * width)
-        axes.set_xlim(0, max(axes.get_xlim()[1], end / (1 - needed / width)))
-
-
 def _of_phase(row: Row, phase: Phase) -> int | None:
     return {
         "forward": row.peak_forward_bytes,
@@ -186,8 +200,8 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
             [100 * paid],
             [100 * saved],
             xerr=None if low is None or high is None else [[100 * (paid - low)], [100 * (high - paid)]],
-            fmt=_MARKERS[style % len(_MARKERS)],
-            color=_OKABE_ITO[style % len(_OKABE_ITO)],
+            fmt=marker(style),
+            color=colour(style),
             markersize=8,
             markeredgecolor="white",
             markeredgewidth=0.6,
@@ -215,8 +229,8 @@ def _mark_cut_intervals(axes: Axes, group: Sequence[Row], styles: dict[str, int]
             continue
         for beyond, edge, arrow in ((100 * low < left, left, "<"), (100 * high > right, right, ">")):
             if beyond:
-                colour = _OKABE_ITO[styles[row.strategy] % len(_OKABE_ITO)]
-                axes.plot([edge], [100 * saved], arrow, color=colour, markersize=7, clip_on=False)
+                style = styles[row.strategy]
+                axes.plot([edge], [100 * saved], arrow, color=colour(style), markersize=7, clip_on=False)
 
 
 def _limits(axes: Axes, group: Sequence[Row]) -> None:
@@ -269,8 +283,8 @@ def _label_points(axes: Axes, group: Sequence[Row], styles: dict[str, int]) -> N
         text.set_position((label.room.left + MARGIN - size.left, label.room.bottom + MARGIN - size.bottom))
         if label.leader:
             (x, y), (near_x, near_y) = label.leader[0], label.leader[-1]
-            colour = _OKABE_ITO[styles[row.strategy] % len(_OKABE_ITO)]
-            line = Line2D([x, near_x], [y, near_y], transform=IdentityTransform(), color=colour, linewidth=0.8)
+            ends, style = ([x, near_x], [y, near_y]), styles[row.strategy]
+            line = Line2D(*ends, transform=IdentityTransform(), color=colour(style), linewidth=0.8)
             axes.add_artist(line)
 
 
