@@ -66,12 +66,14 @@ def report(folder: Path, *, format: str, out: Path | None) -> None:
         return
     report = reports.load(folder)
     if format == "png":
-        from gcbench.report.plots.run_plots import draw
+        from gcbench.report.plots.run_plots import draw, remove_stale
 
         target = out or reports.report_path(folder).parent / "plots"
         with _writable(target):
             for path in draw(report, target):
                 print(path)
+            if out is None:
+                remove_stale(report, target)
         return
     if out is not None:
         with _writable(out):

@@ -18,9 +18,10 @@ def publish(report: Report, store: Store, *, plots: bool = True) -> None:
     """Write the tables and plots beside the report; the store reports a write that fails."""
     with store.forgiving(report):
         if plots:
-            from gcbench.report.plots.run_plots import draw
+            from gcbench.report.plots.run_plots import draw, remove_stale
 
             draw(report, store.folder / "plots")
+            remove_stale(report, store.folder / "plots")
         for name, file in (("csv", "table.csv"), ("markdown", "report.md")):
             write_text(store.folder / file, formats.get(name).render(report))
 
