@@ -9,8 +9,7 @@ from dataclasses import replace
 import pytest
 from fixtures_predicted import cpu_report
 from fixtures_report import mixed_report, outcome, peaks, steady
-from fixtures_sweep import CARD_MIB, LONG, NAMES, emulated_grid, measured_grid, predicted_grid
-from test_largest import with_times
+from fixtures_sweep import CARD_MIB, LONG, NAMES, emulated_grid, measured_grid, predicted_grid, with_times
 
 from gcbench.report import report_file
 from gcbench.report.formats import markdown
@@ -200,6 +199,12 @@ def test_more_lengths_than_have_room_are_named():
     assert [axes.get_title(loc="left") for axes in drawn.axes[::4]] == [
         f"peak memory · {length} tokens" for length in (128, 256, 512, 1024)
     ]
+
+
+def test_a_length_at_which_nothing_fits_is_named():
+    drawn = curves.curves_figure(measured_grid((1, 2), (512, 2**16)), "batch_size")
+    assert len(drawn.axes) == 4
+    assert "nothing to draw at 65536 tokens" in note(drawn)
 
 
 def test_each_bar_is_labelled_with_its_batch():

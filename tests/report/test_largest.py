@@ -9,11 +9,10 @@ from dataclasses import replace
 import pytest
 from fixtures_predicted import cpu_report
 from fixtures_report import OUT_OF_MEMORY, mixed_report, outcome, peaks, steady
-from fixtures_sweep import CARD_MIB, LONG, emulated_grid, measured_grid, predicted_grid
+from fixtures_sweep import CARD_MIB, LONG, emulated_grid, measured_grid, predicted_grid, with_times
 
 from gcbench.core.units import MIB
 from gcbench.report import formats, largest, sweep
-from gcbench.report import rows as tables
 from gcbench.report.formats import markdown, terminal
 
 
@@ -27,25 +26,6 @@ def table(report):
 def sentence(report, dimension="batch_size"):
     (found,) = sweep.series(report, dimension)
     return largest.sentence(found)
-
-
-def with_times(report, monkeypatch, *, half_width=None):
-    """Give the rows of a prediction step times, with a band of this relative half width."""
-    changed = []
-    for row in tables.rows(report):
-        seconds = 0.2 + 0.05 * row.batch_size
-        band = (
-            {}
-            if half_width is None
-            else {
-                "step_time_low_s": seconds * (1 - half_width),
-                "step_time_high_s": seconds * (1 + half_width),
-            }
-        )
-        tokens = row.batch_size * row.seq_len
-        changed.append(replace(row, step_time_s=seconds, tokens_per_s=tokens / seconds, **band))
-    monkeypatch.setattr(sweep, "rows", lambda _: tuple(changed))
-    return report
 
 
 def test_the_sentence_says_where_off_and_the_best_end_and_how_they_compare():

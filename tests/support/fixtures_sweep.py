@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
+import pytest
 from fixtures_predicted import CARD, cell, predicted_report, prediction
 from fixtures_report import OUT_OF_MEMORY, outcome, peaks, report, steady, workload
 
 from gcbench.core.records import EMULATED, Outcome, Report
 from gcbench.core.units import MIB
+from gcbench.report import rows as tables
+from gcbench.report import sweep
 
 CARD_MIB = 24 * 1024
 SLOPES = {"off": 2600, "per-layer": 900, "every:2": 1700}
@@ -98,3 +101,22 @@ def predicted_grid(
             said = replace(prediction(memory, limit=limit), reserve_frac=reserve)
             outcomes.append(cell(name, said, work=replace(CARD, batch_size=batch, seq_len=seq)))
     return predicted_report(*outcomes)
+
+
+def with_times(report: Report, monkeypatch: pytest.MonkeyPatch, *, half_width: float | None = None) -> Report:
+    """Give the rows of a prediction step times, with a band of this relative half width."""
+    changed = []
+    for row in tables.rows(report):
+        seconds = 0.2 + 0.05 * row.batch_size
+        band = (
+            {}
+            if half_width is None
+            else {
+                "step_time_low_s": seconds * (1 - half_width),
+                "step_time_high_s": seconds * (1 + half_width),
+            }
+        )
+        tokens = row.batch_size * row.seq_len
+        changed.append(replace(row, step_time_s=seconds, tokens_per_s=tokens / seconds, **band))
+    monkeypatch.setattr(sweep, "rows", lambda _: tuple(changed))
+    return report

@@ -74,7 +74,7 @@ def curves_figure(report: Report, dimension: Dimension) -> Figure:
     else:
         figure, axes = panels(len(shown), width=7.2 if len(shown) == 1 else 5.4, height=4.2)
     head(figure, report, _subject(dimension, timed), _facts(report, shown))
-    bars, has_limit, notes = [], [], _left_out(found)
+    bars, has_limit, notes = [], [], _left_out(series(report, dimension))
     for number, each in enumerate(shown):
         label = f" · {shortened(each.label, LONGEST_LABEL)}" if len(shown) > 1 else ""
         mine = axes[4 * number : 4 * number + 4] if timed else axes[number : number + 1]
@@ -100,10 +100,12 @@ def curves_figure(report: Report, dimension: Dimension) -> Figure:
     return figure
 
 
-def _left_out(found: Sequence[Series]) -> list[str]:
-    """Name the series for which there is no room."""
-    labels = [each.label for each in found[MOST_SERIES:]]
-    return [f"not drawn: {', '.join(labels)}"] if labels else []
+def _left_out(every: Sequence[Series]) -> list[str]:
+    """Name the series for which there is no room, and those in which nothing fits."""
+    beyond = [each.label for each in every if each.has_fit()][MOST_SERIES:]
+    empty = [each.label for each in every if not each.has_fit()]
+    notes = [f"not drawn: {', '.join(beyond)}"] if beyond else []
+    return [*notes, f"nothing to draw at {', '.join(empty)}"] if empty else notes
 
 
 def _subject(dimension: Dimension, timed: bool) -> str:
