@@ -71,6 +71,8 @@ def run(
     warmup: options.Warmup = None,
     steps: options.Steps = None,
     rounds: options.Rounds = None,
+    target_interval: options.TargetInterval = None,
+    max_time: options.MaxTime = None,
     seed: options.Seed = None,
     timeout: options.Timeout = None,
     config: options.Config = None,
@@ -82,8 +84,8 @@ def run(
 ) -> None:
     """Measure peak memory and step time of real training steps under each strategy, and verify their gradients.
 
-    Every strategy is measured in fresh processes, in interleaved rounds. Gradient checkpointing is also known as
-    activation checkpointing.
+    Every strategy is measured in a process of its own. The processes take turns, step by step, until each time overhead
+    is known well enough. Gradient checkpointing is also known as activation checkpointing.
     """
     flags = options.settings_passed(locals())
     from gcbench.measure import command as run_command

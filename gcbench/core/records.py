@@ -75,13 +75,58 @@ class Cell:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoundResult:
-    """The measurements of one child process: one round of one cell.
+class Conditions:
+    """The state of the machine during a turn; None where the system does not report it.
 
     Attributes:
-        round: 0-based.
-        memory: memory peaks; None in rounds that only measure time.
+        steal_frac: share of the processors' time that the hypervisor gave to other virtual machines.
+        others_frac: share of the processors' time that other processes used.
+        throttled_frac: share of the time in which the control group's quota kept this process from running.
+        frequency_mhz: mean frequency of the processors; of the card's multiprocessors on a GPU.
+        temperature_c: of the card, in degrees Celsius.
+        throttle_reasons: why the card lowers its clocks, in the driver's words.
+        clock_step_s: seconds by which the system's clock was set meanwhile; negative where it was set back.
+        suspended_s: seconds for which the machine was suspended.
+    """
+
+    steal_frac: float | None = None
+    others_frac: float | None = None
+    throttled_frac: float | None = None
+    frequency_mhz: float | None = None
+    temperature_c: float | None = None
+    throttle_reasons: tuple[str, ...] = ()
+    clock_step_s: float | None = None
+    suspended_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """Consecutive timed steps of one cell, in a turn with the other cells of its workload.
+
+    Attributes:
+        number: of the turn, 0-based: cells with the same number took it one after the other.
+        step_times_s: seconds of each step, in order.
+        processor_time_s: user and system time of the process during these steps; None on a GPU.
+        page_faults: pages that the process got from the system during these steps; None where it is not reported.
+        conditions: the state of the machine meanwhile.
+    """
+
+    number: int
+    step_times_s: tuple[float, ...]
+    processor_time_s: float | None = None
+    page_faults: int | None = None
+    conditions: Conditions = Conditions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoundResult:
+    """The measurements of one child process of a cell.
+
+    Attributes:
+        round: number of the process, 0-based.
+        memory: memory peaks; None in processes that only measure time.
         step_times_s: seconds of each timed step, in order.
+        turns: the same steps by turn; empty in reports from before cells took turns step by step.
         layers_run: number of layers that can be checkpointed and that the forward pass ran (a multimodal model has
             layers that training on text never calls).
         layers_planned: how many of them are in the plan's groups and get a gradient (below the lowest LoRA adapter
@@ -119,6 +164,7 @@ class RoundResult:
     wall_s: float
     draws_other_dropout: bool = False
     draws_outside_torch: bool = False
+    turns: tuple[Turn, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

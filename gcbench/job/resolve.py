@@ -20,9 +20,9 @@ from gcbench.strategies._for_model import not_for, plan_of, unsupported
 
 _SEQ_LEN = {"cpu": 64, "cuda": 1024}
 _WARMUP = {"cpu": 1, "cuda": 2}
-_LEAST_STEPS = {"cpu": 1, "cuda": 5}
-LEAST_TIMED_S = 1.0
-"""Timed steps go on until they have taken this long in a round, unless `--steps` sets their number."""
+_LEAST_STEPS = {"cpu": 1, "cuda": 1}
+LEAST_TIMED_S = {"cpu": 0.25, "cuda": 0.5}
+"""A turn's timed steps go on until they have taken this long, unless `--steps` sets their number."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,8 @@ DEFAULT_STRATEGIES = ("off", "per-layer", "every:2", "every:4")
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 2**24
 MAX_LORA_R = 2**16
+DEFAULT_TARGET_POINTS, DEFAULT_MAX_S = 5.0, 165.0
+"""With time for start-up and plots, the default job on two cores ends within three minutes."""
 EMULATED_DEVICE = "cuda:0"
 """The name that torch has for an emulated card."""
 
@@ -44,7 +46,12 @@ class Settings:
     """The card to emulate, by its name in the catalogue; `device` is then "cuda:0"."""
     warmup: int | None = None
     steps: int | None = None
-    rounds: int = 3
+    rounds: int | None = None
+    """Turns of each cell; None to go on until `target_interval` is reached, or `max_time`."""
+    target_interval: float | None = DEFAULT_TARGET_POINTS
+    """Half-width of the 95 % interval of each overhead, in percentage points; None to use all of `max_time`."""
+    max_time: float | None = DEFAULT_MAX_S
+    """Seconds for each batch size and sequence length, set-up included; None for no limit."""
     seed: int = 0
     layers: int | None = None
     set: dict[str, Json] | None = None
@@ -107,6 +114,16 @@ def settings(raw_values: Mapping[str, object]) -> Settings:
         and not any(m.startswith("--lora-r") for m in mistakes)
     ):
         mistakes.append("--lora-target-modules also needs the rank of the adapters; add it, like --lora-r 8")
+    adaptive = [_flag(key) for key in ("target_interval", "max_time") if key in values]
+    if values.get("rounds") is not None and adaptive:
+        mistakes.append(
+            f"{' and '.join(adaptive)}: --rounds sets the number of rounds; leave out --rounds to go on until the "
+            f"intervals are narrow, or {' and '.join(adaptive)}"
+        )
+    if "target_interval" in values and "max_time" in values and values["target_interval"] is values["max_time"] is None:
+        mistakes.append(
+            "--target-interval none and --max-time none: without either the run has no end; set one of them"
+        )
     if values.get("emulate") is not None:
         mistakes += _against_emulation(values)
         values["device"] = EMULATED_DEVICE
@@ -115,6 +132,24 @@ def settings(raw_values: Mapping[str, object]) -> Settings:
     if unavailable is not None:
         raise unavailable
     return Settings(**values)
+
+
+def merged(*layers: Mapping[str, object]) -> dict[str, object]:
+    """Merge raw values, later ones over earlier ones: a number of rounds replaces the goals of the layers before it.
+
+    The reverse holds too: a target or a time replaces the number of rounds.
+    """
+    values: dict[str, object] = {}
+    for layer in layers:
+        named = {canonical(key) for key, value in layer.items() if value is not None}
+        replaced: set[str] = set()
+        if "rounds" in named:
+            replaced |= {"target_interval", "max_time"}
+        if named & {"target_interval", "max_time"}:
+            replaced |= {"rounds"}
+        values = {key: value for key, value in values.items() if canonical(key) not in replaced}
+        values |= layer
+    return values
 
 
 def _against_emulation(values: Mapping[str, Any]) -> list[str]:
@@ -183,6 +218,11 @@ def as_json(resolved: Settings) -> dict[str, Json]:
         stored[field.name] = list(value) if isinstance(value, tuple) else value
     if resolved.timeout is None:
         stored["timeout"] = "none"
+    for key in ("target_interval", "max_time"):
+        if resolved.rounds is not None:
+            del stored[key]  # the number of rounds is set instead
+        elif stored[key] is None:
+            stored[key] = "none"
     return stored
 
 
@@ -348,6 +388,23 @@ def _seconds(raw: object) -> float | None:
     return seconds
 
 
+def _rounds(raw: object) -> int | None:
+    return None if raw == "auto" else _whole(raw, at_least=1, at_most=1000)
+
+
+def _points(raw: object) -> float | None:
+    """Parse percentage points; `none` for no target."""
+    if raw == "none":
+        return None
+    try:
+        points = float(str(raw).strip().removesuffix("%"))
+    except ValueError:
+        points = 0.0
+    if isinstance(raw, bool) or not 0 < points <= 100:
+        raise ValueError(f"{raw!r} is not a number of percentage points; write one above 0 and up to 100, like 5")
+    return points
+
+
 def _overrides(raw: object) -> dict[str, Json]:
     if isinstance(raw, dict):
         return raw
@@ -384,7 +441,9 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "emulate": _card,
     "warmup": _count(1, 1000),
     "steps": _count(1, 100_000),
-    "rounds": _count(1, 1000),
+    "rounds": _rounds,
+    "target_interval": _points,
+    "max_time": _seconds,
     "seed": _count(0, 2**31 - 1),
     "layers": _count(1, 10_000),
     "set": _overrides,

@@ -15,7 +15,7 @@ from gcbench.job import settings as configs
 from gcbench.job.settings import Settings, canonical
 
 _OF_ALL = tuple(f.name for f in fields(Settings))
-_OF_RUN_ALONE = ("warmup", "steps", "rounds")
+_OF_RUN_ALONE = ("warmup", "steps", "rounds", "target_interval", "max_time")
 _OF_A_TARGET = ("device_memory", "device_file", "expandable_segments")
 
 

@@ -35,7 +35,7 @@ def run(
             raise UsageError("--resume needs the folder of the run to finish; add --out DIR")
         previous = reports.reopen(out)
     file = settings_file.read(config, "run")
-    raw = {**(previous.settings if previous else {}), **file.settings, **flags}
+    raw = configs.merged(previous.settings if previous else {}, file.settings, flags)
     settings = configs.settings(raw)
     if settings.emulate is not None:
         _refuse_timing(flags)
@@ -56,7 +56,9 @@ def run(
 
 def _refuse_timing(flags: Mapping[str, object]) -> None:
     """Raise UsageError for flags about timed steps, of which an emulated card has none."""
-    passed = [f"--{name}" for name in ("steps", "rounds") if name in flags]
+    passed = [
+        f"--{name.replace('_', '-')}" for name in ("steps", "rounds", "target_interval", "max_time") if name in flags
+    ]
     if passed:
         raise UsageError(
             f"{' and '.join(passed)}: an emulated card has no times, so there is one round without timed steps; leave "

@@ -1,27 +1,26 @@
-"""Schedules the rounds of all cells in the parent process, runs each in a child, and saves the report after each."""
+"""Measures the cells of a run from the parent process: workload by workload, in child processes that take turns."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
 
 from gcbench.core import snapshot_files
 from gcbench.core.errors import UnavailableError, UsageError
-from gcbench.core.gradient_fingerprint import Fingerprint, difference
-from gcbench.core.json_codec import decode, encode
-from gcbench.core.records import Cell, Failure, Machine, ModelFacts, Outcome, Report, RoundResult, Workload
+from gcbench.core.records import Cell, Machine, ModelFacts, Report, Workload
 from gcbench.devices.target import CPU
 from gcbench.job.describe import describe
 from gcbench.job.resolve import LEAST_TIMED_S, ResolvedRun, begin, resolve
 from gcbench.job.settings import Settings, as_json
+from gcbench.measure.goal import Goal
+from gcbench.measure.progress import Progress
+from gcbench.measure.recorder import Recorder, reference_cell
+from gcbench.measure.side_by_side import TurnTaking
 from gcbench.measure.task import MeasureTask
 from gcbench.models.sources import ModelSource
 from gcbench.processes.children import Children
-from gcbench.processes.messages import Event
 from gcbench.report.rows import needs_repeat
 from gcbench.report.run_folder import Store
 from gcbench.strategies import OFF
@@ -30,20 +29,6 @@ PROCESS_UNREAD = (
     "Memory of the process outside the allocator was not measured: neither nvidia-smi nor nvidia-ml-py reports the "
     "card's used memory; for that column, put nvidia-smi on PATH or pip install nvidia-ml-py."
 )
-
-
-class Progress(Protocol):
-    """Shows the progress of a run."""
-
-    def begin(self, *, num_steps: int, num_rounds: int) -> None: ...
-
-    def enter(self, cell: Cell, *, round: int, num_steps: int) -> None: ...
-
-    def step(self, event: Event) -> None: ...
-
-    def leave(self, outcome: Outcome) -> None: ...
-
-    def skip(self, *, num_steps: int) -> None: ...
 
 
 def run(
@@ -56,12 +41,16 @@ def run(
     command: str,
     previous: Report | None = None,
     snapshot: Path | None = None,
+    started_s: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> Report:
-    """Measure every round of every cell that `previous` lacks, and save the report in `store` after each of them.
+    """Measure what `previous` lacks, and save the report in `store` after each turn of a cell.
 
     Raises UsageError or UnavailableError before anything is measured; afterwards a failure becomes a row.
 
-    `snapshot` is the file for memory snapshots (`snapshot_files.files`).
+    Args:
+        snapshot: the file for memory snapshots (`snapshot_files.files`).
+        started_s: when the command started, on `clock`, from which the first batch size's time counts.
     """
     machine, facts = describe(settings, source, children)
     if snapshot is not None and machine.device == CPU:
@@ -71,22 +60,90 @@ def run(
         )
     resolved = resolve(settings, facts, machine, model_notices=source.notices)
     report = _continue(previous, resolved, machine, facts) if previous else begin(resolved, machine, facts, command)
-    store.save(report)
-    schedule = [(cell, number) for number in range(resolved.settings.rounds) for cell in _off_first(resolved.cells)]
-    todo = [(cell, number) for cell, number in schedule if not _is_done(report, cell, number)]
-    tasks = [task_for(resolved, source, cell, number) for cell, number in todo]
+    recorder = Recorder(report, store)
+    tasks = Tasks(resolved=resolved, source=source, recorder=recorder)
     if snapshot is not None:
-        files = snapshot_files.files(snapshot, resolved.cells)
-        tasks = [replace(task, snapshot=str(files[task.cell])) if task.with_memory else task for task in tasks]
-    progress.begin(num_steps=sum(task.num_steps for task in tasks), num_rounds=resolved.settings.rounds)
-    for task in tasks:
-        if _is_done(report, task.cell, task.round):  # it failed in an earlier round
-            progress.skip(num_steps=task.num_steps)
-            continue
-        progress.enter(task.cell, round=task.round, num_steps=task.num_steps)
-        report = measure_round(report, task, resolved, children, store, progress)
-        progress.leave(_outcome(report, task.cell))
-    return _without_process_memory(_repeat_off(report, resolved, source, children, store), store)
+        tasks.snapshots = snapshot_files.files(snapshot, resolved.cells)
+    started_s = clock() if started_s is None else started_s
+    for cells in _by_workload(resolved.cells):
+        able = [cell for cell in cells if recorder.outcome(cell).failure is None]
+        _measure_workload(_off_first(able), tasks, children, progress, deadline_from_s=started_s, clock=clock)
+        started_s = clock()
+    _repeat_off(recorder, tasks, children)
+    return _without_process_memory(recorder.report, store)
+
+
+IN_ROUNDS = (
+    "The processes of a batch size did not fit into memory side by side, so cells ran one after another, in rounds: "
+    "their steps were further apart, and their intervals are wider."
+)
+
+
+def _measure_workload(
+    cells: Sequence[Cell],
+    tasks: Tasks,
+    children: Children,
+    progress: Progress,
+    *,
+    deadline_from_s: float,
+    clock: Callable[[], float],
+) -> None:
+    """Measure the cells of one workload, as long as the settings want; `deadline_from_s` is when its time began."""
+    settings, recorder = tasks.resolved.settings, tasks.recorder
+    is_adaptive = settings.rounds is None
+    limit_s = settings.max_time if is_adaptive else None
+    goal = Goal(
+        recorder=recorder,
+        rounds=settings.rounds,
+        target_frac=(settings.target_interval or 0.0) / 100,
+        deadline_s=None if limit_s is None else deadline_from_s + limit_s,
+        num_cells=len(cells),
+        clock=clock,
+    )
+    taking = TurnTaking(
+        recorder=recorder,
+        children=children,
+        progress=progress,
+        make_task=tasks.make,
+        choose=goal.choose,
+        timeout_s=settings.timeout,
+        clock=clock,
+    )
+    if tasks.resolved.is_emulated:
+        todo = [cell for cell in cells if not recorder.outcome(cell).rounds]
+        if todo:
+            progress.begin(num_rounds=1)
+        for cell in todo:
+            taking.round_alone(cell, None)
+        return
+    if not cells or goal.is_reached(cells):
+        return
+    progress.begin(num_rounds=settings.rounds, limit_s=limit_s)
+    taking.measure(cells)
+    if taking.was_in_rounds:
+        recorder.add_notice(IN_ROUNDS)
+
+
+@dataclass(kw_only=True)
+class Tasks:
+    """Makes the tasks of a run.
+
+    Attributes:
+        snapshots: the file for each cell's memory snapshot, of the process that measures its memory.
+    """
+
+    resolved: ResolvedRun
+    source: ModelSource
+    recorder: Recorder
+    snapshots: Mapping[Cell, Path] = field(default_factory=dict)
+
+    def make(self, cell: Cell, number: int, turn: int | None) -> MeasureTask:
+        """Make the task of the cell's process of this number, which takes one turn, or each that it is told to."""
+        with_memory = not self.recorder.has_memory(cell)
+        return replace(
+            task_for(self.resolved, self.source, cell, number, turn=turn, with_memory=with_memory),
+            snapshot=str(self.snapshots[cell]) if with_memory and cell in self.snapshots else None,
+        )
 
 
 def _without_process_memory(report: Report, store: Store) -> Report:
@@ -108,8 +165,8 @@ def _without_process_memory(report: Report, store: Store) -> Report:
 def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:
     """Return the stored report; raises UsageError where its rounds cannot be compared with those measured now."""
     now = as_json(resolved.settings)
-    # Neither changes what one round measures: more rounds are added to the stored ones.
-    free = {"timeout", "rounds"}
+    # None of them changes what one turn measures: more turns are added to the stored ones.
+    free = {"timeout", "rounds", "target_interval", "max_time"}
     changed = sorted(k for k in now | previous.settings if k not in free and now.get(k) != previous.settings.get(k))
     if changed:
         changes = ", ".join(f"{key} {previous.settings.get(key)!r} is now {now.get(key)!r}" for key in changed)
@@ -140,24 +197,26 @@ def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: 
     return replace(previous, settings=now, model_notices=resolved.model_notices)
 
 
+def _by_workload(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """Group cells by workload, in the order of their first appearance."""
+    groups: dict[Workload, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.workload, []).append(cell)
+    return list(groups.values())
+
+
 def _off_first(cells: Iterable[Cell]) -> list[Cell]:
     """Put `off` first, as the other gradients are compared with its own; the rest in the order of the tables."""
     return sorted(cells, key=lambda cell: cell.strategy != OFF)
 
 
-def _outcome(report: Report, cell: Cell) -> Outcome:
-    return next(outcome for outcome in report.outcomes if outcome.cell == cell)
-
-
-def _is_done(report: Report, cell: Cell, number: int) -> bool:
-    outcome = _outcome(report, cell)
-    return outcome.failure is not None or any(result.round == number for result in outcome.rounds)
-
-
-def task_for(resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int) -> MeasureTask:
-    """Make the task that measures one round of one cell."""
+def task_for(
+    resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int, *, turn: int | None, with_memory: bool
+) -> MeasureTask:
+    """Make the task of the process of this number of a cell."""
     settings = resolved.settings
     assert settings.warmup is not None
+    device_type = cell.workload.device.partition(":")[0]
     return MeasureTask(
         cell=cell,
         round=number,
@@ -167,63 +226,32 @@ def task_for(resolved: ResolvedRun, source: ModelSource, cell: Cell, number: int
         attn_implementation=settings.attn_implementation,
         plan=resolved.plans[cell.strategy],
         seed=settings.seed,
-        warmup=settings.warmup,
+        # Without the step that measures memory, one more, so that the process gets no more memory in timed steps.
+        warmup=settings.warmup + (not with_memory),
         steps=settings.steps or resolved.least_steps,
-        least_timed_s=0.0 if settings.steps or resolved.is_emulated else LEAST_TIMED_S,
-        with_memory=number == 0,
+        least_timed_s=0.0 if settings.steps or resolved.is_emulated else LEAST_TIMED_S[device_type],
+        with_memory=with_memory,
+        turn=turn,
         memory_limit_bytes=settings.memory_limit,
         lora=settings.lora,
     )
 
 
-def measure_round(
-    report: Report, task: MeasureTask, resolved: ResolvedRun, children: Children, store: Store, progress: Progress
-) -> Report:
-    """Measure one round, and return the report with its result or failure, saved in `store`."""
-    start = time.monotonic()
-    answer = children.run(task, on_event=progress.step, timeout_s=resolved.settings.timeout)
-    outcome = _outcome(report, task.cell)
-    if answer.result is None or (answer.fingerprint is None and not resolved.is_emulated):
-        why = answer.refusal.message if answer.refusal else "the child gave no result"
-        outcome = replace(outcome, failure=answer.failure or Failure(kind="crash", message=why))
-    else:
-        result = replace(answer.result, wall_s=time.monotonic() - start)
-        if answer.fingerprint is not None:
-            store.save_gradients(task.cell, task.round, json.dumps(encode(answer.fingerprint)))
-            result = _compared(result, answer.fingerprint, task.cell, store)
-        outcome = replace(outcome, rounds=(*outcome.rounds, result))
-    outcomes = tuple(outcome if o.cell == task.cell else o for o in report.outcomes)
-    report = replace(report, outcomes=outcomes)
-    store.save(report)
-    return report
-
-
-def _repeat_off(report: Report, resolved: ResolvedRun, source: ModelSource, children: Children, store: Store) -> Report:
-    """Measure the noise of `off` by one more run, where a verdict depends on it and only one round of `off` exists."""
-    for outcome in report.outcomes:
-        off = next((o for o in report.outcomes if o.cell == _reference_cell(outcome.cell.workload)), None)
+def _repeat_off(recorder: Recorder, tasks: Tasks, children: Children) -> None:
+    """Measure the noise of `off` by one more run, where a verdict depends on it and only one process of `off` ran."""
+    for outcome in recorder.report.outcomes:
+        off = next((o for o in recorder.report.outcomes if o.cell == reference_cell(outcome.cell.workload)), None)
         if off is None or not off.rounds or not needs_repeat(outcome, off):
             continue
-        task = replace(task_for(resolved, source, off.cell, 1), warmup=1, steps=0, least_timed_s=0.0, with_memory=False)
-        answer = children.run(task, on_event=lambda event: None, timeout_s=resolved.settings.timeout)
+        task = replace(
+            task_for(tasks.resolved, tasks.source, off.cell, recorder.next_round(off.cell), turn=0, with_memory=False),
+            warmup=1,
+            steps=0,
+            least_timed_s=0.0,
+        )
+        answer = children.run(task, on_event=lambda event: None, timeout_s=tasks.resolved.settings.timeout)
         if answer.result is None or answer.fingerprint is None:
             continue  # the verdict without the noise remains
-        repeated = _compared(answer.result, answer.fingerprint, off.cell, store)
+        repeated = recorder.compared(answer.result, answer.fingerprint, off.cell)
         if repeated.grad_rel_diff is not None:
-            with_noise = replace(off, repeat_rel_diffs=(repeated.grad_rel_diff,))
-            report = replace(report, outcomes=tuple(with_noise if o.cell == off.cell else o for o in report.outcomes))
-            store.save(report)
-    return report
-
-
-def _compared(result: RoundResult, fingerprint: Fingerprint, cell: Cell, store: Store) -> RoundResult:
-    """Add to a result the difference of its gradients from those of `off` in round 0."""
-    stored = store.load_gradients(_reference_cell(cell.workload), 0)
-    if stored is None or result.draws_other_dropout:
-        return result
-    found = difference(fingerprint, decode(Fingerprint, json.loads(stored)))
-    return replace(result, grad_rel_diff=found.relative, grad_worst_param=found.worst)
-
-
-def _reference_cell(workload: Workload) -> Cell:
-    return Cell(workload=workload, strategy=OFF)
+            recorder.put(replace(off, repeat_rel_diffs=(repeated.grad_rel_diff,)))

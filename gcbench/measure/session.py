@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -25,6 +26,10 @@ from gcbench.report import report_file as reports
 from gcbench.report.publish import publish, show, tell_snapshots
 from gcbench.report.run_folder import Store
 
+SLEEPING = {"OMP_WAIT_POLICY": "passive"}
+"""OpenMP's threads sleep while they wait for each other: by default they spin, so that where another process holds one
+of them up, the others use processor time for nothing. A step takes up to a tenth longer."""
+
 
 def measure(
     settings: Settings,
@@ -40,6 +45,7 @@ def measure(
 
     Raises GcbenchError at the end when a cell crashed, timed out or was killed, or when results could not be written.
     """
+    started_s = time.monotonic()
     source = preflight.model_of(settings, pretrained=settings.pretrained)
     card = None if settings.emulate is None else cards.find_to_emulate(settings.emulate)
     # Built before a folder is made: where a card cannot be emulated here, nothing is left behind.
@@ -54,7 +60,9 @@ def measure(
         if previous is not None:
             previous = reports.reopen(store.folder)  # again, now that it is locked
         with (
-            ForkedChildren(preload=("gcbench.measure.worker", *sources.modules(source)), environment=added) as children,
+            ForkedChildren(
+                preload=("gcbench.measure.worker", *sources.modules(source)), environment=added, defaults=SLEEPING
+            ) as children,
             progress.choose(err, quiet=quiet, verb="measuring" if card is None else "emulating") as display,
         ):
             report = runner.run(
@@ -66,6 +74,7 @@ def measure(
                 command=command,
                 previous=previous,
                 snapshot=snapshot,
+                started_s=started_s,
             )
         publish(report, store)
         try:
@@ -106,8 +115,8 @@ def _interrupted(store: Store) -> str:
     except GcbenchError:
         return "interrupted before anything was measured"
     publish(report, store, plots=False)
-    done = sum(len(outcome.rounds) for outcome in report.outcomes)
-    return (
-        f"interrupted; {counted(done, f'{report.source} round')} {'is' if done == 1 else 'are'} kept in "
-        f"{store.folder}; finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
-    )
+    cells = sum(bool(outcome.rounds) for outcome in report.outcomes)
+    turns = sum(len(result.turns) for outcome in report.outcomes for result in outcome.rounds)
+    timed = f" and {counted(turns, 'timed turn')}" if turns else ""
+    kept = f"the memory of {counted(cells, f'{report.source} cell')}{timed}"
+    return f"interrupted; {kept} {'is' if cells == 1 and not turns else 'are'} kept in {store.folder}; finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"

@@ -5,22 +5,26 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from gcbench.core.records import Cell, Json, Lora
+from gcbench.core.gradient_fingerprint import Fingerprint
+from gcbench.core.records import Cell, Json, Lora, RoundResult, Turn
 from gcbench.models.sources import ModelSource
 from gcbench.strategies import Plan
 
 MAX_TIMED_STEPS = 20
-"""The most timed steps of a round where `--steps` is not passed."""
+"""The most timed steps of a turn where `--steps` is not passed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureTask:
-    """Measure one round of one cell.
+    """Measure one cell in a process of its own.
 
     Attributes:
+        round: number of the process, 0-based.
         attn_implementation: the user's choice; None for the model's own.
-        steps: timed steps, at least; an emulated card runs none.
-        least_timed_s: timed steps go on until they have taken this long, or `MAX_TIMED_STEPS` were run.
+        steps: timed steps of a turn, at least; an emulated card runs none.
+        least_timed_s: a turn goes on until its steps have taken this long, or `MAX_TIMED_STEPS` were run.
+        turn: number of the one turn that the process takes; None where it pauses, with `Ready`, and takes each turn
+            that it is told to.
         with_memory: whether to run a step with the memory probe.
         snapshot: the file for a memory snapshot of that step, or of the step that runs out of memory.
     """
@@ -39,6 +43,7 @@ class MeasureTask:
     steps: int
     least_timed_s: float
     with_memory: bool
+    turn: int | None
     memory_limit_bytes: int | None
     lora: Lora | None = None
     snapshot: str | None = None
@@ -47,3 +52,44 @@ class MeasureTask:
     def num_steps(self) -> int:
         """Training steps, at least."""
         return self.warmup + self.with_memory + self.steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ready:
+    """A process has warmed up and waits for its turns.
+
+    Attributes:
+        result: what was measured so far, without timed steps.
+        fingerprint: of the gradients of the first step.
+        held_bytes: memory that the process holds while it waits; None when it is not known.
+        free_bytes: memory that other processes can still use; None when it is not known.
+    """
+
+    result: RoundResult
+    fingerprint: Fingerprint
+    held_bytes: int | None
+    free_bytes: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TakeTurn:
+    """The parent's word to a waiting process: run timed steps."""
+
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnTaken:
+    """A process has taken its turn and waits again.
+
+    Attributes:
+        process_bytes: peak memory of the process in all its turns so far; None when it is not known.
+        num_alloc_retries: as in `RoundResult`.
+        num_steps, steps_s: training steps of the process so far, and seconds spent in them.
+    """
+
+    turn: Turn
+    process_bytes: int | None
+    num_alloc_retries: int | None
+    num_steps: int
+    steps_s: float

@@ -1,4 +1,4 @@
-"""Measures one round in a child process: builds the model, applies the plan, runs the steps. Imports torch."""
+"""Measures one cell in a child process: builds the model, applies the plan, runs the steps. Imports torch."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from gcbench.checkpointing.segments import LayersNotSequential
 from gcbench.core import snapshot_files
 from gcbench.core.errors import first_sentence
 from gcbench.core.gradient_fingerprint import Fingerprint
-from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult
+from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult, Turn
 from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
 from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
 from gcbench.emulate.environment import card_behind
 from gcbench.measure import take_fingerprint
-from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask
+from gcbench.measure.task import MAX_TIMED_STEPS, MeasureTask, Ready, TakeTurn, TurnTaken
 from gcbench.models import build as models
-from gcbench.processes.messages import Answer, Event
+from gcbench.processes.messages import Answer, Event, Line
 from gcbench.training.seeding import state_outside_torch
 from gcbench.training.step import TrainingStep, parameter_dtype, random_batch
 
@@ -38,8 +38,8 @@ class LimitExceeded(Exception):
     """The exact peak is above the memory of the emulated device."""
 
 
-def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
-    """Measure one round of one cell; an exception becomes the answer's failure."""
+def measure(task: MeasureTask, send: Line) -> Answer:
+    """Measure one cell; an exception becomes the answer's failure."""
     measurement: _Measurement | None = None
     device: Device | None = None
     try:
@@ -55,9 +55,9 @@ def measure(task: MeasureTask, send: Callable[[Event], None]) -> Answer:
 
 
 class _Measurement:
-    """The steps of one round, in order."""
+    """The steps of one process, in order."""
 
-    def __init__(self, task: MeasureTask, device: Device, send: Callable[[Event], None]) -> None:
+    def __init__(self, task: MeasureTask, device: Device, send: Line) -> None:
         self.task = task
         self.device = device
         self.send = send
@@ -72,6 +72,7 @@ class _Measurement:
 
     def run(self) -> Answer:
         task, workload = self.task, self.task.cell.workload
+        self.device.keep_memory()
         self.device.limit_memory(task.memory_limit_bytes)
         self._record()
         config = models.build_config(task.source, layers=task.layers, overrides=task.overrides)
@@ -94,32 +95,62 @@ class _Measurement:
             memory = self._warm_up_and_probe()
         else:
             self._warm_up()
-        # On an emulated card no step is timed, and the memory outside the allocator is an estimate: left unknown.
-        times, process_bytes = ([], None) if self.is_emulated else self._timed()
-        if memory is not None:
-            memory = MemoryPeaks(**(vars(memory) | {"process_bytes": process_bytes}))
+        if self.is_emulated:  # no step is timed, and the memory outside the allocator is an estimate: left unknown
+            return Answer(result=self._result(memory))
         assert self.fingerprint is not None
-        return Answer(
-            result=RoundResult(
-                round=task.round,
-                memory=memory,
-                step_times_s=tuple(times),
-                layers_run=len(self.layers_run.forward),
-                layers_planned=self._layers_planned(),
-                layers_recomputed=self.num_recomputed,
-                params_without_grad=len(self.fingerprint.missing),
-                grad_checksum="" if self.is_emulated else self.fingerprint.checksum,
-                grad_rel_diff=None,
-                grad_worst_param=None,
-                num_alloc_retries=self.device.num_alloc_retries(),
-                num_steps=self.step.num_steps,
-                steps_s=self.steps_s,
-                wall_s=0.0,
-                draws_outside_torch=self.draws_outside_torch,
-                draws_other_dropout=task.plan.compiled and not self.is_emulated and has_dropout(self.model),
-            ),
-            fingerprint=None if self.is_emulated else self.fingerprint,
+        self.device.start_timing()  # without settling: the first step would include requests for device memory
+        if task.turn is None:
+            return self._take_turns(memory)
+        turn = self._turn(task.turn)
+        memory = None if memory is None else replace(memory, process_bytes=self.device.process_bytes())
+        result = replace(self._result(memory), step_times_s=turn.step_times_s, turns=(turn,))
+        return Answer(result=result, fingerprint=self.fingerprint)
+
+    def _result(self, memory: MemoryPeaks | None) -> RoundResult:
+        """What was measured so far, without the timed steps."""
+        assert self.fingerprint is not None
+        return RoundResult(
+            round=self.task.round,
+            memory=memory,
+            step_times_s=(),
+            layers_run=len(self.layers_run.forward),
+            layers_planned=self._layers_planned(),
+            layers_recomputed=self.num_recomputed,
+            params_without_grad=len(self.fingerprint.missing),
+            grad_checksum="" if self.is_emulated else self.fingerprint.checksum,
+            grad_rel_diff=None,
+            grad_worst_param=None,
+            num_alloc_retries=self.device.num_alloc_retries(),
+            num_steps=self.step.num_steps,
+            steps_s=self.steps_s,
+            wall_s=0.0,
+            draws_outside_torch=self.draws_outside_torch,
+            draws_other_dropout=self.task.plan.compiled and not self.is_emulated and has_dropout(self.model),
         )
+
+    def _take_turns(self, memory: MemoryPeaks | None) -> Answer:
+        """Wait for turns and take them, until the parent ends this process or says something else."""
+        assert self.fingerprint is not None
+        word = self.send.pause(
+            Ready(
+                result=self._result(memory),
+                fingerprint=self.fingerprint,
+                held_bytes=self.device.process_bytes(),
+                free_bytes=self.device.free_bytes(),
+            )
+        )
+        while isinstance(word, TakeTurn):
+            turn = self._turn(word.number)
+            word = self.send.pause(
+                TurnTaken(
+                    turn=turn,
+                    process_bytes=self.device.process_bytes(),
+                    num_alloc_retries=self.device.num_alloc_retries(),
+                    num_steps=self.step.num_steps,
+                    steps_s=self.steps_s,
+                )
+            )
+        return Answer(result=self._result(memory), fingerprint=self.fingerprint)
 
     def _layers_planned(self) -> int:
         """The number of layers that should be recomputed; a model's own checkpointing decides which, if any."""
@@ -185,12 +216,14 @@ class _Measurement:
         except OSError as err:
             raise snapshot_files.unwritable(Path(self.task.snapshot), err) from None
 
-    def _timed(self) -> tuple[list[float], int | None]:
-        self.device.start_timing()  # without settling: the first step would include requests for device memory
+    def _turn(self, number: int) -> Turn:
+        """Run the timed steps of a turn."""
         times: list[float] = []
+        self.device.begin_turn()
         while len(times) < self.task.steps or (sum(times) < self.task.least_timed_s and len(times) < MAX_TIMED_STEPS):
             times.append(self._one("timed", self._note))
-        return times, self.device.process_bytes()
+        observed = self.device.end_turn()
+        return Turn(number=number, step_times_s=tuple(times), **vars(observed))
 
     def _note(self, phase: Phase) -> None:
         self.where = f"in the {phase} phase"

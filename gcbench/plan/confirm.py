@@ -16,8 +16,11 @@ from gcbench.core.units import counted
 from gcbench.export._handover import SEARCHED
 from gcbench.job.resolve import ResolvedRun, begin, described, target_notice
 from gcbench.job.settings import Settings
-from gcbench.measure import runner
-from gcbench.measure.runner import Progress
+from gcbench.measure.goal import num_turns
+from gcbench.measure.progress import Progress
+from gcbench.measure.recorder import Recorder
+from gcbench.measure.runner import Tasks
+from gcbench.measure.side_by_side import TurnTaking
 from gcbench.plan import racing, ties
 from gcbench.plan.decision import Candidate, Decision, choose, ranked, why_not_faster
 from gcbench.plan.from_run import plan_of_row
@@ -29,7 +32,7 @@ from gcbench.report.run_folder import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
 
 _STEPS = 2
-"""Timed steps of a candidate in a round."""
+"""Timed steps of a candidate in a turn."""
 
 
 def confirm(planned: PlanResult, *, children: Children, store: Store, progress: Progress) -> PlanResult:
@@ -48,12 +51,10 @@ def confirm(planned: PlanResult, *, children: Children, store: Store, progress: 
     while entered:
         named |= {each: _spec(each, planned, store) for each in entered}
         job = _job(planned, named)
-        report = _with_cells_of(report, begin(job, planned.machine, planned.facts, planned.command))
-        store.save(report)
+        recorder = Recorder(_with_cells_of(report, begin(job, planned.machine, planned.facts, planned.command)), store)
         cells = job.cells[-len(entered) :]
-        report, rounds_now, still_in = _race(
-            report, job, cells, planned, children=children, store=store, progress=progress
-        )
+        rounds_now, still_in = _race(recorder, job, cells, planned, children=children, progress=progress)
+        report = recorder.report
         num_rounds = max(num_rounds, rounds_now)
         measured = _measured(report, named, planned)
         if any(each.fits for each in measured):
@@ -230,36 +231,54 @@ def _allocator_limit(planned: PlanResult) -> int | None:
 
 
 def _race(
-    report: Report,
+    recorder: Recorder,
     job: ResolvedRun,
     cells: Sequence[Cell],
     planned: PlanResult,
     *,
     children: Children,
-    store: Store,
     progress: Progress,
-) -> tuple[Report, int, Sequence[Cell]]:
-    """Run rounds until the race is settled: (report, number of rounds, cells not yet eliminated)."""
+) -> tuple[int, Sequence[Cell]]:
+    """Have the candidates take turns until the race is settled: (number of turns, cells not yet eliminated)."""
     running = cells
-    progress.begin(num_steps=len(running) * racing.MOST_ROUNDS * (_STEPS + 2), num_rounds=racing.MOST_ROUNDS)
-    for number in range(racing.MOST_ROUNDS):
-        for cell in running:
-            task = runner.task_for(job, planned.source_or_raise, cell, number)
-            progress.enter(cell, round=number, num_steps=task.num_steps)
-            report = runner.measure_round(report, task, job, children, store, progress)
-            progress.leave(next(outcome for outcome in report.outcomes if outcome.cell == cell))
+
+    def choose(alive: Sequence[Cell], took_s: Mapping[Cell, float]) -> Sequence[Cell]:
+        nonlocal running
         rates = {
-            outcome.cell: [1 / min(result.step_times_s) * outcome.cell.workload.batch_size for result in outcome.rounds]
-            for outcome in report.outcomes
-            if outcome.failure is None and outcome.cell in running
+            outcome.cell: turn_rates
+            for outcome in recorder.outcomes(cells)
+            if outcome.failure is None and outcome.cell in running and (turn_rates := _rates(outcome))
         }
+        able = [cell for cell in alive if cell in running]
+        if any(cell not in rates for cell in able):
+            return [cell for cell in able if cell not in rates]
         if not rates:
-            return report, number + 1, ()
+            return ()
         now = racing.state(rates)
         running = [cell for cell in running if cell in now.still_in]
-        if now.is_settled:
-            return report, number + 1, running
-    return report, racing.MOST_ROUNDS, running
+        return () if now.is_settled else [cell for cell in able if cell in now.still_in]
+
+    progress.begin(num_rounds=racing.MOST_ROUNDS)
+    TurnTaking(
+        recorder=recorder,
+        children=children,
+        progress=progress,
+        make_task=Tasks(resolved=job, source=planned.source_or_raise, recorder=recorder).make,
+        choose=choose,
+        timeout_s=planned.settings.timeout,
+    ).measure(cells)
+    ended = recorder.outcomes(cells)
+    return max(map(num_turns, ended)), [o.cell for o in ended if o.cell in running and o.failure is None]
+
+
+def _rates(outcome: Outcome) -> list[float]:
+    """Sequences per second in each turn of a cell."""
+    return [
+        outcome.cell.workload.batch_size / min(turn.step_times_s)
+        for result in outcome.rounds
+        for turn in result.turns
+        if turn.step_times_s
+    ]
 
 
 def _process_bytes(row: Row, decision: Decision) -> int | None:

@@ -17,7 +17,7 @@ from gcbench.devices.target import Target
 from gcbench.emulate.properties import capability_of
 from gcbench.job.resolve import described, target_notice
 from gcbench.job.settings import EMULATED_DEVICE
-from gcbench.measure.runner import Progress
+from gcbench.measure.progress import WARMING_UP, Progress
 from gcbench.measure.task import MeasureTask
 from gcbench.plan.confirm import with_details_of
 from gcbench.plan.decision import Candidate, Decision, choose, ranked, why_not_faster
@@ -52,7 +52,7 @@ def confirm(planned: PlanResult, *, children: Children, progress: Progress) -> P
     notices: list[str] = []
     with_card: dict[Candidate, Candidate] = {}
     choice = decision.choice
-    progress.begin(num_steps=2, num_rounds=1)
+    progress.begin(num_rounds=1)
     while choice is not None:
         checked, notice = _checked(choice, planned, children, progress)
         with_card[choice] = checked
@@ -69,7 +69,7 @@ def _checked(
 ) -> tuple[Candidate, str | None]:
     """Run one candidate: itself with what it took, and a sentence where it did not end as predicted."""
     task = _task(candidate, planned)
-    progress.enter(task.cell, round=0, num_steps=task.num_steps)
+    progress.enter(task.cell, doing=WARMING_UP)
     answer = children.run(task, on_event=progress.step, timeout_s=planned.settings.timeout)
     raise_refusal(Answer(refusal=answer.refusal))
     name = f"{in_words(candidate)} at batch {candidate.batch_size}"
@@ -119,6 +119,7 @@ def _task(candidate: Candidate, planned: PlanResult) -> MeasureTask:
         steps=0,
         least_timed_s=0.0,
         with_memory=True,
+        turn=0,
         # As predicted: what the process holds outside the allocator is not the allocator's to give.
         memory_limit_bytes=None if limit is None else limit - planned.decision.outside_bytes,
         lora=settings.lora,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import queue
 import signal
 import sys
 import threading
@@ -14,7 +15,7 @@ from pathlib import Path
 
 from gcbench.core.files import write_text
 from gcbench.core.json_codec import encode
-from gcbench.processes.messages import Answer, Refusal, Task, handler_of
+from gcbench.processes.messages import Answer, Paused, Refusal, Task, handler_of
 
 
 def main(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
@@ -34,13 +35,32 @@ def run_task(task: Task, connection: Connection) -> Answer:
     gc.freeze()  # what the server imported is never garbage, and a pass over it would take longer than a small step
     gc.enable()
     _be_killed_first()
-    threading.Thread(target=_die_with_parent, args=(connection,), daemon=True).start()
+    return handle(task, _PipeLine(connection))
 
-    def send(event: object) -> None:
+
+class _PipeLine:
+    """The line to the parent, through a pipe; ends this process when the parent has ended."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._said: queue.SimpleQueue[object] = queue.SimpleQueue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def __call__(self, event: object) -> None:
         with suppress(OSError):
-            connection.send(event)
+            self._connection.send(event)
 
-    return handle(task, send)
+    def pause(self, event: object) -> object:
+        self(Paused(event=event))
+        return self._said.get()
+
+    def _listen(self) -> None:
+        with suppress(OSError):
+            try:
+                while True:
+                    self._said.put(self._connection.recv())
+            except EOFError:
+                os._exit(1)
 
 
 def _redirect_output(log_path: str) -> None:
@@ -57,12 +77,3 @@ def _be_killed_first() -> None:
     """Make the kernel kill this process when memory runs out, and not the parent, which has the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
-
-
-def _die_with_parent(connection: Connection) -> None:
-    """End this process when the other end of the pipe closes: the parent has ended."""
-    with suppress(OSError):
-        try:
-            connection.recv()
-        except EOFError:
-            os._exit(1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -22,7 +23,7 @@ from gcbench.core.json_codec import decode
 from gcbench.core.records import Failure
 from gcbench.core.units import format_seconds
 from gcbench.processes import child
-from gcbench.processes.messages import Answer, Refusal, Task
+from gcbench.processes.messages import Answer, Paused, Refusal, Task
 from gcbench.processes.relay import Relay
 
 _LOG_TAIL = 4000
@@ -36,6 +37,24 @@ HEAVY = ("gcbench.training.step", "gcbench.models.build", "gcbench.checkpointing
 """Modules that every task needs, with torch and transformers. By name, as the parent does not import torch."""
 
 
+class Child(Protocol):
+    """One child process, which may pause in its task and live beside others."""
+
+    def proceed(
+        self, word: object = None, *, on_event: Callable[[Any], None], timeout_s: float | None
+    ) -> Answer | Paused:
+        """Have the child go on until it pauses or ends; a crash or timeout is an answer with a failure.
+
+        Args:
+            word: what the child gets where it paused.
+            on_event: gets each event that the child sends meanwhile.
+            timeout_s: seconds until it is killed; None for no limit.
+        """
+
+    def close(self) -> None:
+        """Kill the child, if it has not ended."""
+
+
 class Children(Protocol):
     """Runs tasks in child processes; tests of the scheduling replace it."""
 
@@ -45,8 +64,11 @@ class Children(Protocol):
         `on_event` gets each event that the child sends meanwhile, such as an `Event` for every training step.
         """
 
+    def open(self, task: Task) -> Child:
+        """Return a child for `task`, which starts when it is first told to proceed."""
+
     def halt(self) -> None:
-        """Kill the running child at once, and every later one; may be called from another thread."""
+        """Kill all children at once, and every later one; may be called from another thread."""
 
 
 class ForkedChildren:
@@ -57,16 +79,25 @@ class ForkedChildren:
     Args:
         preload: modules that the server imports besides `HEAVY`, for the handlers of the tasks.
         environment: variables to add to the children's environment, which nothing else gets; None for this process's.
+            Then children run one at a time and do not pause.
+        defaults: variables that the children have where this process's environment lacks them.
     """
 
-    def __init__(self, *, preload: tuple[str, ...] = (), environment: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        preload: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+        defaults: Mapping[str, str] | None = None,
+    ) -> None:
         self._environment, self._modules = environment, preload
+        self._defaults = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", **(defaults or {})}
         self._relay: Relay | None = None
         self._context = multiprocessing.get_context("forkserver")
         self._preload = ["gcbench.processes.preload", *HEAVY, *preload]
-        self._process: ForkServerProcess | None = None
-        self._exitcode: int | None = None
-        self._is_halted = False
+        self._open: list[_ForkedChild] = []
+        self._count = itertools.count()
+        self.is_halted = False
 
     def __enter__(self) -> ForkedChildren:
         self._folder = temporary_folder()
@@ -75,14 +106,13 @@ class ForkedChildren:
                 preload=self._modules, environment=self._environment, log_path=self._folder / _RELAY_LOG
             )
             return self
-        # Looking for a GPU through CUDA's runtime would keep every process that is forked afterwards from using it.
-        os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
         self._context.set_forkserver_preload(self._preload)
-        _start_server(self._folder / _SERVER_LOG)
+        self._start_server()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        self._kill()
+        for child_ in tuple(self._open):
+            child_.close()
         if self._relay is not None:
             self._relay.close()
         elif kind is not None and not issubclass(kind, Exception):
@@ -92,64 +122,135 @@ class ForkedChildren:
     def run(self, task: Task, *, on_event: Callable[[Any], None], timeout_s: float | None) -> Answer:
         if self._relay is not None:
             return self._relay.run(task, on_event=on_event, timeout_s=timeout_s)
-        answer_path, log_path = self._folder / "answer.json", self._folder / "log.txt"
-        for path in (answer_path, log_path):
-            path.unlink(missing_ok=True)
-        killed_before = _kernel_kills()
-        ours, theirs = self._context.Pipe()
+        opened = self.open(task)
         try:
-            try:
-                self._start((task, theirs, str(answer_path), str(log_path)))
-            except _ENDED:
-                # The server ended before it could start a child: an import raised an error other than ImportError.
-                log = (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
-                return Answer(refusal=Refusal.of_broken_library(_last_line(log)))
-            theirs.close()
-            assert self._process is not None
-            in_time = self._is_halted or self._follow(self._process, ours, on_event, timeout_s)
+            answer = opened.proceed(on_event=on_event, timeout_s=timeout_s)
+            assert isinstance(answer, Answer), "a task that pauses is opened, not run"
+            return answer
         finally:
-            self._kill()
-            ours.close()
-        if answer_path.exists():
-            return decode(Answer, json.loads(answer_path.read_text(encoding="utf-8")))
-        log = log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:] if log_path.exists() else ""
-        if not in_time:
-            return Answer(failure=_timed_out(timeout_s or 0.0, log))
-        by_kernel = _kernel_kills() > killed_before
-        return Answer(failure=_died(self._exitcode, log, by_kernel=by_kernel))
+            opened.close()
+
+    def open(self, task: Task) -> Child:
+        assert self._relay is None, "the relay runs one child at a time"
+        opened = _ForkedChild(task, self, self._folder / str(next(self._count)))
+        self._open.append(opened)
+        return opened
 
     def halt(self) -> None:
         if self._relay is not None:
             self._relay.halt()
-        self._is_halted = True
+        self.is_halted = True
+        for child_ in tuple(self._open):
+            child_.kill_now()
+
+    def start(self, args: tuple[object, ...]) -> ForkServerProcess:
+        """Start a child process; raises one of `_ENDED` when the server ends instead.
+
+        A server that was killed a moment ago may still seem to run, so a new one is tried once.
+        """
+        process = self._context.Process(target=child.main, args=args, daemon=True)
+        try:
+            process.start()
+        except _ENDED:
+            if self.is_halted:
+                raise
+            time.sleep(_SERVER_END_S)
+            self._start_server()
+            process = self._context.Process(target=child.main, args=args, daemon=True)
+            process.start()
+        return process
+
+    def pipe(self) -> tuple[mp_connection.Connection, mp_connection.Connection]:
+        """Return both ends of a pipe."""
+        return self._context.Pipe()
+
+    def server_log(self) -> str:
+        """Return what the server printed."""
+        return (self._folder / _SERVER_LOG).read_text(encoding="utf-8", errors="replace")
+
+    def forget(self, closed: _ForkedChild) -> None:
+        """Drop a child that was closed."""
+        if closed in self._open:
+            self._open.remove(closed)
+
+    def _start_server(self) -> None:
+        missing = {name: value for name, value in self._defaults.items() if name not in os.environ}
+        os.environ.update(missing)
+        try:
+            _start_server(self._folder / _SERVER_LOG)
+        finally:
+            for name in missing:
+                del os.environ[name]
+
+
+class _ForkedChild:
+    """One child of `ForkedChildren`, with a folder of its own for its answer and its output."""
+
+    def __init__(self, task: Task, children: ForkedChildren, folder: Path) -> None:
+        self._task, self._children, self._folder = task, children, folder
+        self._answer_path, self._log_path = folder / "answer.json", folder / "log.txt"
+        self._process: ForkServerProcess | None = None
+        self._ours: mp_connection.Connection | None = None
+        self._exitcode: int | None = None
+
+    def proceed(
+        self, word: object = None, *, on_event: Callable[[Any], None], timeout_s: float | None
+    ) -> Answer | Paused:
+        killed_before = _kernel_kills()
+        try:
+            if self._process is None:
+                self._start()
+            else:
+                self._say(word)
+        except _ENDED:
+            # The server ended before it could start a child: an import raised an error other than ImportError.
+            return Answer(refusal=Refusal.of_broken_library(_last_line(self._children.server_log())))
+        paused, in_time = self._follow(on_event, timeout_s)
+        if paused is not None:
+            return paused
+        self._kill()
+        if self._answer_path.exists():
+            return decode(Answer, json.loads(self._answer_path.read_text(encoding="utf-8")))
+        log = self._log()
+        if not in_time:
+            return Answer(failure=_timed_out(timeout_s or 0.0, log))
+        return Answer(failure=_died(self._exitcode, log, by_kernel=_kernel_kills() > killed_before))
+
+    def close(self) -> None:
+        self._kill()
+        if self._ours is not None:
+            self._ours.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self._children.forget(self)
+
+    def kill_now(self) -> None:
+        """Kill the child without waiting for its end; may be called from another thread."""
         process = self._process
         if process is not None and process.pid is not None:
             process.kill()
 
-    def _start(self, args: tuple[object, ...]) -> None:
-        """Start the child; raises one of `_ENDED` when the server ends instead.
+    def _start(self) -> None:
+        self._folder.mkdir()
+        self._ours, theirs = self._children.pipe()
+        with theirs:
+            self._process = self._children.start((self._task, theirs, str(self._answer_path), str(self._log_path)))
 
-        A server that was killed a moment ago may still seem to run, so a new one is tried once.
-        """
-        self._process = self._context.Process(target=child.main, args=args, daemon=True)
-        try:
-            self._process.start()
-        except _ENDED:
-            if self._is_halted:
-                raise
-            time.sleep(_SERVER_END_S)
-            _start_server(self._folder / _SERVER_LOG)
-            self._process = self._context.Process(target=child.main, args=args, daemon=True)
-            self._process.start()
+    def _say(self, word: object) -> None:
+        assert self._ours is not None
+        with suppress(OSError):  # it has ended, which `_follow` finds out
+            self._ours.send(word)
 
-    def _follow(
-        self,
-        process: ForkServerProcess,
-        ours: mp_connection.Connection,
-        on_event: Callable[[Any], None],
-        timeout_s: float | None,
-    ) -> bool:
-        """Pass events on until the child ends; returns False when its time is up first."""
+    def _log(self) -> str:
+        if not self._log_path.exists():
+            return ""
+        return self._log_path.read_text(encoding="utf-8", errors="replace")[-_LOG_TAIL:]
+
+    def _follow(self, on_event: Callable[[Any], None], timeout_s: float | None) -> tuple[Paused | None, bool]:
+        """Pass events on until the child pauses or ends: (its pause, if it did; whether that was in time)."""
+        process, ours = self._process, self._ours
+        assert process is not None and ours is not None
+        if self._children.is_halted:
+            return None, True
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         waiting: list[object] = [ours, process.sentinel]
         while True:
@@ -157,13 +258,17 @@ class ForkedChildren:
             ready = mp_connection.wait(waiting, timeout=left)  # type: ignore[arg-type]
             if ours in ready:
                 try:
-                    on_event(ours.recv())
+                    event = ours.recv()
                 except (EOFError, OSError):
                     waiting.remove(ours)
+                    continue
+                if isinstance(event, Paused):
+                    return event, True
+                on_event(event)
             elif process.sentinel in ready:
-                return True
+                return None, True
             elif not ready:
-                return False
+                return None, False
 
     def _kill(self) -> None:
         process = self._process  # another thread may kill it as well, after an interruption

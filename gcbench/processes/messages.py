@@ -17,17 +17,38 @@ Send = Callable[[object], None]
 """Sends an event to the parent, which may have ended."""
 
 
+class Line(Protocol):
+    """A child's line to its parent: a `Send` on which it can also wait."""
+
+    def __call__(self, event: object) -> None:
+        """Send an event."""
+
+    def pause(self, event: object) -> object:
+        """Send a last event, wait until the parent has this child go on, and return what it says."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused:
+    """A child waits to be told to go on.
+
+    Attributes:
+        event: what it sent last.
+    """
+
+    event: object
+
+
 class Task(Protocol):
     """A task for a child process: a dataclass that can be pickled and names its handler."""
 
     handler: ClassVar[str]
-    """`package.module:function`, which takes the task and a `Send`, and returns an `Answer`; never raises."""
+    """`package.module:function`, which takes the task and a `Line`, and returns an `Answer`; never raises."""
 
 
-def handler_of(task: Task) -> Callable[[Task, Send], Answer]:
+def handler_of(task: Task) -> Callable[[Task, Line], Answer]:
     """Import the handler of a task; raises ImportError where a library that it needs is missing."""
     module, _, name = task.handler.partition(":")
-    handle: Callable[[Task, Send], Answer] = getattr(import_module(module), name)
+    handle: Callable[[Task, Line], Answer] = getattr(import_module(module), name)
     return handle
 
 

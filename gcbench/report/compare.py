@@ -47,7 +47,7 @@ _TOO_FEW_ROUNDS = (
 _ANY = ""
 """Replaces, in the key of a cell, a value that is not compared."""
 
-_OF_MEASURING = {"warmup", "steps", "rounds", "timeout", "emulate"}
+_OF_MEASURING = {"warmup", "steps", "rounds", "target_interval", "max_time", "timeout", "emulate"}
 """Settings that runs of different sources have each their own of."""
 _IN_THE_KEY = {
     "model",

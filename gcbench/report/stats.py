@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from gcbench.core.records import RoundResult
+from gcbench.core.records import RoundResult, Turn
 
 CONFIDENCE = 0.95
 _UPPER_TAIL = 0.5 + CONFIDENCE / 2
@@ -50,12 +50,24 @@ class Estimate:
         )
 
 
-def units(rounds: Sequence[RoundResult]) -> tuple[float, ...]:
-    """Return the independent values, in seconds per step: the median of each round.
+def turns(rounds: Sequence[RoundResult]) -> tuple[Turn, ...]:
+    """Return all turns of a cell; each process of a report from before there were turns counts as one."""
+    return tuple(
+        turn
+        for result in sorted(rounds, key=lambda result: result.round)
+        for turn in (result.turns or (Turn(number=result.round, step_times_s=result.step_times_s),))
+        if turn.step_times_s
+    )
 
-    Steps of one process share its memory layout and the state of the machine, so they are not independent.
-    """
-    return tuple(statistics.median(r.step_times_s) for r in rounds if r.step_times_s)
+
+def is_valid(turn: Turn) -> bool:
+    """Return whether a turn's times can be used: the machine was not suspended, nor its clock set, meanwhile."""
+    return turn.conditions.suspended_s is None and turn.conditions.clock_step_s is None
+
+
+def units(rounds: Sequence[RoundResult]) -> tuple[float, ...]:
+    """Return the seconds per step of each valid turn: the median of its steps."""
+    return tuple(statistics.median(turn.step_times_s) for turn in turns(rounds) if is_valid(turn))
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -87,17 +99,44 @@ def step_time(rounds: Sequence[RoundResult]) -> Estimate | None:
     return estimate(units(rounds))
 
 
+PROCESSOR_TIME, WALL_TIME = "processor time", "wall time"
+"""What an overhead is a ratio of."""
+
+
+def overhead_basis(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> str | None:
+    """Return what `overhead` is a ratio of: processor time where every pair of turns has it; None without pairs."""
+    pairs = _pairs(rounds, off)
+    if not pairs:
+        return None
+    return PROCESSOR_TIME if all(turn.processor_time_s for pair in pairs for turn in pair) else WALL_TIME
+
+
 def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estimate | None:
     """Return the time overhead relative to `off`, as a fraction of its time, with its 95 % interval.
 
-    Ratios are formed within a round, whose two processes ran one after the other, so a drift of the machine over the
-    run cancels out. Rounds timed on one side only are ignored. None when no round is common.
+    Ratios are formed within a turn, whose steps ran one after the other, so a drift of the machine over the run cancels
+    out. On a CPU they are ratios of processor time (user and system), which does not count what other processes and
+    other virtual machines take; on a GPU, of wall time. Turns taken on one side only are ignored, and those in which
+    the machine was suspended or its clock set. None when no turn is common.
     """
-    mine = {r.round: r.step_times_s for r in rounds if r.step_times_s}
-    theirs = {r.round: r.step_times_s for r in off if r.step_times_s}
-    common = sorted(mine.keys() & theirs.keys())
-    ratio = estimate([statistics.median(mine[r]) / statistics.median(theirs[r]) for r in common])
+    pairs = _pairs(rounds, off)
+    of_processor = overhead_basis(rounds, off) == PROCESSOR_TIME
+    ratio = estimate([_step_s(mine, of_processor) / _step_s(theirs, of_processor) for mine, theirs in pairs])
     return ratio.minus(1) if ratio else None
+
+
+def _pairs(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> list[tuple[Turn, Turn]]:
+    """The turns of both with the same number, in order."""
+    mine = {turn.number: turn for turn in turns(rounds) if is_valid(turn)}
+    theirs = {turn.number: turn for turn in turns(off) if is_valid(turn)}
+    return [(mine[number], theirs[number]) for number in sorted(mine.keys() & theirs.keys())]
+
+
+def _step_s(turn: Turn, of_processor: bool) -> float:
+    """Seconds of a step: the mean of processor time, whose clock covers the turn, or the median of wall time."""
+    if of_processor and turn.processor_time_s:
+        return turn.processor_time_s / len(turn.step_times_s)
+    return statistics.median(turn.step_times_s)
 
 
 def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estimate | None:

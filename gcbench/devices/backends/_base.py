@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from gcbench.core.records import Machine, MemoryPeaks, Phase
+from gcbench.core.records import Conditions, Machine, MemoryPeaks, Phase
+
+
+@dataclass(frozen=True, kw_only=True)
+class TurnReading:
+    """What was observed during a turn, as in `Turn`."""
+
+    processor_time_s: float | None
+    page_faults: int | None
+    conditions: Conditions
 
 
 class MemoryProbe(Protocol):
@@ -47,8 +57,20 @@ class Device(Protocol):
     def write_memory_snapshot(self, file: Path) -> None:
         """Write what was recorded and the state of the memory, and stop recording; raises OSError."""
 
+    def keep_memory(self) -> None:
+        """Have the process keep the memory that it frees, as in the steady state of a long run; called at its start."""
+
     def start_timing(self) -> None:
         """Prepare timing; called once before the timed steps."""
+
+    def begin_turn(self) -> None:
+        """Begin to observe the conditions of the timed steps that follow."""
+
+    def end_turn(self) -> TurnReading:
+        """Return what was observed since `begin_turn`."""
+
+    def free_bytes(self) -> int | None:
+        """Return the memory that another process could still use, in bytes; None when it is not known."""
 
     def time(self, step: Callable[[], None]) -> float:
         """Return the seconds that one call of `step` takes on the device."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import resource
 import time
@@ -17,7 +18,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from gcbench.core.errors import UnavailableError
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
 from gcbench.core.units import GIB
+from gcbench.devices import conditions
 from gcbench.devices.backends import _machine
+from gcbench.devices.backends._base import TurnReading
 
 TYPE = "cpu"
 PREFERENCE = 0
@@ -25,6 +28,8 @@ PREFERENCE = 0
 _NO_RECORDER = "a memory snapshot needs a CUDA device; a run on one writes it"
 _MARK = "gcbench.phase."
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "bad_alloc", "bad allocation", "cannot allocate memory")
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""glibc's malloc.h."""
 _HEADROOM = GIB
 """Address space that a process needs beyond its tensors: thread stacks, allocator arenas, libraries."""
 
@@ -85,9 +90,35 @@ class CpuDevice:
     def write_memory_snapshot(self, file: Path) -> None:
         raise UnavailableError(_NO_RECORDER)
 
+    def keep_memory(self) -> None:
+        """Have glibc's malloc keep all freed memory; does nothing with other C libraries.
+
+        By default it returns large blocks to the kernel, which zeroes their pages when they are allocated again: on two
+        cores, 200,000 page faults and a fifth of the time of a step of gpt2 at batch 16 × 64.
+        """
+        with suppress(OSError, AttributeError, ValueError):
+            library = ctypes.CDLL(None)
+            library.mallopt(_M_MMAP_MAX, 0)
+            library.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
     def start_timing(self) -> None:
         with suppress(OSError):  # not Linux, or not permitted: process_bytes then counts from the start of the process
             Path("/proc/self/clear_refs").write_text("5")
+
+    def begin_turn(self) -> None:
+        self._faults = conditions.page_faults()
+        self._reading = conditions.read()
+
+    def end_turn(self) -> TurnReading:
+        reading, faults = conditions.read(), conditions.page_faults()
+        return TurnReading(
+            processor_time_s=reading.own_s - self._reading.own_s,
+            page_faults=None if faults is None or self._faults is None else faults - self._faults,
+            conditions=conditions.between(self._reading, reading),
+        )
+
+    def free_bytes(self) -> int | None:
+        return available_bytes()
 
     def time(self, step: Callable[[], None]) -> float:
         start = time.perf_counter()

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ from gcbench.core.errors import UnavailableError
 from gcbench.core.files import write_bytes
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
 from gcbench.core.units import MIB
+from gcbench.devices import conditions
 from gcbench.devices.backends import _machine
+from gcbench.devices.backends._base import TurnReading
 
 TYPE = "cuda"
 PREFERENCE = 1
@@ -86,6 +89,9 @@ class CudaDevice:
         torch.cuda.memory._record_memory_history(enabled=None)
         write_bytes(file, pickle.dumps(snapshot, protocol=snapshot_files.PROTOCOL))
 
+    def keep_memory(self) -> None:
+        """Do nothing: the caching allocator keeps what is freed."""
+
     def start_timing(self) -> None:
         torch.cuda.synchronize(self.index)
 
@@ -97,6 +103,25 @@ class CudaDevice:
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
+
+    def begin_turn(self) -> None:
+        # In the background: it reads the card while the steps run, and takes some tens of milliseconds.
+        self._smi = _start_nvidia_smi(self.index, "clocks.sm,temperature.gpu,clocks_throttle_reasons.active")
+        self._reading = conditions.read()
+
+    def end_turn(self) -> TurnReading:
+        host = conditions.between(self._reading, conditions.read())
+        clock, temperature, reasons = _state_of_card(self._smi)
+        return TurnReading(
+            processor_time_s=None,
+            page_faults=None,
+            conditions=replace(
+                host, frequency_mhz=clock, temperature_c=temperature, throttle_reasons=reasons, throttled_frac=None
+            ),
+        )
+
+    def free_bytes(self) -> int | None:
+        return int(torch.cuda.mem_get_info(self.index)[0])
 
     def process_bytes(self) -> int | None:
         """Return the growth of the card's used memory since before this process used it: context and reserved."""
@@ -187,11 +212,50 @@ class CudaMemoryProbe:
 
 def _nvidia_smi(index: int, field: str) -> str | None:
     """Return one value from nvidia-smi, without creating a context; None when tool or value is missing."""
+    return _read_nvidia_smi(_start_nvidia_smi(index, field))
+
+
+def _start_nvidia_smi(index: int, fields: str) -> subprocess.Popen[str] | None:
+    """Start nvidia-smi for one card; None when there is no such tool."""
     visible = [entry.strip() for entry in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if entry.strip()]
     identity = visible[index] if index < len(visible) else str(index)
-    command = ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={identity}"]
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", f"--id={identity}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
-    except (OSError, subprocess.SubprocessError):
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    except OSError:
         return None
-    return done.stdout.strip() or None
+
+
+def _read_nvidia_smi(started: subprocess.Popen[str] | None) -> str | None:
+    """Return what nvidia-smi printed; None when it failed."""
+    if started is None:
+        return None
+    try:
+        output, _ = started.communicate(timeout=10)
+    except subprocess.SubprocessError:
+        started.kill()
+        return None
+    return output.strip() or None if started.returncode == 0 else None
+
+
+_THROTTLE_REASONS = {
+    0x4: "power cap",
+    0x8: "hardware slowdown",
+    0x20: "thermal slowdown",
+    0x40: "hardware thermal slowdown",
+    0x80: "power brake",
+}
+"""Bits of nvmlClocksEventReasons (nvml.h) that lower the clocks of a busy card; others are settings, or idleness."""
+
+
+def _state_of_card(started: subprocess.Popen[str] | None) -> tuple[float | None, float | None, tuple[str, ...]]:
+    """(MHz of the multiprocessors, degrees Celsius, reasons for lower clocks); None and empty where unknown."""
+    values = [value.strip() for value in (_read_nvidia_smi(started) or "").split(",")]
+    if len(values) != 3:
+        return None, None, ()
+    clock, temperature = (float(value) if value.isdecimal() else None for value in values[:2])
+    try:
+        bits = int(values[2], 16)
+    except ValueError:
+        return clock, temperature, ()
+    return clock, temperature, tuple(name for bit, name in _THROTTLE_REASONS.items() if bits & bit)

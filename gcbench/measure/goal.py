@@ -1,0 +1,101 @@
+"""Decides how long cells go on taking turns: until their overheads are known well enough, or the time is up."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from gcbench.core.records import Cell, Outcome
+from gcbench.measure.recorder import Recorder
+from gcbench.report import stats
+from gcbench.strategies import OFF
+
+_LEAST_UNITS = 4
+"""Pairs of turns before an interval is taken to be narrow: three can agree by chance."""
+
+
+@dataclass(kw_only=True)
+class Goal:
+    """What a workload is measured to: a number of turns, or an interval within a time.
+
+    Attributes:
+        rounds: turns of each cell; None to go on until the intervals are narrow.
+        target_frac: half-width of the 95 % interval of each overhead, as a fraction of the time of `off`.
+        deadline_s: on `clock`, when the last turn should have ended; None for no limit. Each cell still gets
+            `stats.MIN_ROUNDS` turns, fewer of which give no interval.
+        num_cells: cells of the workload, which share the time where they do not all live side by side.
+    """
+
+    recorder: Recorder
+    rounds: int | None
+    target_frac: float
+    deadline_s: float | None
+    num_cells: int
+    clock: Callable[[], float] = time.monotonic
+    _deadlines: dict[frozenset[Cell], float] = field(default_factory=dict)
+    _num_begun: int = 0
+
+    def choose(self, cells: Sequence[Cell], took_s: Mapping[Cell, float]) -> Sequence[Cell]:
+        """Return those of `cells` that take the next turn; none when enough is known or the time is up.
+
+        `took_s` has the seconds that the last turn of each took.
+        """
+        known = {cell: self.recorder.outcome(cell) for cell in cells}
+        if self.rounds is not None:
+            return [cell for cell in cells if num_turns(known[cell]) < self.rounds]
+        off = next((known[cell] for cell in cells if cell.strategy == OFF), None)
+        wanted = [cell for cell in cells if not self._is_known(known[cell], off, is_alone=len(cells) == 1)]
+        if not wanted:
+            return []
+        chosen = [cell for cell in cells if cell in wanted or cell.strategy == OFF]
+        has_least = all(num_turns(known[cell]) >= stats.MIN_ROUNDS for cell in wanted)
+        deadline = self._deadline(frozenset(cells))
+        if has_least and deadline is not None:
+            expected_s = sum(took_s.get(cell, 0.0) for cell in chosen)
+            if self.clock() + expected_s > deadline:
+                return []
+        return chosen
+
+    def is_reached(self, cells: Sequence[Cell]) -> bool:
+        """Return whether no cell that can still be measured needs another turn, whatever the time."""
+        able = [cell for cell in cells if self.recorder.outcome(cell).failure is None]
+        known = {cell: self.recorder.outcome(cell) for cell in able}
+        if self.rounds is not None:
+            return all(num_turns(outcome) >= self.rounds for outcome in known.values())
+        off = next((known[cell] for cell in able if cell.strategy == OFF), None)
+        return all(self._is_known(outcome, off, is_alone=len(able) == 1) for outcome in known.values())
+
+    def _is_known(self, outcome: Outcome, off: Outcome | None, *, is_alone: bool) -> bool:
+        """Whether a cell needs no more turns: its overhead, or without `off` its step time, is known well enough."""
+        if outcome.cell.strategy == OFF and not is_alone:
+            return num_turns(outcome) > 0
+        if off is None or outcome.cell.strategy == OFF:
+            step = stats.step_time(outcome.rounds)
+            return step is not None and _half_width(step) / step.centre <= self.target_frac
+        overhead = stats.overhead(outcome.rounds, off.rounds)
+        return overhead is not None and overhead.num_units >= _LEAST_UNITS and _half_width(overhead) <= self.target_frac
+
+    def _deadline(self, cells: frozenset[Cell]) -> float | None:
+        """When these cells have to be done: they get a share of the time that is left, by their number."""
+        if self.deadline_s is None:
+            return None
+        known = next((group for group in self._deadlines if cells <= group), None)  # some of a group may have failed
+        if known is None:
+            begun = len([cell for cell in cells if cell.strategy != OFF]) or 1
+            left = max(self.num_cells - 1 - self._num_begun, begun)
+            now = self.clock()
+            self._deadlines[cells] = now + (self.deadline_s - now) * min(begun / left, 1.0)
+            self._num_begun += begun
+            return self._deadlines[cells]
+        return self._deadlines[known]
+
+
+def num_turns(outcome: Outcome) -> int:
+    """Return how many turns a cell has taken."""
+    return sum(len(result.turns) for result in outcome.rounds)
+
+
+def _half_width(estimate: stats.Estimate) -> float:
+    """Half the width of the interval; infinite without one."""
+    return float("inf") if estimate.interval is None else (estimate.interval[1] - estimate.interval[0]) / 2
