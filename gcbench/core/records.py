@@ -106,14 +106,16 @@ class Turn:
     Attributes:
         number: of the turn, 0-based: cells with the same number took it one after the other.
         step_times_s: seconds of each step, in order.
-        processor_time_s: user and system time of the process during these steps; None on a GPU.
+        user_s, system_s: processor time of the process during these steps, in its own code and in the kernel; None on a
+            GPU.
         page_faults: pages that the process got from the system during these steps; None where it is not reported.
         conditions: the state of the machine meanwhile.
     """
 
     number: int
     step_times_s: tuple[float, ...]
-    processor_time_s: float | None = None
+    user_s: float | None = None
+    system_s: float | None = None
     page_faults: int | None = None
     conditions: Conditions = Conditions()
 

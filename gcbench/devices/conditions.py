@@ -22,7 +22,7 @@ class Reading:
     Attributes:
         busy_s, steal_s, all_s: seconds of all processors together since the machine started: used by any process, given
             to other virtual machines, and in total.
-        own_s: processor time of this process.
+        user_s, system_s: processor time of this process, in its own code and in the kernel.
         throttled_s: seconds in which the control group's quota kept its processes from running.
         monotonic_s, boot_s, wall_s: clocks that stand still while the machine is suspended, that go on, and that can be
             set.
@@ -31,7 +31,8 @@ class Reading:
     busy_s: float | None
     steal_s: float | None
     all_s: float | None
-    own_s: float
+    user_s: float
+    system_s: float
     throttled_s: float | None
     monotonic_s: float
     boot_s: float | None
@@ -44,11 +45,13 @@ def read() -> Reading:
     per_s = os.sysconf("SC_CLK_TCK") if ticks else 1
     busy, steal, every = (value / per_s for value in ticks) if ticks else (None, None, None)
     clock = getattr(time, "CLOCK_BOOTTIME", None)
+    user_s, system_s = _processor_time_s()
     return Reading(
         busy_s=busy,
         steal_s=steal,
         all_s=every,
-        own_s=processor_time_s(),
+        user_s=user_s,
+        system_s=system_s,
         throttled_s=_throttled_s(),
         monotonic_s=time.monotonic(),
         boot_s=None if clock is None else time.clock_gettime(clock),
@@ -59,13 +62,14 @@ def read() -> Reading:
 def between(before: Reading, after: Reading) -> Conditions:
     """Return the conditions between two readings."""
     elapsed = after.monotonic_s - before.monotonic_s
+    own_s = after.user_s + after.system_s - before.user_s - before.system_s
     suspended = None
     if before.boot_s is not None and after.boot_s is not None:
         suspended = after.boot_s - before.boot_s - elapsed
     clock_step = after.wall_s - before.wall_s - elapsed - (suspended or 0.0)
     return Conditions(
         steal_frac=_share(before.steal_s, after.steal_s, before, after),
-        others_frac=_share(before.busy_s, after.busy_s, before, after, less=after.own_s - before.own_s),
+        others_frac=_share(before.busy_s, after.busy_s, before, after, less=own_s),
         throttled_frac=None
         if before.throttled_s is None or after.throttled_s is None or elapsed <= 0
         else (after.throttled_s - before.throttled_s) / elapsed,
@@ -75,9 +79,15 @@ def between(before: Reading, after: Reading) -> Conditions:
     )
 
 
-def processor_time_s() -> float:
-    """Return the user and system time of this process so far, in seconds."""
-    return time.process_time()
+def _processor_time_s() -> tuple[float, float]:
+    """(user, system) time of this process so far, in seconds."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        own = os.times()
+        return own.user, own.system
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime, usage.ru_stime
 
 
 def page_faults() -> int | None:

@@ -108,7 +108,7 @@ def overhead_basis(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) ->
     pairs = _pairs(rounds, off)
     if not pairs:
         return None
-    return PROCESSOR_TIME if all(turn.processor_time_s for pair in pairs for turn in pair) else WALL_TIME
+    return PROCESSOR_TIME if all(turn.user_s for pair in pairs for turn in pair) else WALL_TIME
 
 
 def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estimate | None:
@@ -134,8 +134,8 @@ def _pairs(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> list[tu
 
 def _step_s(turn: Turn, of_processor: bool) -> float:
     """Seconds of a step: the mean of processor time, whose clock covers the turn, or the median of wall time."""
-    if of_processor and turn.processor_time_s:
-        return turn.processor_time_s / len(turn.step_times_s)
+    if of_processor and turn.user_s:
+        return turn.user_s / len(turn.step_times_s)
     return statistics.median(turn.step_times_s)
 
 

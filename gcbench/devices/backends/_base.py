@@ -15,7 +15,8 @@ from gcbench.core.records import Conditions, Machine, MemoryPeaks, Phase
 class TurnReading:
     """What was observed during a turn, as in `Turn`."""
 
-    processor_time_s: float | None
+    user_s: float | None
+    system_s: float | None
     page_faults: int | None
     conditions: Conditions
 

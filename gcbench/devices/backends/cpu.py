@@ -112,7 +112,8 @@ class CpuDevice:
     def end_turn(self) -> TurnReading:
         reading, faults = conditions.read(), conditions.page_faults()
         return TurnReading(
-            processor_time_s=reading.own_s - self._reading.own_s,
+            user_s=reading.user_s - self._reading.user_s,
+            system_s=reading.system_s - self._reading.system_s,
             page_faults=None if faults is None or self._faults is None else faults - self._faults,
             conditions=conditions.between(self._reading, reading),
         )

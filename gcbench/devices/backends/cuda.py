@@ -113,7 +113,8 @@ class CudaDevice:
         host = conditions.between(self._reading, conditions.read())
         clock, temperature, reasons = _state_of_card(self._smi)
         return TurnReading(
-            processor_time_s=None,
+            user_s=None,
+            system_s=None,
             page_faults=None,
             conditions=replace(
                 host, frequency_mhz=clock, temperature_c=temperature, throttle_reasons=reasons, throttled_frac=None
