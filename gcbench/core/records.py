@@ -341,3 +341,9 @@ class Row:
     """The same for a training loop that retains the model's outputs in a variable."""
     model_notice: str | None = None
     """How the model differs from its config."""
+    time_overhead_basis: str | None = None
+    """What the overhead is a ratio of: `processor time` or `wall time`."""
+    num_turns: int | None = None
+    """Turns in which steps were timed."""
+    num_turns_disturbed: int | None = None
+    """How many of them were disturbed; `report.json` has the state of the machine beside each."""

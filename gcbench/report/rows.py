@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Prediction
 from gcbench.core.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
 from gcbench.core.units import counted
-from gcbench.report import stats
+from gcbench.report import stats, timing
 from gcbench.strategies import OFF
 
 IDENTICAL, WITHIN_NOISE, NO_REFERENCE, FAILED = "identical", "within noise", "no reference", "FAILED"
@@ -157,6 +157,7 @@ def _row(report: Report, outcome: Outcome, off: _Summary | None) -> Row:
         grad_noise_floor=off.noise if off else None,
         proof=proof,
         message=_message(outcome, mine, proof, is_emulated=is_emulated),
+        num_turns_disturbed=timing.num_disturbed(outcome) if stats.turns(outcome.rounds) else None,
         model_notice=" ".join(report.model_notices) or None,
     )
 
@@ -203,6 +204,8 @@ class _TimeColumns:
     time_overhead_frac: float | None = None
     time_overhead_low_frac: float | None = None
     time_overhead_high_frac: float | None = None
+    time_overhead_basis: str | None = None
+    num_turns: int | None = None
 
 
 def _time_columns(mine: _Summary, reference: _Summary | None, *, tokens_per_step: int, is_off: bool) -> _TimeColumns:
@@ -222,6 +225,8 @@ def _time_columns(mine: _Summary, reference: _Summary | None, *, tokens_per_step
         time_overhead_frac=overhead.centre if overhead else None,
         time_overhead_low_frac=overhead.low if overhead else None,
         time_overhead_high_frac=overhead.high if overhead else None,
+        time_overhead_basis=stats.overhead_basis(mine.rounds, reference.rounds) if reference and not is_off else None,
+        num_turns=len(stats.turns(mine.rounds)),
     )
 
 

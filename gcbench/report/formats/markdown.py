@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from gcbench.core.records import Json, Machine, Report, Row
 from gcbench.core.text_table import UNKNOWN, Column
 from gcbench.core.units import counted, format_bytes, format_count, format_percent
-from gcbench.report import additions, gaps, largest, sentences
+from gcbench.report import additions, gaps, largest, sentences, timing
 from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.explanation import PeakExplanation
@@ -61,7 +61,7 @@ def _measured(report: Report) -> list[str]:
     ]
     for workload, group in by_workload(table).items():
         title = sentences.title(workload, model=False, device=not is_emulated)
-        blocks += [f"## {_escaped(title)}", answer(group)]
+        blocks += [f"## {_escaped(title)}", answer(group), *map(_escaped, timing.paragraphs(report, workload))]
     blocks += [*_largest(report), *_plots(report)]
     return [*blocks, "## What was not measured", _bullets(not_measured(table))]
 

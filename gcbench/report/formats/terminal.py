@@ -13,12 +13,12 @@ from gcbench.core.text_table import fit as fit
 from gcbench.core.text_table import plain as plain
 from gcbench.core.text_table import show as print_all
 from gcbench.core.units import format_bytes, format_percent, format_seconds
-from gcbench.report import additions, largest, sentences
+from gcbench.report import additions, largest, sentences, timing
 from gcbench.report import explanation as explained
 from gcbench.report import predictions as predicted
 from gcbench.report.overview import overview
 from gcbench.report.predictions import PredictedCell
-from gcbench.report.rows import by_workload, failed_proof, hides_saving, rows
+from gcbench.report.rows import by_workload, failed_proof, hides_saving, rows, workload
 from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def tables(report: Report) -> list[RenderableType]:
     groups = by_workload(rows(report)).values()
     return [
         *_overview(report),
-        *(_table(group, where) for group in groups),
+        *(part for group in groups for part in (_table(group, where), *_timing(report, group))),
         *largest.summaries(report),
         *_about_model(report),
     ]
@@ -166,6 +166,13 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
     if explain:
         parts += explained.term_list(report)
     return [*parts, *largest.summaries(report), *_about_model(report), Text(predicted.NOT_MEASURED)]
+
+
+def _timing(report: Report, group: Sequence[Row]) -> list[RenderableType]:
+    """Render how the times of one workload were measured."""
+    from rich.text import Text
+
+    return [Text(text, style="dim") for text in timing.paragraphs(report, workload(group[0]))]
 
 
 def _about_model(report: Report) -> list[RenderableType]:
