@@ -293,3 +293,5 @@ class Row:
     """The same for a training loop that retains the model's outputs in a variable."""
     model_notice: str | None = None
     """How the model differs from its config."""
+    time_source: str | None = None
+    """Where a predicted time comes from; the limits of its columns are a band then, not a 95 % interval."""

@@ -91,8 +91,15 @@ def sources(a: Report, b: Report) -> tuple[str, ...]:
         return ()
     sides = (("A", a), ("B", b))
     each = [f"{name} is {_SOURCES[report.source]} ({report.machine.device_name})" for name, report in sides]
-    without = [name for name, report in sides if report.source != "measured"]
-    return (f"{'; '.join(each)}; {' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times",)
+    timed = [name for name, report in sides if _predicts_times(report)]
+    without = [name for name, report in sides if report.source != "measured" and name not in timed]
+    parts = [f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times"] if without else []
+    parts += [f"the times of {name} are predicted, and are not compared with measured ones" for name in timed]
+    return ("; ".join([*each, *parts]),)
+
+
+def _predicts_times(report: Report) -> bool:
+    return any(outcome.prediction and outcome.prediction.time for outcome in report.outcomes)
 
 
 def notes(rows: Iterable[Row]) -> tuple[str, ...]:

@@ -159,7 +159,7 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
             parts += explained.explanations(cells, tried=report.settings.get("explain") is True)
     if explain:
         parts += explained.term_list(report)
-    return [*parts, *_about_model(report), Text(predicted.NOT_MEASURED)]
+    return [*parts, *_about_model(report), Text(predicted.not_measured(report))]
 
 
 def _about_model(report: Report) -> list[RenderableType]:
