@@ -288,8 +288,8 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         peak_allocated_a_bytes=peak_a,
         peak_allocated_b_bytes=peak_b,
         memory_change_frac=(peak_b - peak_a) / peak_a if peak_a and peak_b and state is None else None,
-        step_time_a_s=_shown_time(a, b),
-        step_time_b_s=_shown_time(b, a),
+        step_time_a_s=a.row.step_time_s if a else None,
+        step_time_b_s=b.row.step_time_s if b else None,
         time_change_frac=paid.centre if paid else None,
         time_change_low_frac=paid.low if paid else None,
         time_change_high_frac=paid.high if paid else None,
@@ -299,20 +299,14 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
     )
 
 
-def _shown_time(side: _Side | None, other: _Side | None) -> float | None:
-    """Return the step time of `side`; None for a predicted one beside a measured one, which are not the same thing."""
-    if side is None or (side.row.source == "predicted" and other is not None and other.row.source != "predicted"):
-        return None
-    return side.row.step_time_s
-
-
 def _as_far_as_known(side: _Side | None, other: _Side | None) -> _Side | None:
-    """Return `side`; if it is a prediction that does not fit and `other` was measured, count it as passed."""
+    """Return `side`; a prediction beside a measurement without its time, and as passed if it only does not fit."""
     if side is None or other is None or side.row.source == other.row.source or side.row.source != "predicted":
         return side
-    if other.status == "ok" and side.row.status == "oom" and side.row.peak_allocated_bytes is not None:
-        return replace(side, row=replace(side.row, status="ok"))
-    return side
+    row = replace(side.row, step_time_s=None)
+    if other.status == "ok" and row.status == "oom" and row.peak_allocated_bytes is not None:
+        row = replace(row, status="ok")
+    return replace(side, row=row)
 
 
 def _state(a: _Side | None, b: _Side | None) -> Verdict | None:
