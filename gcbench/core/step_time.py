@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Basis = Literal["card", "this machine"]
-"""Whether a card's figures were used, published or measured on another one, or a calibration of this very machine."""
+"""Whether the times are those of a card's kernels, or of this very machine's processor."""
 
 
 @dataclass(frozen=True, kw_only=True)

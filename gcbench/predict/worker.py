@@ -162,12 +162,13 @@ class Session:
             return None, _NO_KERNEL.format(packages=", ".join(self.fallback_packages))
         if plan.any_policy("offload"):
             return None, _OFFLOADED
-        if isinstance(self.figures, Calibration) and self.figures.unmeasured_frac(step.calls) > _MOST_UNMEASURED_FRAC:
+        here = self.figures if isinstance(self.figures, Calibration) else None
+        if here is not None and here.unmeasured_frac(step.calls) > _MOST_UNMEASURED_FRAC:
             return None, _NOT_CALIBRATED
         found = step.time(self.figures)
         return StepTime(
             seconds=found.seconds,
-            basis="this machine" if isinstance(self.figures, Calibration) else "card",
+            basis="card" if here is None or here.is_of_gpu else "this machine",
             source=self.figures.source,
             waiting_frac=found.waiting_frac,
         ), None
