@@ -12,6 +12,7 @@ from pathlib import Path
 from gcbench.calibration import card_tables, op_times
 from gcbench.calibration.op_times import Calibration
 from gcbench.core.records import Machine
+from gcbench.devices import cards
 from gcbench.devices.cards import Card
 from gcbench.devices.target import CPU, Target
 from gcbench.simulate.costs import CardFigures, Figures, Work
@@ -65,5 +66,6 @@ def figures_of_target(target: Target, here: Machine | None, folder: Path | None 
         return known
     if target.kind == CPU or target.card is None:
         return None
-    found = figures_of_card(target.card, None if folder is None else folder / "rates")
+    card = target.card if target.card.matmul_flops else cards.known(target.card.title) or target.card
+    found = figures_of_card(card, None if folder is None else folder / "rates")
     return found if found.is_known else None

@@ -101,6 +101,28 @@ def test_a_card_without_rates_has_no_times(tmp_path):
     assert figures_of_target(target(device="h100"), None, tmp_path) is not None
 
 
+def test_a_gpu_of_this_machine_has_the_rates_of_its_name_until_it_is_calibrated(tmp_path):
+    """torch tells its name and memory, not its rates."""
+    settings = {"compute_capability": "9.0", "num_sms": "132"}
+    machine = Machine(
+        device="cuda:0",
+        device_name="NVIDIA H100 80GB HBM3",
+        device_memory_bytes=2**36,
+        platform="x",
+        versions={},
+        settings=settings,
+    )
+    here = resolve_target(TargetOptions(), machine)
+    assert here is not None
+    found = figures_of_target(here, machine, tmp_path)
+    assert found is not None and found.source == "the published rates of NVIDIA H100 80GB HBM3"
+    other = replace(machine, device_name="NVIDIA Z9000")
+    assert (
+        figures_of_target(replace(here, card=Card(name="cuda:0", memory_bytes=1, full_name="Z9")), other, tmp_path)
+        is None
+    )
+
+
 def test_a_calibration_of_a_gpu_counts_kernels_and_python_apart():
     """On a processor a call's time includes Python's; a GPU computes while Python launches."""
     view = Work(op="view", kind="view", dtype="fp32", nbytes=0)
