@@ -85,6 +85,7 @@ accuracy: $(READY) ## Predict every measured grid and say how far off the predic
 
 published: $(READY) ## Predict what others measured and published, and say how far off the predictions are
 	$(BIN)/python benchmarks/published.py
+	$(BIN)/python benchmarks/published_times.py
 
 bench-predict: $(READY) ## Measure how fast predictions are, and for how many types of models there is one
 	$(BIN)/python benchmarks/prediction_speed.py

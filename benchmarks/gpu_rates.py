@@ -4,7 +4,9 @@
 
 First a grid of generic calls (matrix products, memory-bound operators over four decades of bytes, attention by length),
 then every call of real training steps. `calibration` in OUT.json is a `gcbench.calibration.op_times.Calibration`: each
-point has its operator, dtype, dimensions, bytes, FLOPs, the call itself as text, and its seconds.
+point has its operator, dtype, dimensions, bytes, FLOPs, the call itself as text, and its seconds. Predictions for this
+card use the file once it lies in ~/.cache/gcbench/rates, or in gcbench/devices/rates to be shipped, under the name that
+the card has in `gcbench devices`.
 """
 
 from __future__ import annotations

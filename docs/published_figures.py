@@ -59,8 +59,9 @@ def accuracy(_: str) -> str:
                 f"{len(scores)} budgets",
                 f"fits in {sum(score.fits for score in scores)}; speed over the best: "
                 f"median {_percent(statistics.median(speeds), 1)}, worst {_percent(min(speeds), 1)}",
-                "absolute times; choices on a card",
+                "choices on a card",
             ],
+            _times(),
             [
                 "gradients",
                 "`off`, CPU, scaled down",
@@ -70,6 +71,27 @@ def accuracy(_: str) -> str:
             ],
         ],
     )
+
+
+def _times() -> list[str]:
+    """Return how far off predicted step times and overheads of cards are."""
+    found = stored("published-times")["figures"]
+    published, own = found["published"], found["own"]
+
+    def both(name: str, places: int) -> str:
+        return f"{_percent(published[name], places)} and {_percent(own[name], places)}"
+
+    def points(name: str) -> str:
+        return f"{100 * published[name]:.1f} and {100 * own[name]:.1f}"
+
+    return [
+        "step time, cards",
+        "published steps, 5 cards; own, H100",
+        f"{published['steps']} and {own['steps']} steps",
+        f"median {both('median', 1)}; in the band {both('in_band', 0)}; overhead of `per-layer`: median "
+        f"{points('overhead_median')} points, worst {points('overhead_worst')}",
+        "AMD cards; Windows; full fp32",
+    ]
 
 
 def _emulated_grids(grids: dict[str, Any], prefix: str, release: str) -> list[dict[str, Any]]:

@@ -21,6 +21,7 @@ from gcbench.core.files import cache_folder, write_text
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Machine
 from gcbench.operators.call_text import form
+from gcbench.simulate import kernel_times
 from gcbench.simulate.costs import Caller, Work, WorkKind
 
 SCHEMA = 2
@@ -115,12 +116,30 @@ class Calibration:
         return f"a calibration of this machine, {self.created[:10]}"
 
     def seconds(self, work: Work) -> float:
-        """The estimated time of one call in a step."""
+        """The estimated time of one call in a step; on a GPU, of its kernel alone."""
+        if self.is_of_gpu and work.kind == "view":
+            return 0.0
         known = self._known
         if work not in known:
             overhead = self._overhead.get(work.caller)
             known[work] = max(self.by_itself(work) + (overhead.seconds(work) if overhead else 0.0), 0.0)
         return known[work]
+
+    def host_s(self, work: Work) -> float:
+        """The seconds that the processor takes to launch a call; none where it computes the call itself.
+
+        `seconds` then includes what Python takes around it.
+        """
+        return kernel_times.host_s(work.caller, is_view=work.kind == "view") if self.is_of_gpu else 0.0
+
+    @property
+    def is_of_gpu(self) -> bool:
+        """Whether the calls were timed on a GPU, which computes while Python launches."""
+        return self.machine.startswith("cuda,")
+
+    def covers(self, work: Work) -> bool:
+        """Whether a call of the same kind and dtype was measured, and of attention in the same direction."""
+        return _family(work) in self._families
 
     def by_itself(self, work: Work | Point) -> float:
         """The estimated time of one call by itself, made in a loop."""
@@ -135,6 +154,13 @@ class Calibration:
     def missing(self, works: Iterable[Work]) -> tuple[Work, ...]:
         """Those that can be timed and are not close to any point, each once; the costliest first."""
         return tuple(work for work in self.costliest(works) if not self._index.is_close(work))
+
+    def unmeasured_frac(self, works: Iterable[Work]) -> float:
+        """The share of the time of all of them that is extrapolated from calls that are not close."""
+        counts = Counter(works)
+        seconds = {work: count * self.seconds(work) for work, count in counts.items()}
+        unmeasured = sum(each for work, each in seconds.items() if not self._index.is_close(work))
+        return unmeasured / (sum(seconds.values()) or 1.0)
 
     def costliest(self, works: Iterable[Work]) -> tuple[Work, ...]:
         """Those that can be timed, each once; the costliest first."""
@@ -158,6 +184,10 @@ class Calibration:
         )
 
     @cached_property
+    def _families(self) -> frozenset[tuple[object, ...]]:
+        return frozenset(map(_family, self.points))
+
+    @cached_property
     def _index(self) -> _Index:
         return _Index(self.points)
 
@@ -168,6 +198,10 @@ class Calibration:
     @cached_property
     def _known(self) -> dict[Work, float]:
         return {}
+
+
+def _family(work: Work | Point) -> tuple[object, ...]:
+    return (work.kind, work.dtype, work.kind == "attention" and "backward" in work.op)
 
 
 def _key(work: Work | Point) -> tuple[object, ...]:
@@ -310,10 +344,11 @@ def load(machine: str, folder: Path | None = None) -> Calibration | None:
         found = decode(Calibration, document)
     except (OSError, ValueError, TypeError, RecursionError):
         return None
-    return found if found.machine == machine and _is_sound(found) else None
+    return found if found.machine == machine and is_sound(found) else None
 
 
-def _is_sound(calibration: Calibration) -> bool:
+def is_sound(calibration: Calibration) -> bool:
+    """Whether all seconds are finite numbers, and those of calls above 0."""
     seconds = [calibration.step_s, *(point.seconds for point in calibration.points)]
     seconds += [value for each in calibration.overheads for value in (each.call_s, each.cold_s)]
     return all(isinstance(value, float) and math.isfinite(value) for value in seconds) and all(

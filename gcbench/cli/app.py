@@ -125,10 +125,10 @@ def predict(
     json: options.Json = False,
     quiet: options.Quiet = False,
 ) -> None:
-    """Predict the peak memory of each strategy on a card that need not be here.
+    """Predict the peak memory and the step time of each strategy on a card that need not be here.
 
     The training step runs on fake tensors (shapes and dtypes, no data), and its allocations are replayed through a
-    simulation of the card's allocator.
+    simulation of the card's allocator. Times are estimated from the card's rates, with a band.
     """
     flags = options.settings_passed(locals())
     from gcbench.predict import command as predict_command

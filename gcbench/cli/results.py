@@ -43,7 +43,7 @@ def compare(a: Path, b: Path, *, fail_on: Sequence[str], force: bool, as_json: b
     untimed = [place for place, each in zip((a, b), both, strict=True) if each.source != "measured"]
     if "time" in thresholds and untimed:
         raise UsageError(
-            f"--fail-on time: {untimed[0]} has no times, as nothing was computed there; leave it out, or compare runs"
+            f"--fail-on time: {untimed[0]} has no times, as nothing was timed there; leave it out, or compare runs"
         )
     comparison = comparing.compare(*both, force=force)
     if as_json:

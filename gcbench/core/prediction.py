@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from gcbench.core import headroom
 from gcbench.core.memory_peaks import MemoryPeaks, Phase
+from gcbench.core.step_time import StepTime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +118,7 @@ class Explanation:
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """Predicted memory of one cell on the target device.
+    """Predicted memory and time of one cell on the target device.
 
     Attributes:
         memory: the peaks that a measurement would report.
@@ -130,6 +131,9 @@ class Prediction:
         why_in_full: why every layer was traced; None when only some were.
         additions: what a real run may add; small ones are left out.
         fallback: None when no PyTorch code was traced in place of a kernel, and on the CPU, which has no such kernels.
+        time: the time of a step; None where nothing is known of the device's times, and in reports of before December
+            2026.
+        why_no_time: why it is None, with a remedy where there is one.
     """
 
     memory: MemoryPeaks
@@ -145,6 +149,8 @@ class Prediction:
     additions: tuple[Addition, ...] = ()
     fallback: Fallback | None = None
     reserve_frac: float = 0.0
+    time: StepTime | None = None
+    why_no_time: str | None = None
 
     @property
     def needed_bytes(self) -> int:

@@ -347,3 +347,5 @@ class Row:
     """Turns in which steps were timed."""
     num_turns_disturbed: int | None = None
     """How many of them were disturbed; `report.json` has the state of the machine beside each."""
+    time_source: str | None = None
+    """Where a predicted time comes from; the limits of its columns are a band then, not a 95 % interval."""

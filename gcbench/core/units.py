@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 KIB, MIB, GIB, TIB = 2**10, 2**20, 2**30, 2**40
 _FACTORS = {
@@ -125,3 +126,8 @@ def format_count(count: int | None) -> str:
         if count >= 0.9995 * factor:
             return f"{count / factor:.3g} {unit}"
     return str(count)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return `off, per-layer and every:2`."""
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -283,6 +283,26 @@ class WouldFit:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PredictedTime:
+    """What `gcbench predict` says about the time of a step of one micro-batch.
+
+    Attributes:
+        why_not: why it says nothing; None where it does.
+        strategy: the checkpointing that was seen.
+        low_s, high_s: the band around `seconds`.
+        source: where the times of operators come from, in words.
+    """
+
+    why_not: str | None = None
+    strategy: str | None = None
+    seconds: float | None = None
+    low_s: float | None = None
+    high_s: float | None = None
+    tokens_per_s: float | None = None
+    source: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Verdict:
     """How the dry run ended, in a sentence, with the exit code of `gcbench dry-run`."""
 
@@ -300,6 +320,7 @@ class DryRun:
         card: the emulated card, with `memory_bytes` as limited.
         observed: None where the observer never reported.
         script_exit_code: negative for a signal.
+        time: None where the script does not fit, or trained nothing.
     """
 
     invocation: str
@@ -311,3 +332,4 @@ class DryRun:
     script_exit_code: int
     verdict: Verdict
     would_fit: WouldFit | None = None
+    time: PredictedTime | None = None

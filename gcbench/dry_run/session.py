@@ -18,8 +18,8 @@ from gcbench.core.files import temporary_folder, write_text
 from gcbench.core.interruption import ignore_more
 from gcbench.devices import cards
 from gcbench.devices.cards import Card
-from gcbench.dry_run import process, verdict, view, would_fit
-from gcbench.dry_run.records import DryRun, WouldFit
+from gcbench.dry_run import process, step_time, verdict, view, would_fit
+from gcbench.dry_run.records import DryRun, PredictedTime, WouldFit
 from gcbench.emulate.environment import environment
 from gcbench.report.run_folder import Store
 from gcbench.report.stored_kind import DRY_RUN_NAME
@@ -117,6 +117,9 @@ def _run(
             folder=folder,
             keep=None if store is None else store.folder,
         )
+    time: PredictedTime | None = None
+    if judged.ending == "fits" and observed is not None:
+        time = step_time.predict(observed, _device_flags(options), emulated, num_cards=options.num_devices)
     return DryRun(
         invocation=invocation,
         command=tuple(command),
@@ -127,6 +130,7 @@ def _run(
         script_exit_code=ended.exit_code,
         verdict=judged,
         would_fit=fitting,
+        time=time,
     )
 
 

@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING
 from gcbench.core import json_codec
 from gcbench.core.text_table import Column, Table, plain
 from gcbench.core.text_table import show as show_all
-from gcbench.core.units import counted, format_bytes
+from gcbench.core.units import counted, format_bytes, format_seconds
 from gcbench.dry_run import values
-from gcbench.dry_run.records import OF_A_STEP, SCHEMA, DryRun, Observed, OutOfMemory, Place, WouldFit
+from gcbench.dry_run.records import (
+    OF_A_STEP,
+    SCHEMA,
+    DryRun,
+    Observed,
+    OutOfMemory,
+    Place,
+    PredictedTime,
+    WouldFit,
+)
 from gcbench.strategies import OFF
 
 if TYPE_CHECKING:
@@ -146,6 +155,8 @@ def sections(result: DryRun) -> Iterator[tuple[str, list[str]]]:
         yield "out of memory", list(_out_of_memory(observed, observed.out_of_memory[-1]))
     if result.would_fit is not None:
         yield "what would fit", list(_would_fit(result.would_fit, observed))
+    if result.time is not None:
+        yield "time", [_time(result.time, observed)]
     told = list(_values(observed))
     if told:
         yield "values", told
@@ -176,6 +187,20 @@ def _training(observed: Observed) -> Iterator[str]:
         yield f"{seen.model_class}, weights in {seen.dtype}{autocast}{optimizer}{shape}."
     if busiest is not None:
         yield _checkpointing(observed)
+
+
+def _time(found: PredictedTime, observed: Observed) -> str:
+    """Return what a step would take; nothing was timed here, as nothing was computed."""
+    if found.seconds is None or found.low_s is None or found.high_s is None or found.tokens_per_s is None:
+        return f"The time of a step is not predicted: {found.why_not}."
+    step = observed.busiest
+    which = "A step of one micro-batch" if step is not None and step.backwards > 1 else "A step"
+    band = f"{format_seconds(found.low_s)} to {format_seconds(found.high_s)}"
+    speed = f"{float(f'{found.tokens_per_s:.2g}'):,.0f} tokens/s"
+    return (
+        f"{which} would take about {format_seconds(found.seconds)} ({band}), {speed}: predicted, not measured, from "
+        f"{found.source}."
+    )
 
 
 def _checkpointing(observed: Observed) -> str:

@@ -23,23 +23,28 @@ CONFIG_NAME = "config.json"
 
 def why_no_plan(workload: Workload) -> str | None:
     """Return why `gcbench plan` cannot plan what the script trains; None where it can."""
+    reason = why_not_expressible(workload)
+    return None if reason is None else f"it cannot be planned, as {reason}"
+
+
+def why_not_expressible(workload: Workload) -> str | None:
+    """Return why gcbench has no settings for what the script trains; None where it has."""
     if workload.config is None:
-        what = f"{workload.model_class} is not a Hugging Face model" if workload.model_class else "no model was seen"
-        return f"it cannot be planned, as {what}"
+        return f"{workload.model_class} is not a Hugging Face model" if workload.model_class else "no model was seen"
     if not workload.causal_lm:
-        return f"it cannot be planned, as {workload.model_class} is not a causal language model"
+        return f"{workload.model_class} is not a causal language model"
     if workload.quantized:
-        return "it cannot be planned, as its weights are quantised"
+        return "its weights are quantised"
     if workload.batch_size is None or workload.seq_len is None:
-        return "it cannot be planned, as the shape of its inputs was not seen"
+        return "the shape of its inputs was not seen"
     if workload.optimizer is not None and workload.optimizer not in _OPTIMIZERS:
-        return f"it cannot be planned, as gcbench plan does not know the optimizer {workload.optimizer}"
+        return f"gcbench does not know the optimizer {workload.optimizer}"
     if precision(workload) is None:
-        return f"it cannot be planned, as gcbench plan does not know weights in {workload.dtype}"
+        return f"gcbench does not know weights in {workload.dtype}"
     if workload.peft_type not in (None, "LORA"):
-        return f"it cannot be planned, as gcbench plan does not know adapters of kind {workload.peft_type}"
+        return f"gcbench does not know adapters of kind {workload.peft_type}"
     if workload.peft_type is None and workload.num_trainable != workload.num_params:
-        return "it cannot be planned, as only some of the parameters are trained, without LoRA"
+        return "only some of the parameters are trained, without LoRA"
     return None
 
 
@@ -70,8 +75,12 @@ def arguments(workload: Workload, config: Path, device: Sequence[str]) -> list[s
     Args:
         device: the flags that name the card.
     """
-    sizes = ",".join(map(str, batch_sizes(workload.batch_size or 1)))
-    parts = ["plan", "--model", str(config), "--batch", sizes, "--seq-len", str(workload.seq_len)]
+    return ["plan", *settings(workload, config, batch_sizes(workload.batch_size or 1)), *device]
+
+
+def settings(workload: Workload, config: Path, sizes: Sequence[int]) -> list[str]:
+    """Return the flags that describe the script's training, with these batch sizes."""
+    parts = ["--model", str(config), "--batch", ",".join(map(str, sizes)), "--seq-len", str(workload.seq_len)]
     parts += ["--precision", precision(workload) or "fp32", "--optim", optimizer(workload)]
     if workload.attn_implementation in ("eager", "sdpa"):
         parts += ["--attn-implementation", workload.attn_implementation]
@@ -79,7 +88,7 @@ def arguments(workload: Workload, config: Path, device: Sequence[str]) -> list[s
         parts += ["--lora-r", str(workload.lora_r)]
         if workload.lora_target_modules:
             parts += ["--lora-target-modules", ",".join(workload.lora_target_modules)]
-    return [*parts, *device]
+    return parts
 
 
 def plan(
@@ -101,7 +110,8 @@ def plan(
         write_text(keep / CONFIG_NAME, config.read_text(encoding="utf-8"))
         config = keep / CONFIG_NAME
     wanted = arguments(workload, config, device)
-    planned = _run(wanted, _environment(emulated), folder / "plan")
+    shutil.rmtree(folder / "plan", ignore_errors=True)
+    planned = run_gcbench([*wanted, "--out", str(folder / "plan")], importable(emulated))
     command = None if keep is None else shlex.join(["gcbench", *wanted])
     if isinstance(planned, str):
         return WouldFit(sentence=f"it cannot be planned: {planned}", command=command)
@@ -138,18 +148,17 @@ def _fastest_at(rows: object, batch_size: int | None) -> dict[str, Any] | None:
     return max(fitting, key=lambda row: float(row["tokens_per_s"]), default=None)
 
 
-def _environment(emulated: Mapping[str, str]) -> dict[str, str]:
+def importable(emulated: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which torch can be imported: without the emulated card, if that works."""
     plain = dict(os.environ)
     tried = subprocess.run([sys.executable, "-c", "import torch"], env=plain, capture_output=True, check=False)
     return plain if tried.returncode == 0 else plain | dict(emulated)
 
 
-def _run(arguments: Sequence[str], environment: Mapping[str, str], out: Path) -> dict[str, object] | str:
-    """Return the document of `gcbench plan`, or the last line of its error."""
-    shutil.rmtree(out, ignore_errors=True)
+def run_gcbench(arguments: Sequence[str], environment: Mapping[str, str]) -> dict[str, object] | str:
+    """Return the document of another command of gcbench, or the last line of its error."""
     done = subprocess.run(
-        [sys.executable, "-m", "gcbench", *arguments, "--json", "--quiet", "--out", str(out)],
+        [sys.executable, "-m", "gcbench", *arguments, "--json", "--quiet"],
         env=dict(environment),
         capture_output=True,
         text=True,

@@ -119,4 +119,6 @@ def _interrupted(store: Store) -> str:
     turns = sum(len(result.turns) for outcome in report.outcomes for result in outcome.rounds)
     timed = f" and {counted(turns, 'timed turn')}" if turns else ""
     kept = f"the memory of {counted(cells, f'{report.source} cell')}{timed}"
-    return f"interrupted; {kept} {'is' if cells == 1 and not turns else 'are'} kept in {store.folder}; finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
+    verb = "is" if cells == 1 and not turns else "are"
+    finish = f"gcbench run --resume --out {shlex.quote(str(store.folder))}"
+    return f"interrupted; {kept} {verb} kept in {store.folder}; finish with: {finish}"

@@ -43,7 +43,9 @@ def decide(
             "out, or plan without --from"
         )
     if report.source != "measured":
-        raise ResultsError(f"{folder} holds predictions, which have no times; pass a run that gcbench run measured")
+        raise ResultsError(
+            f"{folder} holds predictions, whose times were not measured; pass a run that gcbench run measured"
+        )
     kind = report.machine.device.partition(":")[0]
     limit = target_options.device_memory or report.machine.device_memory_bytes
     if limit is None:

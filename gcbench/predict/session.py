@@ -18,7 +18,7 @@ from rich.console import Console
 from gcbench.core import headroom, snapshot_files
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.core.interruption import ignore_more
-from gcbench.core.records import ERROR_KINDS, Failure, Outcome, Report
+from gcbench.core.records import ERROR_KINDS, Failure, Machine, Outcome, Report
 from gcbench.core.units import counted, format_bytes
 from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job import preflight
@@ -159,7 +159,15 @@ def forecast(
     report = begin(job, described(machine, target), facts, command)
     used = {name: value for name, value in report.settings.items() if name not in _MEASUREMENT_SETTINGS}
     report = replace(report, source="predicted", settings=used | target_options.as_json())
-    return _predicted(report, job, target_options, target, source, children, on_cell, snapshot)
+    timed_here = machine if _is_here(target_options, target, machine) else None
+    return _predicted(report, job, target_options, target, source, children, on_cell, snapshot, timed_here)
+
+
+def _is_here(target_options: TargetOptions, target: Target, machine: Machine) -> bool:
+    """Return whether the target is this machine's device, so that its operators can have been timed."""
+    if target.kind == CPU:
+        return True
+    return resolve_target(target_options, None) is None and machine.emulated is None
 
 
 def _check_attention(settings: Settings, target: Target | None) -> None:
@@ -189,6 +197,7 @@ def _predicted(
     children: Sequence[Children],
     on_cell: OnCell,
     snapshot: Path | None,
+    here: Machine | None,
 ) -> Report:
     """Return the report with every cell predicted, shared out among `children`."""
     outcomes = list(report.outcomes)
@@ -213,7 +222,7 @@ def _predicted(
 
     def work(own: Children, numbers: Sequence[int]) -> None:
         cells = [_cell(number, outcomes[number], job, paths.get(outcomes[number].cell)) for number in numbers]
-        task = partial(_task, job, target_options, target, source)
+        task = partial(_task, job, target_options, target, source, here)
         _answer(own, cells, task, note, timeout_s=job.settings.timeout, halted=halted)
 
     shares = _shares(waiting, outcomes, len(children))
@@ -283,6 +292,7 @@ def _task(
     target_options: TargetOptions,
     target: Target,
     source: sources.ModelSource,
+    here: Machine | None,
     cells: Sequence[CellToPredict],
 ) -> PredictTask:
     settings = job.settings
@@ -299,6 +309,7 @@ def _task(
         explain=target_options.explain,
         exact=target_options.exact,
         pretrained=settings.pretrained,
+        here=here,
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from gcbench.core.prediction import Prediction
-from gcbench.core.records import Failure, Json, Lora
+from gcbench.core.records import Failure, Json, Lora, Machine
 from gcbench.devices.target import Target
 from gcbench.models.sources import ModelSource
 from gcbench.strategies import Plan
@@ -26,7 +26,7 @@ class CellToPredict:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictTask:
-    """Predict the memory of cells that differ only in batch size, sequence length and plan."""
+    """Predict the memory and time of cells that differ only in batch size, sequence length and plan."""
 
     handler: ClassVar[str] = "gcbench.predict.worker:predict"
 
@@ -46,6 +46,8 @@ class PredictTask:
     """Whether to trace every layer."""
     pretrained: bool = False
     """Whether the weights lie in memory as those of a checkpoint that was loaded and moved to the device."""
+    here: Machine | None = None
+    """This machine, if the target is its device: its stored calibration counts."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from gcbench.calibration.figures import figures_of_target
+from gcbench.calibration.op_times import Calibration
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.checkpointing import own_checkpointing
 from gcbench.core import snapshot_files
@@ -17,6 +19,7 @@ from gcbench.core.errors import GcbenchError, UsageError, first_sentence
 from gcbench.core.files import write_bytes
 from gcbench.core.prediction import Fallback, Lever, Prediction
 from gcbench.core.records import Failure
+from gcbench.core.step_time import StepTime
 from gcbench.devices import cards
 from gcbench.devices.target import Target
 from gcbench.models import build as models
@@ -39,6 +42,18 @@ from gcbench.training.step import parameter_dtype
 CHUNKS = 8
 """Chunks of the logits in the lever of a chunked loss."""
 _FUSED = "adamw_torch_fused"
+_NOT_CALIBRATED = (
+    "this machine's operators were not timed for this model; gcbench plan with the same settings times them and keeps "
+    "the times"
+)
+_MOST_UNMEASURED_FRAC = 0.1
+"""Share of a step's time that may be extrapolated from calls of other sizes."""
+_NO_RATES = (
+    "the rates of this card are not known; name a card with --device (gcbench devices lists them), or give its rates "
+    "in a --device-file"
+)
+_NO_KERNEL = "the step was traced with PyTorch code in place of fused kernels ({packages}), whose times are not known"
+_OFFLOADED = "copies to host memory and back are not modelled; gcbench run measures them"
 
 
 def predict(task: PredictTask, tell: Callable[[Predicted], None]) -> Answer:
@@ -67,6 +82,7 @@ class Session:
         self.building: Building
         self.predictor = self._predictor(task.optim)
         self._fused: Predictor | None = None
+        self.figures = figures_of_target(task.target, task.here)
 
     @classmethod
     def on(cls, other: Session, target: Target) -> Session:
@@ -120,6 +136,7 @@ class Session:
         if cell.snapshot is not None:
             self._write_snapshot(Path(cell.snapshot), step)
         levers = self._levers(step, peak, cell) if self.task.explain else []
+        time, why_no_time = self.time(step, cell.plan)
         return Prediction(
             memory=peak.memory,
             limit_bytes=limit,
@@ -133,7 +150,28 @@ class Session:
             curve=curve(step.assembly),
             additions=additions(step, self.weighed, peak),
             fallback=self.fallback(step, peak),
+            time=time,
+            why_no_time=why_no_time,
         )
+
+    def time(self, step: Step, plan: Plan) -> tuple[StepTime | None, str | None]:
+        """Return the time of a step; or None, and why."""
+        if self.figures is None:
+            return None, _NOT_CALIBRATED if self.target.kind == "cpu" else _NO_RATES
+        if self.fallback_packages:
+            return None, _NO_KERNEL.format(packages=", ".join(self.fallback_packages))
+        if plan.any_policy("offload"):
+            return None, _OFFLOADED
+        here = self.figures if isinstance(self.figures, Calibration) else None
+        if here is not None and here.unmeasured_frac(step.calls) > _MOST_UNMEASURED_FRAC:
+            return None, _NOT_CALIBRATED
+        found = step.time(self.figures)
+        return StepTime(
+            seconds=found.seconds,
+            basis="card" if here is None or here.is_of_gpu else "this machine",
+            source=self.figures.source,
+            waiting_frac=found.waiting_frac,
+        ), None
 
     @staticmethod
     def _step(predictor: Predictor, plan: Plan, cell: CellToPredict) -> Step:
@@ -141,10 +179,13 @@ class Session:
 
     def fallback(self, step: Step, peak: Peak) -> Fallback | None:
         """Return what PyTorch code allocated at the peak where the target, with packages, would run fused kernels."""
-        packages = self.predictor.fake_model.fallbacks
-        if self.target.kind == "cpu" or not packages:
-            return None
-        return Fallback(packages=tuple(sorted(packages)), nbytes=fallback_bytes(step.assembly, peak))
+        packages = self.fallback_packages
+        return Fallback(packages=packages, nbytes=fallback_bytes(step.assembly, peak)) if packages else None
+
+    @property
+    def fallback_packages(self) -> tuple[str, ...]:
+        """The packages with fused kernels for the target in place of which PyTorch code was traced."""
+        return () if self.target.kind == "cpu" else tuple(sorted(self.predictor.fake_model.fallbacks))
 
     def counts(self, peak: Peak) -> int:
         """Return the bytes that count against the device's memory: of the process on CUDA, of tensors on a CPU."""

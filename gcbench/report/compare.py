@@ -300,12 +300,13 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
 
 
 def _as_far_as_known(side: _Side | None, other: _Side | None) -> _Side | None:
-    """Return `side`; if it is a prediction that does not fit and `other` was measured, count it as passed."""
+    """Return `side`; a prediction beside a measurement without its time, and as passed if it only does not fit."""
     if side is None or other is None or side.row.source == other.row.source or side.row.source != "predicted":
         return side
-    if other.status == "ok" and side.row.status == "oom" and side.row.peak_allocated_bytes is not None:
-        return replace(side, row=replace(side.row, status="ok"))
-    return side
+    row = replace(side.row, step_time_s=None)
+    if other.status == "ok" and row.status == "oom" and row.peak_allocated_bytes is not None:
+        row = replace(row, status="ok")
+    return replace(side, row=row)
 
 
 def _state(a: _Side | None, b: _Side | None) -> Verdict | None:

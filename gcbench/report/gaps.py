@@ -10,7 +10,7 @@ from gcbench.strategies import OFF
 
 def not_covered(report: Report) -> tuple[str, ...]:
     """Return what a reader may miss in the report, a sentence each."""
-    gaps = ["time: how long a step takes is not predicted"]
+    gaps = list(_times(report))
     for workload, cells in by_workload(report).items():
         place = sentences.title(workload, model=False, device=False)
         for cell in cells:
@@ -34,3 +34,14 @@ def not_covered(report: Report) -> tuple[str, ...]:
         )
     gaps.append("everything outside the training step: evaluation, saving, and other programs on the device")
     return tuple(gaps)
+
+
+def _times(report: Report) -> tuple[str, ...]:
+    """Return what is not known of the times."""
+    predictions = [outcome.prediction for outcome in report.outcomes if outcome.prediction]
+    reasons = dict.fromkeys(prediction.why_no_time for prediction in predictions if prediction.time is None)
+    if any(prediction.time for prediction in predictions):
+        gaps = ["the exact time of a step: it is estimated from its operators, and a band says how far off it may be"]
+    else:
+        gaps = ["time: how long a step takes is not predicted"] if not any(reasons) else []
+    return (*gaps, *(f"time: {reason}" for reason in reasons if reason))

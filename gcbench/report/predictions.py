@@ -12,12 +12,14 @@ from gcbench.core.records import Report, Row, Workload
 from gcbench.core.text_table import UNKNOWN, Column
 from gcbench.core.units import format_bytes, format_percent
 from gcbench.devices import cards
+from gcbench.report import predicted_times
 from gcbench.report import rows as tables
 from gcbench.report import sentences as words
 from gcbench.report.sentences import PHASES, SAME_PEAK_FRAC, listed
 from gcbench.strategies import OFF
 
-NOT_MEASURED = "Predicted, not measured: the peak memory of a training step. Its time is not predicted."
+NOT_MEASURED = "Predicted, not measured: the peak memory of a training step"
+"""Begins the sentence below every prediction."""
 
 NEGLIGIBLE_FRAC = 0.005
 """Savings and additions below this fraction of the peak count as none."""
@@ -79,6 +81,7 @@ def table_columns(group: Sequence[Row]) -> tuple[Column, ...]:
         Column(header="saved", cells=of(lambda r: format_percent(r.memory_saved_frac)), drop=5),
         Column(header="reserved", cells=of(lambda r: format_bytes(r.peak_reserved_bytes)), drop=2),
         Column(header="process", cells=of(lambda r: format_bytes(r.peak_process_bytes)), drop=3),
+        *predicted_times.table_columns(group),
         Column(header="headroom", cells=of(lambda r: signed_bytes(r.spare_bytes))),
         Column(header="fits", cells=of(_fits), right=False, short=of(_fits_shortly), shorten=2),
     )
@@ -133,7 +136,17 @@ def summary(cells: Sequence[PredictedCell]) -> str:
             ", which saves whole score matrices, as no fused kernel supports it" if list(kernels) == ["math"] else ""
         )
         sentences.append(f"On this device attention uses the {listed(list(kernels))} {plural}{aside}.")
+    sentences += predicted_times.sentences(
+        [(cell.row, cell.prediction.why_no_time if cell.prediction else None) for cell in there]
+    )
     return " ".join(sentences)
+
+
+def not_measured(report: Report) -> str:
+    """Return the sentence below a prediction, which says what it is."""
+    if any(outcome.prediction and outcome.prediction.time for outcome in report.outcomes):
+        return f"{NOT_MEASURED}, and its time."
+    return f"{NOT_MEASURED}. Its time is not predicted."
 
 
 def where(cell: PredictedCell) -> str:

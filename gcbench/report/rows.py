@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 
 from gcbench.core.prediction import ACCUMULATION, KEPT_OUTPUTS, Prediction
 from gcbench.core.records import MemoryPeaks, Outcome, Report, RoundResult, Row, Workload
+from gcbench.core.step_time import StepTime
 from gcbench.core.units import counted
-from gcbench.report import stats, timing
+from gcbench.report import stats, time_columns, timing
+from gcbench.report.time_columns import TimeColumns
 from gcbench.strategies import OFF
 
 IDENTICAL, WITHIN_NOISE, NO_REFERENCE, FAILED = "identical", "within noise", "no reference", "FAILED"
@@ -101,6 +103,7 @@ class _Summary:
     noise: float | None
     alloc_retries: int
     is_reordered: bool
+    predicted_time: StepTime | None = None
 
 
 def _summary(outcome: Outcome) -> _Summary:
@@ -120,6 +123,7 @@ def _summary(outcome: Outcome) -> _Summary:
         noise=_largest([*(diff for number, diff in diffs if number > 0), *outcome.repeat_rel_diffs]),
         is_reordered=any(part.partition(":")[0] in _REORDERED for part in outcome.cell.strategy.split("+")),
         alloc_retries=max((r.num_alloc_retries or 0 for r in rounds), default=0),
+        predicted_time=outcome.prediction.time if outcome.prediction else None,
     )
 
 
@@ -193,31 +197,19 @@ def _memory_columns(memory: MemoryPeaks | None, reference: _Summary | None) -> _
     )
 
 
-@dataclass(frozen=True, kw_only=True)
-class _TimeColumns:
-    """The columns of `Row` about time, which are all unknown where no step was timed."""
-
-    step_time_s: float | None = None
-    step_time_low_s: float | None = None
-    step_time_high_s: float | None = None
-    tokens_per_s: float | None = None
-    time_overhead_frac: float | None = None
-    time_overhead_low_frac: float | None = None
-    time_overhead_high_frac: float | None = None
-    time_overhead_basis: str | None = None
-    num_turns: int | None = None
-
-
-def _time_columns(mine: _Summary, reference: _Summary | None, *, tokens_per_step: int, is_off: bool) -> _TimeColumns:
+def _time_columns(mine: _Summary, reference: _Summary | None, *, tokens_per_step: int, is_off: bool) -> TimeColumns:
     """Return the columns about time; the overhead is relative to `reference`, and 0 for `off` itself."""
+    if mine.predicted_time is not None:
+        off = reference.predicted_time if reference else None
+        return time_columns.predicted(mine.predicted_time, off, tokens_per_step=tokens_per_step)
     step = stats.step_time(mine.rounds)
     if step is None:
-        return _TimeColumns()
+        return TimeColumns()
     overhead = stats.overhead(mine.rounds, reference.rounds) if reference else None
     if overhead and is_off:
         end = None if overhead.interval is None else 0.0
         overhead = stats.Estimate(centre=0.0, low=end, high=end, num_units=overhead.num_units)
-    return _TimeColumns(
+    return TimeColumns(
         step_time_s=step.centre,
         step_time_low_s=step.low,
         step_time_high_s=step.high,

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from gcbench.core import model_changes
 from gcbench.core.records import Report, Row, Workload
 from gcbench.core.units import format_bytes, format_percent, format_seconds
+from gcbench.core.units import listed as listed
 from gcbench.report.rows import NOTHING_SHOWN, failed_proof, hides_saving
 from gcbench.report.stats import MIN_ROUNDS
 from gcbench.strategies import OFF
@@ -91,8 +92,15 @@ def sources(a: Report, b: Report) -> tuple[str, ...]:
         return ()
     sides = (("A", a), ("B", b))
     each = [f"{name} is {_SOURCES[report.source]} ({report.machine.device_name})" for name, report in sides]
-    without = [name for name, report in sides if report.source != "measured"]
-    return (f"{'; '.join(each)}; {' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times",)
+    timed = [name for name, report in sides if _predicts_times(report)]
+    without = [name for name, report in sides if report.source != "measured" and name not in timed]
+    parts = [f"{' and '.join(without)} {'has' if len(without) == 1 else 'have'} no times"] if without else []
+    parts += [f"the times of {name} are predicted, and are not compared with measured ones" for name in timed]
+    return ("; ".join([*each, *parts]),)
+
+
+def _predicts_times(report: Report) -> bool:
+    return any(outcome.prediction and outcome.prediction.time for outcome in report.outcomes)
 
 
 def notes(rows: Iterable[Row]) -> tuple[str, ...]:
@@ -274,11 +282,6 @@ def _unrepeatable(off: Row) -> str:
 
 def _why(row: Row) -> str:
     return (row.proof or "").partition(": ")[2]
-
-
-def listed(names: Sequence[str]) -> str:
-    """Return `off, per-layer and every:2`."""
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _by_peak(row: Row) -> tuple[float, float]:

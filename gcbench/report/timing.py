@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from gcbench.core.records import Outcome, Report, Turn, Workload
-from gcbench.core.units import counted
+from gcbench.core.units import counted, listed
 from gcbench.report import stats
-from gcbench.report.sentences import listed
 from gcbench.strategies import OFF
 
 _MOST_STEAL, _MOST_OTHERS, _MOST_THROTTLED = 0.02, 0.10, 0.02
@@ -109,7 +108,8 @@ def _what_disturbed(timed: Sequence[Outcome]) -> str:
         dropped = ", whose times are not used" if any(one.voids for one in each) else ""
         parts.append(f"{what} in {len(each)}{amount}{dropped}")
     disturbed = sum(bool(one) for one in _by_turn(timed))
-    return f"{disturbed} of {counted(len(turns), 'turn')} {'was' if disturbed == 1 else 'were'} disturbed: {listed(parts)}."
+    verb = "was" if disturbed == 1 else "were"
+    return f"{disturbed} of {counted(len(turns), 'turn')} {verb} disturbed: {listed(parts)}."
 
 
 def _wide(report: Report, timed: Sequence[Outcome]) -> tuple[str, ...]:

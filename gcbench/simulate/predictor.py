@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from gcbench.checkpointing import own_checkpointing
-from gcbench.simulate import costs
 from gcbench.simulate.compose.block_kinds import Ints, Kind, LayerPolicy
 from gcbench.simulate.compose.layer_traces import LayerTraces, cut
 from gcbench.simulate.compose.passes import Passes, compose_passes
@@ -17,6 +16,7 @@ from gcbench.simulate.compose.resident import ResidentMemory, request_positions
 from gcbench.simulate.compose.step_timeline import state_blocks, step_timeline
 from gcbench.simulate.compose.whole_step import Assembly, assemble, assemble_full_trace
 from gcbench.simulate.costs import Figures, Work
+from gcbench.simulate.step_times import StepSeconds, step_seconds
 from gcbench.simulate.timeline import Timeline
 from gcbench.simulate.trace.fake_model import CPU_TRACE, FakeModel, LayeredTrace, NotComposable, Section, TraceMode
 from gcbench.simulate.trace.optimizer_step import UpdateTrace, trace_update
@@ -68,6 +68,13 @@ class Step:
     def timeline(self) -> Timeline:
         return self.assembly.timeline
 
+    @property
+    def calls(self) -> Iterator[Work]:
+        """Every call of the step that was traced, as often as it is made; of the update, each once."""
+        for _, works in self.works:
+            yield from works
+        yield from () if self.update is None else self.update.works
+
     def accumulating(self) -> Timeline | None:
         """The last of several micro-batches, which begins with all gradients; None if the step was traced in full."""
         parts, update = self.parts, self.update
@@ -88,12 +95,13 @@ class Step:
 
     def seconds(self, figures: Figures) -> float:
         """Estimate the step's time from the device's figures for its operators."""
-        known: dict[int, float] = {}
-        for _, works in self.works:
-            if id(works) not in known:
-                known[id(works)] = costs.total(works, figures)
-        passes = sum(known[id(works)] for _, works in self.works)
-        return figures.step_s + passes + (0.0 if self.update is None else self.update.seconds(figures))
+        return self.time(figures).seconds
+
+    def time(self, figures: Figures) -> StepSeconds:
+        """The same, with the part of it in which the device computes."""
+        update = self.update
+        done = () if update is None else zip(update.works, update.times, strict=True)
+        return step_seconds(self.works, done, figures)
 
 
 class Predictor:

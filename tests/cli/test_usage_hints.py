@@ -31,6 +31,7 @@ SHOWN_BY = {
     "check/worker.py": ("check",),
     "cli/compare_options.py": None,
     "cli/check_options.py": ("check",),
+    "dry_run/step_time.py": ("predict",),  # calls it
     "dry_run/would_fit.py": ("plan",),  # calls it
     "dry_run": ("dry-run",),
     "check/models.py": ("check",),

@@ -137,6 +137,11 @@ def test_what_would_fit_is_planned(emulated, tmp_path):
     assert (tmp_path / "out" / "dry-run.txt").exists() and (tmp_path / "out" / "config.json").exists()
 
 
+def test_the_time_of_a_step_is_predicted(emulated):
+    time = dry_run(*command("plain_loop.py"))["time"]
+    assert time["why_not"] is None and time["low_s"] < time["seconds"] < time["high_s"]
+
+
 def test_a_snapshot_is_pytorchs_own(emulated, tmp_path):
     import pickle
 

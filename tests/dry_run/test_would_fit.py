@@ -85,8 +85,8 @@ def row(strategy: str, batch: int, speed: float, status: str = "ok") -> dict[str
 def planned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, document: object, workload: Workload = SEEN):
     config = tmp_path / "seen.json"
     config.write_text("{}", encoding="utf-8")
-    monkeypatch.setattr(would_fit, "_environment", lambda emulated: {})
-    monkeypatch.setattr(would_fit, "_run", lambda arguments, environment, out: document)
+    monkeypatch.setattr(would_fit, "importable", lambda emulated: {})
+    monkeypatch.setattr(would_fit, "run_gcbench", lambda arguments, environment: document)
     return would_fit.plan(replace(workload, config=str(config)), [], {}, folder=tmp_path, keep=tmp_path / "kept")
 
 

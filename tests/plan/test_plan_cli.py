@@ -154,7 +154,7 @@ def test_a_missing_model_and_a_stored_run_without_what_is_needed(run, tmp_path):
     nothing = run("--from", "nowhere")
     assert nothing.returncode == 4 and nothing.stderr.startswith("error: ")
     predicted = run("--from", str(reference("llama-8b-rtx-4090")), "--out", "p")
-    assert predicted.returncode == 4 and "holds predictions, which have no times" in predicted.stderr
+    assert predicted.returncode == 4 and "holds predictions, whose times were not measured" in predicted.stderr
     both = run("--from", str(reference("gpt2-cpu")), "--measure")
     assert both.returncode == 2 and "leave out --measure" in both.stderr
     missing = run("--from", str(reference("gpt2-cpu")), "--batch", "3", "--out", "p")

@@ -56,7 +56,7 @@ def test_a_grid_is_predicted_in_the_order_of_the_tables(cli, model):
     assert [(row["batch_size"], row["seq_len"], row["strategy"]) for row in rows] == [
         (batch, length, strategy) for batch in (1, 3) for length in (8, 16) for strategy in ("off", "per-layer")
     ]
-    assert {(row["source"], row["status"], row["step_time_s"]) for row in rows} == {("predicted", "ok", None)}
+    assert {(row["source"], row["status"]) for row in rows} == {("predicted", "ok")}
     peaks = [row["peak_allocated_bytes"] for row in rows if row["strategy"] == "off"]
     assert sorted(set(peaks)) == peaks
     assert "nothing was run there" in result.err

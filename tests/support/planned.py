@@ -70,6 +70,9 @@ class Traffic:
     def seconds(self, work):
         return 0.0 if work.kind == "view" else work.nbytes / 1e9 + work.flops / 1e10
 
+    def host_s(self, work):
+        return 0.0
+
 
 FIGURES = {"launches": CardFigures(None), "traffic": Traffic()}
 """At these sizes a card's calls are launches, one like the other."""

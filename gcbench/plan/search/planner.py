@@ -8,6 +8,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 
+from gcbench.calibration.figures import figures_of_card
 from gcbench.core.errors import GcbenchError
 from gcbench.core.prediction import Addition, Fallback
 from gcbench.core.units import format_bytes
@@ -35,7 +36,7 @@ from gcbench.predict.worker import failure
 from gcbench.processes.messages import Answer, Refusal
 from gcbench.report.explanation import kind_name
 from gcbench.simulate.additions import additions
-from gcbench.simulate.costs import CardFigures, Figures
+from gcbench.simulate.costs import Figures
 from gcbench.simulate.explain import explain
 from gcbench.simulate.predictor import Step
 from gcbench.simulate.timeline import Peak
@@ -72,7 +73,7 @@ def plan(task: PlanTask, tell: Callable[[Decided | Planning], None]) -> Answer:
 def figures_for(task: PlanTask) -> Figures:
     """Operator times of the target: calibrated on this machine, or from the published rates of a card."""
     if task.device_here is None:
-        return CardFigures(task.target.card)
+        return figures_of_card(task.target.card)
     from gcbench.calibration.calibrate import calibrate_for
     from gcbench.devices import backends
 

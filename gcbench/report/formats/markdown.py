@@ -78,7 +78,7 @@ def _emulated_head(report: Report) -> str:
 def _predicted(report: Report) -> list[str]:
     made = _made(report, "Made")
     blocks = [
-        f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.NOT_MEASURED}",
+        f"{_head(report, f'predicted for {predicted.target(report)}')} {made}. {predicted.not_measured(report)}",
         *_overview(report),
         _CHECKPOINTED,
     ]

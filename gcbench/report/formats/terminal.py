@@ -165,7 +165,7 @@ def _predicted(report: Report, *, explain: bool) -> list[RenderableType]:
             parts += explained.explanations(cells, tried=report.settings.get("explain") is True)
     if explain:
         parts += explained.term_list(report)
-    return [*parts, *largest.summaries(report), *_about_model(report), Text(predicted.NOT_MEASURED)]
+    return [*parts, *largest.summaries(report), *_about_model(report), Text(predicted.not_measured(report))]
 
 
 def _timing(report: Report, group: Sequence[Row]) -> list[RenderableType]:

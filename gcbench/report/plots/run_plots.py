@@ -103,7 +103,7 @@ def memory_figure(report: Report) -> Figure:
 
 
 def tradeoff_figure(report: Report) -> Figure:
-    """Plot a point per strategy with its 95 % interval, `off` at the origin, a panel per workload."""
+    """Plot a point per strategy with its 95 % interval, or its band, `off` at the origin, a panel per workload."""
     groups = _panels(rows(report))
     figure, found = panels(len(groups), width=6.0, height=4.6)
     head(figure, report, "memory saved versus time overhead", _precisions(groups))
@@ -214,7 +214,11 @@ def _tradeoff_panel(axes: Axes, workload: Workload, group: Sequence[Row], styles
     missing = [f"{shortened(row.strategy, LONGEST_LABEL)} ({_absence(row)})" for row in group if not _has_tradeoff(row)]
     note = textwrap.fill(f"not shown: {', '.join(missing)}", 80) if missing else ""
     bars = any(row.strategy != OFF and row.time_overhead_low_frac is not None for row in group)
-    time = f"time overhead per step, % ({'bars: 95 % interval' if bars else 'too few rounds for an interval'})"
+    predicted = any(row.source == "predicted" for row in group)
+    basis = (
+        "predicted; bars: band" if predicted else "bars: 95 % interval" if bars else "too few rounds for an interval"
+    )
+    time = f"time overhead per step, % ({basis})"
     axes.set_xlabel("\n".join(filter(None, (time, note))), fontsize=9)
     _panel_title(axes, workload)
     quiet(axes, "both")

@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
-from gcbench.simulate.costs import Figures, Work
+from gcbench.simulate.costs import Work
 from gcbench.simulate.events import Block
 from gcbench.simulate.trace.fake_model import CPU_TRACE, TraceMode
 from gcbench.simulate.trace.recorder import Recorder, as_in_a_real_run
@@ -54,10 +54,6 @@ class UpdateTrace:
     def own(self) -> tuple[Block, ...]:
         """The blocks that the phases allocate: all but the gradients."""
         return self.blocks[self.num_params :]
-
-    def seconds(self, figures: Figures) -> float:
-        """Estimate the time of a later phase."""
-        return sum(times * figures.seconds(work) for work, times in zip(self.works, self.times, strict=True))
 
     @property
     def states(self) -> tuple[int, ...]:
