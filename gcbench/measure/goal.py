@@ -41,30 +41,30 @@ class Goal:
 
         `took_s` has the seconds that the last turn of each took.
         """
-        known = {cell: self.recorder.outcome(cell) for cell in cells}
-        if self.rounds is not None:
-            return [cell for cell in cells if num_turns(known[cell]) < self.rounds]
-        off = next((known[cell] for cell in cells if cell.strategy == OFF), None)
-        wanted = [cell for cell in cells if not self._is_known(known[cell], off, is_alone=len(cells) == 1)]
+        wanted = self.wanted(cells)
         if not wanted:
             return []
         chosen = [cell for cell in cells if cell in wanted or cell.strategy == OFF]
-        has_least = all(num_turns(known[cell]) >= stats.MIN_ROUNDS for cell in wanted)
         deadline = self._deadline(frozenset(cells))
-        if has_least and deadline is not None:
+        if self.rounds is None and deadline is not None and self._has_least(wanted, self._off(cells)):
             expected_s = sum(took_s.get(cell, 0.0) for cell in chosen)
             if self.clock() + expected_s > deadline:
                 return []
         return chosen
 
-    def is_reached(self, cells: Sequence[Cell]) -> bool:
-        """Return whether no cell that can still be measured needs another turn, whatever the time."""
-        able = [cell for cell in cells if self.recorder.outcome(cell).failure is None]
-        known = {cell: self.recorder.outcome(cell) for cell in able}
+    def wanted(self, cells: Sequence[Cell]) -> Sequence[Cell]:
+        """Return those of `cells` that need another turn, whatever the time; each takes it beside `off`."""
+        off = self._off(cells)
+        known = {cell: self.recorder.outcome(cell) for cell in cells}
         if self.rounds is not None:
-            return all(num_turns(outcome) >= self.rounds for outcome in known.values())
-        off = next((known[cell] for cell in able if cell.strategy == OFF), None)
-        return all(self._is_known(outcome, off, is_alone=len(able) == 1) for outcome in known.values())
+            return [cell for cell in cells if _num_pairs(known[cell], off) < self.rounds]
+        return [cell for cell in cells if not self._is_known(known[cell], off, is_alone=len(cells) == 1)]
+
+    def _off(self, cells: Sequence[Cell]) -> Outcome | None:
+        return next((self.recorder.outcome(cell) for cell in cells if cell.strategy == OFF), None)
+
+    def _has_least(self, cells: Sequence[Cell], off: Outcome | None) -> bool:
+        return all(_num_pairs(self.recorder.outcome(cell), off) >= stats.MIN_ROUNDS for cell in cells)
 
     def _is_known(self, outcome: Outcome, off: Outcome | None, *, is_alone: bool) -> bool:
         """Whether a cell needs no more turns: its overhead, or without `off` its step time, is known well enough."""
@@ -93,7 +93,13 @@ class Goal:
 
 def num_turns(outcome: Outcome) -> int:
     """Return how many turns a cell has taken."""
-    return sum(len(result.turns) for result in outcome.rounds)
+    return len(stats.turns(outcome.rounds))
+
+
+def _num_pairs(outcome: Outcome, off: Outcome | None) -> int:
+    """How many turns a cell has taken beside `off`, valid or not; without `off`, how many turns."""
+    numbers = {turn.number for turn in stats.turns(outcome.rounds)}
+    return len(numbers if off is None else numbers & {turn.number for turn in stats.turns(off.rounds)})
 
 
 def _half_width(estimate: stats.Estimate) -> float:

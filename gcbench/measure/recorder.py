@@ -10,6 +10,7 @@ from gcbench.core.gradient_fingerprint import Fingerprint, difference
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Cell, Failure, Outcome, Report, RoundResult, Workload
 from gcbench.measure.task import TurnTaken
+from gcbench.report import stats
 from gcbench.report.run_folder import Store
 from gcbench.strategies import OFF
 
@@ -40,9 +41,7 @@ class Recorder:
 
     def next_turn(self, cells: Sequence[Cell]) -> int:
         """Return the number of the next turn of these cells."""
-        numbers = [
-            turn.number for outcome in self.outcomes(cells) for result in outcome.rounds for turn in result.turns
-        ]
+        numbers = [turn.number for outcome in self.outcomes(cells) for turn in stats.turns(outcome.rounds)]
         return max(numbers, default=-1) + 1
 
     def has_memory(self, cell: Cell) -> bool:
@@ -101,9 +100,11 @@ def reference_cell(workload: Workload) -> Cell:
 
 def _with_turn(result: RoundResult, taken: TurnTaken, wall_s: float) -> RoundResult:
     memory = result.memory
+    if memory is not None and taken.process_bytes is not None:
+        memory = replace(memory, process_bytes=taken.process_bytes)
     return replace(
         result,
-        memory=None if memory is None else replace(memory, process_bytes=taken.process_bytes),
+        memory=memory,
         step_times_s=(*result.step_times_s, *taken.turn.step_times_s),
         turns=(*result.turns, taken.turn),
         num_alloc_retries=taken.num_alloc_retries,

@@ -116,10 +116,11 @@ def _measure_workload(
         for cell in todo:
             taking.round_alone(cell, None)
         return
-    if not cells or goal.is_reached(cells):
+    wanted = goal.wanted(cells)
+    if not wanted:
         return
     progress.begin(num_rounds=settings.rounds, limit_s=limit_s)
-    taking.measure(cells)
+    taking.measure([cell for cell in cells if cell in wanted or cell.strategy == OFF])
     if taking.was_in_rounds:
         recorder.add_notice(IN_ROUNDS)
 

@@ -83,7 +83,8 @@ class TurnTaken:
     """A process has taken its turn and waits again.
 
     Attributes:
-        process_bytes: peak memory of the process in all its turns so far; None when it is not known.
+        process_bytes: peak memory of the process in all its turns so far; None when it cannot be told from that of
+            others.
         num_alloc_retries: as in `RoundResult`.
         num_steps, steps_s: training steps of the process so far, and seconds spent in them.
     """

@@ -20,6 +20,7 @@ from gcbench.core.records import Failure, MemoryPeaks, Phase, RoundResult, Turn
 from gcbench.core.units import format_bytes
 from gcbench.devices import backends
 from gcbench.devices.backends import Device
+from gcbench.devices.target import CPU
 from gcbench.diagnoses.failures import NEEDS_TRITON, crash, lacks_triton, with_doubt
 from gcbench.emulate.environment import card_behind
 from gcbench.measure import take_fingerprint
@@ -131,11 +132,13 @@ class _Measurement:
     def _take_turns(self, memory: MemoryPeaks | None) -> Answer:
         """Wait for turns and take them, until the parent ends this process or says something else."""
         assert self.fingerprint is not None
+        # On a card now or never: later, processes that started after this one are part of what can be read.
+        memory = None if memory is None else replace(memory, process_bytes=self.device.process_bytes())
         word = self.send.pause(
             Ready(
                 result=self._result(memory),
                 fingerprint=self.fingerprint,
-                held_bytes=self.device.process_bytes(),
+                held_bytes=self.device.held_bytes(),
                 free_bytes=self.device.free_bytes(),
             )
         )
@@ -144,7 +147,7 @@ class _Measurement:
             word = self.send.pause(
                 TurnTaken(
                     turn=turn,
-                    process_bytes=self.device.process_bytes(),
+                    process_bytes=self.device.process_bytes() if self.device.name == CPU else None,
                     num_alloc_retries=self.device.num_alloc_retries(),
                     num_steps=self.step.num_steps,
                     steps_s=self.steps_s,

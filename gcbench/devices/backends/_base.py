@@ -70,6 +70,9 @@ class Device(Protocol):
     def end_turn(self) -> TurnReading:
         """Return what was observed since `begin_turn`."""
 
+    def held_bytes(self) -> int | None:
+        """Return the memory that this process holds between steps, in bytes; None when it is not known."""
+
     def free_bytes(self) -> int | None:
         """Return the memory that another process could still use, in bytes; None when it is not known."""
 
@@ -77,7 +80,10 @@ class Device(Protocol):
         """Return the seconds that one call of `step` takes on the device."""
 
     def process_bytes(self) -> int | None:
-        """Return the peak memory of the process since `start_timing`, in bytes; None when it cannot be read."""
+        """Return the peak memory of the process since `start_timing`, in bytes; None when it cannot be read.
+
+        On a card it cannot be told from that of processes which have begun to use the card since this one did.
+        """
 
     def num_alloc_retries(self) -> int | None:
         """Return how often the caching allocator flushed its cache and retried; None without such an allocator."""

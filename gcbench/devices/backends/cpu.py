@@ -118,6 +118,9 @@ class CpuDevice:
             conditions=conditions.between(self._reading, reading),
         )
 
+    def held_bytes(self) -> int | None:
+        return self.process_bytes()
+
     def free_bytes(self) -> int | None:
         return available_bytes()
 

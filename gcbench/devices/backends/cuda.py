@@ -17,10 +17,13 @@ from gcbench.core import snapshot_files
 from gcbench.core.errors import UnavailableError
 from gcbench.core.files import write_bytes
 from gcbench.core.records import PHASES, Machine, MemoryPeaks, Phase
-from gcbench.core.units import MIB
+from gcbench.core.units import GIB, MIB
 from gcbench.devices import conditions
 from gcbench.devices.backends import _machine
 from gcbench.devices.backends._base import TurnReading
+
+_CONTEXT_BYTES = GIB
+"""At most, of a process's memory outside the caching allocator: 767 MiB on an H100."""
 
 TYPE = "cuda"
 PREFERENCE = 1
@@ -120,6 +123,10 @@ class CudaDevice:
                 host, frequency_mhz=clock, temperature_c=temperature, throttle_reasons=reasons, throttled_frac=None
             ),
         )
+
+    def held_bytes(self) -> int | None:
+        known = self.process_bytes()
+        return torch.cuda.memory_reserved(self.index) + _CONTEXT_BYTES if known is None else known
 
     def free_bytes(self) -> int | None:
         return int(torch.cuda.mem_get_info(self.index)[0])
