@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from gcbench.cli import check_options, compare_options, dry_run_options, options, usage
+from gcbench.cli import check_options, compare_options, dry_run_options, options, run_options, usage
 from gcbench.core import streams
 from gcbench.core.errors import GcbenchError, Interrupted, ReaderGone, UsageError
 from gcbench.core.interruption import ignore_more, interruptible
@@ -68,11 +68,11 @@ def run(
     lora_r: options.LoraR = None,
     lora_target_modules: options.LoraTargetModules = None,
     memory_limit: options.MemoryLimit = None,
-    warmup: options.Warmup = None,
-    steps: options.Steps = None,
-    rounds: options.Rounds = None,
-    target_interval: options.TargetInterval = None,
-    max_time: options.MaxTime = None,
+    warmup: run_options.Warmup = None,
+    steps: run_options.Steps = None,
+    rounds: run_options.Rounds = None,
+    target_interval: run_options.TargetInterval = None,
+    max_time: run_options.MaxTime = None,
     seed: options.Seed = None,
     timeout: options.Timeout = None,
     config: options.Config = None,

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from gcbench import strategies
 from gcbench.core import spellings, units
 from gcbench.core.errors import UnavailableError, UsageError
-from gcbench.core.records import ALL_LINEAR, Json, Lora
-from gcbench.devices import cards
-from gcbench.training import optimizers
+from gcbench.core.records import Json, Lora
+from gcbench.job import parsers
+from gcbench.job.parsers import PRECISION_NAMES as PRECISION_NAMES
+from gcbench.job.parsers import attention as attention
+from gcbench.job.parsers import one_of as one_of
+from gcbench.job.parsers import optimizer as optimizer
+from gcbench.job.parsers import precision as precision
 
-PRECISION_NAMES = ("fp32", "bf16", "bf16-mixed", "fp16-mixed")
 DEFAULT_STRATEGIES = ("off", "per-layer", "every:2", "every:4")
 MAX_BATCH_SIZE = 1_000_000
 MAX_SEQ_LEN = 2**24
@@ -120,7 +120,7 @@ def settings(raw_values: Mapping[str, object]) -> Settings:
             f"{' and '.join(adaptive)}: --rounds sets the number of rounds; leave out --rounds to go on until the "
             f"intervals are narrow, or {' and '.join(adaptive)}"
         )
-    if "target_interval" in values and "max_time" in values and values["target_interval"] is values["max_time"] is None:
+    if values.get("target_interval", 0) is values.get("max_time", 0) is None:
         mistakes.append(
             "--target-interval none and --max-time none: without either the run has no end; set one of them"
         )
@@ -171,7 +171,7 @@ def notices(raw_values: Mapping[str, object]) -> tuple[str, ...]:
 
     def texts(key: str) -> list[str]:
         raw = raw_values.get(key)
-        return [] if raw is None else [str(item) for item in _listed(raw)]
+        return [] if raw is None else [str(item) for item in parsers.listed(raw)]
 
     return spellings.notices(texts("precision"), texts("seq_len"))
 
@@ -185,7 +185,7 @@ def canonical(key: str) -> str:
 def parse_device(name: str) -> str:
     """Check a device's name; raises UsageError."""
     try:
-        return _device(name)
+        return parsers.device(name)
     except ValueError as err:
         raise UsageError(f"--device: {err}") from None
 
@@ -205,7 +205,7 @@ def several(flag: str, raw: object, parse: Callable[[object], str]) -> tuple[str
     if raw is None:
         return None
     try:
-        return tuple(dict.fromkeys(parse(item) for item in _listed(raw)))
+        return tuple(dict.fromkeys(parse(item) for item in parsers.listed(raw)))
     except ValueError as err:
         raise UsageError(f"{flag}: {err}") from None
 
@@ -230,227 +230,28 @@ def _flag(key: str) -> str:
     return "--" + {"batch_size": "batch"}.get(key, key).replace("_", "-")
 
 
-def _listed(raw: object) -> list[object]:
-    """The items of `1,2,4`, of a TOML list, or of one value."""
-    if isinstance(raw, (list, tuple)):
-        items: list[object] = list(raw)
-    elif isinstance(raw, str):
-        items = [part.strip() for part in raw.removesuffix(",").split(",")]
-    else:
-        items = [raw]
-    if not items or any(item == "" for item in items):
-        raise ValueError(f"{raw!r} has an empty item; write a list like 1,2,4")
-    return items
-
-
-def _whole(raw: object, *, at_least: int, at_most: int | None = None) -> int:
-    text = spellings.count(str(raw))
-    if isinstance(raw, bool) or not text.removeprefix("-").isdecimal():
-        raise ValueError(f"{raw!r} is not a whole number; write {at_least} or more")
-    number = int(text)
-    if number < at_least:
-        raise ValueError(f"{number} is too small; it must be {at_least} or more")
-    if at_most is not None and number > at_most:
-        raise ValueError(f"{number} is out of range (max {at_most:,}); write a smaller number")
-    return number
-
-
-def _count(at_least: int, at_most: int | None = None) -> Callable[[object], int]:
-    return lambda raw: _whole(raw, at_least=at_least, at_most=at_most)
-
-
-def _counts(at_least: int, at_most: int, *, spelled: Callable[[str], str]) -> Callable[[object], tuple[int, ...]]:
-    def parse(raw: object) -> tuple[int, ...]:
-        if isinstance(raw, str) and re.fullmatch(r"\d{1,3}(?:,\d{3})+", raw.strip()) and re.search(r",0", raw):
-            raise ValueError(f"{raw!r} reads as a list; did you mean {raw.strip().replace(',', '')}?")
-        with_commas = re.sub(r"(?<=[\dkK])\s+(?=\d)", ",", raw) if isinstance(raw, str) else raw
-        items = [spelled(item) if isinstance(item, str) else item for item in _listed(with_commas)]
-        return tuple(dict.fromkeys(_whole(item, at_least=at_least, at_most=at_most) for item in items))
-
-    return parse
-
-
-def _text(raw: object) -> str:
-    if not isinstance(raw, str) or not raw.strip():
-        raise ValueError(f"{raw!r} is not a name; write it as text")
-    return raw.strip()
-
-
-def _one_of(legal: tuple[str, ...], raw: object) -> str:
-    by_plain = {name.replace("_", "-"): name for name in legal}
-    found = by_plain.get(re.sub(r"[_ ]", "-", _text(raw).lower()))
-    if found is None:
-        close = difflib.get_close_matches(str(raw).lower(), legal, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"{raw!r} is unknown; {hint}legal are {', '.join(legal)}")
-    return found
-
-
-def precision(raw: object) -> str:
-    """Parse one of `PRECISION_NAMES` from any tool's spelling; raises ValueError."""
-    if isinstance(raw, (int, str)) and not isinstance(raw, bool):  # 16 is a precision in Lightning
-        raw = spellings.precision(str(raw))
-    return _one_of(PRECISION_NAMES, raw)
-
-
-def optimizer(raw: object) -> str:
-    """Parse an optimizer of --optim from any tool's spelling; raises ValueError."""
-    return _one_of(optimizers.names(), spellings.optimizer(raw, optimizers.names()) if isinstance(raw, str) else raw)
-
-
-def attention(raw: object) -> str:
-    """Parse an attention implementation into transformers' spelling; raises ValueError."""
-    return spellings.attention(_text(raw))
-
-
-def _attention_or_own(raw: object) -> str | None:
-    """Parse an attention implementation, and the names for the model's own choice into None."""
-    return None if _text(raw).lower() in ("default", "auto", "none") else attention(raw)
-
-
-def one_of(legal: tuple[str, ...]) -> Callable[[object], str]:
-    """Return a parser of names in `legal`."""
-    return lambda raw: _one_of(legal, raw)
-
-
-def _strategies(raw: object) -> tuple[str, ...]:
-    specs: dict[str, None] = {}
-    mistakes: list[str] = []
-    for item in _listed(raw):
-        try:
-            named = spellings.strategy(item) if isinstance(item, str) else str(item)
-            specs[strategies.parse(named).spec] = None
-        except ValueError as err:
-            mistakes.append(str(err))
-    if mistakes:
-        raise ValueError("; ".join(mistakes))
-    return tuple(specs)
-
-
-def _modules(raw: object) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(_text(item) for item in _listed(raw)))
-    if not any(name.lower().replace("_", "-") == ALL_LINEAR for name in names):
-        return names
-    if len(names) > 1:
-        raise ValueError(f"{ALL_LINEAR} means every linear layer; leave out the other names, or it")
-    return (ALL_LINEAR,)
-
-
-def _device(raw: object) -> str:
-    name = spellings.device(_text(raw)).lower()
-    kind, colon, index = name.partition(":")
-    if name in ("auto", "cpu", "cuda") or (kind == "cuda" and colon and index.isdecimal()):
-        return name
-    legal = "legal are auto, cpu, cuda and cuda:N"
-    other = spellings.no_cuda_device(name)
-    if other is not None:
-        raise ValueError(f"{raw!r} is {other}, on which nothing can be measured yet; {legal}")
-    card = cards.known(name)
-    if card is not None:
-        raise ValueError(
-            f"{raw!r} is a card of the catalogue, and this command runs on this machine; {legal}; --emulate "
-            f"{card.name} emulates that card, and gcbench predict --device {card.name} and gcbench plan --device "
-            f"{card.name} predict for it"
-        )
-    raise ValueError(f"{raw!r} is unknown; {legal}")
-
-
-def _card(raw: object) -> str:
-    from gcbench.emulate.properties import capability_of  # only where a card is to be emulated
-
-    card = cards.find_to_emulate(_text(raw))
-    capability_of(card)
-    return card.name
-
-
-def _yes_no(raw: object) -> bool:
-    if isinstance(raw, bool):
-        return raw
-    raise ValueError(f"{raw!r} is neither true nor false")
-
-
-def _bytes(raw: object) -> int:
-    count = units.parse_memory(raw)
-    if count < units.LEAST_BARE_BYTES:
-        raise ValueError(f"{raw!r} is less memory than any device has; write it like 8GiB")
-    return count
-
-
-def _seconds(raw: object) -> float | None:
-    if raw == "none":
-        return None
-    try:
-        seconds = float(str(raw).strip().removesuffix("s"))
-    except ValueError:
-        seconds = 0.0
-    if isinstance(raw, bool) or not 0 < seconds < float("inf"):
-        raise ValueError(f"{raw!r} is not a time; write seconds, like 600, or none for no limit")
-    return seconds
-
-
-def _rounds(raw: object) -> int | None:
-    return None if raw == "auto" else _whole(raw, at_least=1, at_most=1000)
-
-
-def _points(raw: object) -> float | None:
-    """Parse percentage points; `none` for no target."""
-    if raw == "none":
-        return None
-    try:
-        points = float(str(raw).strip().removesuffix("%"))
-    except ValueError:
-        points = 0.0
-    if isinstance(raw, bool) or not 0 < points <= 100:
-        raise ValueError(f"{raw!r} is not a number of percentage points; write one above 0 and up to 100, like 5")
-    return points
-
-
-def _overrides(raw: object) -> dict[str, Json]:
-    if isinstance(raw, dict):
-        return raw
-    changes: dict[str, Json] = {}
-    for item in raw if isinstance(raw, (list, tuple)) else [raw]:
-        name, equals, value = str(item).partition("=")
-        if not equals or not name.strip():
-            raise ValueError(f"{item!r} is not key=value; write it like hidden_size=512")
-        changes[name.strip()] = _literal(value.strip())
-    return changes
-
-
-def _literal(text: str) -> Json:
-    """Parse a TOML value (number, true, list, quoted text); anything else is text, and `null` is None."""
-    if text in ("null", "None"):
-        return None
-    spelled = {"True": "true", "False": "false"}.get(text, text)
-    try:
-        value: Json = tomllib.loads(f"value = {spelled}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-    return value
-
-
 _PARSERS: dict[str, Callable[[object], object]] = {
-    "model": _text,
-    "batch_size": _counts(1, MAX_BATCH_SIZE, spelled=spellings.count),
-    "seq_len": _counts(2, MAX_SEQ_LEN, spelled=spellings.tokens),
-    "strategies": _strategies,
-    "precision": precision,
-    "optim": optimizer,
-    "attn_implementation": _attention_or_own,
-    "device": _device,
-    "emulate": _card,
-    "warmup": _count(1, 1000),
-    "steps": _count(1, 100_000),
-    "rounds": _rounds,
-    "target_interval": _points,
-    "max_time": _seconds,
-    "seed": _count(0, 2**31 - 1),
-    "layers": _count(1, 10_000),
-    "set": _overrides,
-    "pretrained": _yes_no,
-    "trust_remote_code": _yes_no,
-    "memory_limit": _bytes,
-    "timeout": _seconds,
-    "lora_r": _count(1, MAX_LORA_R),
-    "lora_target_modules": _modules,
+    "model": parsers.text,
+    "batch_size": parsers.counts(1, MAX_BATCH_SIZE, spelled=spellings.count),
+    "seq_len": parsers.counts(2, MAX_SEQ_LEN, spelled=spellings.tokens),
+    "strategies": parsers.strategies,
+    "precision": parsers.precision,
+    "optim": parsers.optimizer,
+    "attn_implementation": parsers.attention_or_own,
+    "device": parsers.device,
+    "emulate": parsers.card,
+    "warmup": parsers.count(1, 1000),
+    "steps": parsers.count(1, 100_000),
+    "rounds": parsers.rounds,
+    "target_interval": parsers.points,
+    "max_time": parsers.seconds,
+    "seed": parsers.count(0, 2**31 - 1),
+    "layers": parsers.count(1, 10_000),
+    "set": parsers.overrides,
+    "pretrained": parsers.yes_no,
+    "trust_remote_code": parsers.yes_no,
+    "memory_limit": parsers.memory,
+    "timeout": parsers.seconds,
+    "lora_r": parsers.count(1, MAX_LORA_R),
+    "lora_target_modules": parsers.modules,
 }
