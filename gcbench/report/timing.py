@@ -47,7 +47,7 @@ def disturbances(turn: Turn, *, highest_mhz: float | None) -> tuple[Disturbance,
         way = "back" if at.clock_step_s < 0 else "forward"
         found.append(Disturbance(what=f"the system's clock was set {way}", remedy="", voids=True))
     for share, most, what, remedy in (
-        (at.others_frac, _MOST_OTHERS, "other processes used the processors", "end them"),
+        (at.others_frac, _MOST_OTHERS, "other processes used the processors", "end the other processes"),
         (at.steal_frac, _MOST_STEAL, "other virtual machines used the processors", "run when the host is quieter"),
         (at.throttled_frac, _MOST_THROTTLED, "the control group's quota stopped the process", "raise the quota"),
     ):
