@@ -120,7 +120,9 @@ def _measure_workload(
     if not wanted:
         return
     progress.begin(num_rounds=settings.rounds, limit_s=limit_s)
-    taking.measure([cell for cell in cells if cell in wanted or cell.strategy == OFF])
+    todo = [cell for cell in cells if cell in wanted or cell.strategy == OFF]
+    goal.num_cells = len(todo)
+    taking.measure(todo)
     if taking.was_in_rounds:
         recorder.add_notice(IN_ROUNDS)
 

@@ -59,6 +59,7 @@ class TurnTaking:
     clock: Callable[[], float] = time.monotonic
     was_in_rounds: bool = False
     _live: dict[Cell, _Live] = field(default_factory=dict)
+    _crowded_out: list[Cell] = field(default_factory=list)
     _held_bytes: int | None = None
     _free_bytes: int | None = None
     _longest_turn_s: float = 0.0
@@ -73,11 +74,13 @@ class TurnTaking:
             while waiting:
                 waiting = self._open_some(waiting)
                 if waiting and len(self._live) < 2:
-                    self._close_all()
-                    self._in_rounds(cells)
-                    return
+                    return self._in_rounds(cells)
                 self._until_known()
+                if any(cell.strategy == OFF for cell in self._crowded_out):
+                    return self._in_rounds(cells)
                 self._close_all(but_off=bool(waiting))
+            if self._crowded_out:
+                self._in_rounds([cell for cell in cells if cell.strategy == OFF or cell in self._crowded_out])
         finally:
             self._close_all()
 
@@ -110,7 +113,11 @@ class TurnTaking:
         self.progress.enter(cell, doing=WARMING_UP)
         child = self.children.open(self.make_task(cell, number, None))
         live = _Live(child=child, round=number, started_s=self.clock())
-        reply = self._proceed(live, None, timeout_s=self.timeout_s)
+        try:
+            reply = self._proceed(live, None, timeout_s=self.timeout_s)
+        except BaseException:
+            child.close()
+            raise
         if isinstance(reply, Answer):
             child.close()
             return _failure_of(reply)
@@ -126,12 +133,14 @@ class TurnTaking:
         return None
 
     def _until_known(self) -> None:
-        """Have the processes take turns until enough is known."""
+        """Have the processes take turns until enough is known, or `off` has no room beside the others."""
         while chosen := self.choose(tuple(self._live), {cell: each.turn_s for cell, each in self._live.items()}):
             number = self.recorder.next_turn(tuple(self._live))
             for cell in chosen if number % 2 == 0 else reversed(chosen):
                 self._turn(cell, number)
             self.progress.end_round(self.recorder.outcomes(tuple(chosen)))
+            if any(cell.strategy == OFF for cell in self._crowded_out):
+                return
 
     def _turn(self, cell: Cell, number: int) -> None:
         live = self._live[cell]
@@ -143,12 +152,14 @@ class TurnTaking:
         reply = self._proceed(live, TakeTurn(number=number), timeout_s=timeout)
         if isinstance(reply, Answer):
             failure = _failure_of(reply)
-            if failure.kind == "timeout" and timeout != left:
-                failure = _hung(timeout or 0.0, failure)
+            if failure.kind == "timeout":
+                failure = _too_long(self.timeout_s, failure) if timeout == left else _hung(timeout, failure)
+            self._close(cell)
+            if failure.kind == "oom" and self._live:  # alone it may fit
+                self._crowded_out.append(cell)
+                return
             self.recorder.fail(cell, failure)
             self.progress.leave(self.recorder.outcome(cell))
-            live.child.close()
-            del self._live[cell]
             return
         taken = reply.event
         assert isinstance(taken, TurnTaken)
@@ -166,14 +177,18 @@ class TurnTaking:
     def _close_all(self, *, but_off: bool = False) -> None:
         for cell in tuple(self._live):
             if not (but_off and cell.strategy == OFF):
-                closed = self._live.pop(cell)
-                closed.child.close()
-                if self._free_bytes is not None:
-                    self._free_bytes += closed.held_bytes
+                self._close(cell)
+
+    def _close(self, cell: Cell) -> None:
+        closed = self._live.pop(cell)
+        closed.child.close()
+        if self._free_bytes is not None:
+            self._free_bytes += closed.held_bytes
 
     # In rounds: one process at a time, each with one turn
 
     def _in_rounds(self, cells: Sequence[Cell]) -> None:
+        self._close_all()
         self.was_in_rounds = True
         took_s: dict[Cell, float] = {}
         while True:
@@ -207,10 +222,20 @@ def _failure_of(answer: Answer) -> Failure:
     return answer.failure or Failure(kind="crash", message=why)
 
 
-def _hung(after_s: float, failure: Failure) -> Failure:
+def _too_long(after_s: float | None, failure: Failure) -> Failure:
     return Failure(
         kind="timeout",
-        message=f"a step was still running after {format_seconds(after_s)}, {_HANGS_AFTER} times the longest turn so "
-        "far or more, and was stopped; run the cell again by itself",
+        message=f"still running after {format_seconds(after_s or 0.0)}, all its turns together, and stopped; raise "
+        "--timeout or shrink the cell",
+        detail=failure.detail,
+    )
+
+
+def _hung(after_s: float | None, failure: Failure) -> Failure:
+    took = format_seconds(after_s or 0.0)
+    return Failure(
+        kind="timeout",
+        message=f"a step was still running after {took}, {_HANGS_AFTER} times the longest turn so far or more, and was "
+        "stopped; run the cell again by itself",
         detail=failure.detail,
     )
