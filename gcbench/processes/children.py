@@ -192,13 +192,14 @@ class _ForkedChild:
         self._process: ForkServerProcess | None = None
         self._ours: mp_connection.Connection | None = None
         self._exitcode: int | None = None
+        self._kills_before = 0
 
     def proceed(
         self, word: object = None, *, on_event: Callable[[Any], None], timeout_s: float | None
     ) -> Answer | Paused:
-        killed_before = _kernel_kills()
         try:
             if self._process is None:
+                self._kills_before = _kernel_kills()
                 self._start()
             else:
                 self._say(word)
@@ -207,6 +208,7 @@ class _ForkedChild:
             return Answer(refusal=Refusal.of_broken_library(_last_line(self._children.server_log())))
         paused, in_time = self._follow(on_event, timeout_s)
         if paused is not None:
+            self._kills_before = _kernel_kills()  # it may be killed while it waits
             return paused
         self._kill()
         if self._answer_path.exists():
@@ -214,7 +216,7 @@ class _ForkedChild:
         log = self._log()
         if not in_time:
             return Answer(failure=_timed_out(timeout_s or 0.0, log))
-        return Answer(failure=_died(self._exitcode, log, by_kernel=_kernel_kills() > killed_before))
+        return Answer(failure=_died(self._exitcode, log, by_kernel=_kernel_kills() > self._kills_before))
 
     def close(self) -> None:
         self._kill()
