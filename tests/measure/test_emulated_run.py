@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import tiny
 from fixtures_report import peaks, round_result
-from scripted import FACTS, MACHINE, SETTINGS, ScriptedChildren, Ticker, go
+from scripted import FACTS, MACHINE, SETTINGS, WARM, ScriptedChildren, Ticker, go
 
 from gcbench.core.errors import UnavailableError, UsageError
 from gcbench.core.gradient_fingerprint import Fingerprint
@@ -41,6 +41,7 @@ class EmulatedChildren(ScriptedChildren):
         answer = super().run(task, on_event=on_event, timeout_s=timeout_s)
         if answer.result is None:
             return answer
+        assert task.turn == 0, "nothing is timed, so there are no turns to wait for"
         return replace(answer, result=round_result(0, memory=peaks(1, 2, 3), diff=None), fingerprint=None)
 
 
@@ -52,7 +53,7 @@ def test_a_cell_takes_one_round_of_two_steps_and_none_is_timed(tmp_path):
     assert {(task.warmup, task.steps, task.least_timed_s, task.with_memory) for task in children.tasks} == {
         (1, 0, 0.0, True)
     }
-    assert ticker.shown[0] == "begin 6 1"
+    assert ticker.shown[0] == "begin 1 None"
     assert report.source == "emulated"
     assert (report.settings["emulate"], report.settings["rounds"], report.settings["steps"]) == ("h100", 1, None)
     assert reports.load(tmp_path) == report
@@ -67,7 +68,7 @@ def test_a_process_on_an_emulated_card_measures_nothing_though_nobody_passed_the
 
 
 def test_a_lost_fingerprint_on_a_real_device_stays_a_crash(tmp_path):
-    children = ScriptedChildren(fates={("off", 1, 0): Answer(result=round_result(0, [0.1]))})
+    children = ScriptedChildren(fates={("off", 1, WARM): Answer(result=round_result(0, [0.1]))})
     report = go(tmp_path, children)
     assert next(o for o in report.outcomes if o.cell.strategy == "off").failure.kind == "crash"
 
@@ -192,6 +193,7 @@ def measured(tmp_path, monkeypatch, one_thread):
             steps=4,
             least_timed_s=1.0,
             with_memory=True,
+            turn=0,
             memory_limit_bytes=None,
         )
         return worker.measure(replace(task, **changes), events.append), events

@@ -295,6 +295,7 @@ def measure_task(cell: Cell, source: sources.ModelSource, plan: strategies.Plan,
         steps=1,
         least_timed_s=0.0,
         with_memory=True,
+        turn=0,
         memory_limit_bytes=None,
         lora=lora,
     )
