@@ -160,7 +160,7 @@ class Hour:
             self.save("plan.json", {"report": report, "files": others})
             return
         runs = self.stored("runs.json").get("runs", {})
-        if stage.name in runs and _num_rounds(runs[stage.name]) > _num_rounds(report):
+        if stage.name in runs and _num_results(runs[stage.name]) > _num_results(report):
             return  # an earlier one came further before it was cut off
         self.save("runs.json", {"runs": {**runs, stage.name: report}})
 
@@ -173,8 +173,9 @@ def _identity(machine: dict[str, Any]) -> tuple[Any, ...]:
     return machine["device_name"], *(machine["versions"].get(name) for name in ("torch", "transformers", "cuda"))
 
 
-def _num_rounds(report: dict[str, Any]) -> int:
-    return sum(len(outcome["rounds"]) for outcome in report["outcomes"])
+def _num_results(report: dict[str, Any]) -> int:
+    """How much a run has measured: processes and their turns."""
+    return sum(1 + len(result.get("turns", ())) for outcome in report["outcomes"] for result in outcome["rounds"])
 
 
 def _siblings(report: Path) -> list[Path]:
@@ -185,13 +186,14 @@ def stages(hour: Hour) -> tuple[Stage, ...]:
     """Return all stages, those first that are worth most; their limits add up to less than eight minutes."""
     python = (sys.executable, "-u")
     emulate = () if hour.emulate is None else ("--emulate", hour.emulate)
-    device = emulate or ("--device", "cuda", "--rounds", "3")
     tests = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("**/test_gpu*.py"))
     workers = ("-n", str(min(6, os.cpu_count() or 1))) if importlib.util.find_spec("xdist") else ()
     quiet = ("-m", "gpu", "-q", "--tb=short", "-p", "no:cacheprovider", *workers)
 
     def one_run(name: str, limit_s: float) -> Stage:
         out = hour.scratch / name
+        # Time for publishing is left; three rounds are run in any case.
+        device = emulate or ("--device", "cuda", "--target-interval", "1", "--max-time", str(0.7 * limit_s))
         command = (*python, "-m", "gcbench", "run", *RUNS[name], *device, "--quiet", "--out", str(out))
         return Stage(name=name, command=command, limit_s=limit_s, report=out / "report.json")
 
