@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from gcbench.core.records import Cell, Outcome
-from gcbench.core.units import counted, format_bytes, format_seconds
+from gcbench.core.units import counted, format_bytes, format_percent, format_seconds
 from gcbench.processes.messages import Event
 from gcbench.processes.progress import Heartbeat, TwoLines
 from gcbench.report import stats
@@ -48,7 +48,7 @@ def intervals(outcomes: Sequence[Outcome]) -> str:
         overhead = stats.overhead(outcome.rounds, off.rounds)
         if overhead is not None:
             within = interval(overhead.low, overhead.high)
-            size = f"{100 * overhead.centre:+.0f} %".replace("-", "−")
+            size = format_percent(overhead.centre, sign=True)
             parts.append(f"{outcome.cell.strategy} {size}" + (f" (95 %: {within})" if within else ""))
     return ", ".join(parts)
 
