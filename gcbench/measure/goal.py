@@ -21,7 +21,8 @@ class Goal:
 
     Attributes:
         rounds: turns of each cell; None to go on until the intervals are narrow.
-        target_frac: half-width of the 95 % interval of each overhead, as a fraction of the time of `off`.
+        target_frac: half-width of the 95 % interval of each overhead, as a fraction of the time of `off`; None to use
+            all of the time.
         deadline_s: on `clock`, when the last turn should have ended; None for no limit. Each cell still gets
             `stats.MIN_ROUNDS` turns, fewer of which give no interval.
         num_cells: cells of the workload, which share the time where they do not all live side by side.
@@ -29,7 +30,7 @@ class Goal:
 
     recorder: Recorder
     rounds: int | None
-    target_frac: float
+    target_frac: float | None
     deadline_s: float | None
     num_cells: int
     clock: Callable[[], float] = time.monotonic
@@ -70,6 +71,8 @@ class Goal:
         """Whether a cell needs no more turns: its overhead, or without `off` its step time, is known well enough."""
         if outcome.cell.strategy == OFF and not is_alone:
             return num_turns(outcome) > 0
+        if self.target_frac is None:
+            return False
         if off is None or outcome.cell.strategy == OFF:
             step = stats.step_time(outcome.rounds)
             return step is not None and _half_width(step) / step.centre <= self.target_frac

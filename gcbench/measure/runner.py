@@ -95,7 +95,7 @@ def _measure_workload(
     goal = Goal(
         recorder=recorder,
         rounds=settings.rounds,
-        target_frac=(settings.target_interval or 0.0) / 100,
+        target_frac=None if settings.target_interval is None else settings.target_interval / 100,
         deadline_s=None if limit_s is None else deadline_from_s + limit_s,
         num_cells=len(cells),
         clock=clock,
