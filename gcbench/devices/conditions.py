@@ -23,7 +23,8 @@ class Reading:
         busy_s, steal_s, all_s: seconds of all processors together since the machine started: used by any process, given
             to other virtual machines, and in total.
         user_s, system_s: processor time of this process, in its own code and in the kernel.
-        throttled_s: seconds in which the control group's quota kept its processes from running.
+        throttled_s: seconds in which the control group's quota kept its processes from running, all processors added
+            up.
         monotonic_s, boot_s, wall_s: clocks that stand still while the machine is suspended, that go on, and that can be
             set.
     """
@@ -72,7 +73,7 @@ def between(before: Reading, after: Reading) -> Conditions:
         others_frac=_share(before.busy_s, after.busy_s, before, after, less=own_s),
         throttled_frac=None
         if before.throttled_s is None or after.throttled_s is None or elapsed <= 0
-        else (after.throttled_s - before.throttled_s) / elapsed,
+        else min((after.throttled_s - before.throttled_s) / elapsed, 1.0),
         frequency_mhz=_frequency_mhz(),
         clock_step_s=clock_step if abs(clock_step) >= _LEAST_CLOCK_STEP_S else None,
         suspended_s=suspended if suspended is not None and suspended >= _LEAST_SUSPENDED_S else None,
@@ -111,10 +112,12 @@ def _share(
 def _processor_ticks() -> tuple[int, int, int] | None:
     """(busy, steal, all) ticks of all processors, from Linux's /proc/stat; see proc_stat(5)."""
     try:
-        line = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0]
-    except OSError:
+        name, *values = Path("/proc/stat").read_text(encoding="ascii").partition("\n")[0].split()
+        user, nice, system, idle, waiting, hard, soft, steal = map(int, values[:8])
+    except (OSError, ValueError):  # a sandbox has none, or its own
         return None
-    user, nice, system, idle, waiting, hard, soft, steal = (int(value) for value in line.split()[1:9])
+    if name != "cpu":
+        return None
     busy = user + nice + system + hard + soft
     return busy, steal, busy + steal + idle + waiting
 
