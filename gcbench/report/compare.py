@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-from gcbench.core import model_changes as changes
 from gcbench.core.errors import UsageError
 from gcbench.core.records import Cell, Outcome, Report, Row
 from gcbench.core.units import format_bytes, format_percent, format_seconds
 from gcbench.report import sentences as words
 from gcbench.report import stats
+from gcbench.report.change import Change as Change
+from gcbench.report.change import Verdict as Verdict
 from gcbench.report.formats.terminal import UNKNOWN, Column, Table
 from gcbench.report.rows import failed_proof, rows
 from gcbench.report.thresholds import THRESHOLDS as THRESHOLDS
@@ -20,24 +21,6 @@ from gcbench.report.thresholds import parse_threshold as parse_threshold
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-Verdict = Literal[
-    "same",
-    "better",
-    "worse",
-    "above",
-    "below",
-    "no difference shown",
-    "too few rounds",
-    "only in A",
-    "only in B",
-    "newly failing",
-    "newly passing",
-    "both fail",
-    "not measured",
-]
-"""`same`: memory is equal to the byte. `above`, `below`: figures from different sources. `too few rounds`: times have
-no interval. `not measured`: both runs passed without that figure."""
 
 FORCE = "--force"
 PROOF_FAILED = "proof failed"
@@ -61,57 +44,6 @@ _IN_THE_KEY = {
     "lora_r",
 }
 """Settings that decide which cells a run has; they are compared as parts of the cells."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """One cell of A, of B or of both; fractions are relative to A, positive when B takes more. Unknown is None.
-
-    Attributes:
-        precision, device: None when the runs differ in it and were compared by force.
-        status_a, status_b: `ok`, a failure kind or `proof failed`; None where the run does not have the cell.
-    """
-
-    model: str
-    strategy: str
-    device: str | None
-    batch_size: int
-    seq_len: int
-    precision: str | None
-    optim: str
-    attn_implementation: str | None
-    status_a: str | None
-    status_b: str | None
-    memory_verdict: Verdict
-    time_verdict: Verdict
-    peak_allocated_a_bytes: int | None
-    peak_allocated_b_bytes: int | None
-    memory_change_frac: float | None
-    step_time_a_s: float | None
-    step_time_b_s: float | None
-    time_change_frac: float | None
-    time_change_low_frac: float | None
-    time_change_high_frac: float | None
-    lora_r: int | None = None
-    model_changes_a: str | None = None
-    model_changes_b: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The model, with the changes to its config."""
-        a, b = self.model_changes_a, self.model_changes_b
-        if a == b or self.status_b is None:
-            return changes.named(self.model, a)
-        if self.status_a is None:
-            return changes.named(self.model, b)
-        return f"{self.model} (A with {a or 'no changes'}; B with {b or 'no changes'})"
-
-    @property
-    def cell(self) -> str:
-        """The cell's workload, as a title."""
-        parts = [self.name, f"batch {self.batch_size} × {self.seq_len} tokens", self.precision, self.optim]
-        parts += [words.lora(self.lora_r) if self.lora_r is not None else None, self.attn_implementation, self.device]
-        return " · ".join(part for part in parts if part is not None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +87,18 @@ def compare(a: Report, b: Report, *, force: bool) -> Comparison:
     too_few = (_TOO_FEW_ROUNDS,) if any(change.time_verdict == "too few rounds" for change in changes) else ()
     despite = (f"compared despite {clash}" for clash in clashes.values())
     return Comparison(
-        changes=changes, notices=(*words.sources(a, b), *despite, *too_few, *_differences(a, b), *_about_models(a, b))
+        changes=changes,
+        notices=(*words.sources(a, b), *despite, *too_few, *_basis(changes), *_differences(a, b), *_about_models(a, b)),
+    )
+
+
+def _basis(changes: Iterable[Change]) -> tuple[str, ...]:
+    """Say that changes of time are of processor time, where step times beside them are wall time."""
+    if not any(change.time_change_basis == stats.PROCESSOR_TIME for change in changes):
+        return ()
+    return (
+        "changes of time are of processor time (user), which leaves out what other processes take; step times are wall "
+        "time",
     )
 
 
@@ -293,6 +236,7 @@ def _change(cell: Cell, a: _Side | None, b: _Side | None) -> Change:
         time_change_frac=paid.centre if paid else None,
         time_change_low_frac=paid.low if paid else None,
         time_change_high_frac=paid.high if paid else None,
+        time_change_basis=stats.change_basis(a.outcome.rounds, b.outcome.rounds) if a and b and paid else None,
         lora_r=cell.workload.lora_r,
         model_changes_a=a.row.model_changes if a else None,
         model_changes_b=b.row.model_changes if b else None,

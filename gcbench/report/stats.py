@@ -139,28 +139,59 @@ def _step_s(turn: Turn, of_processor: bool) -> float:
     return statistics.median(turn.step_times_s)
 
 
+_BETWEEN_PROCESSES = 0.01
+"""Standard deviation between processes that do the same, as a fraction of their time: each has a memory layout of its
+own, which its turns share. User time of `off` in eight processes of gpt2 (benchmarks/repeatability.py has more)."""
+
+
+def change_basis(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> str | None:
+    """Return what `change` compares: processor time where all turns of both have it; None where a side has no times."""
+    sides = [[turn for turn in turns(rounds) if is_valid(turn)] for rounds in (before, after)]
+    if not all(sides):
+        return None
+    return PROCESSOR_TIME if all(turn.user_s for side in sides for turn in side) else WALL_TIME
+
+
 def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estimate | None:
     """Return by which fraction a step takes longer in `after`, a run independent of `before`, with its 95 % interval.
 
-    The centre is the ratio of the medians. The interval is Welch's for the difference of the mean logarithms
-    (B. L. Welch, Biometrika 34, 1947, 28-35), widened to include the centre; None with fewer than `MIN_ROUNDS` units on
-    a side. `num_units` counts the smaller side. None when a side has no times.
+    It compares `change_basis`. The centre is the ratio of the medians. The interval is Welch's for the difference of
+    the mean logarithms (B. L. Welch, Biometrika 34, 1947, 28-35), with the variance between processes added where turns
+    share one, and widened to include the centre; None with fewer than `MIN_ROUNDS` units on a side. `num_units` counts
+    the smaller side. None when a side has no times.
     """
-    a, b = units(before), units(after)
-    if not a or not b:
+    basis = change_basis(before, after)
+    if basis is None:
         return None
+    a, b = (
+        [_step_s(turn, basis == PROCESSOR_TIME) for turn in turns(rounds) if is_valid(turn)]
+        for rounds in (before, after)
+    )
     centre = statistics.median(b) / statistics.median(a)
     num_units = min(len(a), len(b))
     if num_units < MIN_ROUNDS:
         return Estimate(centre=centre, low=None, high=None, num_units=num_units).minus(1)
     log_a, log_b = [math.log(value) for value in a], [math.log(value) for value in b]
     part_a, part_b = statistics.variance(log_a) / len(a), statistics.variance(log_b) / len(b)
+    within = part_a + part_b
+    variance = within + _between(before) + _between(after)
     half = 0.0
-    if part_a + part_b > 0:
-        df = (part_a + part_b) ** 2 / (part_a**2 / (len(a) - 1) + part_b**2 / (len(b) - 1))
-        half = t_quantile(_UPPER_TAIL, df) * math.sqrt(part_a + part_b)
+    if variance > 0:
+        spread = part_a**2 / (len(a) - 1) + part_b**2 / (len(b) - 1)
+        df = variance**2 / spread if spread > 0 else _MOST_DF
+        half = t_quantile(_UPPER_TAIL, min(df, _MOST_DF)) * math.sqrt(variance)
     low, high = _around(statistics.fmean(log_b) - statistics.fmean(log_a), half)
     return Estimate(centre=centre, low=min(low, centre), high=max(high, centre), num_units=num_units).minus(1)
+
+
+_MOST_DF = 1e6
+"""Degrees of freedom from which on Student's distribution is the normal one."""
+
+
+def _between(rounds: Sequence[RoundResult]) -> float:
+    """The variance that a cell's mean has between processes; 0 where each process is one unit, which shows it."""
+    shared = [result for result in rounds if len(result.turns) > 1]
+    return _BETWEEN_PROCESSES**2 / len([result for result in rounds if result.turns]) if shared else 0.0
 
 
 @cache

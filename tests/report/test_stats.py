@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 import random
 import statistics
+from dataclasses import replace
 
 import pytest
 from fixtures_report import round_result
 
+from gcbench.core.records import Turn
 from gcbench.report import stats
+from gcbench.report.stats import PROCESSOR_TIME, WALL_TIME, change, change_basis
 
 # NIST/SEMATECH e-Handbook of Statistical Methods, 1.3.6.7.2, column 0.975.
 NIST_T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 10: 2.228, 30: 2.042, 100: 1.984}
@@ -234,3 +237,34 @@ def test_a_change_with_too_few_rounds_on_a_side_has_no_interval():
 
 def test_a_change_without_times_is_none():
     assert stats.change([round_result(0)], [round_result(0, [1.0])]) is None
+
+
+def in_turns(walls, users):
+    turns = tuple(
+        Turn(number=number, step_times_s=(wall,), user_s=user, system_s=0.0)
+        for number, (wall, user) in enumerate(zip(walls, users, strict=True))
+    )
+    return [replace(round_result(0, walls), turns=turns)]
+
+
+def test_a_change_is_of_processor_time_where_both_runs_have_it():
+    """The trap: a run beside a busy process, reported as twice as slow."""
+    before = in_turns([4.0, 4.1, 4.0, 4.2], [7.0, 7.1, 7.0, 7.05])
+    beside = in_turns([8.0, 9.5, 7.0, 12.0], [7.1, 7.0, 7.05, 7.0])
+    assert change_basis(before, beside) == PROCESSOR_TIME
+    assert abs(change(before, beside).centre) < 0.02
+    old = [round_result(number, [wall]) for number, wall in enumerate((4.0, 4.1, 4.2))]
+    assert change_basis(before, old) == WALL_TIME
+    assert change(old, before).centre == pytest.approx(4.05 / 4.1 - 1)
+
+
+def test_turns_of_one_process_share_what_differs_between_processes():
+    """The trap: two runs alike, each with turns equal to a thousandth, shown to differ by 1 %."""
+    one, other = (
+        in_turns([4.0] * 5, [7.0, 7.001, 7.0, 7.002, 7.0]),
+        in_turns([4.0] * 5, [7.07, 7.071, 7.07, 7.07, 7.071]),
+    )
+    found = change(one, other)
+    assert found.low < 0 < found.high
+    far = change(one, in_turns([4.0] * 5, [7.7, 7.701, 7.7, 7.7, 7.7]))
+    assert far.low > 0.05
