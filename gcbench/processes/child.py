@@ -55,12 +55,11 @@ class _PipeLine:
         return self._said.get()
 
     def _listen(self) -> None:
-        with suppress(OSError):
-            try:
-                while True:
-                    self._said.put(self._connection.recv())
-            except EOFError:
-                os._exit(1)
+        try:
+            while True:
+                self._said.put(self._connection.recv())
+        except (EOFError, OSError):  # a reset, where the parent ended before it read all that was sent
+            os._exit(1)
 
 
 def _redirect_output(log_path: str) -> None:

@@ -29,6 +29,8 @@ from gcbench.processes.relay import Relay
 _LOG_TAIL = 4000
 _ENDED = (EOFError, ConnectionError)
 _SERVER_END_S = 0.2
+_UNKNOWN_EXITCODE = 255
+"""What multiprocessing reports of a child where the server ended, which would know its exit code."""
 _SERVER_LOG = "server.txt"
 _RELAY_LOG = "relay.txt"
 
@@ -144,21 +146,15 @@ class ForkedChildren:
             child_.kill_now()
 
     def start(self, args: tuple[object, ...]) -> ForkServerProcess:
-        """Start a child process; raises one of `_ENDED` when the server ends instead.
-
-        A server that was killed a moment ago may still seem to run, so a new one is tried once.
-        """
+        """Start a child process; raises one of `_ENDED` when the server ends instead."""
         process = self._context.Process(target=child.main, args=args, daemon=True)
-        try:
-            process.start()
-        except _ENDED:
-            if self.is_halted:
-                raise
-            time.sleep(_SERVER_END_S)
-            self._start_server()
-            process = self._context.Process(target=child.main, args=args, daemon=True)
-            process.start()
+        process.start()
         return process
+
+    def restart_server(self) -> None:
+        """Start another server once the last one, which may still seem to run, has ended."""
+        time.sleep(_SERVER_END_S)
+        self._start_server()
 
     def pipe(self) -> tuple[mp_connection.Connection, mp_connection.Connection]:
         """Return both ends of a pipe."""
@@ -233,6 +229,17 @@ class _ForkedChild:
 
     def _start(self) -> None:
         self._folder.mkdir()
+        try:
+            self._fork()
+        except _ENDED:
+            if self._children.is_halted:
+                raise
+            self._children.restart_server()  # it was killed a moment ago, so a new one is tried once
+            self._fork()
+
+    def _fork(self) -> None:
+        if self._ours is not None:
+            self._ours.close()  # a child that the last server forked and did not report ends of it
         self._ours, theirs = self._children.pipe()
         with theirs:
             self._process = self._children.start((self._task, theirs, str(self._answer_path), str(self._log_path)))
@@ -263,20 +270,37 @@ class _ForkedChild:
                     event = ours.recv()
                 except (EOFError, OSError):
                     waiting.remove(ours)
+                    if not waiting:
+                        return None, True
                     continue
                 if isinstance(event, Paused):
                     return event, True
                 on_event(event)
             elif process.sentinel in ready:
-                return None, True
+                if not self._outlives_server() or ours not in waiting:
+                    return None, True
+                waiting.remove(process.sentinel)  # by its line alone: it ends with the child
             elif not ready:
                 return None, False
+
+    def _outlives_server(self) -> bool:
+        """Whether the server has ended and this child has not: its sentinel reports the end of either."""
+        process = self._process
+        if process is None or process.pid is None or process.exitcode != _UNKNOWN_EXITCODE:
+            return False
+        with suppress(OSError):
+            os.kill(process.pid, 0)
+            return True
+        return False
 
     def _kill(self) -> None:
         process = self._process  # another thread may kill it as well, after an interruption
         if process is None:
             return
         if process.pid is not None:
+            if self._outlives_server():
+                with suppress(OSError):
+                    os.kill(process.pid, signal.SIGKILL)
             process.kill()
             process.join()
             self._exitcode = process.exitcode
