@@ -41,6 +41,10 @@ SHOWN_BY = {
     "cli/listings.py": None,
     "cli/results.py": None,
     "measure/command.py": ("run",),
+    "measure/side_by_side.py": ("run", "plan"),
+    "cli/run_options.py": ("run",),
+    "report/timing.py": ("run",),
+    "job/parsers.py": None,  # names the options of the command in hand
     "predict/command.py": ("predict",),
     "check/command.py": ("check",),
     "plan/stored.py": ("plan",),

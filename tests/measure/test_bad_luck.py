@@ -7,12 +7,15 @@ import os
 import re
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import misbehaving
 import pytest
-from processes import PROCESS_TIMEOUT_S, await_line, await_members, is_server, session_members
+from processes import PROCESS_TIMEOUT_S, await_line, await_members, await_nobody, is_server, session_members
 
+from gcbench.core.records import Outcome
+from gcbench.measure import runner, side_by_side
 from gcbench.processes import children
 from gcbench.report import report_file as reports
 
@@ -24,6 +27,18 @@ THREE = ("--strategies", "off,per-layer,every:2")
 def fate(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., None]], None]:
     """`fate(misbehaving.hangs)` is what happens to the children that measure per-layer."""
     return lambda entry: monkeypatch.setattr(children, "child", SimpleNamespace(main=entry))
+
+
+def num_turns(outcome: Outcome) -> int:
+    return sum(len(result.turns) for result in outcome.rounds)
+
+
+def ends(folder: Path) -> dict[str, tuple[str | None, int]]:
+    """By strategy: the kind of its failure, if any, and how many turns it took."""
+    return {
+        each.cell.strategy: (each.failure.kind if each.failure else None, num_turns(each))
+        for each in reports.load(folder).outcomes
+    }
 
 
 # Out of memory
@@ -43,7 +58,7 @@ def test_a_limit_between_the_strategies_lets_one_through(cli, model, tmp_path):
     assert stored["off"].failure.kind == "oom" and stored["off"].rounds == ()
     assert re.search(r"the step needs [\d.]+ MiB and the limit is [\d.]+ MiB", stored["off"].failure.message)
     assert "--batch" in stored["off"].failure.message
-    assert stored["per-layer"].failure is None and len(stored["per-layer"].rounds) == 2
+    assert stored["per-layer"].failure is None and num_turns(stored["per-layer"]) == 2
     assert stored["per-layer"].rounds[0].memory.allocated_bytes == peaks["per-layer"]
     assert "off does not fit in memory; per-layer does" in result.out
     assert "Memory is limited to" in result.err
@@ -116,18 +131,37 @@ def test_a_killed_child_costs_one_row(cli, model, fate, tmp_path):
     assert result.code == 1
     assert "1 of 3 cells crashed, timed out or were killed" in result.err
     assert "was killed" in result.out or "killed" in result.out
-    kinds = {o.cell.strategy: (o.failure and o.failure.kind, len(o.rounds)) for o in reports.load(folder).outcomes}
-    assert kinds == {"off": (None, 2), "per-layer": ("killed", 0), "every:2": (None, 2)}
+    assert ends(folder) == {"off": (None, 2), "per-layer": ("killed", 0), "every:2": (None, 2)}
     assert (folder / "table.csv").exists() and (folder / "plots").exists()
 
 
-def test_a_child_killed_in_a_later_round_keeps_the_rounds_before(cli, model, fate, tmp_path):
-    fate(misbehaving.is_killed_in_its_last_round)
+def test_a_child_killed_in_a_later_turn_keeps_the_turns_before(cli, model, fate, tmp_path):
+    fate(misbehaving.is_killed_in_its_second_turn)
     folder = tmp_path / "run"
     result = cli("run", "-m", model(), *QUICK, *THREE, "--rounds", 3, "--out", folder)
     assert result.code == 1
-    kinds = {o.cell.strategy: (o.failure and o.failure.kind, len(o.rounds)) for o in reports.load(folder).outcomes}
-    assert kinds == {"off": (None, 3), "per-layer": ("killed", 1), "every:2": (None, 3)}
+    assert ends(folder) == {"off": (None, 3), "per-layer": ("killed", 1), "every:2": (None, 3)}
+
+
+def test_a_child_that_stops_in_its_turn_does_not_block_the_others(cli, model, fate, tmp_path, monkeypatch):
+    """The trap: one process that waits for ever, and two others that wait for it, with nobody to say so."""
+    monkeypatch.setattr(side_by_side, "_HANGS_AFTER_S", 3.0)
+    fate(misbehaving.stops_in_its_second_turn)
+    folder = tmp_path / "run"
+    result = cli("run", "-m", model(), *QUICK, *THREE, "--rounds", 3, "--out", folder)
+    assert result.code == 1
+    assert ends(folder) == {"off": (None, 3), "per-layer": ("timeout", 1), "every:2": (None, 3)}
+    assert "a step was still running after" in result.out
+
+
+def test_a_child_that_runs_out_of_memory_beside_others_is_measured_alone(cli, model, fate, tmp_path):
+    fate(misbehaving.runs_out_of_memory_in_its_second_turn)
+    folder = tmp_path / "run"
+    result = cli("run", "-m", model(), *QUICK, *THREE, "--rounds", 3, "--out", folder)
+    assert result.code == 0, result.err
+    assert {kind for kind, _ in ends(folder).values()} == {None}
+    assert ends(folder)["per-layer"] == (None, 3)
+    assert runner.IN_ROUNDS in reports.load(folder).notices
 
 
 def test_a_child_killed_from_outside_while_it_runs(popen, model, tmp_path):
@@ -189,10 +223,13 @@ def test_a_child_that_dies_before_anything_is_known(cli, model, fate, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_killed_server_costs_one_row_at_most(popen, model):
-    """Children are forked from it: the one that runs is lost, and the next ones get another server."""
-    process = popen("run", "-m", model(), *QUICK, *THREE, "--rounds", 2, "--json")
-    await_line(process, "round 1/2 off")
+@pytest.mark.parametrize(("moment", "num_rounds"), [("off, batch", 2), ("round 1/50", 50)])
+def test_a_killed_server_costs_one_row_at_most(popen, model, moment, num_rounds):
+    """Children are forked from it: one that it is starting may be lost, the next ones get another server, and those
+    that wait for their turn live on. The traps: that all of them seem to have ended with the server, and a child
+    that was forked and not reported, which answers on the line of the next one."""
+    process = popen("run", "-m", model(), *QUICK, *THREE, "--rounds", num_rounds, "--json")
+    await_line(process, moment)
     (server,) = (pid for pid in session_members(process.pid) if is_server(pid))
     os.kill(server, signal.SIGKILL)
     out, err = process.communicate(timeout=PROCESS_TIMEOUT_S)
@@ -200,3 +237,4 @@ def test_a_killed_server_costs_one_row_at_most(popen, model):
     statuses = [row["status"] for row in json.loads(out)["rows"]]
     assert statuses in (["ok", "crash", "ok"], ["ok", "ok", "ok"]), err  # all of them when it fell between two children
     assert process.returncode == (1 if "crash" in statuses else 0)
+    await_nobody(process)

@@ -72,24 +72,85 @@ def test_a_heartbeat_that_cannot_print_shows_no_traceback(capfd):
 
 def test_a_run_shows_the_share_that_is_done_and_the_current_step(printed):
     console, lines = printed
-    cell = outcome("per-layer", peaks(1, 2, 3), [[0.5]])
+    off, cell = outcome("off", peaks(1, 2, 4), [[0.4]]), outcome("per-layer", peaks(1, 2, 3), [[0.5]])
     display = progress.PlainProgress(console)
     with display:
         display._print_last_step()
-        display.begin(num_steps=8, num_rounds=2)
-        display.enter(cell.cell, round=0, num_steps=2)
+        display.begin(num_rounds=2)
+        display.enter(cell.cell, doing=progress.WARMING_UP)
         display._print_last_step()
-        display.step(Event(kind="timed", step=2, seconds=0.5))
+        display.step(Event(kind="memory", step=2, seconds=0.5))
         display._print_last_step()
         display.leave(cell)
+        display.enter(cell.cell, doing="round 1")
+        display._print_last_step()
+        display.step(Event(kind="timed", step=3, seconds=0.5))
+        display._print_last_step()
+        display.end_round([off, cell])
+        display.end_round([off, cell])  # less than some seconds after the first: not worth a line
     shown = [re.sub(r"[\d.]+ [mµ]?s elapsed", "now", line) for line in lines()]
     assert shown == [
         "importing torch, reading the model … [now]",
-        "measuring: 8 training steps or more, in 2 rounds",
-        "round 1/2 per-layer, batch 16 × 64: building the model … [now]",
-        "round 1/2 per-layer, batch 16 × 64: timed step 2 … [now]",
-        "round 1/2 per-layer, batch 16 × 64: peak 3.00 MiB (optimizer), step 500 ms [25 % done, now]",
+        "measuring: 2 rounds",
+        "per-layer, batch 16 × 64, warming up: building the model … [now]",
+        "per-layer, batch 16 × 64, warming up: memory step 2 … [now]",
+        "per-layer, batch 16 × 64: peak 3.00 MiB (optimizer), step 500 ms [now]",
+        "per-layer, batch 16 × 64, round 1: under way … [now]",
+        "per-layer, batch 16 × 64, round 1: timed step 3 … [now]",
+        "round 1/2: per-layer +25 % [now]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("limits", "said"),
+    [
+        ({"num_rounds": 1}, "measuring: 1 round"),
+        ({"num_rounds": None}, "measuring: until the intervals are narrow"),
+        ({"num_rounds": None, "limit_s": 165.0}, "measuring: until the intervals are narrow, at most 2 min 45 s"),
+    ],
+)
+def test_a_run_says_what_ends_it(printed, limits, said):
+    console, lines = printed
+    with progress.PlainProgress(console) as display:
+        display.begin(**limits)
+    assert lines() == [said]
+
+
+def test_a_run_without_a_number_of_rounds_counts_them_and_shows_what_is_known(printed, monkeypatch):
+    """A line every few seconds, with the intervals so far: whoever waits sees them become narrow."""
+    console, lines = printed
+    now = iter(range(0, 10_000, 10))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: float(next(now)))
+    with progress.PlainProgress(console) as display:
+        display.begin(num_rounds=None, limit_s=1000.0)
+        for count in (1, 3):
+            off = outcome("off", peaks(1, 2, 4), [[0.4]] * count)
+            display.end_round([off, outcome("per-layer", peaks(1, 2, 3), [[0.5]] * count)])
+        display.end_round([outcome("per-layer", peaks(1, 2, 3), [[0.5]])])
+    shown = [line.partition(" [")[0] for line in lines()]
+    assert shown[1:] == [
+        "round 1: per-layer +25 %",
+        "round 2: per-layer +25 % (95 %: 25.0 to 25.0 %)",
+        "round 3: timed",
+    ]
+
+
+@pytest.mark.parametrize("limits", [{"num_rounds": 3}, {"num_rounds": None, "limit_s": 60.0}, {"num_rounds": None}])
+def test_a_terminal_shows_a_run_live(limits):
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True)
+    off, cell = outcome("off", peaks(1, 2, 4), [[0.4]]), outcome("per-layer", peaks(1, 2, 3), [[0.5]])
+    with progress.choose(console, quiet=False) as display:
+        assert isinstance(display, progress.LiveProgress)
+        display.begin(**limits)
+        display.enter(cell.cell, doing=progress.WARMING_UP)
+        display.step(Event(kind="memory", step=2, seconds=0.5))
+        display.leave(cell)
+        display.enter(cell.cell, doing="round 1")
+        display.step(Event(kind="timed", step=3, seconds=None))
+        display.end_round([off, cell])
+    assert "per-layer, batch 16 × 64: peak 3.00 MiB (optimizer), step 500 ms" in text.getvalue()
+    assert "per-layer +25 %" in text.getvalue()
 
 
 def test_quiet_shows_nothing(printed):

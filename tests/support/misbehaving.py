@@ -8,9 +8,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from gcbench.core.records import Turn
 from gcbench.measure.task import MeasureTask
 from gcbench.processes import child
 from gcbench.processes.messages import Task
@@ -34,9 +36,20 @@ def kills_itself(task: Task, connection: Connection, answer_path: str, log_path:
     child.main(task, connection, answer_path, log_path)
 
 
-def is_killed_in_its_last_round(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
-    if _is_victim(task) and task.round > 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+def is_killed_in_its_second_turn(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
+    _in_the_second_turn(task, lambda: os.kill(os.getpid(), signal.SIGKILL))
+    child.main(task, connection, answer_path, log_path)
+
+
+def stops_in_its_second_turn(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
+    """As Ctrl-Z or a debugger stops a process: it is there, and does nothing."""
+    _in_the_second_turn(task, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+    child.main(task, connection, answer_path, log_path)
+
+
+def runs_out_of_memory_in_its_second_turn(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
+    """Beside others, that is: a process that takes one turn by itself has the memory."""
+    _in_the_second_turn(task, _raise_memory_error)
     child.main(task, connection, answer_path, log_path)
 
 
@@ -70,6 +83,28 @@ def refuses_the_precision(task: Task, connection: Connection, answer_path: str, 
 def runs_out_of_memory(task: Task, connection: Connection, answer_path: str, log_path: str) -> None:
     _raise_in_the_step(task, MemoryError())
     child.main(task, connection, answer_path, log_path)
+
+
+def _raise_memory_error() -> None:
+    raise MemoryError
+
+
+def _in_the_second_turn(task: Task, act: Callable[[], None]) -> None:
+    if not _is_victim(task):
+        return
+    assert isinstance(task, MeasureTask)
+    if task.turn is not None:
+        return
+    from gcbench.measure.worker import _Measurement
+
+    take = _Measurement._turn
+
+    def turn(self: _Measurement, number: int) -> Turn:
+        if number == 1:
+            act()
+        return take(self, number)
+
+    _Measurement._turn = turn
 
 
 def _raise_in_the_step(task: Task, error: BaseException) -> None:
