@@ -115,10 +115,11 @@ def _interrupted(store: Store) -> str:
     except GcbenchError:
         return "interrupted before anything was measured"
     publish(report, store, plots=False)
+    finish = f"finish with: gcbench run --resume --out {shlex.quote(str(store.folder))}"
     cells = sum(bool(outcome.rounds) for outcome in report.outcomes)
+    if not cells:
+        return f"interrupted before anything was measured; {finish}"
     turns = sum(len(result.turns) for outcome in report.outcomes for result in outcome.rounds)
     timed = f" and {counted(turns, 'timed turn')}" if turns else ""
     kept = f"the memory of {counted(cells, f'{report.source} cell')}{timed}"
-    verb = "is" if cells == 1 and not turns else "are"
-    finish = f"gcbench run --resume --out {shlex.quote(str(store.folder))}"
-    return f"interrupted; {kept} {verb} kept in {store.folder}; finish with: {finish}"
+    return f"interrupted; {kept} {'are' if turns else 'is'} kept in {store.folder}; {finish}"
