@@ -17,6 +17,7 @@ from gcbench.job.settings import Settings, as_json
 from gcbench.measure.goal import Goal
 from gcbench.measure.progress import Progress
 from gcbench.measure.recorder import Recorder, reference_cell
+from gcbench.measure.side_by_side import IN_ROUNDS as IN_ROUNDS
 from gcbench.measure.side_by_side import TurnTaking
 from gcbench.measure.task import MeasureTask
 from gcbench.models.sources import ModelSource
@@ -73,12 +74,6 @@ def run(
     return _without_process_memory(recorder.report, store)
 
 
-IN_ROUNDS = (
-    "The processes of a batch size did not fit into memory side by side, so cells ran one after another, in rounds: "
-    "their steps were further apart, and their intervals are wider."
-)
-
-
 def _measure_workload(
     cells: Sequence[Cell],
     tasks: Tasks,
@@ -123,8 +118,6 @@ def _measure_workload(
     todo = [cell for cell in cells if cell in wanted or cell.strategy == OFF]
     goal.num_cells = len(todo)
     taking.measure(todo)
-    if taking.was_in_rounds:
-        recorder.add_notice(IN_ROUNDS)
 
 
 @dataclass(kw_only=True)

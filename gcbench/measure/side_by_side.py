@@ -21,6 +21,11 @@ waits is less than its peak."""
 _HANGS_AFTER_S, _HANGS_AFTER = 60.0, 20
 """A turn that takes longer than this, and than so many times the longest so far, is taken to hang."""
 
+IN_ROUNDS = (
+    "The processes of a batch size did not fit into memory side by side, so cells ran one after another, in rounds: "
+    "their steps were further apart, and their intervals are wider."
+)
+
 MakeTask = Callable[[Cell, int, int | None], MeasureTask]
 """(cell, number of its process, number of its one turn or None) -> the task that measures it."""
 Choose = Callable[[Sequence[Cell], Mapping[Cell, float]], Sequence[Cell]]
@@ -47,7 +52,6 @@ class TurnTaking:
         make_task: makes the task of a process.
         choose: decides which cells take the next turn; none when enough is known.
         timeout_s: seconds that one process may work; None for no limit.
-        was_in_rounds: whether cells ran one after another, as there was no room for several at a time.
     """
 
     recorder: Recorder
@@ -57,7 +61,6 @@ class TurnTaking:
     choose: Choose
     timeout_s: float | None
     clock: Callable[[], float] = time.monotonic
-    was_in_rounds: bool = False
     _live: dict[Cell, _Live] = field(default_factory=dict)
     _crowded_out: list[Cell] = field(default_factory=list)
     _held_bytes: int | None = None
@@ -138,7 +141,7 @@ class TurnTaking:
             number = self.recorder.next_turn(tuple(self._live))
             for cell in chosen if number % 2 == 0 else reversed(chosen):
                 self._turn(cell, number)
-            self.progress.end_round(self.recorder.outcomes(tuple(chosen)))
+            self.progress.end_round(self.recorder.outcomes(tuple(self._live)))
             if any(cell.strategy == OFF for cell in self._crowded_out):
                 return
 
@@ -189,7 +192,7 @@ class TurnTaking:
 
     def _in_rounds(self, cells: Sequence[Cell]) -> None:
         self._close_all()
-        self.was_in_rounds = True
+        self.recorder.add_notice(IN_ROUNDS)
         took_s: dict[Cell, float] = {}
         while True:
             able = [cell for cell in cells if self.recorder.outcome(cell).failure is None]

@@ -115,7 +115,7 @@ def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estim
     """Return the time overhead relative to `off`, as a fraction of its time, with its 95 % interval.
 
     Ratios are formed within a turn, whose steps ran one after the other, so a drift of the machine over the run cancels
-    out. On a CPU they are ratios of processor time (user and system), which does not count what other processes and
+    out. On a CPU they are ratios of processor time (user), which does not count what other processes and
     other virtual machines take; on a GPU, of wall time. Turns taken on one side only are ignored, and those in which
     the machine was suspended or its clock set. None when no turn is common.
     """

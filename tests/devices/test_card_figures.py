@@ -175,7 +175,8 @@ FP32_PER_SM_CLOCK = {
     "rx-7900-xtx": (256, 2.5),
 }
 
-WITHOUT_TF32 = ("mi210", "mi250x", "mi355x", "rx-7900-xtx")
+WITHOUT_TF32 = ("a10g", "mi210", "mi250x", "mi355x", "rx-7900-xtx")
+"""No such format on AMD's cards; for the A10G, which NVIDIA has no datasheet of, no figure is published."""
 
 TEXTS = {"name", "aliases", "full_name", "vendor", "sources"}
 

@@ -101,7 +101,7 @@ def test_a_failed_cell_is_not_measured_again(tmp_path):
         *("enter off warming up", "leave off", "enter per-layer warming up", "leave per-layer"),
         *("enter every:2 warming up", "leave every:2"),
         *("enter off round 1", "enter every:2 round 1", "end off every:2"),
-        *("enter every:2 round 2", "leave every:2", "enter off round 2", "end off every:2"),
+        *("enter every:2 round 2", "leave every:2", "enter off round 2", "end off"),
         *("enter off round 3", "end off"),
     ]
 
