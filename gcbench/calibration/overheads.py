@@ -12,14 +12,15 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
 import torch
 
 from gcbench import strategies
-from gcbench.calibration.op_times import Overhead, coldness
-from gcbench.calibration.timer import Timer, typical
+from gcbench.calibration.op_times import Calibration, Overhead, coldness
+from gcbench.calibration.timer import Timer, Took, clocks, typical
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.models import build as models
 from gcbench.models import sources
@@ -63,9 +64,34 @@ Works = Mapping[str, Sequence[tuple[Work, float]]]
 """Part of a step -> its calls, each with how often it is made."""
 Turn = Mapping[str, Mapping[str, float]]
 """One step with each strategy, one after the other: strategy -> part -> seconds."""
+TurnTook = Mapping[str, Mapping[str, Took]]
+"""The same with both clocks."""
 
 
-def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> tuple[tuple[Overhead, ...], float]:
+Solved = tuple[tuple[Overhead, ...], float]
+"""(The overhead of each caller per call, the seconds that a step takes besides, whatever its layers.)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overheads:
+    """The overheads in wall time, and in processor time of all threads of the process."""
+
+    wall: Solved
+    processor: Solved
+
+    def of(self, machine: str, created: str) -> Calibration:
+        """The calibration that consists of them."""
+        return Calibration(
+            machine=machine,
+            created=created,
+            overheads=self.wall[0],
+            step_s=self.wall[1],
+            processor_overheads=self.processor[0],
+            processor_step_s=self.processor[1],
+        )
+
+
+def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> Overheads:
     """The overhead of each caller per call, and the seconds that a step takes besides, whatever its layers.
 
     Measured until `until` on the monotonic clock, but for at least `least_s`; tracing takes one more second.
@@ -103,26 +129,43 @@ def _by_part(step: Step) -> dict[str, list[tuple[Work, float]]]:
     return found
 
 
-def _measured(
-    timer: Timer, model: torch.nn.Module, works: Mapping[tuple[str, int], Works], until: float
-) -> tuple[tuple[Overhead, ...], float]:
+def _measured(timer: Timer, model: torch.nn.Module, works: Mapping[tuple[str, int], Works], until: float) -> Overheads:
     steps = {batch: _Step(model, batch) for batch in _BATCH_SIZES}
     counts = Counter(work for parts in works.values() for part in parts.values() for work, _ in part)
     calls = list({(work.call, work.cold): work for work, _ in counts.most_common() if work.call}.values())
     share = (until - time.monotonic()) / _ROUNDS
-    alone: dict[tuple[str, int], float] = {}
-    turns: dict[int, list[Turn]] = {batch: [] for batch in steps}
+    alone: dict[tuple[str, int], Took] = {}
+    turns: dict[int, list[TurnTook]] = {batch: [] for batch in steps}
     for number in range(_ROUNDS):  # calls and steps alternate, so that a slow moment affects both
         if number and time.monotonic() > until:
             break
         untimed = [work for work in calls if (work.call, work.cold) not in alone] or calls
         for point in timer.points(untimed, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
             key = (point.call, point.cold)
-            alone[key] = min(point.seconds, alone.get(key, point.seconds))
+            took = Took(wall_s=point.seconds, processor_s=point.processor_s)
+            alone[key] = took if key not in alone else _least(took, alone[key])
         for (batch, step), part in zip(steps.items(), _SHARES[1:], strict=True):
             turns[batch] += step.turns(until=time.monotonic() + share * part)
-    other = median(alone.values()) if alone else _CALL_S
-    return _solved(works, turns, {work: alone.get((work.call, work.cold), other) for work in counts})
+
+    def solved(of: Callable[[Took], float]) -> Solved:
+        other = median(map(of, alone.values())) if alone else _CALL_S
+        found = {key: of(took) for key, took in alone.items()}
+        seconds = {
+            batch: [
+                {strategy: {part: of(took) for part, took in parts.items()} for strategy, parts in turn.items()}
+                for turn in each
+            ]
+            for batch, each in turns.items()
+        }
+        return _solved(works, seconds, {work: found.get((work.call, work.cold), other) for work in counts})
+
+    return Overheads(wall=solved(lambda took: took.wall_s), processor=solved(lambda took: took.processor_s or 0.0))
+
+
+def _least(one: Took, other: Took) -> Took:
+    """The lesser of each of both times."""
+    processor_s = min(one.processor_s or 0.0, other.processor_s or 0.0)
+    return Took(wall_s=min(one.wall_s, other.wall_s), processor_s=processor_s)
 
 
 class _Step:
@@ -136,7 +179,7 @@ class _Step:
         for strategy in _STRATEGIES:  # allocates once: the optimizer's states, the libraries' workspaces
             self._parts(strategy)
 
-    def turns(self, *, until: float) -> Iterator[Turn]:
+    def turns(self, *, until: float) -> Iterator[TurnTook]:
         """Steps with each strategy, one after the other, until `until`; a first warm-up turn is not counted."""
         for number in range(_MOST_STEPS):
             turn = {strategy: self._parts(strategy) for strategy in _STRATEGIES}
@@ -145,11 +188,11 @@ class _Step:
             if number >= _LEAST_STEPS and time.monotonic() > until:
                 break
 
-    def _parts(self, strategy: str) -> dict[str, float]:
-        marks: list[float] = []
+    def _parts(self, strategy: str) -> dict[str, Took]:
+        marks: list[Took] = []
 
         def mark(*call: object) -> None:
-            marks.append(time.perf_counter())
+            marks.append(clocks())
 
         hooks = [self.layers[0].register_forward_pre_hook(mark), self.layers[-1].register_forward_hook(mark)]
         checkpointing.apply(self.model, strategies.parse(strategy).plan_for(_LAYERS))
@@ -162,12 +205,12 @@ class _Step:
         mark()
         # Layers that are run again call their hooks again, in the backward pass.
         spans = pairwise([*marks[:4], *marks[-2:]])
-        return {part: after - before for part, (before, after) in zip(_PARTS, spans, strict=True)}
+        return {part: after.minus(before) for part, (before, after) in zip(_PARTS, spans, strict=True)}
 
 
 def _solved(
     works: Mapping[tuple[str, int], Works], turns: Mapping[int, Sequence[Turn]], alone: Mapping[Work, float]
-) -> tuple[tuple[Overhead, ...], float]:
+) -> Solved:
     """Attribute the time of steps beyond their calls to the callers: (overhead of each caller, seconds per step).
 
     `works` has the calls of each (strategy, batch size), `turns` the times of each batch size, `alone` the seconds of

@@ -54,6 +54,29 @@ def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, 
     assert {work.op for work in asked} == ({"silu", "gelu"} if anew else {"gelu"})
 
 
+def test_the_processor_time_of_a_call_leaves_out_when_it_waits():
+    """The trap: a machine on which others compute, where a call takes what they leave of it."""
+    timer = calibration.Timer(backends.open_device("cpu"))
+
+    class Waits:
+        hot = ()
+
+        def __call__(self):
+            time.sleep(0.05)
+
+    took, _ = timer._time(Waits(), None)
+    assert took.wall_s >= 0.05 > 10 * took.processor_s
+
+
+def test_a_calibration_without_processor_times_is_measured_again(tmp_path):
+    device = backends.open_device("cpu")
+    works = [pointwise(1000)]
+    key = machine_key(device.describe())
+    op_times.save(calibration_of(pointwise(1000, 123.0), overheads=overheads(model=1e-6), machine=key), tmp_path)
+    found = calibrate_for(works, device=device, budget_s=1.0, folder=tmp_path)
+    assert found.has_processor_times and all(point.seconds < 100 for point in found.points)
+
+
 def test_a_call_that_fails_or_is_too_large_is_left_out():
     device = backends.open_device("cpu")
     fails = product(8, 8, 8, call=calls.write("aten::mm", [tensor(8, 8), tensor(9, 8)], {}))
@@ -67,7 +90,8 @@ def test_a_call_that_fails_or_is_too_large_is_left_out():
 def test_no_call_is_started_that_exceeds_the_budget():
     made = []
     timer = calibration.Timer(backends.open_device("cpu"))
-    timer._time = lambda call, before: made.append(call) or (US, call())
+    took = calibration.Took(wall_s=US, processor_s=US)
+    timer._time = lambda call, before: made.append(call) or (took, call())
     works = [pointwise(1000), pointwise(10)]
     found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=time.monotonic() + 60)
     assert [point.nbytes for point in found] == [80]
@@ -130,12 +154,13 @@ def test_overheads_are_the_time_of_a_step_beyond_its_calls():
 
 def test_the_reference_model_gives_an_overhead_for_every_caller():
     timer = calibration.Timer(backends.open_device("cpu"))
-    overheads, step_s = calibration_host.overheads(timer, until=0.0, least_s=0.3)
-    found = {each.caller: each for each in overheads}
-    assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
-    assert found["policy"].call_s >= found["model"].call_s >= 0
-    assert found["checkpoint"].call_s >= found["model"].call_s
-    assert all(each.cold_s >= 0 for each in overheads) and step_s >= 0
+    added = calibration_host.overheads(timer, until=0.0, least_s=0.3)
+    for solved, step_s in (added.wall, added.processor):
+        found = {each.caller: each for each in solved}
+        assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
+        assert found["policy"].call_s >= found["model"].call_s >= 0
+        assert found["checkpoint"].call_s >= found["model"].call_s
+        assert all(each.cold_s >= 0 for each in solved) and step_s >= 0
 
 
 def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch):
@@ -144,15 +169,16 @@ def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch
     asked = inspect.signature(PlanTask).parameters["calibration_s"].default
     given = []
 
-    known = overheads(model=1e-5, policy=1e-4)
+    known, doubled = overheads(model=1e-5, policy=1e-4), overheads(model=2e-5, policy=2e-4)
 
     def added(timer, *, until):
         given.append(until - time.monotonic())
-        return known, 1e-3
+        return calibration_host.Overheads(wall=(known, 1e-3), processor=(doubled, 2e-3))
 
     monkeypatch.setattr(calibration_host, "overheads", added)
     found = calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert (found.overheads, found.step_s) == (known, 1e-3)
+    assert (found.processor_overheads, found.processor_step_s) == (doubled, 2e-3)
     assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
     calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert len(given) == 1, "once per machine"
