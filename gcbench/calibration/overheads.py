@@ -255,9 +255,11 @@ def _first_run(
     The calls that it runs again, each of `in_step` seconds, are subtracted.
     """
     first = [pair for pair in works[strategy, batch]["layers"] if pair[0].caller == caller]
-    added = median(sum(turn[strategy][part] - turn["off"][part] for part in _CHECKPOINTED) for turn in turns)
+    off_s, now_s = (
+        typical([sum(turn[each][part] for part in _CHECKPOINTED) for turn in turns]) for each in ("off", strategy)
+    )
     off, now = (_sum(works[each, batch]["backward"], in_step) for each in ("off", strategy))
-    return _sum(first, coldness) / _count(first), (added - (now - off)) / _count(first)
+    return _sum(first, coldness) / _count(first), (now_s - off_s - (now - off)) / _count(first)
 
 
 def _count(calls: Iterable[tuple[Work, float]]) -> float:
