@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -65,16 +64,16 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
     found = known or Calibration(machine=machine_key(device.describe()), created="")
     with _undisturbed(device):
         timer = Timer(device)
-        start = time.monotonic()
+        start = timer.now()
         if not found.points:
             grid = tuple(_grid({work.dtype for work in works}))
             found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))
         if not _is_complete(found, device) and budget_s >= _WITH_OVERHEADS_S:
             from gcbench.calibration import overheads  # only now: it imports what traces and trains a model
 
-            begun = time.monotonic()
+            begun = timer.now()
             found = found.merged(overheads.overheads(timer, until=begun + overheads.LEAST_S).of(found.machine, _now()))
-            start += time.monotonic() - begun
+            start += timer.now() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
         counts = Counter(works)

@@ -111,6 +111,7 @@ class Calibration:
         overheads: each caller once.
         step_s: seconds that a step takes beyond its calls, whatever the number of layers.
         processor_overheads, processor_step_s: the same in processor time; empty and 0 on a GPU.
+        is_by_processor: whether `seconds` are in proportion to processor time; not so in a file.
     """
 
     schema: int = SCHEMA
@@ -121,11 +122,13 @@ class Calibration:
     step_s: float = 0.0
     processor_overheads: tuple[Overhead, ...] = ()
     processor_step_s: float = 0.0
+    is_by_processor: bool = False
 
     @property
     def source(self) -> str:
         """The origin of the times, in words."""
-        return f"a calibration of this machine, {self.created[:10]}"
+        by = ", by ratios of processor time" if self.is_by_processor else ""
+        return f"a calibration of this machine, {self.created[:10]}{by}"
 
     def seconds(self, work: Work) -> float:
         """The estimated time of one call in a step; on a GPU, of its kernel alone."""
@@ -224,6 +227,7 @@ class Calibration:
                 for each in self.processor_overheads
             ),
             step_s=scale * self.processor_step_s,
+            is_by_processor=True,
         )
 
     @cached_property

@@ -9,7 +9,6 @@ torch from the core's own cache, so it is measured at two batch sizes.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from itertools import pairwise
 from statistics import median
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gcbench import strategies
 from gcbench.calibration.op_times import Calibration, Overhead, coldness
@@ -94,7 +94,7 @@ class Overheads:
 def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> Overheads:
     """The overhead of each caller per call, and the seconds that a step takes besides, whatever its layers.
 
-    Measured until `until` on the monotonic clock, but for at least `least_s`; tracing takes one more second.
+    Measured until `until` on the clock of the timer, but for at least `least_s`; tracing takes one more second.
     """
     source = sources.resolve(_MODEL, pretrained=False, trust_remote_code=False)
     config = models.build_config(source, layers=_LAYERS, overrides=_SIZES)
@@ -107,7 +107,7 @@ def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> Overhe
         for batch in _BATCH_SIZES
     }
     model = models.build(source, config, device="cpu", dtype=torch.float32, attn_implementation=None, seed=0)
-    return _measured(timer, model, works, max(until, time.monotonic() + least_s))
+    return _measured(timer, model, works, max(until, timer.now() + least_s))
 
 
 def _by_part(step: Step) -> dict[str, list[tuple[Work, float]]]:
@@ -130,22 +130,22 @@ def _by_part(step: Step) -> dict[str, list[tuple[Work, float]]]:
 
 
 def _measured(timer: Timer, model: torch.nn.Module, works: Mapping[tuple[str, int], Works], until: float) -> Overheads:
-    steps = {batch: _Step(model, batch) for batch in _BATCH_SIZES}
+    steps = {batch: _Step(model, batch, timer.now) for batch in _BATCH_SIZES}
     counts = Counter(work for parts in works.values() for part in parts.values() for work, _ in part)
     calls = list({(work.call, work.cold): work for work, _ in counts.most_common() if work.call}.values())
-    share = (until - time.monotonic()) / _ROUNDS
+    share = (until - timer.now()) / _ROUNDS
     alone: dict[tuple[str, int], Took] = {}
     turns: dict[int, list[TurnTook]] = {batch: [] for batch in steps}
     for number in range(_ROUNDS):  # calls and steps alternate, so that a slow moment affects both
-        if number and time.monotonic() > until:
+        if number and timer.now() > until:
             break
         untimed = [work for work in calls if (work.call, work.cold) not in alone] or calls
-        for point in timer.points(untimed, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
+        for point in timer.points(untimed, expected=lambda work: _CALL_S, until=timer.now() + share * _SHARES[0]):
             key = (point.call, point.cold)
             took = Took(wall_s=point.seconds, processor_s=point.processor_s)
             alone[key] = took if key not in alone else _least(took, alone[key])
         for (batch, step), part in zip(steps.items(), _SHARES[1:], strict=True):
-            turns[batch] += step.turns(until=time.monotonic() + share * part)
+            turns[batch] += step.turns(until=timer.now() + share * part)
 
     def solved(of: Callable[[Took], float]) -> Solved:
         other = median(map(of, alone.values())) if alone else _CALL_S
@@ -171,8 +171,8 @@ def _least(one: Took, other: Took) -> Took:
 class _Step:
     """Runs the real step of one batch size with each strategy in turn."""
 
-    def __init__(self, model: torch.nn.Module, batch_size: int) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, batch_size: int, now: Callable[[], float]) -> None:
+        self.model, self.now = model, now
         self.layers = checkpointing.checkpointable_layers(model)
         batch = random_batch(model, batch_size=batch_size, seq_len=_SEQ_LEN, seed=0)
         self.step = TrainingStep(model, batch=batch, precision=_PRECISION, optim=_OPTIM, seed=0)
@@ -185,7 +185,7 @@ class _Step:
             turn = {strategy: self._parts(strategy) for strategy in _STRATEGIES}
             if number:
                 yield turn
-            if number >= _LEAST_STEPS and time.monotonic() > until:
+            if number >= _LEAST_STEPS and self.now() > until:
                 break
 
     def _parts(self, strategy: str) -> dict[str, Took]:
@@ -194,9 +194,11 @@ class _Step:
         def mark(*call: object) -> None:
             marks.append(clocks())
 
-        hooks = [self.layers[0].register_forward_pre_hook(mark), self.layers[-1].register_forward_hook(mark)]
+        hooks: list[RemovableHandle] = []
         checkpointing.apply(self.model, strategies.parse(strategy).plan_for(_LAYERS))
         try:
+            self.step(lambda *call: None)  # as in training, a step follows one with the same strategy: its code is hot
+            hooks = [self.layers[0].register_forward_pre_hook(mark), self.layers[-1].register_forward_hook(mark)]
             self.step(mark)
         finally:
             checkpointing.clear(self.model)

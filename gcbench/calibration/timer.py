@@ -44,6 +44,8 @@ _PREPARED, _PREPARED_BYTES = 32, 256 * MIB
 """Numbers of prepared calls, and of bytes they touch, at which they are made."""
 _SHORT_BYTES = 8 * MIB
 """Bytes touched; for smaller calls, the call before affects the time."""
+_SLOWEST = 1 / 3
+"""Of wall time: a calibration takes up to three times its budget on a busy machine."""
 _RESOLUTION_S = 1e-9
 """Of both clocks."""
 
@@ -77,22 +79,33 @@ class Timer:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.is_cpu = device.name == cpu.TYPE
+        self._thread_s, self._begun_s = time.thread_time(), time.monotonic()
         self._free_bytes = _free_bytes(device)
         most_bytes = min(_MOST_BYTES, self._free_bytes // _MEMORY_SHARE)
         self._replayer = Replayer(torch.device(device.name), cold_bytes=_COLD_BYTES, most_bytes=most_bytes)
         self._held: deque[tuple[object, int]] = deque()
         self._held_bytes = 0
 
+    def now(self) -> float:
+        """Return the clock of time budgets, in seconds.
+
+        On a CPU it is the processor time of this thread, so that calls are timed as often as on an idle machine where
+        other processes compute, but no slower than `_SLOWEST` of wall time.
+        """
+        if not self.is_cpu:
+            return time.monotonic()
+        return max(time.thread_time() - self._thread_s, _SLOWEST * (time.monotonic() - self._begun_s))
+
     def points(self, works: Sequence[Work], *, expected: Callable[[Work], float], until: float) -> tuple[Point, ...]:
-        """Points of as many works, from the first on, as can be timed until `until` on the monotonic clock."""
+        """Points of as many works, from the first on, as can be timed until `until` on `now`."""
         left = deque(works)
         found: list[Point] = []
         while left:
             batch: list[Work] = []
-            remaining = until - time.monotonic()
+            remaining = until - self.now()
             while left:
                 takes = expected(left[0]) * _WITH_ALL * (_LEAST_SAMPLES + 1)
-                if takes > remaining and (batch or takes > until - time.monotonic()):
+                if takes > remaining and (batch or takes > until - self.now()):
                     break
                 remaining -= takes
                 batch.append(left.popleft())
@@ -101,7 +114,7 @@ class Timer:
                 continue
             random.Random(0).shuffle(batch)  # calls of one size in a row would find their code in the caches
             found += self._batch(batch, expected, until)
-            if time.monotonic() >= until:
+            if self.now() >= until:
                 break
         return tuple(found)
 
@@ -134,7 +147,7 @@ class Timer:
             taken = samples[work]
             if turn > _LEAST_SAMPLES and sum(took.wall_s for took in taken) > _ENOUGH_S:
                 continue
-            if time.monotonic() + _HEADROOM * (taken[-1].wall_s if taken else expected(work)) < until:
+            if self.now() + _HEADROOM * (taken[-1].wall_s if taken else expected(work)) < until:
                 yield work
 
     def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, BoundCall, BoundCall | None]]]:

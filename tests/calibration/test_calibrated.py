@@ -121,6 +121,7 @@ def test_by_processor_time_steps_are_compared_by_it_and_take_their_wall_time_tog
     assert found.seconds(pointwise(1000, caller="model")) == pytest.approx(scale * 22e-6)
     assert found.step_s == pytest.approx(scale * 6e-6)
     assert known.seconds(works[0]) == 50e-6, "the wall times stay"
+    assert found.source == f"{known.source}, by ratios of processor time"
 
 
 def test_without_processor_times_the_wall_times_are_used():

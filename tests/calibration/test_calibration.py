@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,6 +69,20 @@ def test_the_processor_time_of_a_call_leaves_out_when_it_waits():
     assert took.wall_s >= 0.05 > 10 * took.processor_s
 
 
+def test_a_budget_goes_on_as_this_thread_computes_but_not_without_end(monkeypatch):
+    """The trap: on a busy machine a budget in wall time ends before most calls were timed."""
+    clocks = {"thread_time": 5.0, "monotonic": 100.0}
+    monkeypatch.setattr(
+        calibration, "time", SimpleNamespace(**{name: lambda name=name: clocks[name] for name in clocks})
+    )
+    timer = calibration.Timer(backends.open_device("cpu"))
+    assert timer.now() == 0.0
+    clocks.update(thread_time=6.0, monotonic=101.5)
+    assert timer.now() == 1.0, "others took a third of it"
+    clocks.update(thread_time=6.0, monotonic=109.0)
+    assert timer.now() == pytest.approx(3.0), "at the latest after three times the budget"
+
+
 def test_a_calibration_without_processor_times_is_measured_again(tmp_path):
     device = backends.open_device("cpu")
     works = [pointwise(1000)]
@@ -83,7 +98,7 @@ def test_a_call_that_fails_or_is_too_large_is_left_out():
     too_large = pointwise(2**50)
     good = pointwise(64)
     timer = calibration.Timer(device)
-    found = timer.points([too_large, fails, good], expected=lambda work: US, until=time.monotonic() + 5)
+    found = timer.points([too_large, fails, good], expected=lambda work: US, until=timer.now() + 5)
     assert [(point.op, point.nbytes) for point in found] == [("silu", 512)]
 
 
@@ -93,10 +108,10 @@ def test_no_call_is_started_that_exceeds_the_budget():
     took = calibration.Took(wall_s=US, processor_s=US)
     timer._time = lambda call, before: made.append(call) or (took, call())
     works = [pointwise(1000), pointwise(10)]
-    found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=time.monotonic() + 60)
+    found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=timer.now() + 60)
     assert [point.nbytes for point in found] == [80]
     assert 1 < len(made) < 100
-    assert not timer.points(works, expected=lambda w: US, until=time.monotonic() - 1)
+    assert not timer.points(works, expected=lambda w: US, until=timer.now() - 1)
 
 
 def test_overheads_are_the_time_of_a_step_beyond_its_calls():
@@ -172,7 +187,7 @@ def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch
     known, doubled = overheads(model=1e-5, policy=1e-4), overheads(model=2e-5, policy=2e-4)
 
     def added(timer, *, until):
-        given.append(until - time.monotonic())
+        given.append(until - timer.now())
         return calibration_host.Overheads(wall=(known, 1e-3), processor=(doubled, 2e-3))
 
     monkeypatch.setattr(calibration_host, "overheads", added)
