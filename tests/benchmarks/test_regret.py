@@ -18,7 +18,7 @@ def regret(monkeypatch: pytest.MonkeyPatch):
 
 
 def cell(strategy, batch, seconds, *, peak=1, wall=1.0):
-    """A setting with a turn for each processor time of its two steps, a tenth of it in the kernel."""
+    """A setting with a turn for each processor time of its two steps, of which a tenth is the kernel's."""
     return {
         "strategy": strategy,
         "batch_size": batch,
