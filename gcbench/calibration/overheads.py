@@ -19,7 +19,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from gcbench import strategies
-from gcbench.calibration.op_times import Calibration, Overhead, coldness
+from gcbench.calibration.call_overhead import Overhead, coldness
+from gcbench.calibration.op_times import Calibration
 from gcbench.calibration.timer import Timer, Took, clocks, typical
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.models import build as models

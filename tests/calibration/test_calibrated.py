@@ -8,7 +8,8 @@ import pytest
 from timed_calls import MACHINE, US, calibration_of, generic, overheads, pointwise, product, tensor
 
 from gcbench.calibration import op_times
-from gcbench.calibration.op_times import CORE_BYTES, Point, machine_key
+from gcbench.calibration.call_overhead import CORE_BYTES
+from gcbench.calibration.op_times import Point, machine_key
 from gcbench.devices import backends
 from gcbench.operators import call_text
 from gcbench.simulate.costs import Work

@@ -14,7 +14,8 @@ from gcbench.calibration import op_times
 from gcbench.calibration import overheads as calibration_host
 from gcbench.calibration import timer as calibration
 from gcbench.calibration.calibrate import calibrate_for, measure
-from gcbench.calibration.op_times import CORE_BYTES, Calibration, machine_key
+from gcbench.calibration.call_overhead import CORE_BYTES
+from gcbench.calibration.op_times import Calibration, machine_key
 from gcbench.devices import backends
 from gcbench.operators import call_text as calls
 from gcbench.plan.task import PlanTask
