@@ -2,7 +2,7 @@
 
     python benchmarks/plan_frontier.py                          all workloads, then the measured one
     python benchmarks/plan_frontier.py --models llama-3.1-8b    workloads of these models
-    python benchmarks/plan_frontier.py --measured               the measured one alone (a quiet machine, minutes)
+    python benchmarks/plan_frontier.py --measured               the measured one alone (minutes)
 
 A workload is a model at up to 4096 tokens on one card's published rates, at the smallest batch (a power of two) at
 which activations set the peak. A budget is told as a way: 0 is the peak with every layer recomputed, 1 with none.
@@ -35,6 +35,7 @@ import plan_frontier_others as others
 import torch
 from plan_bound import lower_bound
 from plan_ground import FULL, OFF, CannotRun, Ground, Point
+from quiet_threads import restart_with_sleeping_threads
 
 from gcbench import __version__, strategies
 from gcbench.core.files import write_text
@@ -333,6 +334,7 @@ def _solvers(stored: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> None:
+    restart_with_sleeping_threads()
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="", help="names, joined by commas")
     parser.add_argument("--measured", action="store_true", help="only what is measured on this machine")

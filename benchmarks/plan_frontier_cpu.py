@@ -1,16 +1,18 @@
 """The part of `plan_frontier.py` that is measured: a small Llama on this machine's CPU, real training steps.
 
 Every plan must give the gradients of off bit for bit. Peaks are the allocator's. Times are taken in interleaved rounds
-in one process, and overheads are ratios within a round. Predictions rest on calls timed on this machine first.
+in one process, and overheads are ratios within a round, of processor time (user) as in `gcbench run`: OpenMP's threads
+sleep while they wait, and freed memory is kept. Wall times are stored beside them. Predictions rest on calls timed on
+this machine first.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,6 @@ WAYS = (0.25, 0.5, 0.75)
 NAMED = ("off", "per-layer", "every:2", "first:3", "selective:matmul")
 ROUNDS, STEPS = 10, 1
 CALIBRATION_S = 90.0
-_QUIET, _PATIENCE_S = 1.2, 1800
-"""Load of the machine beneath which times are taken, and how long that is waited for."""
 
 
 def measured() -> dict[str, Any]:
@@ -77,8 +77,9 @@ def measured() -> dict[str, Any]:
     real = _Real(source)
     same = real.gradients(plans)
     peaks = real.peaks(plans)
-    load = _wait_for_quiet()
-    times = real.times(plans)
+    load = os.getloadavg()[0]
+    turns = real.turns(plans)
+    times = {name: [turn.user_s for turn in each] for name, each in turns.items()}
     rows = []
     for name, point in points.items():
         ratios = [mine / off for mine, off in zip(times[name], times["off"], strict=True)]
@@ -96,7 +97,9 @@ def measured() -> dict[str, Any]:
                 "predicted_overhead": point.seconds / low.seconds,
                 "overhead": _interval(estimate(shares)),
                 "ratio_to_off": _interval(estimate(ratios)),
-                "step_times_s": times[name],
+                "step_times_s": [turn.wall_s for turn in turns[name]],
+                "user_s": times[name],
+                "system_s": [turn.system_s for turn in turns[name]],
             }
         )
     off_s = ground.planner.evaluator.scaling(ground.plans[OFF]).seconds(BATCH, ground.figures)
@@ -112,6 +115,7 @@ def measured() -> dict[str, Any]:
         "load_after": os.getloadavg()[0],
         "rounds": ROUNDS,
         "steps_in_a_round": STEPS,
+        "overheads_of": "processor time (user)",
         "times_from": ground.figures.source,
         "predicted_step_s": {"off": off_s, "per-layer": off_s + low.seconds},
         "rows": rows,
@@ -121,16 +125,6 @@ def measured() -> dict[str, Any]:
 def _interval(found: Estimate | None) -> dict[str, float | None]:
     assert found is not None
     return {"centre": found.centre, "low": found.low, "high": found.high}
-
-
-def _wait_for_quiet() -> float:
-    begin = time.monotonic()
-    quiet = 0
-    while quiet < 3 and time.monotonic() - begin < _PATIENCE_S:
-        quiet = quiet + 1 if os.getloadavg()[0] < _QUIET else 0
-        if quiet < 3:
-            time.sleep(10)
-    return os.getloadavg()[0]
 
 
 def _ground(source: ModelSource) -> Ground:
@@ -158,10 +152,18 @@ def _ground(source: ModelSource) -> Ground:
 
     rough = planner(CardFigures(None))
     works = [work for plan in rough.mixes.uniform for work in rough.evaluator.calls(plan, BATCH)]
-    _wait_for_quiet()
     with tempfile.TemporaryDirectory() as folder:
         figures = calibrate_for(works, device=cpu.CpuDevice(), budget_s=CALIBRATION_S, folder=Path(folder))
-    return Ground(planner(figures), BATCH)
+    return Ground(planner(figures.by_processor_time(works)), BATCH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Turn:
+    """Seconds of a step: of wall time, and of processor time in user and in system mode."""
+
+    wall_s: float
+    user_s: float
+    system_s: float
 
 
 class _Real:
@@ -169,6 +171,8 @@ class _Real:
 
     def __init__(self, source: ModelSource) -> None:
         config = models.build_config(source, layers=None, overrides={})
+        self.device = cpu.CpuDevice()
+        self.device.keep_memory()
         self.model = models.build(source, config, device="cpu", dtype=torch.float32, attn_implementation=None, seed=0)
         batch = random_batch(self.model, batch_size=BATCH, seq_len=SEQ_LEN, seed=0)
         self.step = TrainingStep(self.model, batch=batch, precision=PRECISION, optim=OPTIM, seed=0)
@@ -196,32 +200,31 @@ class _Real:
         return same
 
     def peaks(self, plans: Mapping[str, Plan]) -> dict[str, int]:
-        device = cpu.CpuDevice()
         self.step()
         found = {}
         for name, plan in plans.items():
             with self._with(plan):
-                with device.probe_memory() as probe:
+                with self.device.probe_memory() as probe:
                     self.step()
                     self.step(probe.on_phase)
                 found[name] = probe.peaks().allocated_bytes
         return found
 
-    def times(self, plans: Mapping[str, Plan]) -> dict[str, list[float]]:
-        """Seconds a step, a figure per round: the fastest of its steps after one that does not count."""
-        found: dict[str, list[float]] = {name: [] for name in plans}
+    def turns(self, plans: Mapping[str, Plan]) -> dict[str, list[_Turn]]:
+        """What a step takes, a turn per round, after a step that does not count."""
+        found: dict[str, list[_Turn]] = {name: [] for name in plans}
         names = list(plans)
         for number in range(ROUNDS):
             turned = names[number % len(names) :] + names[: number % len(names)]
             for name in turned:
                 with self._with(plans[name]):
                     self.step()
-                    taken = []
-                    for _ in range(STEPS):
-                        begin = time.perf_counter()
-                        self.step()
-                        taken.append(time.perf_counter() - begin)
-                found[name].append(min(taken))
+                    self.device.begin_turn()
+                    wall_s = [self.device.time(self.step) for _ in range(STEPS)]
+                    observed = self.device.end_turn()
+                found[name].append(
+                    _Turn(wall_s=min(wall_s), user_s=observed.user_s / STEPS, system_s=observed.system_s / STEPS)
+                )
         return found
 
 

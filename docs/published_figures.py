@@ -169,7 +169,7 @@ def choices() -> list[Any]:
         import regret
     finally:
         sys.path.pop()
-    workloads = stored("regret-cpu-amd-epyc")["workloads"].values()
+    workloads = stored("regret-cpu-intel-xeon")["workloads"].values()
     return [score for workload in workloads for score in regret.scores(workload)]
 
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from gcbench.calibration import op_times
-from gcbench.calibration.op_times import GENERIC, Calibration, Overhead, Point, machine_key
+from gcbench.calibration.op_times import GENERIC, Calibration, Point, machine_key
 from gcbench.calibration.timer import Timer
 from gcbench.core.units import KIB, MIB
 from gcbench.devices.backends import Device, cpu
@@ -42,13 +40,17 @@ def calibrate_for(works: Iterable[Work], *, device: Device, budget_s: float, fol
     known = op_times.load(machine_key(device.describe()), folder)
     if known is not None and _is_complete(known, device) and not known.missing(works):
         return known
+    if known is not None and device.name == cpu.TYPE and not known.has_processor_times:
+        known = None
     measured = measure(works, device=device, budget_s=budget_s, known=known)
     op_times.save(measured, folder)
     return measured
 
 
 def _is_complete(known: Calibration, device: Device) -> bool:
-    return bool(known.points) and (bool(known.overheads) or device.name != cpu.TYPE)
+    if device.name != cpu.TYPE:
+        return bool(known.points)
+    return bool(known.points and known.has_processor_times and known.overheads and known.processor_overheads)
 
 
 def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Calibration | None) -> Calibration:
@@ -62,17 +64,16 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
     found = known or Calibration(machine=machine_key(device.describe()), created="")
     with _undisturbed(device):
         timer = Timer(device)
-        start = time.monotonic()
+        start = timer.now()
         if not found.points:
             grid = tuple(_grid({work.dtype for work in works}))
             found = _with(found, timer.points(grid, expected=found.by_itself, until=start + budget_s / 4))
         if not _is_complete(found, device) and budget_s >= _WITH_OVERHEADS_S:
             from gcbench.calibration import overheads  # only now: it imports what traces and trains a model
 
-            begun = time.monotonic()
-            added, step_s = overheads.overheads(timer, until=begun + overheads.LEAST_S)
-            found = _with(found, overheads=added, step_s=step_s)
-            start += time.monotonic() - begun
+            begun = timer.now()
+            found = found.merged(overheads.overheads(timer, until=begun + overheads.LEAST_S).of(found.machine, _now()))
+            start += timer.now() - begun
         there = {(point.call, point.cold) for point in found.points}
         lacking = [work for work in found.missing(works) if (work.call, work.cold) not in there]
         counts = Counter(works)
@@ -83,13 +84,12 @@ def measure(works: Iterable[Work], *, device: Device, budget_s: float, known: Ca
         return _with(found, timer.points(lacking, expected=found.by_itself, until=start + budget_s))
 
 
-def _with(
-    known: Calibration, points: Iterable[Point] = (), *, overheads: tuple[Overhead, ...] = (), step_s: float = 0.0
-) -> Calibration:
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    return known.merged(
-        Calibration(machine=known.machine, created=created, points=tuple(points), overheads=overheads, step_s=step_s)
-    )
+def _with(known: Calibration, points: Iterable[Point]) -> Calibration:
+    return known.merged(Calibration(machine=known.machine, created=_now(), points=tuple(points)))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _grid(dtypes: Iterable[str]) -> Iterator[Work]:
@@ -114,27 +114,11 @@ def _grid(dtypes: Iterable[str]) -> Iterator[Work]:
             )
 
 
-def _keep_memory() -> None:
-    """Have glibc keep freed memory, for this process, which measures and ends; does nothing with other C libraries.
-
-    Otherwise it depends on the largest block freed so far whether a call's memory is new to the process, so that the
-    kernel has to zero its pages. In a warmed-up step most memory is not new.
-    """
-    with suppress(OSError, AttributeError, ValueError):
-        library = ctypes.CDLL(None)
-        library.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # the maximum; larger blocks are always new
-        library.mallopt(_M_TRIM_THRESHOLD, -1)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""glibc's malloc.h."""
-
-
 @contextmanager
 def _undisturbed(device: Device) -> Iterator[None]:
     """Without garbage collection; the states of random generators are restored afterwards."""
     if device.name == cpu.TYPE:
-        _keep_memory()
+        device.keep_memory()
     was_enabled = gc.isenabled()
     cards = [] if device.name == cpu.TYPE else [device.name]
     with generators_restored(cards):

@@ -17,12 +17,13 @@ from functools import cached_property
 from pathlib import Path
 from statistics import median
 
+from gcbench.calibration.call_overhead import Overhead
 from gcbench.core.files import cache_folder, write_text
 from gcbench.core.json_codec import decode, encode
 from gcbench.core.records import Machine
 from gcbench.operators.call_text import form
 from gcbench.simulate import kernel_times
-from gcbench.simulate.costs import Caller, Work, WorkKind
+from gcbench.simulate.costs import Work, WorkKind
 
 SCHEMA = 2
 """Schema of the file; a file with another schema is measured again."""
@@ -34,7 +35,10 @@ _CLOSE = math.log(1.15)
 """Log ratio of bytes within which a measured call counts as the same; only a cache's edge moves its time by more."""
 _NEIGHBOURS = 4
 """Measured products from which the rate of another is interpolated: one on either side of two dimensions."""
-_SETTINGS = ("cpu_capability", "cpu_cores", "torch_threads", "float32_matmul_precision", "tf32_matmul")
+_SETTINGS = (
+    *("cpu_capability", "cpu_cores", "torch_threads", "float32_matmul_precision", "tf32_matmul"),
+    "OMP_WAIT_POLICY",  # whether threads sleep or spin while they wait decides what a short call takes
+)
 _VERSIONS = ("torch", "transformers", "python", "cuda", "driver")
 """Facts about a machine on which operator times depend."""
 _GUESSED_FLOPS, _GUESSED_BANDWIDTH, _GUESSED_CALL_S = 30e9, 8e9, 4e-6
@@ -43,7 +47,12 @@ _GUESSED_FLOPS, _GUESSED_BANDWIDTH, _GUESSED_CALL_S = 30e9, 8e9, 4e-6
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One measured call; fields as in `Work`."""
+    """One measured call; fields as in `Work`.
+
+    Attributes:
+        seconds: wall time.
+        processor_s: processor time of all threads of the process, user and system; None on a GPU.
+    """
 
     op: str
     kind: WorkKind
@@ -55,40 +64,12 @@ class Point:
     call: str
     cold: int
     seconds: float
+    processor_s: float | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         """Equal for calls that take the same time."""
         return _key(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Overhead:
-    """The time that a call takes in a step beyond its time by itself, for one caller.
-
-    Attributes:
-        caller: as in `Work`: the model's Python, autograd, checkpointing.
-        call_s: seconds per call. Negative where the caller has less overhead than Python.
-        cold_s: further seconds where the call touches `CORE_BYTES` or more, in proportion where it touches less,
-            because it evicts the code that runs next from the core's own cache.
-    """
-
-    caller: Caller
-    call_s: float
-    cold_s: float = 0.0
-
-    def seconds(self, work: Work) -> float:
-        """The overhead of this call."""
-        return self.call_s + self.cold_s * coldness(work)
-
-
-def coldness(work: Work) -> float:
-    """The fraction of a core's own cache that the call fills; at most 1."""
-    return min(work.nbytes / CORE_BYTES, 1.0)
-
-
-CORE_BYTES = 2**20
-"""Size of a core's own cache: 0.5 to 2 MiB in current processors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +82,8 @@ class Calibration:
         points: each call once.
         overheads: each caller once.
         step_s: seconds that a step takes beyond its calls, whatever the number of layers.
+        processor_overheads, processor_step_s: the same in processor time; empty and 0 on a GPU.
+        is_by_processor: whether `seconds` are in proportion to processor time; not so in a file.
     """
 
     schema: int = SCHEMA
@@ -109,11 +92,15 @@ class Calibration:
     points: tuple[Point, ...] = ()
     overheads: tuple[Overhead, ...] = ()
     step_s: float = 0.0
+    processor_overheads: tuple[Overhead, ...] = ()
+    processor_step_s: float = 0.0
+    is_by_processor: bool = False
 
     @property
     def source(self) -> str:
         """The origin of the times, in words."""
-        return f"a calibration of this machine, {self.created[:10]}"
+        by = ", by ratios of processor time" if self.is_by_processor else ""
+        return f"a calibration of this machine, {self.created[:10]}{by}"
 
     def seconds(self, work: Work) -> float:
         """The estimated time of one call in a step; on a GPU, of its kernel alone."""
@@ -181,6 +168,38 @@ class Calibration:
             points=tuple(points.values()),
             overheads=newer.overheads or self.overheads,
             step_s=newer.step_s if newer.overheads else self.step_s,
+            processor_overheads=newer.processor_overheads or self.processor_overheads,
+            processor_step_s=newer.processor_step_s if newer.overheads else self.processor_step_s,
+        )
+
+    @property
+    def has_processor_times(self) -> bool:
+        """Whether every point has its processor time."""
+        return all(point.processor_s is not None for point in self.points)
+
+    def by_processor_time(self, works: Iterable[Work]) -> Calibration:
+        """The calibration whose seconds are in proportion to processor time; itself where that was not measured.
+
+        What other processes take, which differs from call to call, is then in no ratio of two steps. All seconds are
+        scaled by one factor, so that those of `works` together are their wall time.
+        """
+        if not self.points or not self.has_processor_times:
+            return self
+        works = tuple(works)
+        unscaled = self._of_processor(1.0)
+        wall_s, processor_s = (sum(map(each.seconds, works)) for each in (self, unscaled))
+        return self._of_processor(wall_s / processor_s) if wall_s and processor_s else unscaled
+
+    def _of_processor(self, scale: float) -> Calibration:
+        return replace(
+            self,
+            points=tuple(replace(each, seconds=scale * (each.processor_s or 0.0)) for each in self.points),
+            overheads=tuple(
+                replace(each, call_s=scale * each.call_s, cold_s=scale * each.cold_s)
+                for each in self.processor_overheads
+            ),
+            step_s=scale * self.processor_step_s,
+            is_by_processor=True,
         )
 
     @cached_property
@@ -349,10 +368,13 @@ def load(machine: str, folder: Path | None = None) -> Calibration | None:
 
 def is_sound(calibration: Calibration) -> bool:
     """Whether all seconds are finite numbers, and those of calls above 0."""
-    seconds = [calibration.step_s, *(point.seconds for point in calibration.points)]
-    seconds += [value for each in calibration.overheads for value in (each.call_s, each.cold_s)]
+    of_calls = [point.seconds for point in calibration.points]
+    of_calls += [point.processor_s for point in calibration.points if point.processor_s is not None]
+    added = (*calibration.overheads, *calibration.processor_overheads)
+    seconds = [calibration.step_s, calibration.processor_step_s, *of_calls]
+    seconds += [value for each in added for value in (each.call_s, each.cold_s)]
     return all(isinstance(value, float) and math.isfinite(value) for value in seconds) and all(
-        point.seconds > 0 for point in calibration.points
+        value > 0 for value in of_calls
     )
 
 

@@ -9,17 +9,19 @@ torch from the core's own cache, so it is measured at two batch sizes.
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from gcbench import strategies
-from gcbench.calibration.op_times import Overhead, coldness
-from gcbench.calibration.timer import Timer, typical
+from gcbench.calibration.call_overhead import Overhead, coldness
+from gcbench.calibration.op_times import Calibration
+from gcbench.calibration.timer import Timer, Took, clocks, typical
 from gcbench.checkpointing import apply as checkpointing
 from gcbench.models import build as models
 from gcbench.models import sources
@@ -63,12 +65,37 @@ Works = Mapping[str, Sequence[tuple[Work, float]]]
 """Part of a step -> its calls, each with how often it is made."""
 Turn = Mapping[str, Mapping[str, float]]
 """One step with each strategy, one after the other: strategy -> part -> seconds."""
+TurnTook = Mapping[str, Mapping[str, Took]]
+"""The same with both clocks."""
 
 
-def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> tuple[tuple[Overhead, ...], float]:
+Solved = tuple[tuple[Overhead, ...], float]
+"""(The overhead of each caller per call, the seconds that a step takes besides, whatever its layers.)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overheads:
+    """The overheads in wall time, and in processor time of all threads of the process."""
+
+    wall: Solved
+    processor: Solved
+
+    def of(self, machine: str, created: str) -> Calibration:
+        """The calibration that consists of them."""
+        return Calibration(
+            machine=machine,
+            created=created,
+            overheads=self.wall[0],
+            step_s=self.wall[1],
+            processor_overheads=self.processor[0],
+            processor_step_s=self.processor[1],
+        )
+
+
+def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> Overheads:
     """The overhead of each caller per call, and the seconds that a step takes besides, whatever its layers.
 
-    Measured until `until` on the monotonic clock, but for at least `least_s`; tracing takes one more second.
+    Measured until `until` on the clock of the timer, but for at least `least_s`; tracing takes one more second.
     """
     source = sources.resolve(_MODEL, pretrained=False, trust_remote_code=False)
     config = models.build_config(source, layers=_LAYERS, overrides=_SIZES)
@@ -81,7 +108,7 @@ def overheads(timer: Timer, *, until: float, least_s: float = LEAST_S) -> tuple[
         for batch in _BATCH_SIZES
     }
     model = models.build(source, config, device="cpu", dtype=torch.float32, attn_implementation=None, seed=0)
-    return _measured(timer, model, works, max(until, time.monotonic() + least_s))
+    return _measured(timer, model, works, max(until, timer.now() + least_s))
 
 
 def _by_part(step: Step) -> dict[str, list[tuple[Work, float]]]:
@@ -103,57 +130,76 @@ def _by_part(step: Step) -> dict[str, list[tuple[Work, float]]]:
     return found
 
 
-def _measured(
-    timer: Timer, model: torch.nn.Module, works: Mapping[tuple[str, int], Works], until: float
-) -> tuple[tuple[Overhead, ...], float]:
-    steps = {batch: _Step(model, batch) for batch in _BATCH_SIZES}
+def _measured(timer: Timer, model: torch.nn.Module, works: Mapping[tuple[str, int], Works], until: float) -> Overheads:
+    steps = {batch: _Step(model, batch, timer.now) for batch in _BATCH_SIZES}
     counts = Counter(work for parts in works.values() for part in parts.values() for work, _ in part)
     calls = list({(work.call, work.cold): work for work, _ in counts.most_common() if work.call}.values())
-    share = (until - time.monotonic()) / _ROUNDS
-    alone: dict[tuple[str, int], float] = {}
-    turns: dict[int, list[Turn]] = {batch: [] for batch in steps}
+    share = (until - timer.now()) / _ROUNDS
+    alone: dict[tuple[str, int], Took] = {}
+    turns: dict[int, list[TurnTook]] = {batch: [] for batch in steps}
     for number in range(_ROUNDS):  # calls and steps alternate, so that a slow moment affects both
-        if number and time.monotonic() > until:
+        if number and timer.now() > until:
             break
         untimed = [work for work in calls if (work.call, work.cold) not in alone] or calls
-        for point in timer.points(untimed, expected=lambda work: _CALL_S, until=time.monotonic() + share * _SHARES[0]):
+        for point in timer.points(untimed, expected=lambda work: _CALL_S, until=timer.now() + share * _SHARES[0]):
             key = (point.call, point.cold)
-            alone[key] = min(point.seconds, alone.get(key, point.seconds))
+            took = Took(wall_s=point.seconds, processor_s=point.processor_s)
+            alone[key] = took if key not in alone else _least(took, alone[key])
         for (batch, step), part in zip(steps.items(), _SHARES[1:], strict=True):
-            turns[batch] += step.turns(until=time.monotonic() + share * part)
-    other = median(alone.values()) if alone else _CALL_S
-    return _solved(works, turns, {work: alone.get((work.call, work.cold), other) for work in counts})
+            turns[batch] += step.turns(until=timer.now() + share * part)
+
+    def solved(of: Callable[[Took], float]) -> Solved:
+        other = median(map(of, alone.values())) if alone else _CALL_S
+        found = {key: of(took) for key, took in alone.items()}
+        seconds = {
+            batch: [
+                {strategy: {part: of(took) for part, took in parts.items()} for strategy, parts in turn.items()}
+                for turn in each
+            ]
+            for batch, each in turns.items()
+        }
+        return _solved(works, seconds, {work: found.get((work.call, work.cold), other) for work in counts})
+
+    return Overheads(wall=solved(lambda took: took.wall_s), processor=solved(lambda took: took.processor_s or 0.0))
+
+
+def _least(one: Took, other: Took) -> Took:
+    """The lesser of each of both times."""
+    processor_s = min(one.processor_s or 0.0, other.processor_s or 0.0)
+    return Took(wall_s=min(one.wall_s, other.wall_s), processor_s=processor_s)
 
 
 class _Step:
     """Runs the real step of one batch size with each strategy in turn."""
 
-    def __init__(self, model: torch.nn.Module, batch_size: int) -> None:
-        self.model = model
+    def __init__(self, model: torch.nn.Module, batch_size: int, now: Callable[[], float]) -> None:
+        self.model, self.now = model, now
         self.layers = checkpointing.checkpointable_layers(model)
         batch = random_batch(model, batch_size=batch_size, seq_len=_SEQ_LEN, seed=0)
         self.step = TrainingStep(model, batch=batch, precision=_PRECISION, optim=_OPTIM, seed=0)
         for strategy in _STRATEGIES:  # allocates once: the optimizer's states, the libraries' workspaces
             self._parts(strategy)
 
-    def turns(self, *, until: float) -> Iterator[Turn]:
+    def turns(self, *, until: float) -> Iterator[TurnTook]:
         """Steps with each strategy, one after the other, until `until`; a first warm-up turn is not counted."""
         for number in range(_MOST_STEPS):
             turn = {strategy: self._parts(strategy) for strategy in _STRATEGIES}
             if number:
                 yield turn
-            if number >= _LEAST_STEPS and time.monotonic() > until:
+            if number >= _LEAST_STEPS and self.now() > until:
                 break
 
-    def _parts(self, strategy: str) -> dict[str, float]:
-        marks: list[float] = []
+    def _parts(self, strategy: str) -> dict[str, Took]:
+        marks: list[Took] = []
 
         def mark(*call: object) -> None:
-            marks.append(time.perf_counter())
+            marks.append(clocks())
 
-        hooks = [self.layers[0].register_forward_pre_hook(mark), self.layers[-1].register_forward_hook(mark)]
+        hooks: list[RemovableHandle] = []
         checkpointing.apply(self.model, strategies.parse(strategy).plan_for(_LAYERS))
         try:
+            self.step(lambda *call: None)  # as in training, a step follows one with the same strategy: its code is hot
+            hooks = [self.layers[0].register_forward_pre_hook(mark), self.layers[-1].register_forward_hook(mark)]
             self.step(mark)
         finally:
             checkpointing.clear(self.model)
@@ -162,12 +208,12 @@ class _Step:
         mark()
         # Layers that are run again call their hooks again, in the backward pass.
         spans = pairwise([*marks[:4], *marks[-2:]])
-        return {part: after - before for part, (before, after) in zip(_PARTS, spans, strict=True)}
+        return {part: after.minus(before) for part, (before, after) in zip(_PARTS, spans, strict=True)}
 
 
 def _solved(
     works: Mapping[tuple[str, int], Works], turns: Mapping[int, Sequence[Turn]], alone: Mapping[Work, float]
-) -> tuple[tuple[Overhead, ...], float]:
+) -> Solved:
     """Attribute the time of steps beyond their calls to the callers: (overhead of each caller, seconds per step).
 
     `works` has the calls of each (strategy, batch size), `turns` the times of each batch size, `alone` the seconds of
@@ -212,9 +258,11 @@ def _first_run(
     The calls that it runs again, each of `in_step` seconds, are subtracted.
     """
     first = [pair for pair in works[strategy, batch]["layers"] if pair[0].caller == caller]
-    added = median(sum(turn[strategy][part] - turn["off"][part] for part in _CHECKPOINTED) for turn in turns)
+    off_s, now_s = (
+        typical([sum(turn[each][part] for part in _CHECKPOINTED) for turn in turns]) for each in ("off", strategy)
+    )
     off, now = (_sum(works[each, batch]["backward"], in_step) for each in ("off", strategy))
-    return _sum(first, coldness) / _count(first), (added - (now - off)) / _count(first)
+    return _sum(first, coldness) / _count(first), (now_s - off_s - (now - off)) / _count(first)
 
 
 def _count(calls: Iterable[tuple[Work, float]]) -> float:

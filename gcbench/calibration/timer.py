@@ -10,6 +10,7 @@ import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from statistics import median
 
 import torch
@@ -43,6 +44,33 @@ _PREPARED, _PREPARED_BYTES = 32, 256 * MIB
 """Numbers of prepared calls, and of bytes they touch, at which they are made."""
 _SHORT_BYTES = 8 * MIB
 """Bytes touched; for smaller calls, the call before affects the time."""
+_SLOWEST = 1 / 3
+"""Of wall time: a calibration takes up to three times its budget on a busy machine."""
+_RESOLUTION_S = 1e-9
+"""Of both clocks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Took:
+    """Seconds of wall time, and of processor time of all threads of this process; the latter None on a GPU."""
+
+    wall_s: float
+    processor_s: float | None
+
+    def minus(self, earlier: Took) -> Took:
+        """What passed since `earlier`, which has both."""
+        return Took(
+            wall_s=self.wall_s - earlier.wall_s, processor_s=(self.processor_s or 0.0) - (earlier.processor_s or 0.0)
+        )
+
+
+def clocks() -> Took:
+    """Read both clocks.
+
+    The processor clock is that of the scheduler, to the nanosecond; its parts, user and system time, are counted in
+    ticks of milliseconds (CLOCK_PROCESS_CPUTIME_ID in clock_gettime(2), getrusage(2)).
+    """
+    return Took(wall_s=time.perf_counter(), processor_s=time.process_time())
 
 
 class Timer:
@@ -51,22 +79,33 @@ class Timer:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.is_cpu = device.name == cpu.TYPE
+        self._thread_s, self._begun_s = time.thread_time(), time.monotonic()
         self._free_bytes = _free_bytes(device)
         most_bytes = min(_MOST_BYTES, self._free_bytes // _MEMORY_SHARE)
         self._replayer = Replayer(torch.device(device.name), cold_bytes=_COLD_BYTES, most_bytes=most_bytes)
         self._held: deque[tuple[object, int]] = deque()
         self._held_bytes = 0
 
+    def now(self) -> float:
+        """Return the clock of time budgets, in seconds.
+
+        On a CPU it is the processor time of this thread, so that calls are timed as often as on an idle machine where
+        other processes compute, but no slower than `_SLOWEST` of wall time.
+        """
+        if not self.is_cpu:
+            return time.monotonic()
+        return max(time.thread_time() - self._thread_s, _SLOWEST * (time.monotonic() - self._begun_s))
+
     def points(self, works: Sequence[Work], *, expected: Callable[[Work], float], until: float) -> tuple[Point, ...]:
-        """Points of as many works, from the first on, as can be timed until `until` on the monotonic clock."""
+        """Points of as many works, from the first on, as can be timed until `until` on `now`."""
         left = deque(works)
         found: list[Point] = []
         while left:
             batch: list[Work] = []
-            remaining = until - time.monotonic()
+            remaining = until - self.now()
             while left:
                 takes = expected(left[0]) * _WITH_ALL * (_LEAST_SAMPLES + 1)
-                if takes > remaining and (batch or takes > until - time.monotonic()):
+                if takes > remaining and (batch or takes > until - self.now()):
                     break
                 remaining -= takes
                 batch.append(left.popleft())
@@ -75,40 +114,40 @@ class Timer:
                 continue
             random.Random(0).shuffle(batch)  # calls of one size in a row would find their code in the caches
             found += self._batch(batch, expected, until)
-            if time.monotonic() >= until:
+            if self.now() >= until:
                 break
         return tuple(found)
 
     def _batch(self, works: list[Work], expected: Callable[[Work], float], until: float) -> Iterator[Point]:
         """Sample all works in turn, again and again, so that a slow moment affects one sample of each."""
-        samples: dict[Work, list[float]] = {work: [] for work in works}
+        samples: dict[Work, list[Took]] = {work: [] for work in works}
         did: dict[Work, Work] = {}
         for turn in range(_MOST_SAMPLES + 1):
             for ready in self._prepared(self._to_sample(samples, turn, expected, until)):
                 for work, call, before in ready:
                     try:
                         with torch.no_grad():
-                            seconds, result = self._time(call, before)
+                            took, result = self._time(call, before)
                     except Exception:  # an operator may raise anything at arguments that are not those of a real step
                         del samples[work]
                         continue
-                    samples[work].append(seconds)
+                    samples[work].append(took)
                     if not turn:
                         did[work] = of_call(call.func, call.args, call.kwargs, result)
                     self._hold(result)
         for work, taken in samples.items():
             if len(taken) > 1:
-                yield _point(did[work], work, typical(taken[1:]))
+                yield _point(did[work], work, taken[1:])
 
     def _to_sample(
-        self, samples: dict[Work, list[float]], turn: int, expected: Callable[[Work], float], until: float
+        self, samples: dict[Work, list[Took]], turn: int, expected: Callable[[Work], float], until: float
     ) -> Iterator[Work]:
         """The works that need one more sample, while time is left for it."""
         for work in list(samples):
             taken = samples[work]
-            if turn > _LEAST_SAMPLES and sum(taken) > _ENOUGH_S:
+            if turn > _LEAST_SAMPLES and sum(took.wall_s for took in taken) > _ENOUGH_S:
                 continue
-            if time.monotonic() + _HEADROOM * (taken[-1] if taken else expected(work)) < until:
+            if self.now() + _HEADROOM * (taken[-1].wall_s if taken else expected(work)) < until:
                 yield work
 
     def _prepared(self, works: Iterator[Work]) -> Iterator[list[tuple[Work, BoundCall, BoundCall | None]]]:
@@ -133,8 +172,8 @@ class Timer:
                 ready, nbytes = [], 0
         yield ready
 
-    def _time(self, call: BoundCall, before: BoundCall | None) -> tuple[float, object]:
-        """(seconds of one call, its result)."""
+    def _time(self, call: BoundCall, before: BoundCall | None) -> tuple[Took, object]:
+        """(what one call took, its result)."""
         if not self.is_cpu:
             return self._time_on_card(call)
         if before is not None:
@@ -142,11 +181,11 @@ class Timer:
         for memory in call.hot:  # also evicts code from the caches, as the operators before it do
             if memory.nbytes <= CACHED_BYTES:
                 memory.sum()
-        start = time.perf_counter()
+        before_s = clocks()
         result = call()
-        return time.perf_counter() - start, result
+        return clocks().minus(before_s), result
 
-    def _time_on_card(self, call: BoundCall) -> tuple[float, object]:
+    def _time_on_card(self, call: BoundCall) -> tuple[Took, object]:
         """The same on a GPU: the mean of `_QUEUE` calls between two events."""
         results: list[object] = []
 
@@ -154,7 +193,7 @@ class Timer:
             for _ in range(_QUEUE):
                 results[:] = [call()]
 
-        return self.device.time(run) / _QUEUE, results[0]
+        return Took(wall_s=self.device.time(run) / _QUEUE, processor_s=None), results[0]
 
     def _hold(self, result: object) -> None:
         nbytes = sum(value.nbytes for value in tree_leaves(result) if isinstance(value, torch.Tensor))
@@ -169,7 +208,8 @@ def typical(samples: Sequence[float]) -> float:
     return median(sorted(samples)[: (len(samples) + 1) // 2])
 
 
-def _point(did: Work, requested: Work, seconds: float) -> Point:
+def _point(did: Work, requested: Work, taken: Sequence[Took]) -> Point:
+    processor = [took.processor_s for took in taken if took.processor_s is not None]
     return Point(
         op=did.op,
         kind=did.kind,
@@ -180,7 +220,8 @@ def _point(did: Work, requested: Work, seconds: float) -> Point:
         is_causal=did.is_causal,
         call=requested.call,
         cold=requested.cold,
-        seconds=max(seconds, 1e-9),  # the resolution of the clock
+        seconds=max(typical([took.wall_s for took in taken]), _RESOLUTION_S),
+        processor_s=max(typical(processor), _RESOLUTION_S) if processor else None,
     )
 
 

@@ -11,6 +11,10 @@ from statistics import fmean
 
 from gcbench.core.records import Conditions
 
+SLEEPING = {"OMP_WAIT_POLICY": "passive"}
+"""OpenMP's threads sleep while they wait for each other: by default they spin, so that where another process holds one
+of them up, the others use processor time for nothing. A step takes up to a tenth longer. In the environment of all
+processes that measure, and of those that look up a calibration of this machine, as it changes what calls take."""
 _LEAST_CLOCK_STEP_S, _LEAST_SUSPENDED_S = 0.5, 0.1
 """Less is the drift by which a time service corrects the clock, and the time between reading two clocks."""
 

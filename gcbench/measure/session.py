@@ -16,6 +16,7 @@ from gcbench.core.interruption import ignore_more
 from gcbench.core.records import ERROR_KINDS, Report
 from gcbench.core.units import counted, format_bytes
 from gcbench.devices import cards
+from gcbench.devices.conditions import SLEEPING
 from gcbench.emulate import environment
 from gcbench.job import preflight
 from gcbench.job.settings import Settings
@@ -25,10 +26,6 @@ from gcbench.processes.children import ForkedChildren
 from gcbench.report import report_file as reports
 from gcbench.report.publish import publish, show, tell_snapshots
 from gcbench.report.run_folder import Store
-
-SLEEPING = {"OMP_WAIT_POLICY": "passive"}
-"""OpenMP's threads sleep while they wait for each other: by default they spin, so that where another process holds one
-of them up, the others use processor time for nothing. A step takes up to a tenth longer."""
 
 
 def measure(

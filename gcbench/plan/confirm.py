@@ -11,7 +11,7 @@ from statistics import median
 from gcbench.core import model_changes
 from gcbench.core.errors import GcbenchError
 from gcbench.core.files import write_text
-from gcbench.core.records import Cell, Outcome, Report, Row, Workload
+from gcbench.core.records import Cell, Outcome, Report, Row, Turn, Workload
 from gcbench.core.units import counted
 from gcbench.export._handover import SEARCHED
 from gcbench.job.resolve import ResolvedRun, begin, described, target_notice
@@ -27,6 +27,7 @@ from gcbench.plan.from_run import plan_of_row
 from gcbench.plan.named import in_run_order, unconfirmed
 from gcbench.plan.planned import PlanResult
 from gcbench.processes.children import Children
+from gcbench.report import stats
 from gcbench.report.rows import failed_proof, rows, unproven
 from gcbench.report.run_folder import Store
 from gcbench.strategies.plan_file import as_json as plan_as_json
@@ -72,13 +73,15 @@ def confirm(planned: PlanResult, *, children: Children, store: Store, progress: 
         for was, now in zip(named, measured, strict=True)
         if now.fits and _outcome_of(report, named[was], was).cell in still_in
     ]
+    found = settled(decision, dict(zip(named, measured, strict=True)), tied=tied, rounds=rounds)
     decided = replace(
-        settled(decision, dict(zip(named, measured, strict=True)), tied=tied, rounds=rounds),
+        found,
         times_from=f"measurements of {counted(len(named), 'setting')} in up to {counted(num_rounds, 'round')}",
         notices=(
             *(notice for notice in decision.notices if notice not in obsolete),
             f"Measured: {counted(len(named), 'leading candidate')}, {counted(steps, 'training step')}; the other "
             "candidates are estimates, scaled to the measurements.",
+            *(() if found.choice is None else ties.basis(found.choice, measured, rounds)),
             *unproven(rows(report)),
         ),
     )
@@ -129,8 +132,7 @@ def settled(
             candidates=ranked(ran) + tuple(others),
             binding=None if rest is None else "The fastest by estimate: no measured candidate fits.",
         )
-    leader = choose(ran)
-    assert leader is not None
+    leader = ties.fastest(fitting, rounds or {})
     choice, others, ran = ties.beside(ran, tied or [leader], rounds or {})
     entered = next(was for was, now in measured.items() if now == choice)
     measured = dict(zip(measured, ran, strict=True))
@@ -244,19 +246,18 @@ def _race(
 
     def choose(alive: Sequence[Cell], took_s: Mapping[Cell, float]) -> Sequence[Cell]:
         nonlocal running
-        rates = {
-            outcome.cell: turn_rates
-            for outcome in recorder.outcomes(cells)
-            if outcome.failure is None and outcome.cell in running and (turn_rates := _rates(outcome))
-        }
+        rates = _rates([o for o in recorder.outcomes(cells) if o.failure is None and o.cell in running])
         able = [cell for cell in alive if cell in running]
         if any(cell not in rates for cell in able):
             return [cell for cell in able if cell not in rates]
         if not rates:
             return ()
         now = racing.state(rates)
-        running = [cell for cell in running if cell in now.still_in]
-        return () if now.is_settled else [cell for cell in able if cell in now.still_in]
+        # Where memory has no room for all at a time, some have had no turn yet.
+        running = [cell for cell in running if cell not in rates or cell in now.still_in]
+        if now.is_settled:
+            return ()
+        return [cell for cell in able if cell in now.still_in and len(rates[cell]) < racing.MOST_ROUNDS]
 
     progress.begin(num_rounds=racing.MOST_ROUNDS)
     TurnTaking(
@@ -271,14 +272,18 @@ def _race(
     return max(map(num_turns, ended)), [o.cell for o in ended if o.cell in running and o.failure is None]
 
 
-def _rates(outcome: Outcome) -> list[float]:
-    """Sequences per second in each turn of a cell."""
-    return [
-        outcome.cell.workload.batch_size / min(turn.step_times_s)
-        for result in outcome.rounds
-        for turn in result.turns
-        if turn.step_times_s
-    ]
+def _rates(outcomes: Sequence[Outcome]) -> dict[Cell, list[float]]:
+    """Sequences per second in each turn of the cells that have taken one.
+
+    Seconds of processor time, as in the overheads of a run, where all turns have it; else those of the fastest step.
+    """
+    turns = {outcome.cell: found for outcome in outcomes if (found := stats.turns(outcome.rounds))}
+    by_processor = all(stats.processor_step_s(turn) for each in turns.values() for turn in each)
+
+    def seconds(turn: Turn) -> float:
+        return (stats.processor_step_s(turn) if by_processor else None) or min(turn.step_times_s)
+
+    return {cell: [cell.workload.batch_size / seconds(turn) for turn in each] for cell, each in turns.items()}
 
 
 def _process_bytes(row: Row, decision: Decision) -> int | None:

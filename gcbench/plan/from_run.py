@@ -90,7 +90,12 @@ def decide(
         largest=tuple(_largest(strategy, candidates) for strategy in dict.fromkeys(row.strategy for row in table)),
         binding=" ".join(why),
         times_from=f"measurements in {folder}",
-        notices=(*notices, *_too_few_rounds(table, folder), *unproven(table)),
+        notices=(
+            *notices,
+            *(() if choice is None else ties.basis(choice, list(rounds), rounds)),
+            *_too_few_rounds(table, folder),
+            *unproven(table),
+        ),
     )
     stored = {key: report.settings[key] for key in _OF_THE_RUN if report.settings.get(key) is not None}
     run_settings = configs.settings({"model": report.model.model, "batch_size": "1", **stored})

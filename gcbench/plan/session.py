@@ -17,6 +17,7 @@ from gcbench.core import model_changes, streams
 from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, UsageError
 from gcbench.core.files import write_text
 from gcbench.core.interruption import ignore_more
+from gcbench.devices.conditions import SLEEPING
 from gcbench.devices.target import CPU, TargetOptions, resolve_target
 from gcbench.emulate import environment
 from gcbench.export._handover import Training
@@ -89,7 +90,7 @@ def plan(
         try:
             with ExitStack() as stack:
                 preload = (*sources.modules(source), "gcbench.plan.search.planner")
-                children = stack.enter_context(ForkedChildren(preload=preload, environment=added))
+                children = stack.enter_context(ForkedChildren(preload=preload, environment=added, defaults=SLEEPING))
                 # Importing matplotlib takes half a second, spent while the children work.
                 threading.Thread(target=import_module, args=("matplotlib.backends.backend_agg",), daemon=True).start()
                 with counting.choose(err, verb="planning", noun="steps", quiet=quiet) as counter:

@@ -15,6 +15,10 @@ Rounds = Mapping[Candidate, Sequence[RoundResult]]
 _MOST_NAMES = 3
 _LEAST_UNITS = 3
 """Rounds for an interval: two are too few to estimate the spread."""
+BY_PROCESSOR = (
+    "Settings are compared by processor time (user), which leaves out what other processes take. The tokens/s of the "
+    "choice are wall time; those of the other measured settings follow from them by the ratios of processor time."
+)
 
 
 def against(candidate: Candidate, other: Candidate, rounds: Rounds) -> Estimate | None:
@@ -41,9 +45,41 @@ def may_be_as_fast(candidate: Candidate, leader: Candidate, rounds: Rounds) -> b
     return ratio.high >= 1 - AS_FAST_FRAC
 
 
-def simplest(candidates: Sequence[Candidate]) -> Candidate:
-    """The simplest candidate: `off`, else a strategy that every trainer has, else the fewest layers recomputed."""
-    return min(candidates, key=lambda each: (*each.rank[:2], -each.tokens_per_s))
+def simplest(candidates: Sequence[Candidate], rounds: Rounds | None = None) -> Candidate:
+    """The simplest candidate: `off`, else a strategy that every trainer has, else the fewest layers recomputed.
+
+    Of equally simple ones, which differ in the batch size, the fastest.
+    """
+    speed = _speeds(candidates, rounds or {})
+    return min(candidates, key=lambda each: (*each.rank[:2], -speed[each]))
+
+
+def fastest(candidates: Sequence[Candidate], rounds: Rounds) -> Candidate:
+    """The candidate with the most tokens per second, by processor time where the rounds have it."""
+    speed = _speeds(candidates, rounds)
+    return max(candidates, key=speed.__getitem__)
+
+
+def _speeds(candidates: Sequence[Candidate], rounds: Rounds) -> dict[Candidate, float]:
+    """Tokens per second: by wall time, or in proportion to the ratios of processor time to one of them."""
+    one = candidates[0]
+    if not all(_is_by_processor(each, one, rounds) for each in candidates):
+        return {each: each.tokens_per_s for each in candidates}
+    ratios = {each: against(each, one, rounds) for each in candidates}
+    return {each: 0.0 if ratio is None else ratio.centre for each, ratio in ratios.items()}
+
+
+def _is_by_processor(candidate: Candidate, other: Candidate, rounds: Rounds) -> bool:
+    if candidate not in rounds or other not in rounds:
+        return False
+    return stats.overhead_basis(rounds[other], rounds[candidate]) == stats.PROCESSOR_TIME
+
+
+def basis(choice: Candidate, candidates: Sequence[Candidate], rounds: Rounds) -> tuple[str, ...]:
+    """A notice where candidates were compared by processor time."""
+    if not any(each != choice and _is_by_processor(each, choice, rounds) for each in candidates):
+        return ()
+    return (BY_PROCESSOR,)
 
 
 def decided(
@@ -56,7 +92,7 @@ def decided(
     fitting = [each for each in candidates if each.fits]
     if not fitting:
         return None, [], list(candidates)
-    leader = max(fitting, key=lambda each: each.tokens_per_s)
+    leader = fastest(fitting, rounds)
     tied = [each for each in fitting if each == leader or may_be_as_fast(each, leader, rounds)]
     return beside(candidates, tied, rounds)
 
@@ -64,15 +100,25 @@ def decided(
 def beside(
     candidates: Sequence[Candidate], tied: Sequence[Candidate], rounds: Rounds
 ) -> tuple[Candidate, list[Candidate], list[Candidate]]:
-    """As `decided`, with the indistinguishable candidates already known."""
-    choice = simplest(tied)
+    """As `decided`, with the indistinguishable candidates already known.
+
+    Where candidates are compared by processor time, the speeds of the others are put in proportion to the choice's.
+    """
+    choice = simplest(tied, rounds)
     now = {each: each if each == choice else _with_interval(each, choice, rounds) for each in candidates}
     return choice, [now[each] for each in tied if each != choice], list(now.values())
 
 
 def _with_interval(candidate: Candidate, choice: Candidate, rounds: Rounds) -> Candidate:
     ratio = against(candidate, choice, rounds) if candidate in rounds else None
-    return candidate if ratio is None else replace(candidate, frac_low=ratio.low, frac_high=ratio.high)
+    if ratio is None:
+        return candidate
+    now = replace(candidate, frac_low=ratio.low, frac_high=ratio.high)
+    if not _is_by_processor(candidate, choice, rounds):
+        return now
+    tokens = candidate.step_time_s * candidate.tokens_per_s
+    rate = choice.tokens_per_s * ratio.centre
+    return replace(now, tokens_per_s=rate, step_time_s=tokens / rate, tokens_per_s_low=None, tokens_per_s_high=None)
 
 
 def sentence(choice: Candidate, others: Sequence[Candidate]) -> str:

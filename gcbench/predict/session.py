@@ -20,6 +20,7 @@ from gcbench.core.errors import GcbenchError, Interrupted, ThresholdBroken, Usag
 from gcbench.core.interruption import ignore_more
 from gcbench.core.records import ERROR_KINDS, Failure, Machine, Outcome, Report
 from gcbench.core.units import counted, format_bytes
+from gcbench.devices.conditions import SLEEPING
 from gcbench.devices.target import CPU, Target, TargetOptions, resolve_target
 from gcbench.job import preflight
 from gcbench.job.describe import describe
@@ -65,7 +66,7 @@ def predict(
                 ExitStack() as running,
                 progress.choose(err, verb="predicting", noun="cells", quiet=quiet) as counter,
             ):
-                children = [running.enter_context(ForkedChildren()) for _ in range(num_children())]
+                children = [running.enter_context(ForkedChildren(defaults=SLEEPING)) for _ in range(num_children())]
 
                 def keep(so_far: Report, answered: int, waiting: int) -> None:
                     nonlocal done

@@ -133,10 +133,13 @@ def _pairs(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> list[tu
 
 
 def _step_s(turn: Turn, of_processor: bool) -> float:
-    """Seconds of a step: the mean of processor time, whose clock covers the turn, or the median of wall time."""
-    if of_processor and turn.user_s:
-        return turn.user_s / len(turn.step_times_s)
-    return statistics.median(turn.step_times_s)
+    """Seconds of a step: the mean of processor time, or the median of wall time."""
+    return (processor_step_s(turn) if of_processor else None) or statistics.median(turn.step_times_s)
+
+
+def processor_step_s(turn: Turn) -> float | None:
+    """Return the processor time of a step, the mean of its turn, which its clock covers; None where there is none."""
+    return turn.user_s / len(turn.step_times_s) if turn.user_s else None
 
 
 _BETWEEN_PROCESSES = 0.01

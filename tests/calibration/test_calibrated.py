@@ -8,7 +8,8 @@ import pytest
 from timed_calls import MACHINE, US, calibration_of, generic, overheads, pointwise, product, tensor
 
 from gcbench.calibration import op_times
-from gcbench.calibration.op_times import CORE_BYTES, Point, machine_key
+from gcbench.calibration.call_overhead import CORE_BYTES
+from gcbench.calibration.op_times import Point, machine_key
 from gcbench.devices import backends
 from gcbench.operators import call_text
 from gcbench.simulate.costs import Work
@@ -102,12 +103,43 @@ def test_missing_calls_have_no_similar_point_and_come_costliest_first():
     assert known.missing([far, replace(far, caller="backward")]) == (far,)
 
 
+# Processor time.
+
+
+def test_by_processor_time_steps_are_compared_by_it_and_take_their_wall_time_together():
+    """The trap: one of two calls was timed while another process computed, and seems five times as slow."""
+    disturbed = replace(pointwise(1000, 50e-6), processor_s=20e-6)
+    other = replace(product(64, 64, 64, 20e-6), processor_s=40e-6)
+    added = overheads(model=1e-6)
+    known = calibration_of(
+        disturbed, other, overheads=added, processor_overheads=overheads(model=2e-6), processor_step_s=6e-6
+    )
+    works = [pointwise(1000, caller="optimizer"), product(64, 64, 64, caller="optimizer")]
+    found = known.by_processor_time(works)
+    assert sum(map(found.seconds, works)) == pytest.approx(sum(map(known.seconds, works)))
+    assert found.seconds(works[1]) == pytest.approx(2 * found.seconds(works[0]))
+    scale = 70 / 60
+    assert found.seconds(pointwise(1000, caller="model")) == pytest.approx(scale * 22e-6)
+    assert found.step_s == pytest.approx(scale * 6e-6)
+    assert known.seconds(works[0]) == 50e-6, "the wall times stay"
+    assert found.source == f"{known.source}, by ratios of processor time"
+
+
+def test_without_processor_times_the_wall_times_are_used():
+    """Those of a GPU, and of a table that another version stored."""
+    for known in (calibration_of(pointwise(1000, 7e-6), overheads=overheads(model=1e-6)), calibration_of()):
+        assert known.by_processor_time([pointwise(1000)]) is known
+
+
 # The file.
 
 
 def test_what_is_stored_comes_back(tmp_path):
     added = overheads(model=(1e-6, 2e-6))
-    known = calibration_of(pointwise(1000, 7e-6), product(8, 9, 10, 1e-5, cold=3), overheads=added)
+    timed = replace(pointwise(1000, 7e-6), processor_s=9e-6)
+    known = calibration_of(
+        timed, product(8, 9, 10, 1e-5, cold=3), overheads=added, processor_overheads=added, processor_step_s=1e-4
+    )
     assert op_times.save(known, tmp_path / "new") == op_times.path_for(MACHINE, tmp_path / "new")
     assert op_times.load(MACHINE, tmp_path / "new") == known
     assert [path.name for path in (tmp_path / "new").iterdir()] == [op_times.path_for(MACHINE).name]
@@ -178,6 +210,7 @@ def test_a_machine_is_identified_by_what_affects_operator_times():
         replace(machine, device_name="another"),
         replace(machine, versions=machine.versions | {"torch": "1.0"}),
         replace(machine, settings=machine.settings | {"torch_threads": "77"}),
+        replace(machine, settings=machine.settings | {"OMP_WAIT_POLICY": "active"}),
     ]
-    assert len({key, *map(machine_key, others)}) == 4
+    assert len({key, *map(machine_key, others)}) == 5
     assert machine_key(replace(machine, platform="moved", device_memory_bytes=1)) == key

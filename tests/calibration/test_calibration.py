@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from gcbench.calibration import op_times
 from gcbench.calibration import overheads as calibration_host
 from gcbench.calibration import timer as calibration
 from gcbench.calibration.calibrate import calibrate_for, measure
-from gcbench.calibration.op_times import CORE_BYTES, Calibration, machine_key
+from gcbench.calibration.call_overhead import CORE_BYTES
+from gcbench.calibration.op_times import Calibration, machine_key
 from gcbench.devices import backends
 from gcbench.operators import call_text as calls
 from gcbench.plan.task import PlanTask
@@ -54,25 +56,63 @@ def test_where_what_is_missing_matters_all_is_measured_anew(monkeypatch, times, 
     assert {work.op for work in asked} == ({"silu", "gelu"} if anew else {"gelu"})
 
 
+def test_the_processor_time_of_a_call_leaves_out_when_it_waits():
+    """The trap: a machine on which others compute, where a call takes what they leave of it."""
+    timer = calibration.Timer(backends.open_device("cpu"))
+
+    class Waits:
+        hot = ()
+
+        def __call__(self):
+            time.sleep(0.05)
+
+    took, _ = timer._time(Waits(), None)
+    assert took.wall_s >= 0.05 > 10 * took.processor_s
+
+
+def test_a_budget_goes_on_as_this_thread_computes_but_not_without_end(monkeypatch):
+    """The trap: on a busy machine a budget in wall time ends before most calls were timed."""
+    clocks = {"thread_time": 5.0, "monotonic": 100.0}
+    monkeypatch.setattr(
+        calibration, "time", SimpleNamespace(**{name: lambda name=name: clocks[name] for name in clocks})
+    )
+    timer = calibration.Timer(backends.open_device("cpu"))
+    assert timer.now() == 0.0
+    clocks.update(thread_time=6.0, monotonic=101.5)
+    assert timer.now() == 1.0, "others took a third of it"
+    clocks.update(thread_time=6.0, monotonic=109.0)
+    assert timer.now() == pytest.approx(3.0), "at the latest after three times the budget"
+
+
+def test_a_calibration_without_processor_times_is_measured_again(tmp_path):
+    device = backends.open_device("cpu")
+    works = [pointwise(1000)]
+    key = machine_key(device.describe())
+    op_times.save(calibration_of(pointwise(1000, 123.0), overheads=overheads(model=1e-6), machine=key), tmp_path)
+    found = calibrate_for(works, device=device, budget_s=1.0, folder=tmp_path)
+    assert found.has_processor_times and all(point.seconds < 100 for point in found.points)
+
+
 def test_a_call_that_fails_or_is_too_large_is_left_out():
     device = backends.open_device("cpu")
     fails = product(8, 8, 8, call=calls.write("aten::mm", [tensor(8, 8), tensor(9, 8)], {}))
     too_large = pointwise(2**50)
     good = pointwise(64)
     timer = calibration.Timer(device)
-    found = timer.points([too_large, fails, good], expected=lambda work: US, until=time.monotonic() + 5)
+    found = timer.points([too_large, fails, good], expected=lambda work: US, until=timer.now() + 5)
     assert [(point.op, point.nbytes) for point in found] == [("silu", 512)]
 
 
 def test_no_call_is_started_that_exceeds_the_budget():
     made = []
     timer = calibration.Timer(backends.open_device("cpu"))
-    timer._time = lambda call, before: made.append(call) or (US, call())
+    took = calibration.Took(wall_s=US, processor_s=US)
+    timer._time = lambda call, before: made.append(call) or (took, call())
     works = [pointwise(1000), pointwise(10)]
-    found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=time.monotonic() + 60)
+    found = timer.points(works, expected=lambda w: 1e3 if w.nbytes > 100 else US, until=timer.now() + 60)
     assert [point.nbytes for point in found] == [80]
     assert 1 < len(made) < 100
-    assert not timer.points(works, expected=lambda w: US, until=time.monotonic() - 1)
+    assert not timer.points(works, expected=lambda w: US, until=timer.now() - 1)
 
 
 def test_overheads_are_the_time_of_a_step_beyond_its_calls():
@@ -130,12 +170,13 @@ def test_overheads_are_the_time_of_a_step_beyond_its_calls():
 
 def test_the_reference_model_gives_an_overhead_for_every_caller():
     timer = calibration.Timer(backends.open_device("cpu"))
-    overheads, step_s = calibration_host.overheads(timer, until=0.0, least_s=0.3)
-    found = {each.caller: each for each in overheads}
-    assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
-    assert found["policy"].call_s >= found["model"].call_s >= 0
-    assert found["checkpoint"].call_s >= found["model"].call_s
-    assert all(each.cold_s >= 0 for each in overheads) and step_s >= 0
+    added = calibration_host.overheads(timer, until=0.0, least_s=0.3)
+    for solved, step_s in (added.wall, added.processor):
+        found = {each.caller: each for each in solved}
+        assert found.keys() == {"model", "checkpoint", "policy", "recompute", "backward", "optimizer"}
+        assert found["policy"].call_s >= found["model"].call_s >= 0
+        assert found["checkpoint"].call_s >= found["model"].call_s
+        assert all(each.cold_s >= 0 for each in solved) and step_s >= 0
 
 
 def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch):
@@ -144,15 +185,16 @@ def test_the_default_budget_is_enough_to_measure_overheads(tmp_path, monkeypatch
     asked = inspect.signature(PlanTask).parameters["calibration_s"].default
     given = []
 
-    known = overheads(model=1e-5, policy=1e-4)
+    known, doubled = overheads(model=1e-5, policy=1e-4), overheads(model=2e-5, policy=2e-4)
 
     def added(timer, *, until):
-        given.append(until - time.monotonic())
-        return known, 1e-3
+        given.append(until - timer.now())
+        return calibration_host.Overheads(wall=(known, 1e-3), processor=(doubled, 2e-3))
 
     monkeypatch.setattr(calibration_host, "overheads", added)
     found = calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert (found.overheads, found.step_s) == (known, 1e-3)
+    assert (found.processor_overheads, found.processor_step_s) == (doubled, 2e-3)
     assert given == [pytest.approx(calibration_host.LEAST_S, abs=0.5)]
     calibrate_for((), device=backends.open_device("cpu"), budget_s=asked, folder=tmp_path)
     assert len(given) == 1, "once per machine"

@@ -10,6 +10,7 @@ import planned
 import pytest
 import torch
 import toys
+from timed_calls import calibration_of, pointwise
 
 from gcbench.calibration import calibrate as calibration
 from gcbench.devices.target import Target
@@ -369,7 +370,7 @@ def test_each_memory_has_the_calls_of_its_batch_sizes_timed(toy, monkeypatch):
 
     def calibrate_for(works, *, device, budget_s):
         asked.append(budget_s)
-        return planned.Traffic()
+        return calibration_of(pointwise(1000, 1e-6))
 
     monkeypatch.setattr(calibration, "calibrate_for", calibrate_for)
     one, other = shared.limited(200_000), shared.limited(250_000)

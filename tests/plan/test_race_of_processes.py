@@ -69,7 +69,6 @@ def test_without_room_for_two_they_race_in_rounds(tmp_path, room):
     assert all(numbers(recorder.report).values())
 
 
-@pytest.mark.xfail(strict=True, reason="confirm._race eliminates the cells that have not taken a turn yet")
 @pytest.mark.parametrize("slowest", NAMES)
 def test_with_room_for_some_all_of_them_are_measured(tmp_path, slowest):
     """The traps: the winner of the first group wins the race before the others took a turn, and a race without an

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 from fixtures_report import outcome, peaks, report, workload
 
-from gcbench.core.records import RoundResult
+from gcbench.core.records import RoundResult, Turn
 from gcbench.core.units import GIB
 from gcbench.devices.target import TargetOptions
 from gcbench.plan import confirm, ties
@@ -120,3 +120,62 @@ def test_without_process_memory_the_reserved_memory_is_used():
     assert confirm._process_bytes(told, decision) == 6000
     nothing = SimpleNamespace(peak_process_bytes=None, peak_reserved_bytes=None)
     assert confirm._process_bytes(nothing, decision) is None
+
+
+# By processor time
+
+
+def turned(each, seconds):
+    """A process with a turn for each (wall, processor) seconds of a step."""
+    (one,) = rounds(each, [1.0])
+    turns = tuple(
+        Turn(number=number, step_times_s=(wall, wall), user_s=2 * processor, system_s=0.0)
+        for number, (wall, processor) in enumerate(seconds)
+    )
+    return [replace(one, step_times_s=tuple(step for turn in turns for step in turn.step_times_s), turns=turns)]
+
+
+def test_on_a_busy_processor_the_choice_is_the_one_that_computes_least():
+    """The trap: wall time, by which the slower one wins, since another process computed in the other's turns."""
+    off, every = candidate("off", 2.0), candidate("every:2", 4.0)
+    ran = {
+        off: turned(off, [(2.0, 1.00), (2.1, 1.01), (2.0, 1.00), (1.9, 0.99)]),
+        every: turned(every, [(1.0, 1.30), (1.2, 1.31), (1.1, 1.30), (1.0, 1.29)]),
+    }
+    choice, others, shown = ties.decided([off, every], ran)
+    assert choice == off and others == []
+    assert shown[0] == off, "its speed is wall time"
+    assert shown[1].tokens_per_s == pytest.approx(2.0 / 1.3)
+    assert shown[1].step_time_s == pytest.approx(4 * 1.3 / 2.0)
+    assert shown[1].frac_low <= 1 / 1.3 <= shown[1].frac_high
+    assert ties.basis(choice, [off, every], ran) == (ties.BY_PROCESSOR,)
+
+
+def test_without_processor_times_the_choice_rests_on_wall_time():
+    """As on a GPU."""
+    candidates, ran = measured(off=[50.0, 51.0, 50.5, 50.2], every_2=[100.0, 101.0, 100.5, 100.4])
+    choice, _, shown = ties.decided(candidates, ran)
+    assert ties.basis(choice, candidates, ran) == ()
+    assert [each.tokens_per_s for each in shown] == [each.tokens_per_s for each in candidates]
+
+
+def test_of_one_strategy_the_batch_that_computes_least_for_a_token_is_simplest():
+    small, large = candidate("off", 8.0, batch=4), candidate("off", 5.0, batch=8)
+    ran = {small: turned(small, [(0.5, 1.0)] * 3), large: turned(large, [(1.6, 1.8)] * 3)}
+    assert ties.simplest([small, large], ran) == ties.fastest([small, large], ran) == large
+    assert ties.simplest([small, large]) == small
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"), [(True, {"off": 4.0, "every:2": 3.0}), (False, {"off": 2.0, "every:2": 4.0})]
+)
+def test_a_race_is_run_by_processor_time_where_every_turn_has_it(processor, expected):
+    cells = [
+        outcome(name, peaks(1, 2, 1), work=replace(workload(), batch_size=4), times=()) for name in ("off", "every:2")
+    ]
+    times = {"off": (2.0, 1.0), "every:2": (1.0, 4 / 3 if processor else 0.0)}
+    ran = [replace(each, rounds=tuple(turned(candidate("off", 1.0), [times[each.cell.strategy]]))) for each in cells]
+    rates = confirm._rates([*ran, replace(cells[0], rounds=())])
+    assert {cell.strategy: own for cell, own in rates.items()} == {
+        name: [pytest.approx(rate)] for name, rate in expected.items()
+    }

@@ -5,7 +5,8 @@ from __future__ import annotations
 import tiny
 
 from gcbench import strategies
-from gcbench.calibration.op_times import GENERIC, Calibration, Overhead, Point
+from gcbench.calibration.call_overhead import Overhead
+from gcbench.calibration.op_times import GENERIC, Calibration, Point
 from gcbench.models import build as models
 from gcbench.models import sources
 from gcbench.operators import call_text

@@ -77,7 +77,8 @@ def figures_for(task: PlanTask) -> Figures:
     from gcbench.calibration.calibrate import calibrate_for
     from gcbench.devices import backends
 
-    return calibrate_for((), device=backends.open_device(task.device_here), budget_s=task.calibration_s)
+    device = backends.open_device(task.device_here)
+    return calibrate_for((), device=device, budget_s=task.calibration_s).by_processor_time(())
 
 
 class Planner:
@@ -207,7 +208,7 @@ class Planner:
             work for plan in dict.fromkeys(plans) for batch in batches for work in self.evaluator.calls(plan, batch)
         ]
         figures = calibrate_for(works, device=device, budget_s=self.task.calibration_s)
-        self.mixes = self.mixes.with_figures(figures)
+        self.mixes = self.mixes.with_figures(figures.by_processor_time(works))
 
     # Batch sizes.
 
