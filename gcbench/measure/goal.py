@@ -75,9 +75,9 @@ class Goal:
             return False
         if off is None or outcome.cell.strategy == OFF:
             step = stats.step_time(outcome.rounds)
-            return step is not None and _half_width(step) / step.centre <= self.target_frac
+            return step is not None and step.half_width / step.centre <= self.target_frac
         overhead = stats.overhead(outcome.rounds, off.rounds)
-        return overhead is not None and overhead.num_units >= _LEAST_UNITS and _half_width(overhead) <= self.target_frac
+        return overhead is not None and overhead.num_units >= _LEAST_UNITS and overhead.half_width <= self.target_frac
 
     def _deadline(self, cells: frozenset[Cell]) -> float | None:
         """When these cells have to be done: they get a share of the time that is left, by their number."""
@@ -103,8 +103,3 @@ def _num_pairs(outcome: Outcome, off: Outcome | None) -> int:
     """How many turns a cell has taken beside `off`, valid or not; without `off`, how many turns."""
     numbers = {turn.number for turn in stats.turns(outcome.rounds)}
     return len(numbers if off is None else numbers & {turn.number for turn in stats.turns(off.rounds)})
-
-
-def _half_width(estimate: stats.Estimate) -> float:
-    """Half the width of the interval; infinite without one."""
-    return float("inf") if estimate.interval is None else (estimate.interval[1] - estimate.interval[0]) / 2

@@ -71,7 +71,9 @@ def run(
         _measure_workload(_off_first(able), tasks, children, progress, deadline_from_s=started_s, clock=clock)
         started_s = clock()
     _repeat_off(recorder, tasks, children)
-    return _without_process_memory(recorder.report, store)
+    if not _is_process_memory_read(recorder.report):
+        recorder.add_notice(PROCESS_UNREAD)
+    return recorder.report
 
 
 def _measure_workload(
@@ -142,20 +144,15 @@ class Tasks:
         )
 
 
-def _without_process_memory(report: Report, store: Store) -> Report:
-    """Return the report, saved with a notice where the memory of the process on a card could not be read."""
+def _is_process_memory_read(report: Report) -> bool:
+    """Return whether the memory of the process is known wherever it should be: of cells that a card measured."""
     peaks = [result.memory for outcome in report.outcomes for result in outcome.rounds if result.memory]
-    is_read = (
+    return (
         report.source != "measured"
-        or report.machine.device == "cpu"
+        or report.machine.device == CPU
         or not peaks
         or any(peak.process_bytes is not None for peak in peaks)
     )
-    if is_read or PROCESS_UNREAD in report.notices:
-        return report
-    report = replace(report, notices=(*report.notices, PROCESS_UNREAD))
-    store.save(report)
-    return report
 
 
 def _continue(previous: Report, resolved: ResolvedRun, machine: Machine, facts: ModelFacts) -> Report:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -39,6 +39,11 @@ class Estimate:
         """Both ends, or None when there is no interval."""
         return None if self.low is None or self.high is None else (self.low, self.high)
 
+    @property
+    def half_width(self) -> float:
+        """Half the width of the interval; infinite when there is none."""
+        return math.inf if self.interval is None else (self.interval[1] - self.interval[0]) / 2
+
     def minus(self, offset: float) -> Estimate:
         """Return the estimate shifted down by `offset`."""
         low, high = self.interval or (None, None)
@@ -65,9 +70,13 @@ def is_valid(turn: Turn) -> bool:
     return turn.conditions.suspended_s is None and turn.conditions.clock_step_s is None
 
 
+def _valid_turns(rounds: Sequence[RoundResult]) -> list[Turn]:
+    return [turn for turn in turns(rounds) if is_valid(turn)]
+
+
 def units(rounds: Sequence[RoundResult]) -> tuple[float, ...]:
     """Return the seconds per step of each valid turn: the median of its steps."""
-    return tuple(statistics.median(turn.step_times_s) for turn in turns(rounds) if is_valid(turn))
+    return tuple(statistics.median(turn.step_times_s) for turn in _valid_turns(rounds))
 
 
 def estimate(values: Sequence[float]) -> Estimate | None:
@@ -106,18 +115,21 @@ PROCESSOR_TIME, WALL_TIME = "processor time", "wall time"
 def overhead_basis(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> str | None:
     """Return what `overhead` is a ratio of: processor time where every pair of turns has it; None without pairs."""
     pairs = _pairs(rounds, off)
-    if not pairs:
-        return None
-    return PROCESSOR_TIME if all(turn.user_s for pair in pairs for turn in pair) else WALL_TIME
+    return _basis(turn for pair in pairs for turn in pair) if pairs else None
+
+
+def _basis(used: Iterable[Turn]) -> str:
+    """Processor time where all of the turns have it."""
+    return PROCESSOR_TIME if all(turn.user_s for turn in used) else WALL_TIME
 
 
 def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estimate | None:
     """Return the time overhead relative to `off`, as a fraction of its time, with its 95 % interval.
 
     Ratios are formed within a turn, whose steps ran one after the other, so a drift of the machine over the run cancels
-    out. On a CPU they are ratios of processor time (user), which does not count what other processes and
-    other virtual machines take; on a GPU, of wall time. Turns taken on one side only are ignored, and those in which
-    the machine was suspended or its clock set. None when no turn is common.
+    out. On a CPU they are ratios of processor time (user), which does not count what other processes and other virtual
+    machines take; on a GPU, of wall time. Turns taken on one side only are ignored, and those in which the machine was
+    suspended or its clock set. None when no turn is common.
     """
     pairs = _pairs(rounds, off)
     of_processor = overhead_basis(rounds, off) == PROCESSOR_TIME
@@ -127,8 +139,7 @@ def overhead(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> Estim
 
 def _pairs(rounds: Sequence[RoundResult], off: Sequence[RoundResult]) -> list[tuple[Turn, Turn]]:
     """The turns of both with the same number, in order."""
-    mine = {turn.number: turn for turn in turns(rounds) if is_valid(turn)}
-    theirs = {turn.number: turn for turn in turns(off) if is_valid(turn)}
+    mine, theirs = ({turn.number: turn for turn in _valid_turns(each)} for each in (rounds, off))
     return [(mine[number], theirs[number]) for number in sorted(mine.keys() & theirs.keys())]
 
 
@@ -149,10 +160,8 @@ own, which its turns share. User time of `off` in eight processes of gpt2 (bench
 
 def change_basis(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> str | None:
     """Return what `change` compares: processor time where all turns of both have it; None where a side has no times."""
-    sides = [[turn for turn in turns(rounds) if is_valid(turn)] for rounds in (before, after)]
-    if not all(sides):
-        return None
-    return PROCESSOR_TIME if all(turn.user_s for side in sides for turn in side) else WALL_TIME
+    sides = [_valid_turns(rounds) for rounds in (before, after)]
+    return _basis(turn for side in sides for turn in side) if all(sides) else None
 
 
 def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estimate | None:
@@ -166,18 +175,14 @@ def change(before: Sequence[RoundResult], after: Sequence[RoundResult]) -> Estim
     basis = change_basis(before, after)
     if basis is None:
         return None
-    a, b = (
-        [_step_s(turn, basis == PROCESSOR_TIME) for turn in turns(rounds) if is_valid(turn)]
-        for rounds in (before, after)
-    )
+    a, b = ([_step_s(turn, basis == PROCESSOR_TIME) for turn in _valid_turns(rounds)] for rounds in (before, after))
     centre = statistics.median(b) / statistics.median(a)
     num_units = min(len(a), len(b))
     if num_units < MIN_ROUNDS:
         return Estimate(centre=centre, low=None, high=None, num_units=num_units).minus(1)
     log_a, log_b = [math.log(value) for value in a], [math.log(value) for value in b]
     part_a, part_b = statistics.variance(log_a) / len(a), statistics.variance(log_b) / len(b)
-    within = part_a + part_b
-    variance = within + _between(before) + _between(after)
+    variance = part_a + part_b + _between(before) + _between(after)
     half = 0.0
     if variance > 0:
         spread = part_a**2 / (len(a) - 1) + part_b**2 / (len(b) - 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -65,8 +65,7 @@ def disturbances(turn: Turn, *, highest_mhz: float | None) -> tuple[Disturbance,
 
 def num_disturbed(outcome: Outcome) -> int:
     """Return how many turns of a cell were disturbed."""
-    highest = _highest_mhz([outcome])
-    return sum(bool(disturbances(turn, highest_mhz=highest)) for turn in stats.turns(outcome.rounds))
+    return sum(map(bool, _by_turn([outcome])))
 
 
 def paragraphs(report: Report, workload: Workload) -> tuple[str, ...]:
@@ -75,8 +74,12 @@ def paragraphs(report: Report, workload: Workload) -> tuple[str, ...]:
     timed = [outcome for outcome in cells if any(result.turns for result in outcome.rounds)]
     if not timed:
         return ()
-    text = " ".join(part for part in (_how(timed), _what_disturbed(timed)) if part)
-    return (text, *_wide(report, timed))
+    by_turn = _by_turn(timed)
+    found: dict[str, list[Disturbance]] = {}
+    for disturbance in (one for each in by_turn for one in each):
+        found.setdefault(disturbance.what, []).append(disturbance)
+    text = " ".join(part for part in (_how(timed), _what_disturbed(by_turn, found)) if part)
+    return (text, *_wide(report, timed, found))
 
 
 def _how(timed: Sequence[Outcome]) -> str:
@@ -95,10 +98,8 @@ def _how(timed: Sequence[Outcome]) -> str:
     return f"{text}. Overheads are ratios of wall time." if bases - {None} else f"{text}. Step times are wall time."
 
 
-def _what_disturbed(timed: Sequence[Outcome]) -> str:
+def _what_disturbed(by_turn: Sequence[tuple[Disturbance, ...]], found: Mapping[str, Sequence[Disturbance]]) -> str:
     """How many turns were disturbed, and by what, the most frequent first."""
-    found = _disturbed(timed)
-    turns = [turn for outcome in timed for turn in stats.turns(outcome.rounds)]
     if not found:
         return ""
     parts = []
@@ -107,12 +108,12 @@ def _what_disturbed(timed: Sequence[Outcome]) -> str:
         amount = f", up to {100 * max(shares):.0f} %" if shares else ""
         dropped = ", whose times are not used" if any(one.voids for one in each) else ""
         parts.append(f"{what} in {len(each)}{amount}{dropped}")
-    disturbed = sum(bool(one) for one in _by_turn(timed))
+    disturbed = sum(map(bool, by_turn))
     verb = "was" if disturbed == 1 else "were"
-    return f"{disturbed} of {counted(len(turns), 'turn')} {verb} disturbed: {listed(parts)}."
+    return f"{disturbed} of {counted(len(by_turn), 'turn')} {verb} disturbed: {listed(parts)}."
 
 
-def _wide(report: Report, timed: Sequence[Outcome]) -> tuple[str, ...]:
+def _wide(report: Report, timed: Sequence[Outcome], found: Mapping[str, Sequence[Disturbance]]) -> tuple[str, ...]:
     """A sentence for intervals that stayed wider than the target, with the reason and what would help."""
     target = report.settings.get("target_interval")
     off = next((outcome for outcome in timed if outcome.cell.strategy == OFF), None)
@@ -121,14 +122,12 @@ def _wide(report: Report, timed: Sequence[Outcome]) -> tuple[str, ...]:
     wide = []
     for outcome in timed:
         overhead = None if outcome is off else stats.overhead(outcome.rounds, off.rounds)
-        if overhead is not None and overhead.interval is not None:
-            half = 50 * (overhead.interval[1] - overhead.interval[0])
-            if half > target:
-                wide.append(f"{outcome.cell.strategy} (±{half:.0f} points)")
+        if overhead is not None and overhead.interval is not None and 100 * overhead.half_width > target:
+            wide.append(f"{outcome.cell.strategy} (±{100 * overhead.half_width:.0f} points)")
     if not wide:
         return ()
     remedies = list(
-        dict.fromkeys(one.remedy for each in _disturbed(timed).values() for one in each if one.remedy and not one.voids)
+        dict.fromkeys(one.remedy for each in found.values() for one in each if one.remedy and not one.voids)
     )
     reason = "its times scatter" if len(wide) == 1 else "their times scatter"
     help_ = listed([*remedies, "raise --max-time"]).replace(" and ", " or ")
@@ -139,17 +138,9 @@ def _wide(report: Report, timed: Sequence[Outcome]) -> tuple[str, ...]:
 
 
 def _by_turn(timed: Sequence[Outcome]) -> list[tuple[Disturbance, ...]]:
+    """What disturbed each turn of some cells."""
     highest = _highest_mhz(timed)
     return [disturbances(turn, highest_mhz=highest) for outcome in timed for turn in stats.turns(outcome.rounds)]
-
-
-def _disturbed(timed: Sequence[Outcome]) -> dict[str, list[Disturbance]]:
-    """What disturbed -> one entry for each turn that it disturbed."""
-    found: dict[str, list[Disturbance]] = {}
-    for each in _by_turn(timed):
-        for one in each:
-            found.setdefault(one.what, []).append(one)
-    return found
 
 
 def _highest_mhz(timed: Sequence[Outcome]) -> float | None:
