@@ -24,15 +24,11 @@ import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-from published_rows import HERE, Expressed, express, rows, runs_out
+from published_rows import HERE, Expressed, conclude, express, rows, runs_out
 from truth import REFERENCE
-
-from gcbench import __version__
-from gcbench.core.files import write_text
 
 STORED = REFERENCE / "published.json"
 MEDIAN_BAR, WORST_BAR = 0.005, 0.03
@@ -209,21 +205,14 @@ def main() -> None:
             f"\nfull steps of completeness {COMPLETE}: {seen['rows']} rows, median {100 * seen['median']:.3f} %, "
             f"worst {100 * seen['worst']:.3f} %; {seen['explained']} of them are explained by their versions"
         )
-    if not wanted:
-        stored = {
-            "gcbench": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "figures": seen,
-            "by_source": by_source(answers),
-            "not_expressible": dict(reasons.most_common()),
-            "missed": sentences,
-            "rows": answers,
-        }
-        write_text(STORED, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-    for sentence in sentences:
-        print(f"missed: {sentence}")
-    raise SystemExit(1 if sentences else 0)
+    found = {
+        "figures": seen,
+        "by_source": by_source(answers),
+        "not_expressible": dict(reasons.most_common()),
+        "missed": sentences,
+        "rows": answers,
+    }
+    conclude(None if wanted else STORED, found)
 
 
 if __name__ == "__main__":

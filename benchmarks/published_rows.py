@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+from gcbench import __version__
+from gcbench.core.files import write_text
 
 HERE = Path(__file__).parent
 _BYTES_PER_UNIT = {"bytes": 1, "MB(1e6)": 10**6, "GB(1e9)": 10**9, "MiB": 2**20, "GiB": 2**30, "GB(=GiB)": 2**30}
@@ -172,3 +176,16 @@ def runs_out(row: dict[str, Any]) -> bool | None:
         return True
     oom = (row["also"] or {}).get("oom")
     return False if oom is None and row["value"] is not None else oom
+
+
+def conclude(path: Path | None, found: dict[str, Any]) -> NoReturn:
+    """Store what was found, with the versions it was found by, print the bars that it missed, and exit accordingly.
+
+    `path` is None where only some rows were compared; then nothing is stored.
+    """
+    if path is not None:
+        versions = {"gcbench": __version__, "torch": version("torch"), "transformers": version("transformers")}
+        write_text(path, json.dumps({**versions, **found}, indent=1, ensure_ascii=False) + "\n")
+    for sentence in found["missed"]:
+        print(f"missed: {sentence}")
+    raise SystemExit(1 if found["missed"] else 0)

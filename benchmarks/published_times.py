@@ -22,16 +22,14 @@ import json
 import sys
 from collections import Counter
 from functools import cache
-from importlib.metadata import version
 from statistics import median
 from typing import Any
 
-from published_rows import rows
+from published_rows import conclude, rows
 from published_times_rows import COMPLETE, OWN, PUBLISHED, REFERENCE, Step, device_file, express, found_since, own
 
-from gcbench import __version__, strategies
+from gcbench import strategies
 from gcbench.core import step_time
-from gcbench.core.files import write_text
 from gcbench.core.records import Lora
 from gcbench.core.step_time import StepTime
 from gcbench.devices import target as targets
@@ -229,21 +227,14 @@ def main() -> None:
     seen = figures(answers, pairs)
     print(f"\n{json.dumps(seen, indent=1)}")
     sentences = missed(seen)
-    if not wanted:
-        stored = {
-            "gcbench": __version__,
-            "torch": version("torch"),
-            "transformers": version("transformers"),
-            "figures": seen,
-            "not_compared": dict(reasons.most_common()),
-            "missed": sentences,
-            "pairs": pairs,
-            "rows": answers,
-        }
-        write_text(STORED, json.dumps(stored, indent=1, ensure_ascii=False) + "\n")
-    for sentence in sentences:
-        print(f"missed: {sentence}")
-    raise SystemExit(1 if sentences else 0)
+    compared = {
+        "figures": seen,
+        "not_compared": dict(reasons.most_common()),
+        "missed": sentences,
+        "pairs": pairs,
+        "rows": answers,
+    }
+    conclude(None if wanted else STORED, compared)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from truth import REFERENCE, slug
+
 from gcbench.core.files import write_text
 from gcbench.report import stats
 
-REFERENCE = Path(__file__).parent.parent / "results" / "reference"
 JOB = ("--model", "gpt2", "--batch", "16")
 RUNS = 10
 MOST_S = 180.0
@@ -208,8 +209,7 @@ def main() -> None:
     """Run what is not stored yet, and score."""
     from gcbench.devices.backends import open_device
 
-    device_name = open_device("cpu").describe().device_name
-    path = REFERENCE / f"repeatability-cpu-{'-'.join(device_name.lower().replace('(r)', '').split()[:2])}.json"
+    path = REFERENCE / f"repeatability-{slug(open_device('cpu').describe())}.json"
     if "--score" in sys.argv:
         path = next(iter(sorted(REFERENCE.glob("repeatability-*.json"))), path)
     stored: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -166,11 +166,11 @@ def choices() -> list[Any]:
     """Return the scores of all choices of the planner, from `benchmarks/regret.py`."""
     sys.path.append(str(ROOT / "benchmarks"))
     try:
-        import regret
+        import regret_scores
     finally:
         sys.path.pop()
     workloads = stored("regret-cpu-intel-xeon")["workloads"].values()
-    return [score for workload in workloads for score in regret.scores(workload)]
+    return [score for workload in workloads for score in regret_scores.scores(workload)]
 
 
 def families() -> tuple[int, int]:

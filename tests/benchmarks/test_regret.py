@@ -11,10 +11,10 @@ from conftest import ROOT
 @pytest.fixture
 def regret(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.delitem(sys.modules, "regret", raising=False)
-    import regret
+    monkeypatch.delitem(sys.modules, "regret_scores", raising=False)
+    import regret_scores
 
-    return regret
+    return regret_scores
 
 
 def cell(strategy, batch, seconds, *, peak=1, wall=1.0):

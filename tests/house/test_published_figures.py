@@ -77,10 +77,10 @@ def test_the_choice_of_a_plan():
 
 def test_the_noise_of_equal_settings(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(sys, "path", [*sys.path, str(ROOT / "benchmarks")])
-    import regret
+    import regret_scores
 
     workloads = stored("regret-cpu-intel-xeon")["workloads"].values()
-    pairs = [ratio for workload in workloads for ratio in regret.same_work(workload)]
+    pairs = [ratio for workload in workloads for ratio in regret_scores.same_work(workload)]
     share = sum(ratio >= 0.95 for ratio in pairs) / len(pairs)
     assert f"95 % of the faster in {100 * share:.0f} % of the pairs" in page("accuracy.md")
 
