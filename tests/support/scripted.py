@@ -19,6 +19,7 @@ from gcbench.measure.task import MeasureTask, Ready, TakeTurn, TurnTaken
 from gcbench.models.sources import ModelSource
 from gcbench.processes import children as real
 from gcbench.processes.messages import Answer, Event, Paused, Task
+from gcbench.report import stats
 from gcbench.report.run_folder import Store
 
 SOURCE = ModelSource(name="m", origin="a test", config={"model_type": "llama"}, location="m")
@@ -35,6 +36,7 @@ MACHINE = Machine(device="cpu", device_name="A CPU", device_memory_bytes=None, p
 SETTINGS = Settings(
     model="m", batch_size=(1,), seq_len=(8,), strategies=("per-layer", "off", "every:2"), rounds=3, warmup=1, steps=2
 )
+FOUR = replace(SETTINGS, strategies=("off", "per-layer", "every:2", "every:4"))
 
 WARM = "warming up"
 Call = tuple[str, int, int | str]
@@ -323,3 +325,14 @@ def turns(report: Report) -> dict[str, list[list[int]]]:
 def numbers(report: Report) -> dict[str, list[int]]:
     """The numbers of the turns of all processes, by strategy."""
     return {name: list(chain.from_iterable(each)) for name, each in turns(report).items()}
+
+
+def num_pairs(report: Report) -> dict[str, int]:
+    """How many turns each strategy has beside one of `off`."""
+    rounds = {outcome.cell.strategy: outcome.rounds for outcome in report.outcomes}
+    found = {name: stats.overhead(each, rounds["off"]) for name, each in rounds.items() if name != "off"}
+    return {name: 0 if overhead is None else overhead.num_units for name, overhead in found.items()}
+
+
+def all_ended(children: ScriptedChildren) -> bool:
+    return children.running == [] and children.num_opened == children.num_closed > 0
